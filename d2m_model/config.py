@@ -1,0 +1,240 @@
+"""What a FLUX-MoE is: its dimensions, the layout of every converted FFN, its block groups, and the presets.
+
+`FluxMoEConfig` is the content of the file's `d2m_config` tensor (see checkpoint.py); `from_json` checks it whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+SCHEMA_VERSION = 1
+MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
+
+GateMode = Literal["sum", "normalised"]
+PresetName = Literal["L", "M", "S", "XS"]
+BlockKind = Literal["double", "single"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the field, what was found and what was expected."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FluxDims:
+    """Sizes of a FLUX.1 transformer. All can be read off its weights (checkpoint.dims_of)."""
+
+    hidden_size: int
+    double_blocks: int
+    single_blocks: int
+    in_channels: int  # of a token: 2 * 2 * latent channels (64 for FLUX.1 dev)
+    out_channels: int
+    context_size: int  # width of the text tokens (4096, T5)
+    vector_size: int  # width of the pooled text (768, CLIP)
+    guidance_embed: bool
+
+    @property
+    def neurons(self) -> int:
+        return MLP_RATIO * self.hidden_size
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FFNLayout:
+    """How the neurons of one FFN are dealt: `shared` of them to the shared expert, then `experts` times `width`."""
+
+    shared: int
+    experts: int
+    width: int
+
+    @property
+    def neurons(self) -> int:
+        return self.shared + self.experts * self.width
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Gate:
+    """`sum`: every chosen expert has weight 1. `normalised`: scale * g_i, where g sums to 1 over the chosen (Eq. 3)."""
+
+    mode: GateMode
+    scale: float
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class BlockGroup:
+    """A Mixture of Blocks (Eq. 4-5): consecutive blocks of one kind, of which `active` run."""
+
+    kind: BlockKind
+    first: int
+    blocks: int
+    active: int
+    selection: Literal["topk", "window"]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Teacher:
+    """Where the dense weights came from. `sha256` is of the file (of the index and shards in order, if sharded)."""
+
+    title: str
+    sha256: str
+    licence: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FluxMoEConfig:
+    """Everything a host must know beyond the tensors. `top_k` is the k the file was made for; hosts may run another."""
+
+    dims: FluxDims
+    ffns: dict[str, FFNLayout]  # by name: double_blocks.i.img_mlp, double_blocks.i.txt_mlp, single_blocks.i
+    groups: tuple[BlockGroup, ...]
+    gate: Gate
+    top_k: int
+    adaln_rank: int | None  # None: modulations are dense FLUX's
+    split_only: bool  # True: weights are the teacher's, permuted; un-conversion is bit-exact
+    teacher: Teacher
+    provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: tool version, importance, data, seed
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"This file is FLUX-MoE schema {self.schema_version}; this version reads up to {SCHEMA_VERSION}. "
+                "Update ComfyUI-Dense2MoE."
+            )
+        _expect(self.schema_version >= 1, "schema_version", self.schema_version, "1 or more")
+        _expect(self.gate.mode in get_args(GateMode), "gate.mode", self.gate.mode, "'sum' or 'normalised'")
+        _expect(self.gate.scale > 0, "gate.scale", self.gate.scale, "a positive number")
+        names = set(all_ffn_names(self.dims))
+        for name, layout in self.ffns.items():
+            _expect(name in names, "ffns", name, f"an FFN of {self.dims.double_blocks} double and {self.dims.single_blocks} single blocks")
+            _expect(
+                layout.shared >= 0 and layout.experts >= 1 and layout.width >= 1 and layout.neurons == self.dims.neurons,
+                f"ffns[{name!r}]",
+                f"{layout.shared} + {layout.experts} x {layout.width} neurons",
+                f"shared + experts x width = {self.dims.neurons}",
+            )
+        fewest = min((layout.experts for layout in self.ffns.values()), default=0)
+        _expect(0 <= self.top_k <= fewest or not self.ffns, "top_k", self.top_k, f"0 to {fewest}")
+        taken: set[tuple[str, int]] = set()
+        for index, group in enumerate(self.groups):
+            depth = self.dims.double_blocks if group.kind == "double" else self.dims.single_blocks
+            fits = group.kind in get_args(BlockKind) and group.first >= 0 and group.blocks >= 2 and group.first + group.blocks <= depth
+            _expect(fits, f"groups[{index}]", group, f"two or more blocks within the {depth} {group.kind} blocks")
+            _expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
+            members = {(group.kind, i) for i in range(group.first, group.first + group.blocks)}
+            _expect(not members & taken, f"groups[{index}]", group, "blocks that no other group has")
+            taken |= members
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> FluxMoEConfig:
+        """Parse and check. Raises ConfigError naming the field for anything missing, unknown or out of range.
+
+        A newer schema is reported as such before its fields are looked at.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"d2m_config is not JSON ({error}); the file is damaged. Convert the teacher again.") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"This file is FLUX-MoE schema {version}; this version reads up to {SCHEMA_VERSION}. Update ComfyUI-Dense2MoE."
+            )
+        data = _fields_of(cls, data, "d2m_config")
+        data["dims"] = FluxDims(**_fields_of(FluxDims, data["dims"], "dims"))
+        _expect(isinstance(data["ffns"], dict), "ffns", data["ffns"], "an object")
+        data["ffns"] = {name: FFNLayout(**_fields_of(FFNLayout, value, f"ffns[{name!r}]")) for name, value in data["ffns"].items()}
+        data["groups"] = tuple(
+            BlockGroup(**_fields_of(BlockGroup, value, f"groups[{index}]")) for index, value in enumerate(data["groups"])
+        )
+        data["gate"] = Gate(**_fields_of(Gate, data["gate"], "gate"))
+        data["teacher"] = Teacher(**_fields_of(Teacher, data["teacher"], "teacher"))
+        return cls(**data)
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)),
+}  # fmt: skip
+
+
+def _expect(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"d2m_config: {name} is {found!r}; expected {expected}.")
+
+
+def _fields_of(cls: type, data: object, where: str) -> dict[str, Any]:
+    """The object's fields, all present, none unknown, simple types as annotated."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"d2m_config: {where} is {data!r}; expected an object.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in data:
+        _expect(name in fields, f"{where}.{name}", data[name], f"no such field (known: {', '.join(fields)})")
+    for name, f in fields.items():
+        _expect(name in data, f"{where}.{name}", "missing", "a value")
+        expected = _FIELD_TYPES.get(str(f.type))
+        if expected is not None:
+            right = isinstance(data[name], expected) and (str(f.type) == "bool" or not isinstance(data[name], bool))
+            _expect(right, f"{where}.{name}", data[name], str(f.type))
+    return dict(data)
+
+
+def all_ffn_names(dims: FluxDims) -> list[str]:
+    """Every FFN of a dense FLUX, in the order in which they run."""
+    double = [f"double_blocks.{i}.{stream}" for i in range(dims.double_blocks) for stream in ("img_mlp", "txt_mlp")]
+    return double + [f"single_blocks.{i}" for i in range(dims.single_blocks)]
+
+
+def adaln_rank_of(hidden_size: int) -> int:
+    """Rank of the AdaLN compression, Sec. 4.1: 256 at hidden size 3072."""
+    return round(hidden_size / 12)
+
+
+def paper_layout(hidden_size: int) -> FFNLayout:
+    """Sec. 4.1: r_s = 1, n = 12, r_n = 0.25."""
+    if hidden_size % 4:
+        raise ConfigError(f"hidden_size is {hidden_size}; expected a multiple of 4.")
+    return FFNLayout(shared=hidden_size, experts=12, width=hidden_size // 4)
+
+
+def preset_layouts(dims: FluxDims) -> dict[str, FFNLayout]:
+    """The paper's MoE layers: all FFNs but those of the first round(3 D / 19) double blocks (at least one)."""
+    dense = _dense_double_blocks(dims)
+    layout = paper_layout(dims.hidden_size)
+    skipped = tuple(f"double_blocks.{i}." for i in range(dense))
+    return {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
+
+
+def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
+    """Block groups of a preset: M adds groups of three double blocks, S and XS groups of five single blocks.
+
+    On FLUX.1 (19 + 38): M five double groups; S three, XS five single groups. The grouped blocks are the
+    last double blocks and, spread evenly, the single blocks.
+    """
+    if name == "L":
+        return ()
+    dense = _dense_double_blocks(dims)
+    room = (dims.double_blocks - dense) // 3
+    if room < 1:
+        raise ConfigError(f"Preset {name} needs {dense + 3} double blocks or more; this FLUX has {dims.double_blocks}.")
+    doubles = max(1, min(round(5 * dims.double_blocks / 19), room))
+    first = dims.double_blocks - 3 * doubles
+    groups = [BlockGroup(kind="double", first=first + 3 * g, blocks=3, active=1, selection="topk") for g in range(doubles)]
+    if name in ("S", "XS"):
+        most = dims.single_blocks // 5
+        if most < 1:
+            raise ConfigError(f"Preset {name} needs 5 single blocks or more; this FLUX has {dims.single_blocks}.")
+        singles = max(1, min(round((3 if name == "S" else 5) * dims.single_blocks / 38), most))
+        spare = dims.single_blocks - 5 * singles
+        for g in range(singles):
+            groups.append(
+                BlockGroup(kind="single", first=5 * g + round(spare * (g + 1) / (singles + 1)), blocks=5, active=1, selection="topk")
+            )
+    return tuple(groups)
+
+
+def _dense_double_blocks(dims: FluxDims) -> int:
+    return max(1, round(3 * dims.double_blocks / 19))

@@ -1,0 +1,70 @@
+"""Where an FFN's neurons live in FLUX's fused weights, and how they are reordered.
+
+A MoE FFN is a permuted dense FFN: the shared expert's neurons first, then expert 0, expert 1, ... Experts are slices.
+Shapes: H hidden size, N = 4H neurons, S shared neurons, E experts, F expert width; N = S + E F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import FFNLayout
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FFNTensors:
+    """Names of the tensors that hold one FFN (BFL keys) and where in them its neurons are.
+
+    `up` holds W1 as rows first_row ... first_row + N (weight and bias), `down` holds W2 as columns
+    first_column ... first_column + N. The bias of `down` belongs to no neuron (b2, the shared expert's).
+    """
+
+    up: str
+    first_row: int
+    down: str
+    first_column: int
+
+
+def ffn_tensors(name: str, hidden_size: int) -> FFNTensors:
+    """Tensors of an FFN by its name: `double_blocks.i.img_mlp`, `double_blocks.i.txt_mlp` or `single_blocks.i`."""
+    if name.startswith("double_blocks."):
+        return FFNTensors(up=f"{name}.0", first_row=0, down=f"{name}.2", first_column=0)
+    if name.startswith("single_blocks."):
+        return FFNTensors(up=f"{name}.linear1", first_row=3 * hidden_size, down=f"{name}.linear2", first_column=hidden_size)
+    raise ValueError(f"{name!r} is not an FFN's name; expected double_blocks.i.img_mlp, double_blocks.i.txt_mlp or single_blocks.i.")
+
+
+def neuron_axis(tensor_name: str, name: str, hidden_size: int) -> tuple[int, int] | None:
+    """(axis, first index) of FFN `name`'s neurons in the tensor `tensor_name`, or None if it holds none of them."""
+    tensors = ffn_tensors(name, hidden_size)
+    if tensor_name in (f"{tensors.up}.weight", f"{tensors.up}.bias"):
+        return 0, tensors.first_row
+    if tensor_name == f"{tensors.down}.weight":
+        return 1, tensors.first_column
+    return None
+
+
+def permute_neurons(tensor: Tensor, axis: int, first: int, order: Tensor) -> Tensor:
+    """A copy of `tensor` whose neurons along `axis`, from `first` on, stand in `order`: new[i] = old[order[i]]."""
+    permuted = tensor.clone()
+    neurons = tensor.narrow(axis, first, order.numel())
+    permuted.narrow(axis, first, order.numel()).copy_(neurons.index_select(axis, order.to(tensor.device, torch.int64)))
+    return permuted
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`."""
+    inverse = torch.empty_like(order)
+    inverse[order.long()] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+    return inverse
+
+
+def expert_views(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor, layout: FFNLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The routed experts as strided views, nothing copied: up [E, F, H], up bias [E, F], down [H, E, F]."""
+    up_EFH = up_NH[layout.shared :].unflatten(0, (layout.experts, layout.width))
+    bias_EF = up_bias_N[layout.shared :].unflatten(0, (layout.experts, layout.width))
+    down_HEF = down_HN[:, layout.shared :].unflatten(1, (layout.experts, layout.width))
+    return up_EFH, bias_EF, down_HEF
