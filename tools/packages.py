@@ -1,0 +1,105 @@
+"""Install the packages of the environment whose Python runs this.
+
+`ENVIRONMENT/bin/python -m tools.packages HOST_REQUIREMENTS`: what pyproject.toml asks for and what the host
+asks for, as constraints.txt pins it. The project itself is not installed: it runs from its folder, as in
+ComfyUI, where an import that only an installed copy satisfies would fail.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+EXTRAS = ("train", "dev")
+
+
+def requirements(root: Path) -> list[str]:
+    """What pyproject.toml asks for, with the extras that development needs."""
+    project: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    return [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
+
+
+def constraints(root: Path, host_requirements: Path) -> str:
+    """The pins of constraints.txt, less those that the host's requirements.txt sets itself.
+
+    constraints.txt is made for the default host; another one pins another frontend and other templates.
+    """
+    host_pins = re.findall(r"^([\w.-]+)\s*==", host_requirements.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    left_out = {_canonical(name) for name in host_pins}
+
+    def is_ours(line: str) -> bool:
+        name = _canonical(re.split(r"[=;\s]", line, maxsplit=1)[0])
+        # comfyui-workflow-templates pins its own parts.
+        return name not in left_out and not name.startswith("comfyui-workflow-templates-")
+
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return "\n".join(filter(is_ours, lines)) + "\n"
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def incomplete(site_packages: Path) -> list[Path]:
+    """The dist-info folders of packages that an interrupted installation left incomplete.
+
+    Their RECORD is missing, or names a file that is missing or has another size.
+    """
+    return [info for info in sorted(site_packages.glob("*.dist-info")) if not _is_complete(info)]
+
+
+def _is_complete(info: Path) -> bool:
+    record = info / "RECORD"
+    if not record.is_file() or not (info / "METADATA").is_file():
+        return False
+    with record.open(newline="", encoding="utf-8") as rows:
+        for name, _hash, size in csv.reader(rows):
+            if name.endswith(".pyc"):
+                continue
+            try:
+                found = (info.parent / name).stat().st_size
+            except OSError:
+                return False
+            if size and found != int(size):
+                return False
+    return True
+
+
+def install(root: Path, host_requirements: Path) -> bool:
+    """Bring the packages to what requirements and constraints say; with uv, or else with pip."""
+    for info in incomplete(Path(sysconfig.get_path("purelib"))):
+        print("Incomplete, to be installed again:", info.name.removesuffix(".dist-info"), file=sys.stderr)
+        shutil.rmtree(info)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as pins:
+        pins.write(constraints(root, host_requirements))
+        pins.flush()
+        wanted = ["--constraint", pins.name, "--requirement", str(host_requirements), *requirements(root)]
+        pip = ["pip", "install", "--disable-pip-version-check"]
+        if _run(*pip, "--quiet", "--constraint", pins.name, "uv"):
+            if _run("uv", "pip", "install", "--python", sys.executable, *wanted):
+                return True
+            print("uv did not succeed; trying pip, which may know your package index.", file=sys.stderr)
+        return _run(*pip, *wanted)
+
+
+def _run(module: str, *arguments: str) -> bool:
+    """Run a module of the environment with its output on stderr: the caller's stdout may be read by a program."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(0 if install(Path.cwd(), Path(sys.argv[1])) else 1)
