@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +42,11 @@ def create(venv: Path) -> None:
             f"This is Python {sys.version.split()[0]}; set-up needs {'.'.join(map(str, OLDEST_PYTHON))} or newer.\n"
             "What to do: `make setup PYTHON=python3.11`, with a Python that you have."
         )
+    for info in incomplete(venv):
+        print("Incomplete, to be installed again:", info.name.removesuffix(".dist-info"), file=sys.stderr)
+        shutil.rmtree(info)  # without it the package counts as not installed
     python = venv / "bin" / "python"
-    if _runs(python, "import pip"):
+    if _runs(python, "from importlib.metadata import version; version('pip')"):
         return
     print(f"Making the virtual environment {venv.name} …", file=sys.stderr)
     command = [sys.executable, "-m", "venv", str(venv)]
@@ -52,6 +57,32 @@ def create(venv: Path) -> None:
             f"Python could not make the virtual environment {venv}.\n"
             "What to do: see the message above; on Debian and Ubuntu, `apt-get install python3-venv`."
         )
+
+
+def incomplete(venv: Path) -> list[Path]:
+    """The dist-info folders of packages that an interrupted installation left incomplete.
+
+    Their RECORD is missing, or names a file that is missing or has another size.
+    """
+    infos = sorted(venv.glob("lib/python3*/site-packages/*.dist-info"))
+    return [info for info in infos if not _is_complete(info)]
+
+
+def _is_complete(info: Path) -> bool:
+    record = info / "RECORD"
+    if not record.is_file() or not (info / "METADATA").is_file():
+        return False
+    with record.open(newline="", encoding="utf-8") as rows:
+        for name, _hash, size in csv.reader(rows):
+            if name.endswith(".pyc"):
+                continue
+            try:
+                found = (info.parent / name).stat().st_size
+            except OSError:
+                return False
+            if size and found != int(size):
+                return False
+    return True
 
 
 def _runs(python: Path, code: str) -> bool:

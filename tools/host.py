@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,13 +126,16 @@ def extra_model_paths(root: Path) -> Path:
 
 def link_pack(root: Path) -> None:
     """Make the folder of ours that links to the pack, and the file that tells a host of it."""
-    folder = root / ".host" / "custom_nodes"
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / PACK_NAME
-    if not link.is_symlink():
-        link.symlink_to(Path("..", ".."), target_is_directory=True)
+    link_root(root, root / ".host" / "custom_nodes", PACK_NAME)
     # ComfyUI takes relative entries as relative to the yaml file.
     extra_model_paths(root).write_text("dense2moe:\n  custom_nodes: custom_nodes\n")
+
+
+def link_root(root: Path, folder: Path, name: str) -> None:
+    """Let a folder inside root link to root under another name; relative, so that the project can move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / name).symlink_to(os.path.relpath(root, folder), target_is_directory=True)
 
 
 def is_ready(root: Path, host: Host) -> bool:

@@ -7,12 +7,9 @@ ComfyUI, where an import that only an installed copy satisfies would fail.
 
 from __future__ import annotations
 
-import csv
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,11 +22,11 @@ else:
 EXTRAS = ("train", "dev")
 
 
-def requirements(root: Path) -> list[str]:
-    """What pyproject.toml asks for, with the extras that development needs."""
+def requirements(root: Path, extras: tuple[str, ...] = EXTRAS) -> list[str]:
+    """What pyproject.toml asks for, with its extras (those that development needs)."""
     project: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in EXTRAS for line in optional[extra])]
+    return [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
 
 
 def constraints(root: Path, host_requirements: Path) -> str:
@@ -37,8 +34,8 @@ def constraints(root: Path, host_requirements: Path) -> str:
 
     constraints.txt is made for the default host; another one pins another frontend and other templates.
     """
-    host_pins = re.findall(r"^([\w.-]+)\s*==", host_requirements.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    left_out = {_canonical(name) for name in host_pins}
+    host_pins = re.compile(r"^([\w.-]+)\s*==", flags=re.MULTILINE)
+    left_out = {_canonical(name) for name in host_pins.findall(host_requirements.read_text(encoding="utf-8"))}
 
     def is_ours(line: str) -> bool:
         name = _canonical(re.split(r"[=;\s]", line, maxsplit=1)[0])
@@ -53,36 +50,8 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def incomplete(site_packages: Path) -> list[Path]:
-    """The dist-info folders of packages that an interrupted installation left incomplete.
-
-    Their RECORD is missing, or names a file that is missing or has another size.
-    """
-    return [info for info in sorted(site_packages.glob("*.dist-info")) if not _is_complete(info)]
-
-
-def _is_complete(info: Path) -> bool:
-    record = info / "RECORD"
-    if not record.is_file() or not (info / "METADATA").is_file():
-        return False
-    with record.open(newline="", encoding="utf-8") as rows:
-        for name, _hash, size in csv.reader(rows):
-            if name.endswith(".pyc"):
-                continue
-            try:
-                found = (info.parent / name).stat().st_size
-            except OSError:
-                return False
-            if size and found != int(size):
-                return False
-    return True
-
-
 def install(root: Path, host_requirements: Path) -> bool:
     """Bring the packages to what requirements and constraints say; with uv, or else with pip."""
-    for info in incomplete(Path(sysconfig.get_path("purelib"))):
-        print("Incomplete, to be installed again:", info.name.removesuffix(".dist-info"), file=sys.stderr)
-        shutil.rmtree(info)
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as pins:
         pins.write(constraints(root, host_requirements))
         pins.flush()

