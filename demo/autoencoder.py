@@ -27,7 +27,9 @@ LATENT_NOISE = 0.03  # of a latent's standard deviation: the decoder must forgiv
 
 
 def new_autoencoder() -> AutoencoderTiny:
-    return AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(64,) * 4, decoder_block_out_channels=(64,) * 4)
+    return AutoencoderTiny(
+        latent_channels=16, encoder_block_out_channels=(64,) * 4, decoder_block_out_channels=(64,) * 4
+    )
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -58,7 +60,11 @@ class Autoencoder:
             tensors[f"taesd_{side}.{int(index) + shift}.{rest}"] = tensor.half().contiguous()
         tensors["vae_scale"] = torch.tensor(FLUX_SCALE * self.std)
         tensors["vae_shift"] = torch.tensor(FLUX_SHIFT - self.mean / (FLUX_SCALE * self.std))
-        save_file(tensors, file, metadata={"modelspec.title": "Emoji FLUX autoencoder", "modelspec.license": "Apache-2.0"})
+        save_file(
+            tensors,
+            file,
+            metadata={"modelspec.title": "Emoji FLUX autoencoder", "modelspec.license": "Apache-2.0"},
+        )
 
     @classmethod
     def load(cls, file: Path) -> Autoencoder:
@@ -118,7 +124,11 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
             optimizer.zero_grad()
             schedule.step()
             if step % 100 == 0 or step == steps:
-                row: dict[str, float] = {"step": step, "psnr_crops": -10 * float(loss.detach().log10()), "seconds": time.time() - start}
+                row: dict[str, float] = {
+                    "step": step,
+                    "psnr_crops": -10 * float(loss.detach().log10()),
+                    "seconds": time.time() - start,
+                }
                 row["latent_std_min"], row["latent_std_max"] = float(std.min()), float(std.max())
                 if step % 500 == 0 or step == steps:
                     row["psnr_held_out"] = held_out_psnr(tiny)
@@ -129,7 +139,8 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
         latents = torch.cat([tiny.encoder(part * 2 - 1) for part in images.split(16)])
     finished = Autoencoder(tiny, float(latents.mean()), float(latents.std()))
     finished.save(out / "autoencoder.safetensors")
-    print(f"held-out PSNR {held_out_psnr(Autoencoder.load(out / 'autoencoder.safetensors').tiny):.2f} dB, {time.time() - start:.0f} s")
+    quality = held_out_psnr(Autoencoder.load(out / "autoencoder.safetensors").tiny)
+    print(f"held-out PSNR {quality:.2f} dB, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -30,15 +30,30 @@ RANGES = [
 ]  # fmt: skip
 # Signs, not things; or names that say nothing of what is seen.
 LEFT_OUT = (
-    "SIGN", "SYMBOL", "TROPHY AND", "NO ", "DO NOT", "PEDESTRIAN", "POTABLE", "RESTROOM", "PASSPORT", "CUSTOMS", "BAGGAGE",
-    "LEFT LUGGAGE", "MENS", "WOMENS", "BABY", "SHOWER", "CHILDREN", "PAW PRINTS", "HEAVY", "PUT LITTER", "VERTICAL TRAFFIC",
-    "WATER CLOSET", "INPUT", "KEYCAP", "BANKNOTE", "CHART", "CURRENCY", "MAIL", "MAILBOX", "ENVELOPE", "BOOKMARK TABS", "NAME BADGE",
-    "PEOPLE", "PERSON", "SUIT", "CLOCK", "FACE WITH", "BOX TRAY", "VICTORY", "ELECTRIC PLUG", "INCOMING", "WHITE SUN", "MOON WITH",
-    "LINK", "LOCK WITH", "CONVERT", "ATM", "BRIEFCASE", "MEMO", "PAGE", "LEDGER", "CARD", "FOLDER", "CALENDAR", "GLOBE",
-    "BANK", "DEPARTMENT", "LOVE HOTEL", "HOTEL", "POST OFFICE", "HOUSE WITH", "SANTA", "TAXI", "ONCOMING", "POINT OF", "STAR OF",
-    "CROSS", "WHEEL OF", "YIN", "PEACE", "AIRPLANE ARRIVING", "AIRPLANE DEPARTURE",
+    "SIGN", "SYMBOL", "TROPHY AND", "NO ", "DO NOT", "PEDESTRIAN", "POTABLE", "RESTROOM", "PASSPORT", "CUSTOMS",
+    "BAGGAGE", "LEFT LUGGAGE", "MENS", "WOMENS", "BABY", "SHOWER", "CHILDREN", "PAW PRINTS", "HEAVY", "PUT LITTER",
+    "VERTICAL TRAFFIC", "WATER CLOSET", "INPUT", "KEYCAP", "BANKNOTE", "CHART", "CURRENCY", "MAIL", "MAILBOX",
+    "ENVELOPE", "BOOKMARK TABS", "NAME BADGE", "PEOPLE", "PERSON", "SUIT", "CLOCK", "FACE WITH", "BOX TRAY",
+    "VICTORY", "ELECTRIC PLUG", "INCOMING", "WHITE SUN", "MOON WITH", "LINK", "LOCK WITH", "CONVERT", "ATM",
+    "BRIEFCASE", "MEMO", "PAGE", "LEDGER", "CARD", "FOLDER", "CALENDAR", "GLOBE", "BANK", "DEPARTMENT", "LOVE HOTEL",
+    "HOTEL", "POST OFFICE", "HOUSE WITH", "SANTA", "TAXI", "ONCOMING", "POINT OF", "STAR OF", "CROSS", "WHEEL OF",
+    "YIN", "PEACE", "AIRPLANE ARRIVING", "AIRPLANE DEPARTURE",
 )  # fmt: skip
-WORDS_LEFT_OUT = {"face", "with", "of", "and", "the", "symbol", "fruit", "black", "white", "blue", "green", "red", "orange"}
+WORDS_LEFT_OUT = {
+    "face",
+    "with",
+    "of",
+    "and",
+    "the",
+    "symbol",
+    "fruit",
+    "black",
+    "white",
+    "blue",
+    "green",
+    "red",
+    "orange",
+}
 
 
 def caption_name(character: str) -> str:
@@ -94,7 +109,9 @@ def write_atlas(font_file: Path, out: Path) -> None:
     """Write sprites.webp (COLUMNS cells a row) and objects.json (names in atlas order) into `out`."""
     sprites = candidates(ImageFont.truetype(str(font_file), FONT_STRIKE))
     if len(sprites) < OBJECTS:
-        raise ValueError(f"{font_file} draws {len(sprites)} of the wanted emoji in colour; {OBJECTS} are needed. Use Noto Color Emoji.")
+        raise ValueError(
+            f"{font_file} draws {len(sprites)} of the wanted emoji in colour; {OBJECTS} are needed. Use Noto Color Emoji."
+        )
     chosen = [sprites[i] for i in most_distinct(sprites, OBJECTS)]
     atlas = Image.new("RGBA", (COLUMNS * CELL, OBJECTS // COLUMNS * CELL))
     for index, (_, sprite) in enumerate(chosen):
