@@ -1,0 +1,231 @@
+"""What a FLUX file must hold: dense FLUX.1, or FLUX-MoE v1 (the table in `expected_tensors`). Checked, never guessed.
+
+Works on shapes and dtypes alone, so on a file's header as well as on a state dict.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError, FluxDims, FluxMoEConfig
+from .keys import HEAD, PREFIX, dense_shapes, prefix_of, strip_prefix
+from .tensor_file import CheckpointError, Shape, TensorFile
+
+__all__ = [
+    "CONFIG_KEY",
+    "PREFIX",
+    "CheckpointError",
+    "TensorFile",
+    "check",
+    "check_dense",
+    "check_file",
+    "check_state_dict",
+    "check_values",
+    "config_of",
+    "config_tensor",
+    "dims_of",
+    "expected_tensors",
+    "optional_tensors",
+    "prefix_of",
+    "strip_prefix",
+]
+
+CONFIG_KEY = "d2m_config"
+CONVERT = "python -m d2m_train convert --teacher F --out G"
+
+# What quantising tools put beside a weight.
+_QUANTISED = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale", "scale_weight", "scale_input", "pre_quant_scale")  # fmt: skip
+
+# A key pattern of other models that get mistaken for FLUX.1, and what they are.
+_OTHERS = (
+    (r"lora_|\.lora\.|\.alpha$|\.lokr_|\.hada_", "a LoRA"),
+    (r"double_stream_modulation_img\.", "FLUX.2"),
+    (r"distilled_guidance_layer\.", "Chroma"),
+    (r"^single_transformer_blocks\.", "a FLUX in diffusers' key names; save it in BFL's, as ComfyUI's Save Model does"),
+    (r"^controlnet_|^input_hint_block|^pos_embed_input", "a ControlNet"),
+    (r"joint_blocks\.", "Stable Diffusion 3"),
+    (r"^txt_in\.individual_token_refiner", "HunyuanVideo"),
+    (r"input_blocks\.", "a Stable Diffusion UNet"),
+    (r"^transformer_blocks\.", "another diffusion transformer"),
+    (r"^(encoder|decoder)\.(conv_in|down|up|mid)|taesd_", "an autoencoder (VAE)"),
+    (r"^(text_model|text_encoders|encoder\.block|shared)\b", "a text encoder"),
+)
+
+
+def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
+    """Dimensions of a FLUX.1 (dense or MoE) from its tensors' shapes, in BFL names.
+
+    Raises CheckpointError if it is none: what it looks like instead, or which key is missing.
+    """
+    sizes = {}
+    for key in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"):
+        shape = shapes.get(key)
+        if shape is None or len(shape) != 2:
+            found = "has no" if shape is None else f"has shape {list(shape)} for"
+            raise CheckpointError(f"This is not a FLUX.1 transformer: it {found} {key}.{_guess(shapes)}")
+        sizes[key] = shape
+    for pattern, what in _OTHERS[1:3]:
+        if any(re.search(pattern, name) for name in shapes):
+            raise CheckpointError(f"This is {what}, not FLUX.1.")
+    depths = {}
+    for kind in ("double_blocks", "single_blocks"):
+        indices = {int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name))}
+        if not indices:
+            raise CheckpointError(f"This is not a FLUX.1 transformer: it has no {kind}.0.{_guess(shapes)}")
+        depths[kind] = max(indices) + 1
+    hidden = sizes["img_in.weight"][0]
+    if hidden % HEAD:
+        raise CheckpointError(f"img_in.weight has {hidden} rows; FLUX.1's hidden size is a multiple of {HEAD}.")
+    return FluxDims(
+        hidden_size=hidden,
+        double_blocks=depths["double_blocks"],
+        single_blocks=depths["single_blocks"],
+        in_channels=sizes["img_in.weight"][1],
+        out_channels=sizes["final_layer.linear.weight"][0],
+        context_size=sizes["txt_in.weight"][1],
+        vector_size=sizes["vector_in.in_layer.weight"][1],
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+def _guess(shapes: Mapping[str, Shape]) -> str:
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, name) for name in shapes):
+            return f" It looks like {what}."
+    return ""
+
+
+def config_tensor(config: FluxMoEConfig) -> Tensor:
+    """The configuration as the file carries it: its JSON, uint8."""
+    return torch.frombuffer(bytearray(config.to_json().encode()), dtype=torch.uint8)
+
+
+def config_of(tensor: Tensor) -> FluxMoEConfig:
+    """Read a `d2m_config` tensor. Raises CheckpointError naming what is wrong with it."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise CheckpointError(
+            f"{CONFIG_KEY} is {tensor.dtype} {list(tensor.shape)}; expected torch.uint8 with one axis. "
+            "A tool has cast this file whole; convert the teacher again."
+        )
+    try:
+        return FluxMoEConfig.from_json(bytes(tensor.cpu().numpy()))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
+    """Every tensor that a FLUX-MoE file must have, `d2m_config` aside: dense FLUX's, routers and neuron orders."""
+    h, rank = config.dims.hidden_size, config.adaln_rank
+    shapes = dense_shapes(config.dims)
+    if rank is not None:
+        for name, shape in shapes.items():
+            if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+                shapes[name] = (shape[0], rank)
+        shapes["adaln_in.weight"] = (rank, h)
+    for ffn, layout in config.ffns.items():
+        shapes[f"{ffn}.router.weight"] = (layout.experts, h)
+        shapes[f"{ffn}.neuron_order"] = (layout.neurons,)
+    for index, group in enumerate(config.groups):
+        for router in ("router_x", "router_y"):
+            shapes[f"block_groups.{index}.{router}.weight"] = (group.blocks, h)
+    return shapes
+
+
+def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
+    """Tensors that a FLUX-MoE file may have besides: router biases and the experts' mean outputs."""
+    shapes: dict[str, Shape] = {}
+    for ffn, layout in config.ffns.items():
+        shapes[f"{ffn}.router.bias"] = (layout.experts,)
+        shapes[f"{ffn}.expert_mean"] = (layout.experts, config.dims.hidden_size)
+    return shapes
+
+
+def check(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config: FluxMoEConfig) -> None:
+    """Raises CheckpointError for a missing, surplus or misshapen tensor of a FLUX-MoE: which, found, expected."""
+    what = f"FLUX-MoE schema {config.schema_version}"
+    _check_tensors(shapes, dtypes, expected_tensors(config), optional_tensors(config), what)
+
+
+def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> FluxDims:
+    """Dimensions of a teacher: a dense FLUX.1, whole and not quantised. Raises CheckpointError otherwise."""
+    if CONFIG_KEY in shapes:
+        raise CheckpointError("This is a FLUX-MoE already; a teacher is a dense FLUX.1.")
+    dims = dims_of(shapes)
+    for name in shapes:
+        if name.rsplit(".", 1)[-1] in _QUANTISED or name == "scaled_fp8":
+            raise CheckpointError(f"This FLUX is quantised ({name}); take its bfloat16, float16 or float32 version.")
+    _check_tensors(shapes, dtypes, dense_shapes(dims), {}, "a dense FLUX.1")
+    return dims
+
+
+def _check_tensors(
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, torch.dtype],
+    expected: Mapping[str, Shape],
+    optional: Mapping[str, Shape],
+    what: str,
+) -> None:
+    problems = [f"{name} is missing (expected shape {list(shape)})" for name, shape in expected.items() if name not in shapes]
+    for name, found in shapes.items():
+        shape = expected.get(name, optional.get(name))
+        module, _, kind = name.rpartition(".")
+        if shape is None:
+            if name.startswith(("double_blocks.", "single_blocks.", "block_groups.")) and kind not in _QUANTISED:
+                problems.append(f"{name} {list(found)} does not belong to it")
+            continue
+        if f"{module}.comfy_quant" in shapes and kind == "weight":
+            continue  # packed by ComfyUI, which alone knows its shape
+        if tuple(found) != shape:
+            problems.append(f"{name} has shape {list(found)}; expected {list(shape)}")
+        elif kind == "neuron_order":
+            if dtypes[name] != torch.int32:
+                problems.append(f"{name} is {dtypes[name]}; expected torch.int32")
+        elif not dtypes[name].is_floating_point:
+            problems.append(f"{name} is {dtypes[name]}; expected a floating-point type")
+    if problems:
+        more = f" ({len(problems) - 1} more such problems.)" if len(problems) > 1 else ""
+        raise CheckpointError(f"This is not {what}: {problems[0]}.{more}")
+
+
+def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
+    """Raises CheckpointError for a neuron_order that is no permutation, or a router with NaN or infinity."""
+    for ffn, layout in config.ffns.items():
+        order = tensor(f"{ffn}.neuron_order").long().cpu()
+        if not torch.equal(order.sort().values, torch.arange(layout.neurons)):
+            raise CheckpointError(f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged.")
+        if not tensor(f"{ffn}.router.weight").isfinite().all():
+            raise CheckpointError(f"{ffn}.router.weight has NaN or infinite values; the file is damaged.")
+
+
+def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model") -> FluxMoEConfig:
+    """The configuration of a FLUX-MoE state dict (any prefix), checked whole. `source` names it in messages."""
+    tensors = strip_prefix(state_dict)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    return _check_moe(shapes, dtypes, tensors.__getitem__, source)
+
+
+def check_file(path: str | os.PathLike[str]) -> FluxMoEConfig:
+    """The configuration of a FLUX-MoE file, checked whole; reads its header, routers and neuron orders only."""
+    with TensorFile(path) as file:
+        return _check_moe(file.shapes, file.dtypes, file.tensor, str(path))
+
+
+def _check_moe(
+    shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor], source: str
+) -> FluxMoEConfig:
+    try:
+        if CONFIG_KEY not in shapes:
+            dims_of(shapes)
+            raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {CONVERT}")
+        config = config_of(tensor(CONFIG_KEY))
+        check(shapes, dtypes, config)
+        check_values(tensor, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    return config

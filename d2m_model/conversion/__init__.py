@@ -1,0 +1,1 @@
+"""Dense FLUX -> FLUX-MoE: which neurons matter, which expert they go to, and where tokens go."""

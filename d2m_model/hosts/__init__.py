@@ -1,0 +1,1 @@
+"""Where a FLUX-MoE runs besides ComfyUI."""

@@ -1,0 +1,168 @@
+"""Tensor names of FLUX.1: BFL's (files and ComfyUI), diffusers', and the way between them.
+
+BFL fuses q, k, v (and, in single blocks, the FFN's up-projection) into one matrix; diffusers keeps them apart.
+Its final modulation is (scale, shift) where BFL's is (shift, scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .config import FluxDims
+
+PREFIX = "model.diffusion_model."  # of full checkpoints and of files that ComfyUI saved with one
+HEAD = 128  # channels of an attention head, in every FLUX.1
+TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
+
+T = TypeVar("T")
+
+
+def prefix_of(names: Iterable[str]) -> str:
+    """`model.diffusion_model.` if any tensor's name starts with it, else the empty string."""
+    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+
+
+def strip_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
+    """By BFL name: without `model.diffusion_model.` (what stands beside it, a VAE say, is left out), norms as `.scale`."""
+    prefix = prefix_of(tensors)
+    return {bfl_spelling(name[len(prefix) :]): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def bfl_spelling(name: str) -> str:
+    """BFL writes `query_norm.scale`; ComfyUI's modules, and some files, say `query_norm.weight`."""
+    if name.endswith(("query_norm.weight", "key_norm.weight")):
+        return name.removesuffix("weight") + "scale"
+    return name
+
+
+def dense_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a dense FLUX.1 with these dimensions, in BFL names."""
+    h, n = dims.hidden_size, dims.neurons
+    linears = {
+        "img_in": (h, dims.in_channels),
+        "txt_in": (h, dims.context_size),
+        "time_in.in_layer": (h, TIME_CHANNELS),
+        "time_in.out_layer": (h, h),
+        "vector_in.in_layer": (h, dims.vector_size),
+        "vector_in.out_layer": (h, h),
+        "final_layer.linear": (dims.out_channels, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }
+    if dims.guidance_embed:
+        linears |= {"guidance_in.in_layer": (h, TIME_CHANNELS), "guidance_in.out_layer": (h, h)}
+    norms = []
+    for i in range(dims.double_blocks):
+        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            linears |= {
+                f"{stream}_mod.lin": (6 * h, h),
+                f"{stream}_attn.qkv": (3 * h, h),
+                f"{stream}_attn.proj": (h, h),
+                f"{stream}_mlp.0": (n, h),
+                f"{stream}_mlp.2": (h, n),
+            }
+            norms.append(f"{stream}_attn.norm")
+    for i in range(dims.single_blocks):
+        block = f"single_blocks.{i}"
+        linears |= {
+            f"{block}.modulation.lin": (3 * h, h),
+            f"{block}.linear1": (3 * h + n, h),
+            f"{block}.linear2": (h, h + n),
+        }
+        norms.append(f"{block}.norm")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in linears.items():
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+    for name in norms:
+        shapes[f"{name}.query_norm.scale"] = shapes[f"{name}.key_norm.scale"] = (HEAD,)
+    return shapes
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DiffusersSource:
+    """How a BFL tensor is made of diffusers' tensors: their rows stacked, `swap` exchanging the two halves."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    swap: bool = False
+
+
+def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
+    """For every tensor of a dense FLUX.1, by BFL name, what it is made of in diffusers' FluxTransformer2DModel."""
+    modules = {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "final_layer.linear": ("proj_out",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    }
+    for bfl, diffusers in (("time_in", "timestep"), ("guidance_in", "guidance"), ("vector_in", "text")):
+        modules[f"{bfl}.in_layer"] = (f"time_text_embed.{diffusers}_embedder.linear_1",)
+        modules[f"{bfl}.out_layer"] = (f"time_text_embed.{diffusers}_embedder.linear_2",)
+    norms = {}
+    for i in range(dims.double_blocks):
+        ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        modules |= {
+            f"{ours}.img_mod.lin": (f"{theirs}.norm1.linear",),
+            f"{ours}.txt_mod.lin": (f"{theirs}.norm1_context.linear",),
+            f"{ours}.img_attn.qkv": tuple(f"{theirs}.attn.to_{x}" for x in "qkv"),
+            f"{ours}.txt_attn.qkv": tuple(f"{theirs}.attn.add_{x}_proj" for x in "qkv"),
+            f"{ours}.img_attn.proj": (f"{theirs}.attn.to_out.0",),
+            f"{ours}.txt_attn.proj": (f"{theirs}.attn.to_add_out",),
+            f"{ours}.img_mlp.0": (f"{theirs}.ff.net.0.proj",),
+            f"{ours}.img_mlp.2": (f"{theirs}.ff.net.2",),
+            f"{ours}.txt_mlp.0": (f"{theirs}.ff_context.net.0.proj",),
+            f"{ours}.txt_mlp.2": (f"{theirs}.ff_context.net.2",),
+        }
+        norms[f"{ours}.img_attn.norm"] = f"{theirs}.attn.norm_"
+        norms[f"{ours}.txt_attn.norm"] = f"{theirs}.attn.norm_added_"
+    for i in range(dims.single_blocks):
+        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        modules |= {
+            f"{ours}.modulation.lin": (f"{theirs}.norm.linear",),
+            f"{ours}.linear1": (*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"),
+            f"{ours}.linear2": (f"{theirs}.proj_out",),
+        }
+        norms[f"{ours}.norm"] = f"{theirs}.attn.norm_"
+
+    sources = {}
+    for name, shape in dense_shapes(dims).items():
+        module, kind = name.rsplit(".", 1)
+        if kind == "scale":
+            norm, which = module.rsplit(".", 1)
+            sources[name] = DiffusersSource(names=(f"{norms[norm]}{which[0]}.weight",), rows=shape)
+            continue
+        parts = modules[module]
+        # Only the last part may be larger than the others: the up-projection after q, k, v.
+        rows = (*[dims.hidden_size] * (len(parts) - 1), shape[0] - dims.hidden_size * (len(parts) - 1))
+        swap = module == "final_layer.adaLN_modulation.1"
+        sources[name] = DiffusersSource(names=tuple(f"{part}.{kind}" for part in parts), rows=rows, swap=swap)
+    return sources
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
+    """BFL -> diffusers. The results are views wherever nothing has to move."""
+    result = {}
+    for name, source in diffusers_sources(dims).items():
+        tensor = swap_halves(tensors[name]) if source.swap else tensors[name]
+        result |= dict(zip(source.names, tensor.split(source.rows), strict=True))
+    return result
+
+
+def from_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
+    """diffusers -> BFL. Fused tensors are new, the others are the given ones."""
+    result = {}
+    for name, source in diffusers_sources(dims).items():
+        parts = [tensors[part] for part in source.names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[name] = swap_halves(tensor) if source.swap else tensor
+    return result
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """(shift, scale) <-> (scale, shift) along the first axis."""
+    return torch.cat(tensor.chunk(2)[::-1])
