@@ -147,7 +147,8 @@ def latent_cache(file: Path, autoencoder_file: Path) -> tuple[Tensor, list[Pictu
 
 def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_block = "transformer_blocks." in name and "norm" not in name
         (matrices if in_block and parameter.ndim == 2 else others).append(parameter)
@@ -221,7 +222,8 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
             else:
                 guidance = torch.empty(settings.batch).uniform_(*GUIDANCE_RANGE)
                 target = guided(teacher, noisy, t, words, guidance)
-            prediction = velocity(student.transformer, noisy, t, *student.prompts(words), guidance)
+            context, pooled = student.prompts(words)
+            prediction = velocity(student.transformer, noisy, t, context, pooled, guidance)
             loss = (prediction.float() - target).square().mean()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -253,10 +255,9 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
 @torch.no_grad()
 def guided(teacher: Student, noisy: Tensor, t: Tensor, words: Tensor, guidance: Tensor) -> Tensor:
     """Classifier-free guidance: uncond + g (cond - uncond), per sample."""
-    both = torch.cat([words, torch.zeros_like(words)])
-    conditional, unconditional = velocity(
-        teacher.transformer, noisy.repeat(2, 1, 1), t.repeat(2), *teacher.prompts(both), torch.ones(len(both))
-    ).float().chunk(2)  # fmt: skip
+    context, pooled = teacher.prompts(torch.cat([words, torch.zeros_like(words)]))
+    flow = velocity(teacher.transformer, noisy.repeat(2, 1, 1), t.repeat(2), context, pooled, torch.ones(len(pooled)))
+    conditional, unconditional = flow.float().chunk(2)
     return torch.lerp(unconditional, conditional, guidance[:, None, None])
 
 
