@@ -1,0 +1,258 @@
+"""The routed experts of a MoE FFN (Eq. 2): the one seam between the method and its kernels.
+
+`plan_dispatch` sorts token-expert assignments by expert. `expert_up` and `expert_down` are the two halves of
+the experts' MLPs; they are apart because FLUX's single block keeps W1 and W2 in two modules. Everything runs
+on strided views of the fused weights, with static shapes and no word from the device back to the host.
+
+Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A = T K assignments, C chunks;
+in `grouped_mm` A rows, D depth of the product, N columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routers import Routing
+
+# Gathered rows of one chunk. A CPU wants them in its cache; a GPU only wants its memory bounded.
+CHUNK_BYTES_CPU = 20 * 2**20
+CHUNK_BYTES_GPU = 512 * 2**20
+
+
+@dataclass(kw_only=True, slots=True)
+class Dispatch:
+    """Assignments sorted by chunk of tokens, then by expert, then by token: what the two halves agree on.
+
+    Row a stands for token token_A[a] at expert expert_A[a] with weight gate_A[a]. In chunk c, expert e's
+    rows end at ends_CE[c, e] (int32, counted from the chunk's first row). row_TK leads back: the row of a
+    token's k-th choice.
+    """
+
+    token_A: Tensor
+    expert_A: Tensor
+    gate_A: Tensor
+    row_TK: Tensor
+    ends_CE: Tensor
+    chunk_tokens: int
+
+    def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Of every chunk its tokens, its rows and its ends_E. None when nothing is routed."""
+        tokens, top_k = self.row_TK.shape
+        if tokens * top_k == 0:
+            return
+        for chunk, first in enumerate(range(0, tokens, self.chunk_tokens)):
+            last = min(first + self.chunk_tokens, tokens)
+            yield slice(first, last), slice(first * top_k, last * top_k), self.ends_CE[chunk]
+
+
+def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
+    """Sort the assignments of `routing`. Of x only shape, dtype and device are read, to size the chunks.
+
+    `chunk_tokens` bounds the tokens of one chunk; None chooses. Results do not depend on it beyond rounding.
+    """
+    tokens, top_k = routing.experts_TK.shape
+    experts = routing.logits_TE.shape[1]
+    if chunk_tokens is None:
+        budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
+        chunk_tokens = max(1, budget // (max(1, top_k) * x_TH.shape[1] * x_TH.element_size()))
+    chunks = max(1, -(-tokens // chunk_tokens))
+    chunk_tokens = max(1, -(-tokens // chunks))  # equal ones, instead of a small last one
+
+    device = routing.experts_TK.device
+    token_T = torch.arange(tokens, device=device)
+    key_TK = (token_T // chunk_tokens * experts)[:, None] + routing.experts_TK
+    key_A, order_A = key_TK.flatten().sort(stable=True)
+    row_A = torch.arange(tokens * top_k, device=device)
+    ends = torch.searchsorted(key_A, torch.arange(chunks * experts, device=device), right=True)
+    first_C = torch.arange(chunks, device=device) * (chunk_tokens * top_k)
+    return Dispatch(
+        token_A=order_A // max(1, top_k),
+        expert_A=key_A % experts,
+        gate_A=routing.gates_TK.flatten().index_select(0, order_A),
+        row_TK=torch.empty_like(order_A).scatter(0, order_A, row_A).view(tokens, top_k),
+        ends_CE=(ends.view(chunks, experts) - first_C[:, None]).to(torch.int32),
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
+    """gelu_tanh(W1 x + b1) of every token at its experts: hidden_AF [T K, F], in the plan's order (Eq. 1)."""
+    hidden = []
+    for tokens, rows, ends_E in plan.chunks():
+        # Gathered from the chunk, so that the gradient is summed chunk by chunk too.
+        x_AH = _TakeRows.apply(x_TH[tokens], plan.token_A[rows] - tokens.start, plan.row_TK[tokens] - rows.start)
+        pre_AF = grouped_mm(x_AH, up_EFH.transpose(1, 2), ends_E)
+        bias_AF = up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
+        hidden.append(F.gelu(pre_AF + bias_AF, approximate="tanh"))
+    return _joined(hidden) if hidden else x_TH.new_zeros(0, up_EFH.shape[1])
+
+
+def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
+    """sum over a token's experts of g_i W2_i hidden: y_TH [T, H] (Eq. 2, second term). Zeros if K = 0.
+
+    The gates weigh the narrow hidden activation; a token's K rows are summed in float32 and rounded once.
+    """
+    y = []
+    for tokens, rows, ends_E in plan.chunks():
+        weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
+        y_AH = grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E)
+        y.append(_SumRows.apply(y_AH, plan.token_A[rows] - tokens.start, plan.row_TK[tokens] - rows.start))
+    return _joined(y) if y else hidden_AF.new_zeros(plan.row_TK.shape[0], down_HEF.shape[0])
+
+
+def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands in for the experts not chosen: sum of mu_e - sum over the chosen of g_e mu_e, [T, H].
+
+    So shared + sum mu + sum over the chosen g_e (E_e(x) - mu_e) is shared + routed + this. Exactly zero
+    where every expert is chosen in gate mode `sum`.
+    """
+    gate_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.experts_TK, routing.gates_TK)
+    return (1 - gate_TE).to(dtype) @ expert_mean_EH.to(dtype)
+
+
+class _TakeRows(torch.autograd.Function):
+    """x_AH = x_TH[token_A]. Its gradient is `_SumRows`: summed in float32, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_A, row_TK)
+        return x_TH.index_select(0, token_A)
+
+    @staticmethod
+    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None]:
+        _, row_TK = ctx.saved_tensors
+        return _sum_rows(grad_AH, row_TK), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """y_TH = sum over k of y_AH[row_TK]. Its gradient is `_TakeRows`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_A, row_TK)
+        return _sum_rows(y_AH, row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        token_A, _ = ctx.saved_tensors
+        return grad_TH.index_select(0, token_A), None, None
+
+
+def _sum_rows(y_AH: Tensor, row_TK: Tensor) -> Tensor:
+    if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
+        return F.embedding_bag(row_TK, y_AH, mode="sum")
+    return y_AH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# Grouped matrix product
+
+
+def grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends_E[e-1] ... ends_E[e] of a, times b[e]: [A, N]. Kernels are exchanged here.
+
+    ends_E is int32, does not fall, and ends at A. a and b are of one dtype, except under autocast.
+    """
+    device = a_AD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        a_AD, b_EDN = a_AD.to(dtype), b_EDN.to(dtype)
+    return _grouped_mm(a_AD, b_EDN, ends_E)
+
+
+# A custom operator, because torch traces its own grouped_mm for bfloat16 only, and because the loop over
+# experts reads ends_E on the host, which a graph could not.
+@torch.library.custom_op("d2m::grouped_mm", mutates_args=())
+def _grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
+    if _native(a_AD, b_EDN):
+        return torch._grouped_mm(a_AD, b_EDN, offs=ends_E)
+    out_AN = a_AD.new_empty(a_AD.shape[0], b_EDN.shape[2])
+    for expert, rows in enumerate(_groups(ends_E)):
+        torch.mm(a_AD[rows], b_EDN[expert], out=out_AN[rows])
+    return out_AN
+
+
+@torch.library.custom_op("d2m::grouped_mm_weight_grad", mutates_args=())
+def _grouped_mm_weight_grad(grad_AN: Tensor, a_AD: Tensor, ends_E: Tensor) -> Tensor:
+    """d loss / d b, as [E, N, D]: the layout of an nn.Linear's weight."""
+    if _native(grad_AN.t(), a_AD):
+        return torch._grouped_mm(grad_AN.t(), a_AD, offs=ends_E)
+    out_END = a_AD.new_empty(ends_E.shape[0], grad_AN.shape[1], a_AD.shape[1])
+    for expert, rows in enumerate(_groups(ends_E)):
+        torch.mm(grad_AN[rows].t(), a_AD[rows], out=out_END[expert])
+    return out_END
+
+
+@_grouped_mm.register_fake
+def _(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
+    return a_AD.new_empty(a_AD.shape[0], b_EDN.shape[2])
+
+
+@_grouped_mm_weight_grad.register_fake
+def _(grad_AN: Tensor, a_AD: Tensor, ends_E: Tensor) -> Tensor:
+    return a_AD.new_empty(ends_E.shape[0], grad_AN.shape[1], a_AD.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a_AD, b_EDN, ends_E = ctx.saved_tensors
+    grad_AN = grad_AN.contiguous()  # a sum's gradient has strides of zero
+    grad_a = _grouped_mm(grad_AN, b_EDN.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
+    grad_b = _grouped_mm_weight_grad(grad_AN, a_AD, ends_E) if ctx.needs_input_grad[1] else None
+    return grad_a, None if grad_b is None else grad_b.transpose(1, 2), None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_save)
+
+
+def _groups(ends_E: Tensor) -> Iterator[slice]:
+    """Every expert's rows, on the host."""
+    first = 0
+    for last in ends_E.tolist():
+        yield slice(first, last)
+        first = last
+
+
+def _native(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped_mm takes these operands. It wants some rows, and everything aligned to 16 bytes."""
+    if a.numel() == 0 or b.numel() == 0 or not (_aligned(a) and _aligned(b)):
+        return False
+    return _native_on(a.device, a.dtype)
+
+
+def _aligned(x: Tensor) -> bool:
+    """One stride is 1, and everything else is a multiple of 16 bytes: the terms of the tensor core kernels."""
+    if x.stride(-1) != 1 and x.stride(-2) != 1:
+        return False
+    unit = 16 // x.element_size()
+    inner = -1 if x.stride(-1) == 1 else -2
+    strides = [stride for dim, stride in enumerate(x.stride()) if dim != x.dim() + inner]
+    return x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in strides)
+
+
+@cache
+def _native_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has grouped_mm for the device and dtype: tried once, since versions differ."""
+    if not hasattr(torch, "_grouped_mm"):
+        return False
+    a, b = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(2, 16, 16, device=device, dtype=dtype)
+    ends = torch.tensor([8, 16], device=device, dtype=torch.int32)
+    try:
+        torch._grouped_mm(a, b.transpose(1, 2), offs=ends)
+        torch._grouped_mm(a.t(), a, offs=ends)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
