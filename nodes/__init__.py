@@ -1,0 +1,1 @@
+"""What a ComfyUI user touches. The only place that imports comfy."""

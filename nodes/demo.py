@@ -1,0 +1,49 @@
+"""The emoji FLUX's own prompt encoder (demo/), in place of FLUX.1's text encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
+
+
+class EmojiPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D2MEmojiPrompt",
+            display_name="Emoji FLUX prompt",
+            category="FLUX-MoE",
+            description="Turns words into the conditioning of the emoji FLUX, the small model that this pack shows itself on.",
+            search_aliases=["emoji", "prompt", "text encode", "clip text encode", "dense2moe demo"],
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="red apple on a blue background",
+                    tooltip="An object and a background colour. Words that the emoji FLUX has not learned count as unknown.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=3.5,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="Distilled guidance, as of FLUX.1 dev.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
+        )
+
+    @classmethod
+    def execute(cls, text: str, guidance: float) -> io.NodeOutput:
+        from ..demo.prompt_encoder import load
+
+        if not ENCODER.is_file():
+            raise FileNotFoundError(f"{ENCODER} is missing. It comes with ComfyUI-Dense2MoE: install the pack again.")
+        context, pooled = load(ENCODER).encode([text])
+        return io.NodeOutput([[context, {"pooled_output": pooled, "guidance": guidance}]])

@@ -1,0 +1,123 @@
+"""Tiny FLUX files: a dense teacher with random weights, and the FLUX-MoE that it splits into.
+
+Written here from layout.py alone, so that these tests do not stand on the converter that they help to judge.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2m_model.config import (
+    FFNLayout,
+    FluxDims,
+    FluxMoEConfig,
+    Gate,
+    Teacher,
+    all_ffn_names,
+)
+from d2m_model.layout import ffn_tensors, neuron_axis, permute_neurons
+
+DIMS = FluxDims(
+    hidden_size=128, double_blocks=2, single_blocks=3, in_channels=64, out_channels=64,
+    context_size=64, vector_size=32, guidance_embed=True,
+)  # fmt: skip
+LAYOUT = FFNLayout(shared=128, experts=12, width=32)
+HEAD = 128  # FLUX's head size
+
+
+def dense_flux(dims: FluxDims = DIMS, seed: int = 0) -> dict[str, Tensor]:
+    """A FLUX of these sizes in BFL keys. Weights are large enough for every part to count in the output."""
+    h, generator = dims.hidden_size, torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+
+    def linear(name: str, out: int, width: int, gain: float = 1.0) -> None:
+        tensors[f"{name}.weight"] = torch.randn(out, width, generator=generator) * gain * width**-0.5
+        tensors[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.1
+
+    def embedder(name: str, width: int) -> None:
+        linear(f"{name}.in_layer", h, width)
+        linear(f"{name}.out_layer", h, h)
+
+    def norms(name: str) -> None:
+        for which in ("query_norm", "key_norm"):
+            tensors[f"{name}.{which}.scale"] = 1 + 0.1 * torch.randn(HEAD, generator=generator)
+
+    linear("img_in", h, dims.in_channels)
+    linear("txt_in", h, dims.context_size)
+    embedder("time_in", 256)
+    embedder("vector_in", dims.vector_size)
+    if dims.guidance_embed:
+        embedder("guidance_in", 256)
+    for i in range(dims.double_blocks):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            linear(f"{block}_mod.lin", 6 * h, h)
+            linear(f"{block}_attn.qkv", 3 * h, h)
+            linear(f"{block}_attn.proj", h, h)
+            norms(f"{block}_attn.norm")
+            linear(f"{block}_mlp.0", 4 * h, h)
+            linear(f"{block}_mlp.2", h, 4 * h)
+    for i in range(dims.single_blocks):
+        block = f"single_blocks.{i}"
+        linear(f"{block}.modulation.lin", 3 * h, h)
+        linear(f"{block}.linear1", 7 * h, h)
+        linear(f"{block}.linear2", h, 5 * h)
+        norms(f"{block}.norm")
+    linear("final_layer.adaLN_modulation.1", 2 * h, h)
+    linear("final_layer.linear", dims.out_channels, h)
+    return tensors
+
+
+def split(
+    dense: dict[str, Tensor],
+    dims: FluxDims = DIMS,
+    layout: FFNLayout = LAYOUT,
+    gate: Gate = Gate(mode="sum", scale=2.0),  # noqa: B008 (frozen)
+    mean: bool = False,
+    dense_double_blocks: int = 1,
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """The FLUX-MoE of `dense`: random neuron orders and random routers. The first double blocks stay dense."""
+    generator = torch.Generator().manual_seed(seed)
+    skipped = tuple(f"double_blocks.{i}." for i in range(dense_double_blocks))
+    ffns = {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
+    tensors = dict(dense)
+    for name in ffns:
+        order = torch.randperm(layout.neurons, generator=generator).to(torch.int32)
+        places = ffn_tensors(name, dims.hidden_size)
+        for key in (f"{places.up}.weight", f"{places.up}.bias", f"{places.down}.weight"):
+            axis, first = neuron_axis(key, name, dims.hidden_size)
+            tensors[key] = permute_neurons(tensors[key], axis, first, order)
+        tensors[f"{name}.neuron_order"] = order
+        tensors[f"{name}.router.weight"] = torch.randn(layout.experts, dims.hidden_size, generator=generator)
+        tensors[f"{name}.router.bias"] = torch.randn(layout.experts, generator=generator) * 0.1
+        if mean:
+            tensors[f"{name}.expert_mean"] = torch.randn(layout.experts, dims.hidden_size, generator=generator) * 0.1
+    config = FluxMoEConfig(
+        dims=dims, ffns=ffns, groups=(), gate=gate, top_k=2, adaln_rank=None, split_only=not mean,
+        teacher=Teacher(title="tiny", sha256="0" * 64, licence="none"),
+    )  # fmt: skip
+    tensors["d2m_config"] = config_tensor(config.to_json())
+    return tensors
+
+
+def config_tensor(json: str) -> Tensor:
+    return torch.frombuffer(bytearray(json.encode()), dtype=torch.uint8)
+
+
+def save(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write; floating-point tensors in `dtype`, but routers and means in float32."""
+    kept = (".router.weight", ".router.bias", ".expert_mean")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {
+            key: (tensor if key.endswith(kept) or not tensor.is_floating_point() else tensor.to(dtype)).contiguous()
+            for key, tensor in tensors.items()
+        },
+        file,
+    )
+    return file
