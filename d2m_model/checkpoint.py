@@ -39,7 +39,10 @@ CONFIG_KEY = "d2m_config"
 CONVERT = "python -m d2m_train convert --teacher F --out G"
 
 # What quantising tools put beside a weight.
-_QUANTISED = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale", "scale_weight", "scale_input", "pre_quant_scale")  # fmt: skip
+_QUANTISED = (
+    *("comfy_quant", "weight_scale", "weight_scale_2", "input_scale"),
+    *("scale_weight", "scale_input", "pre_quant_scale"),
+)
 
 # A key pattern of other models that get mistaken for FLUX.1, and what they are.
 _OTHERS = (
@@ -170,7 +173,9 @@ def _check_tensors(
     optional: Mapping[str, Shape],
     what: str,
 ) -> None:
-    problems = [f"{name} is missing (expected shape {list(shape)})" for name, shape in expected.items() if name not in shapes]
+    problems = [
+        f"{name} is missing (expected shape {list(shape)})" for name, shape in expected.items() if name not in shapes
+    ]
     for name, found in shapes.items():
         shape = expected.get(name, optional.get(name))
         module, _, kind = name.rpartition(".")
@@ -197,7 +202,9 @@ def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None
     for ffn, layout in config.ffns.items():
         order = tensor(f"{ffn}.neuron_order").long().cpu()
         if not torch.equal(order.sort().values, torch.arange(layout.neurons)):
-            raise CheckpointError(f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged.")
+            raise CheckpointError(
+                f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged."
+            )
         if not tensor(f"{ffn}.router.weight").isfinite().all():
             raise CheckpointError(f"{ffn}.router.weight has NaN or infinite values; the file is damaged.")
 

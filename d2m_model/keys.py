@@ -94,7 +94,7 @@ class DiffusersSource:
 
 def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
     """For every tensor of a dense FLUX.1, by BFL name, what it is made of in diffusers' FluxTransformer2DModel."""
-    modules = {
+    modules: dict[str, tuple[str, ...]] = {
         "img_in": ("x_embedder",),
         "txt_in": ("context_embedder",),
         "final_layer.linear": ("proj_out",),
@@ -146,7 +146,7 @@ def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
 
 def to_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
     """BFL -> diffusers. The results are views wherever nothing has to move."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, source in diffusers_sources(dims).items():
         tensor = swap_halves(tensors[name]) if source.swap else tensors[name]
         result |= dict(zip(source.names, tensor.split(source.rows), strict=True))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .keys import bfl_spelling, prefix_of
@@ -35,6 +36,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+
 Shape = tuple[int, ...]
 
 
@@ -49,37 +52,39 @@ class TensorFile:
     `shapes` and `dtypes` are in the file's order. Raises CheckpointError if the file cannot be one.
     """
 
+    # Not safetensors.safe_open: it maps privately, which Linux refuses for files larger than the memory.
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._handle = _open(self.path)
-        self.metadata: dict[str, str] = self._handle.metadata() or {}
-        # Older safetensors list names in alphabetical order only.
-        stored = list(getattr(self._handle, "offset_keys", self._handle.keys)())
-        prefix = prefix_of(stored)
-        self._stored = {bfl_spelling(name[len(prefix) :]): name for name in stored if name.startswith(prefix)}
+        self.size, header, self._start = _read_header(self.path)  # bytes on disk; data begin at _start
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        prefix = prefix_of(header)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for name, stored_name in self._stored.items():
-            view = self._handle.get_slice(stored_name)
-            if view.get_dtype() not in DTYPES:
-                raise CheckpointError(
-                    f"{self.path}: {name} is stored as {view.get_dtype()}; expected one of {', '.join(DTYPES)}."
-                )
-            self.shapes[name] = tuple(view.get_shape())
-            self.dtypes[name] = DTYPES[view.get_dtype()]
+        self._spans: dict[str, tuple[int, int]] = {}
+        for stored_name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            if stored_name.startswith(prefix):
+                name = bfl_spelling(stored_name[len(prefix) :])
+                self.shapes[name] = tuple(entry["shape"])
+                self.dtypes[name] = DTYPES[entry["dtype"]]
+                self._spans[name] = tuple(entry["data_offsets"])
+        with open(self.path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file: do not write into it. KeyError for an unknown name."""
-        tensor: Tensor = self._handle.get_tensor(self._stored[name])
-        return tensor
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
+        """A view of the mapped file, to be read only. KeyError for an unknown name."""
+        begin, end = self._spans[name]
+        if begin == end:
+            return torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            view = memoryview(self._map)[self._start + begin : self._start + end]
+            return torch.frombuffer(view, dtype=self.dtypes[name]).view(self.shapes[name])
 
     def close(self) -> None:
-        self._handle.__exit__(None, None, None)
+        """Unmap, at once or when the last tensor is gone."""
+        with suppress(BufferError):
+            self._map.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -90,22 +95,46 @@ class TensorFile:
         self.close()
 
 
-def _open(path: Path) -> safe_open:
+def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
+    """(bytes of the file, header, where the data begin), the header checked against the file's size."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}.")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty (0 bytes). Download or convert it again.")
     try:
-        return safe_open(path, framework="pt", device="cpu").__enter__()
-    except SafetensorError as error:
-        if "incomplete" in str(error).lower() or "invalid offset" in str(error).lower():
-            raise CheckpointError(
-                f"{path}: the file is truncated or damaged: its {path.stat().st_size:,} bytes are not what its header "
-                "announces. Download or convert it again."
-            ) from None
-        raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise CheckpointError(f"{path}: the file is empty (0 bytes). Download or convert it again.")
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= MAX_HEADER else b""
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error}).") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    if size < 8 or length > MAX_HEADER or text[:1] not in (b"{", b""):
+        raise CheckpointError(f"{path}: not a safetensors file.")
+    if len(text) < length:
+        raise _damaged(path, size, 8 + length)
+    start, end = 8 + length, 0
+    try:
+        header = json.loads(text)
+        entries = [header[name] for name in header if name != "__metadata__"]
+        for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: has {entry['dtype']} tensors; expected {', '.join(DTYPES)}.")
+            begin, next_end = entry["data_offsets"]
+            if begin != end or next_end - begin != _bytes(DTYPES[entry["dtype"]], tuple(entry["shape"])):
+                raise CheckpointError(f"{path}: the header contradicts itself; the file is damaged.")
+            end = next_end
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{path}: not a safetensors file (its header cannot be read).") from None
+    if start + end != size:
+        raise _damaged(path, size, start + end)
+    return size, header, start
+
+
+def _damaged(path: Path, found: int, expected: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the file is truncated or damaged: it has {found:,} bytes, its header announces {expected:,}. "
+        "Download or convert it again."
+    )
 
 
 def write(
@@ -162,7 +191,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype,
         raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} produced, {dtype} {shape} announced")
     if tensor.numel():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(memoryview(flat.view(torch.uint8).numpy()))
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _bytes(dtype: torch.dtype, shape: Shape) -> int:

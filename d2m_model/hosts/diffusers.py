@@ -84,7 +84,7 @@ def state_dict_to_bfl(model: FluxTransformer2DModel) -> dict[str, Tensor]:
 
 
 def ffn_linears(model: FluxTransformer2DModel) -> Iterator[tuple[str, nn.Linear, nn.Linear, int]]:
-    """Every FFN of a dense FLUX.1: BFL name, up-projection, down-projection, and the column of `down` where its neurons begin."""
+    """Every FFN of a dense FLUX.1: BFL name, up-projection, down-projection, column of `down` where its neurons begin."""
     for i, block in enumerate(model.transformer_blocks):
         for stream, ff in (("img_mlp", block.ff), ("txt_mlp", block.ff_context)):
             yield f"double_blocks.{i}.{stream}", ff.net[0].proj, ff.net[2], 0

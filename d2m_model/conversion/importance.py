@@ -1,0 +1,81 @@
+"""How much each hidden neuron of an FFN matters: one number per neuron, float32 [N].
+
+Taylor (Eq. 6) needs a loss on calibration data; the weight norm needs nothing but the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import ffn_tensors
+
+CHUNK = 1024  # neurons taken to float32 at a time
+
+
+def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) -> Tensor:
+    """Data-free: |(W1 row, b1 entry)| * |W2 column|, Euclidean; the bound of what a neuron writes for inputs of norm 1."""
+    parts = []
+    for start in range(0, up_NH.shape[0], CHUNK):
+        part = slice(start, start + CHUNK)
+        read = up_NH[part].float().square().sum(1) + up_bias_N[part].float().square()
+        written = down_HN[:, part].float().square().sum(0)
+        parts.append((read * written).sqrt())
+    return torch.cat(parts)
+
+
+def weight_norm_of(tensor: Callable[[str], Tensor], ffn: str, hidden_size: int, neurons: int) -> Tensor:
+    """weight_norm_importance of an FFN of a dense FLUX, by its name; `tensor` gives BFL tensors."""
+    at = ffn_tensors(ffn, hidden_size)
+    return weight_norm_importance(
+        tensor(f"{at.up}.weight").narrow(0, at.first_row, neurons),
+        tensor(f"{at.up}.bias").narrow(0, at.first_row, neurons),
+        tensor(f"{at.down}.weight").narrow(1, at.first_column, neurons),
+    )
+
+
+@dataclass
+class TaylorImportance:
+    """Eq. 6 over every backward pass until `close`: per neuron the sum of |dL/dw * w| over W1 row, b1 entry, W2 column.
+
+    A gradient is reduced to its neurons as soon as it is there and freed, so memory is the weights and one gradient.
+    Parameters of the model outside these FFNs are frozen by the constructor `of`.
+    """
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    _hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, ffns: Iterable[tuple[str, nn.Linear, nn.Linear, int]]) -> TaylorImportance:
+        """Watch FFNs given as a host's `ffn_linears` lists them: name, up, down, column of `down` where its neurons begin."""
+        model.requires_grad_(False)
+        taylor = cls()
+        for name, up, down, first_column in ffns:
+            taylor.scores[name] = torch.zeros(up.out_features, device=up.weight.device)
+            taylor._watch(name, up.weight, axis=0, first=0)
+            taylor._watch(name, up.bias, axis=0, first=0)
+            taylor._watch(name, down.weight, axis=1, first=first_column)
+        return taylor
+
+    def _watch(self, name: str, parameter: Tensor, *, axis: int, first: int) -> None:
+        """Add to the score of `name` what `parameter`, with its neurons along `axis` from `first` on, contributes."""
+
+        @torch.no_grad()
+        def accumulate(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            total = self.scores[name]
+            score = (parameter.grad.float() * parameter.float()).abs_()
+            total += score.movedim(axis, 0).narrow(0, first, len(total)).reshape(len(total), -1).sum(1)
+            parameter.grad = None
+
+        parameter.requires_grad_(True)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
+
+    def close(self) -> dict[str, Tensor]:
+        """Stop watching; the scores, on the CPU."""
+        for hook in self._hooks:
+            hook.remove()
+        return {name: score.cpu() for name, score in self.scores.items()}

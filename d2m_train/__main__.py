@@ -1,0 +1,51 @@
+"""The command line: `python -m d2m_train convert|inspect|report`, each a module with add_arguments and run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from d2m_model.checkpoint import CheckpointError
+from d2m_model.config import ConfigError
+
+from . import UserError
+
+COMMANDS = {
+    "convert": ("convert", "make a FLUX-MoE of a dense FLUX"),
+    "inspect": ("inspect_file", "say what a file is, and check it"),
+    "report": ("report", "parameters and FLOPs of the presets"),
+}
+EXTRA = ("diffusers", "accelerate", "transformers", "tqdm", "PIL", "yaml", "matplotlib")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 with one line on standard error for anything that the user can put right."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m d2m_train", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in arguments[:1]:  # the others are not even imported
+            module = importlib.import_module(f".{module_name}", __package__)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    chosen = parser.parse_args(arguments)
+    try:
+        status: int = chosen.run(chosen)
+    except (UserError, CheckpointError, ConfigError) as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        message = f"{error.name} is not installed. Install the trainer's packages: pip install 'dense2moe-flux[train]'"
+    else:
+        return status
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Say what a FLUX file is, dense or MoE, and check it whole: every tensor's shape, the neuron orders, the routers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_dense, check_file
+from d2m_model.config import FluxMoEConfig, all_ffn_names
+from d2m_model.tensor_file import TensorFile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="F", help="a .safetensors file")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = inspect(args.file)
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    return 0
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Everything that is known of a FLUX file. Raises CheckpointError for one that is damaged, or no FLUX."""
+    with TensorFile(path) as file:
+        config = None
+        if CONFIG_KEY in file.shapes:
+            config = check_file(path)
+            dims = config.dims
+        else:
+            try:
+                dims = check_dense(file.shapes, file.dtypes)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+        dtypes: Counter[str] = Counter()
+        for name, dtype in file.dtypes.items():
+            dtypes[str(dtype).removeprefix("torch.")] += prod(file.shapes[name])
+        facts: dict[str, Any] = {
+            "file": str(path),
+            "kind": "FLUX-MoE" if config else "dense FLUX.1",
+            "bytes": file.size,
+            "tensors": len(file.shapes),
+            "parameters": sum(
+                prod(shape) for name, shape in file.shapes.items() if file.dtypes[name].is_floating_point
+            ),
+            "elements_by_dtype": dict(dtypes.most_common()),
+            "dims": dataclasses.asdict(dims),
+        }
+        if config:
+            facts["moe"] = json.loads(config.to_json())
+            del facts["moe"]["dims"]
+        else:
+            facts["title"] = file.metadata.get("modelspec.title")
+            facts["licence"] = file.metadata.get("modelspec.license")
+    return facts
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for people, a line each."""
+    dims = facts["dims"]
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["elements_by_dtype"].items())
+    lines = [
+        ("file", f"{facts['file']} ({facts['bytes']:,} bytes, {facts['tensors']} tensors)"),
+        ("kind", facts["kind"] + (f", schema {facts['moe']['schema_version']}" if "moe" in facts else "")),
+        (
+            "size",
+            f"{dims['double_blocks']} double and {dims['single_blocks']} single blocks, hidden size {dims['hidden_size']}, "
+            f"guidance {'embedded' if dims['guidance_embed'] else 'not embedded'}",
+        ),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("elements", dtypes),
+    ]
+    if "moe" in facts:
+        lines += _moe_lines(FluxMoEConfig.from_json(json.dumps(facts["moe"] | {"dims": dims})))
+    else:
+        lines += [("title", facts["title"] or "not stated"), ("licence", facts["licence"] or "not stated")]
+    sound = "; routers and neuron orders are sound" if "moe" in facts else ""
+    lines.append(("checked", f"every tensor is there, with the right shape{sound}"))
+    return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
+    names = all_ffn_names(config.dims)
+    lines = []
+    for layout, count in Counter(config.ffns.values()).items():
+        what = f"{layout.shared} shared neurons, {layout.experts} experts of {layout.width}"
+        lines.append(("experts", f"{count} of {len(names)} FFNs: {what}"))
+    if dense := [name for name in names if name not in config.ffns]:
+        lines.append(("dense", ", ".join(dense)))
+    for group in config.groups:
+        blocks = f"{group.kind} blocks {group.first} to {group.first + group.blocks - 1}"
+        lines.append(("group", f"{blocks}, {group.active} active ({group.selection})"))
+    weights = "changed: needs the pack"
+    if config.split_only:
+        weights = "the teacher's, reordered: opens as the teacher without the pack"
+    return [
+        *lines,
+        ("routing", f"top-{config.top_k}, gate {config.gate.mode}, scale {config.gate.scale:g}"),
+        ("AdaLN", "dense" if config.adaln_rank is None else f"compressed to rank {config.adaln_rank}"),
+        ("weights", weights),
+        ("teacher", f"{config.teacher.title}, sha256 {config.teacher.sha256}"),
+        ("licence", config.teacher.licence),
+        ("made by", json.dumps(config.provenance, sort_keys=True)),
+    ]
