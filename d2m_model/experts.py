@@ -47,9 +47,11 @@ class Dispatch:
         tokens, top_k = self.row_TK.shape
         if tokens * top_k == 0:
             return
-        for chunk, first in enumerate(range(0, tokens, self.chunk_tokens)):
-            last = min(first + self.chunk_tokens, tokens)
-            yield slice(first, last), slice(first * top_k, last * top_k), self.ends_CE[chunk]
+        chunks = self.ends_CE.shape[0]
+        for chunk, ends_E in enumerate(self.ends_CE.unbind()):
+            first = chunk * self.chunk_tokens
+            last = tokens if chunk == chunks - 1 else first + self.chunk_tokens
+            yield slice(first, last), slice(first * top_k, last * top_k), ends_E
 
 
 def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
@@ -62,8 +64,9 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     if chunk_tokens is None:
         budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
         chunk_tokens = max(1, budget // (max(1, top_k) * x_TH.shape[1] * x_TH.element_size()))
-    chunks = max(1, -(-tokens // chunk_tokens))
-    chunk_tokens = max(1, -(-tokens // chunks))  # equal ones, instead of a small last one
+    # Equal chunks, instead of a small last one. The first case keeps a compiled graph good for any T.
+    chunks = 1 if tokens <= chunk_tokens else -(-tokens // chunk_tokens)
+    chunk_tokens = max(1, -(-tokens // chunks))
 
     device = routing.experts_TK.device
     token_T = torch.arange(tokens, device=device)

@@ -1,0 +1,192 @@
+"""What a FLUX or a FLUX-MoE costs: parameters, activated parameters, FLOPs. Each kind of layer states its own.
+
+FLOPs are 2 per multiply-accumulate of every linear layer on the tokens it really sees, plus 4 T^2 H of attention
+in each block (T image and text tokens). Activated parameters are counted twice:
+- `touched`: every parameter that takes part in one image's forward pass;
+- `paper`: as Table 1 counts them (found by matching its figures): one stream's MoE FFN for each double block; no
+  timestep, guidance and pooled-text embedders, no final modulation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .config import BlockGroup, FFNLayout, FluxDims
+from .keys import HEAD
+
+TIMESTEP_CHANNELS = 256  # sinusoids fed to the timestep and guidance embedders
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tokens:
+    """Length of one forward pass. 1024 x 1024 pixels are 4,096 image tokens (16 x 16 pixels each)."""
+
+    image: int
+    text: int
+
+    @property
+    def joint(self) -> int:
+        return self.image + self.text
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Cost:
+    """Parameters held (`total`), activated (`touched`, `paper`), and FLOPs of one forward pass of one image.
+
+    Averages over a block group's choices are fractions.
+    """
+
+    total: float = 0
+    touched: float = 0
+    paper: float = 0
+    flops: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            total=self.total + other.total,
+            touched=self.touched + other.touched,
+            paper=self.paper + other.paper,
+            flops=self.flops + other.flops,
+        )
+
+    def activated(self, fraction: float) -> Cost:
+        """All of it held, `fraction` of it run."""
+        return Cost(
+            total=self.total,
+            touched=self.touched * fraction,
+            paper=self.paper * fraction,
+            flops=self.flops * fraction,
+        )
+
+    def not_in_paper(self) -> Cost:
+        return dataclasses.replace(self, paper=0)
+
+
+NOTHING = Cost()
+
+
+# Layers
+
+
+def parameters(count: int) -> Cost:
+    """Parameters that no linear layer holds, such as a norm's scales; their FLOPs are not counted."""
+    return Cost(total=count, touched=count, paper=count)
+
+
+def linear(inputs: int, outputs: int, tokens: float, *, bias: bool = True) -> Cost:
+    return dataclasses.replace(parameters(inputs * outputs + bias * outputs), flops=2 * inputs * outputs * tokens)
+
+
+def attention(dims: FluxDims, tokens: Tokens) -> Cost:
+    """Scores and weighted values; projections are linear layers of their own."""
+    return Cost(flops=4 * tokens.joint**2 * dims.hidden_size)
+
+
+def embedder(inputs: int, hidden: int) -> Cost:
+    """Two linear layers on one vector."""
+    return linear(inputs, hidden, 1) + linear(hidden, hidden, 1)
+
+
+def modulation(dims: FluxDims, outputs: int, adaln_rank: int | None) -> Cost:
+    """`mod.lin` on one vector, compressed if there is a rank (Sec. 4.1)."""
+    return linear(adaln_rank or dims.hidden_size, outputs * dims.hidden_size, 1)
+
+
+def ffn(dims: FluxDims, layout: FFNLayout | None, top_k: int, tokens: int) -> Cost:
+    """A dense FFN, or a MoE FFN: shared expert, router, and top_k of the experts for each token (Eq. 2)."""
+    hidden = dims.hidden_size
+    if layout is None:
+        return linear(hidden, dims.neurons, tokens) + linear(dims.neurons, hidden, tokens)
+    shared = linear(hidden, layout.shared, tokens) + linear(layout.shared, hidden, tokens)
+    experts = linear(hidden, layout.experts * layout.width, tokens) + linear(
+        layout.experts * layout.width, hidden, tokens, bias=False
+    )
+    return shared + router(dims, layout.experts, tokens) + experts.activated(top_k / layout.experts)
+
+
+def router(dims: FluxDims, choices: int, tokens: int) -> Cost:
+    return linear(dims.hidden_size, choices, tokens, bias=False)
+
+
+# Blocks
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Conversion:
+    """What was changed of a dense FLUX; `DENSE` is nothing."""
+
+    ffns: Mapping[str, FFNLayout]
+    groups: Sequence[BlockGroup]
+    adaln_rank: int | None
+    top_k: int
+
+
+DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)
+
+
+def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
+    hidden = dims.hidden_size
+    cost = attention(dims, tokens)
+    for stream, length in (("img", tokens.image), ("txt", tokens.text)):
+        layout = conversion.ffns.get(f"double_blocks.{index}.{stream}_mlp")
+        mlp = ffn(dims, layout, conversion.top_k, length)
+        cost += (
+            modulation(dims, 6, conversion.adaln_rank)
+            + linear(hidden, 3 * hidden, length)
+            + parameters(2 * HEAD)
+            + linear(hidden, hidden, length)
+            + (mlp.not_in_paper() if stream == "txt" and layout is not None else mlp)
+        )
+    return cost
+
+
+def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
+    """linear1 and linear2 taken apart; their FFN halves cost what an FFN costs, whose b2 is linear2's bias."""
+    hidden, length = dims.hidden_size, tokens.joint
+    return (
+        attention(dims, tokens)
+        + modulation(dims, 3, conversion.adaln_rank)
+        + linear(hidden, 3 * hidden, length)
+        + parameters(2 * HEAD)
+        + linear(hidden, hidden, length, bias=False)
+        + ffn(dims, conversion.ffns.get(f"single_blocks.{index}"), conversion.top_k, length)
+    )
+
+
+def group_routers(dims: FluxDims, group: BlockGroup) -> Cost:
+    """W_x and W_y (Eq. 5), on one vector each."""
+    return router(dims, group.blocks, 1) + router(dims, group.blocks, 1)
+
+
+# Model
+
+
+def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
+    """One forward pass. Of a block group's m blocks, active / m run: each of them, where they differ, equally often."""
+    hidden = dims.hidden_size
+    fractions: dict[tuple[str, int], float] = {}
+    cost = (
+        linear(dims.in_channels, hidden, tokens.image)
+        + linear(dims.context_size, hidden, tokens.text)
+        + embedder(TIMESTEP_CHANNELS, hidden).not_in_paper()
+        + embedder(dims.vector_size, hidden).not_in_paper()
+        + linear(hidden, dims.out_channels, tokens.image)
+        + linear(hidden, 2 * hidden, 1).not_in_paper()
+    )
+    if dims.guidance_embed:
+        cost += embedder(TIMESTEP_CHANNELS, hidden).not_in_paper()
+    if conversion.adaln_rank is not None:
+        cost += linear(hidden, conversion.adaln_rank, 1, bias=False)
+    for group in conversion.groups:
+        cost += group_routers(dims, group)
+        for index in range(group.first, group.first + group.blocks):
+            fractions[group.kind, index] = group.active / group.blocks
+    for index in range(dims.double_blocks):
+        block = double_block(dims, index, conversion, tokens)
+        cost += block.activated(fractions.get(("double", index), 1))
+    for index in range(dims.single_blocks):
+        block = single_block(dims, index, conversion, tokens)
+        cost += block.activated(fractions.get(("single", index), 1))
+    return cost
