@@ -15,10 +15,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from d2m_model.checkpoint import check_file
+from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
+from demo.dataset import IMAGE
+from demo.prompt_encoder import TOKENS
 from demo.server import ComfyServer, Graph, ServerError
 from tools.host import ROOT
 
@@ -32,6 +37,8 @@ TEACHER, CONVERTED, AUTOENCODER = (
 WORKFLOW = ROOT / "example_workflows" / "flux-moe-emoji.json"
 API_WORKFLOW = ROOT / "example_workflows" / "api" / "flux-moe-emoji.json"
 TOP_K = (0, 1, 2, 4, 12)
+Images = dict[int | None, list[Image.Image]]  # by Top-K; None: the teacher
+IMAGE_TOKENS = (IMAGE // 16) ** 2
 SEED = 7
 PROMPTS = (
     "fox in the centre on blue",
@@ -90,9 +97,9 @@ def workflow(prompt: str, top_k: int | None, prefix: str) -> Graph:
     return graph
 
 
-def paint(server: ComfyServer) -> tuple[dict[int | None, list[Image.Image]], dict[int | None, float]]:
+def paint(server: ComfyServer) -> tuple[Images, dict[int | None, float]]:
     """Images of every prompt by teacher (None) and every Top-K, and the median seconds of an image."""
-    images: dict[int | None, list[Image.Image]] = {}
+    images: Images = {}
     seconds: dict[int | None, float] = {}
     for top_k in (None, *TOP_K):
         name = "teacher" if top_k is None else f"k{top_k}"
@@ -108,7 +115,7 @@ def paint(server: ComfyServer) -> tuple[dict[int | None, list[Image.Image]], dic
     return images, seconds
 
 
-def draw_strip(images: dict[int | None, list[Image.Image]], file: Path) -> None:
+def draw_strip(images: Images, file: Path) -> None:
     """A row for each model, a column for each prompt."""
     font = ImageFont.load_default(size=14)
     cell, left, top = 128, 84, 40
@@ -125,13 +132,15 @@ def draw_strip(images: dict[int | None, list[Image.Image]], file: Path) -> None:
     strip.save(file)
 
 
-def cost_of(top_k: int) -> dict[str, float]:
-    """Parameters and FLOPs of the converted file at a Top-K, as `python -m d2m_train report` counts them."""
-    command = [sys.executable, "-m", "d2m_train", "report", "--model", str(OUT / CONVERTED), "--preset", "L"]
-    done = subprocess.run(
-        [*command, "--top-k", str(top_k), "--json"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    return dict(json.loads(done.stdout))
+def costs() -> dict[int | None, Cost]:
+    """Parameters and FLOPs of one model evaluation: of the teacher (None), and of the converted file at every Top-K."""
+    config = check_file(OUT / CONVERTED)
+    tokens = Tokens(image=IMAGE_TOKENS, text=TOKENS)
+    found: dict[int | None, Cost] = {None: flux(config.dims, DENSE, tokens)}
+    for top_k in TOP_K:
+        conversion = Conversion(ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=top_k)
+        found[top_k] = flux(config.dims, conversion, tokens)
+    return found
 
 
 def pixel_distance(images: Sequence[Image.Image], reference: Sequence[Image.Image]) -> float:
@@ -143,30 +152,27 @@ def pixel_distance(images: Sequence[Image.Image], reference: Sequence[Image.Imag
     return float(np.sqrt(np.mean(squares))) / 255
 
 
-def table(images: dict[int | None, list[Image.Image]], seconds: dict[int | None, float]) -> list[dict[str, object]]:
+def table(images: Images, seconds: dict[int | None, float]) -> list[dict[str, Any]]:
     """The rows of the report: what each model costs and how far its images are from the teacher's."""
-    rows: list[dict[str, object]] = []
-    for top_k in images:
-        cost = cost_of(max(TOP_K) if top_k is None else top_k)
-        dense = top_k is None
-        rows.append(
-            {
-                "model": TEACHER if dense else f"{CONVERTED}, k = {top_k}",
-                "activated_params": cost["dense_params"] if dense else cost["touched_params"],
-                "flops": cost["dense_flops"] if dense else cost["flops"],
-                "flops_ratio": 1.0 if dense else cost["flops_ratio"],
-                "seconds_per_image": round(seconds[top_k], 2),
-                "rms_to_teacher": round(pixel_distance(images[top_k], images[None]), 4),
-            }
-        )
-    return rows
+    cost = costs()
+    return [
+        {
+            "model": TEACHER if top_k is None else f"{CONVERTED}, k = {top_k}",
+            "activated_params": round(cost[top_k].touched),
+            "flops": round(cost[top_k].flops),
+            "flops_ratio": round(cost[top_k].flops / cost[None].flops, 4),
+            "seconds_per_image": round(seconds[top_k], 2),
+            "rms_to_teacher": round(pixel_distance(images[top_k], images[None]), 4),
+        }
+        for top_k in images
+    ]
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"\n{'model':38} {'activated':>10} {'GFLOPs':>8} {'of dense':>9} {'s/image':>8} {'RMS to teacher':>15}")
     for row in rows:
         print(
-            f"{row['model']:38} {row['activated_params'] / 1e6:>8.2f} M {row['flops'] / 1e9:>8.3f} "  # type: ignore[operator]
+            f"{row['model']:38} {row['activated_params'] / 1e6:>8.2f} M {row['flops'] / 1e9:>8.3f} "
             f"{row['flops_ratio']:>9.3f} {row['seconds_per_image']:>8.2f} {row['rms_to_teacher']:>15.4f}"
         )
     print("seconds: a whole queue-to-picture round trip on this machine, 20 steps; see benchmarks/ for speed.")
