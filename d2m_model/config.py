@@ -16,6 +16,7 @@ MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
 GateMode = Literal["sum", "normalised"]
 PresetName = Literal["L", "M", "S", "XS"]
 BlockKind = Literal["double", "single"]
+Selection = Literal["topk", "window"]
 
 
 class ConfigError(ValueError):
@@ -69,7 +70,7 @@ class BlockGroup:
     first: int
     blocks: int
     active: int
-    selection: Literal["topk", "window"]
+    selection: Selection
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -104,12 +105,23 @@ class FluxMoEConfig:
             )
         _expect(self.schema_version >= 1, "schema_version", self.schema_version, "1 or more")
         _expect(self.gate.mode in get_args(GateMode), "gate.mode", self.gate.mode, "'sum' or 'normalised'")
-        _expect(self.gate.scale > 0, "gate.scale", self.gate.scale, "a positive number")
+        _expect(0 < self.gate.scale < float("inf"), "gate.scale", self.gate.scale, "a positive number")
+        for size, value in dataclasses.asdict(self.dims).items():
+            _expect(size == "guidance_embed" or value >= 1, f"dims.{size}", value, "1 or more")
+        _expect(self.adaln_rank is None or self.adaln_rank >= 1, "adaln_rank", self.adaln_rank, "1 or more, or null")
         names = set(all_ffn_names(self.dims))
         for name, layout in self.ffns.items():
-            _expect(name in names, "ffns", name, f"an FFN of {self.dims.double_blocks} double and {self.dims.single_blocks} single blocks")
             _expect(
-                layout.shared >= 0 and layout.experts >= 1 and layout.width >= 1 and layout.neurons == self.dims.neurons,
+                name in names,
+                "ffns",
+                name,
+                f"an FFN of {self.dims.double_blocks} double and {self.dims.single_blocks} single blocks",
+            )
+            _expect(
+                layout.shared >= 0
+                and layout.experts >= 1
+                and layout.width >= 1
+                and layout.neurons == self.dims.neurons,
                 f"ffns[{name!r}]",
                 f"{layout.shared} + {layout.experts} x {layout.width} neurons",
                 f"shared + experts x width = {self.dims.neurons}",
@@ -119,8 +131,19 @@ class FluxMoEConfig:
         taken: set[tuple[str, int]] = set()
         for index, group in enumerate(self.groups):
             depth = self.dims.double_blocks if group.kind == "double" else self.dims.single_blocks
-            fits = group.kind in get_args(BlockKind) and group.first >= 0 and group.blocks >= 2 and group.first + group.blocks <= depth
+            fits = (
+                group.kind in get_args(BlockKind)
+                and group.first >= 0
+                and group.blocks >= 2
+                and group.first + group.blocks <= depth
+            )
             _expect(fits, f"groups[{index}]", group, f"two or more blocks within the {depth} {group.kind} blocks")
+            _expect(
+                group.selection in get_args(Selection),
+                f"groups[{index}].selection",
+                group.selection,
+                "'topk' or 'window'",
+            )
             _expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
             members = {(group.kind, i) for i in range(group.first, group.first + group.blocks)}
             _expect(not members & taken, f"groups[{index}]", group, "blocks that no other group has")
@@ -138,7 +161,9 @@ class FluxMoEConfig:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"d2m_config is not JSON ({error}); the file is damaged. Convert the teacher again.") from None
+            raise ConfigError(
+                f"d2m_config is not JSON ({error}); the file is damaged. Convert the teacher again."
+            ) from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise ConfigError(
@@ -147,9 +172,13 @@ class FluxMoEConfig:
         data = _fields_of(cls, data, "d2m_config")
         data["dims"] = FluxDims(**_fields_of(FluxDims, data["dims"], "dims"))
         _expect(isinstance(data["ffns"], dict), "ffns", data["ffns"], "an object")
-        data["ffns"] = {name: FFNLayout(**_fields_of(FFNLayout, value, f"ffns[{name!r}]")) for name, value in data["ffns"].items()}
+        data["ffns"] = {
+            name: FFNLayout(**_fields_of(FFNLayout, value, f"ffns[{name!r}]")) for name, value in data["ffns"].items()
+        }
+        _expect(isinstance(data["groups"], list), "groups", data["groups"], "a list")
         data["groups"] = tuple(
-            BlockGroup(**_fields_of(BlockGroup, value, f"groups[{index}]")) for index, value in enumerate(data["groups"])
+            BlockGroup(**_fields_of(BlockGroup, value, f"groups[{index}]"))
+            for index, value in enumerate(data["groups"])
         )
         data["gate"] = Gate(**_fields_of(Gate, data["gate"], "gate"))
         data["teacher"] = Teacher(**_fields_of(Teacher, data["teacher"], "teacher"))
@@ -157,7 +186,7 @@ class FluxMoEConfig:
 
 
 _FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)),
+    "int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)), "dict[str, Any]": dict,
 }  # fmt: skip
 
 
@@ -178,7 +207,7 @@ def _fields_of(cls: type, data: object, where: str) -> dict[str, Any]:
         expected = _FIELD_TYPES.get(str(f.type))
         if expected is not None:
             right = isinstance(data[name], expected) and (str(f.type) == "bool" or not isinstance(data[name], bool))
-            _expect(right, f"{where}.{name}", data[name], str(f.type))
+            _expect(right, f"{where}.{name}", data[name], "an object" if expected is dict else str(f.type))
     return dict(data)
 
 
@@ -222,7 +251,9 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
         raise ConfigError(f"Preset {name} needs {dense + 3} double blocks or more; this FLUX has {dims.double_blocks}.")
     doubles = max(1, min(round(5 * dims.double_blocks / 19), room))
     first = dims.double_blocks - 3 * doubles
-    groups = [BlockGroup(kind="double", first=first + 3 * g, blocks=3, active=1, selection="topk") for g in range(doubles)]
+    groups = [
+        BlockGroup(kind="double", first=first + 3 * g, blocks=3, active=1, selection="topk") for g in range(doubles)
+    ]
     if name in ("S", "XS"):
         most = dims.single_blocks // 5
         if most < 1:
@@ -231,7 +262,13 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
         spare = dims.single_blocks - 5 * singles
         for g in range(singles):
             groups.append(
-                BlockGroup(kind="single", first=5 * g + round(spare * (g + 1) / (singles + 1)), blocks=5, active=1, selection="topk")
+                BlockGroup(
+                    kind="single",
+                    first=5 * g + round(spare * (g + 1) / (singles + 1)),
+                    blocks=5,
+                    active=1,
+                    selection="topk",
+                )
             )
     return tuple(groups)
 

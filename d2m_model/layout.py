@@ -33,8 +33,12 @@ def ffn_tensors(name: str, hidden_size: int) -> FFNTensors:
     if name.startswith("double_blocks."):
         return FFNTensors(up=f"{name}.0", first_row=0, down=f"{name}.2", first_column=0)
     if name.startswith("single_blocks."):
-        return FFNTensors(up=f"{name}.linear1", first_row=3 * hidden_size, down=f"{name}.linear2", first_column=hidden_size)
-    raise ValueError(f"{name!r} is not an FFN's name; expected double_blocks.i.img_mlp, double_blocks.i.txt_mlp or single_blocks.i.")
+        return FFNTensors(
+            up=f"{name}.linear1", first_row=3 * hidden_size, down=f"{name}.linear2", first_column=hidden_size
+        )
+    raise ValueError(
+        f"{name!r} is not an FFN's name; expected double_blocks.i.img_mlp, double_blocks.i.txt_mlp or single_blocks.i."
+    )
 
 
 def neuron_axis(tensor_name: str, name: str, hidden_size: int) -> tuple[int, int] | None:
