@@ -39,16 +39,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = []
-                for parameter in parameters:
+                if (gradient := parameter.grad) is not None:
                     momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                    momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                    updates.append(parameter.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+                    momentum.lerp_(gradient, 1 - MOMENTUM)
+                    by_shape[parameter.shape].append((parameter, gradient.lerp(momentum, MOMENTUM)))  # Nesterov's
+            for shape, pairs in by_shape.items():
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, orthogonalised(torch.stack(updates)), strict=True):
+                updates = orthogonalised(torch.stack([update for _, update in pairs]))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
