@@ -23,8 +23,8 @@ class EmojiPrompt(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    default="red apple on a blue background",
-                    tooltip="An object and a background colour. Words that the emoji FLUX has not learned count as unknown.",
+                    default="fox in the centre on blue",
+                    tooltip="An object, a place and a background colour. Words that the emoji FLUX has not learned count as unknown.",
                 ),
                 io.Float.Input(
                     "guidance",

@@ -250,7 +250,7 @@ class FluxMoEModel(comfy.model_base.Flux):
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
         control: Any = None,
-        transformer_options: Mapping[str, Any] = {},  # noqa: B006 (as in ComfyUI; never written to)
+        transformer_options: Mapping[str, Any] = {},
         **kwargs: Any,
     ) -> Tensor:
         """Hands the settings on beside transformer_options: TorchCompileModel leaves everything within these out of

@@ -1,0 +1,62 @@
+"""ComfyUI in this process, tiny files for it, and a ComfyUI server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.comfyui import files
+from tests.comfyui.inside import Comfy
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
+    return Comfy(tmp_path_factory.mktemp("comfyui"))
+
+
+@dataclass
+class Pair:
+    """A dense teacher and the FLUX-MoE that it was split into: their tensors, files and MODELs."""
+
+    dense: dict[str, Tensor]
+    split: dict[str, Tensor]
+    dense_file: Path
+    moe_file: Path
+    teacher: Any
+    moe: Any
+
+
+@pytest.fixture(scope="session")
+def pair(comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    dense = files.dense_flux()
+    split = files.split(dense)
+    dense_file = files.save(dense, folder / "dense.safetensors")
+    moe_file = files.save(split, folder / "moe.safetensors")
+    return Pair(dense, split, dense_file, moe_file, comfy.load(dense_file), comfy.load(moe_file))
+
+
+@pytest.fixture
+def without_pack(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """ComfyUI's loaders as they are without this pack."""
+    import comfy.supported_models as supported
+
+    stock = [entry for entry in supported.models if not entry.__module__.startswith(comfy.pack_name)]
+    assert len(stock) == len(supported.models) - 3
+    monkeypatch.setattr(supported, "models", stock)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny, and sums in one order give the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,118 @@
+"""ComfyUI in this Python process, on the CPU and without a server: what its nodes see.
+
+`python -m tests.comfyui.inside FILE OUT [--top-k K] [--without-pack]` samples a file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.host import ROOT, host_in_use
+
+CONTEXT_TOKENS = 7
+
+
+class Comfy:
+    """Imports ComfyUI and lets it load this pack, as its server does. Once per process."""
+
+    def __init__(self, base: Path, *, pack: bool = True) -> None:
+        # Ahead of the project's root, which has a package called nodes as well.
+        sys.path.insert(0, str(host_in_use().path))
+        from comfy.cli_args import args
+
+        args.cpu = True
+        args.base_directory = str(base)
+        args.use_pytorch_cross_attention = True  # ComfyUI's own choice for a CPU asks for free memory, and varies with it
+        import comfy.sample
+        import comfy.sd
+        import nodes
+
+        self.nodes = nodes
+        self.base = base
+        self.pack_name = str(ROOT).replace(".", "_x_")
+        if pack:
+            assert asyncio.run(nodes.load_custom_node(str(ROOT))), "ComfyUI could not load the pack"
+
+    def module(self, name: str) -> ModuleType:
+        """A module of the pack as ComfyUI has imported it, like nodes.flux_moe."""
+        return importlib.import_module(f"{self.pack_name}.{name}")
+
+    def run(self, node_id: str, **inputs: Any) -> Any:
+        """The first output of a node, this pack's or ComfyUI's."""
+        node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
+        if hasattr(node, "define_schema"):
+            return node.execute(**inputs).result[0]
+        return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+    def load(self, file: Path) -> Any:
+        """As Load Diffusion Model does."""
+        import comfy.sd
+
+        return comfy.sd.load_diffusion_model(str(file))
+
+    def top_k(self, model: Any, top_k: int, gate: str = "as in the file") -> Any:
+        return self.run("D2MTopK", model=model, top_k=top_k, gate=gate)
+
+    def sample(
+        self, model: Any, size: tuple[int, int, int] = (1, 16, 16), *, seed: int = 0, cfg: float = 1.0, steps: int = 3
+    ) -> Tensor:
+        """Latents from noise, as KSampler makes them. `size` is batch, height, width."""
+        import comfy.sample
+
+        batch, height, width = size
+        noise = torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(seed))
+        positive, negative = self.conditioning(model, 1), self.conditioning(model, 2)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), seed=seed
+        )
+
+    def conditioning(self, model: Any, seed: int) -> list:
+        params = model.model.diffusion_model.params
+        generator = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, CONTEXT_TOKENS, params.context_in_dim, generator=generator)
+        pooled = torch.randn(1, params.vec_in_dim, generator=generator)
+        return [[context, {"pooled_output": pooled, "guidance": 3.5}]]
+
+    def evaluate(self, model: Any) -> Tensor:
+        """One evaluation of a MODEL that is loaded already."""
+        (context, rest), *_ = self.conditioning(model, 1)
+        x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            return model.model.apply_model(
+                x, torch.tensor([0.7]), c_crossattn=context, y=rest["pooled_output"], guidance=torch.tensor([3.5]),
+                transformer_options=model.model_options["transformer_options"],
+            )  # fmt: skip
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Relative: the norm of the difference over the norm of what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--without-pack", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base:
+        comfy = Comfy(Path(base), pack=not options.without_pack)
+        model = comfy.load(options.file)
+        if options.top_k is not None:
+            model = comfy.top_k(model, options.top_k)
+        torch.save({"class": type(model.model).__name__, "latents": comfy.sample(model)}, options.out)
+
+
+if __name__ == "__main__":
+    main()
