@@ -16,8 +16,10 @@ from tests.comfyui.inside import Comfy
 
 
 @pytest.fixture(scope="session")
-def comfy(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
-    return Comfy(tmp_path_factory.mktemp("comfyui"))
+def host(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
+    host = Comfy(tmp_path_factory.mktemp("comfyui"))
+    host.load_pack()
+    return host
 
 
 @dataclass
@@ -33,24 +35,23 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pair(comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     dense = files.dense_flux()
     split = files.split(dense)
     dense_file = files.save(dense, folder / "dense.safetensors")
     moe_file = files.save(split, folder / "moe.safetensors")
-    return Pair(dense, split, dense_file, moe_file, comfy.load(dense_file), comfy.load(moe_file))
+    return Pair(dense, split, dense_file, moe_file, host.load(dense_file), host.load(moe_file))
 
 
 @pytest.fixture
-def without_pack(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_pack(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI's loaders as they are without this pack."""
     import comfy.supported_models as supported
 
-    stock = [entry for entry in supported.models if not entry.__module__.startswith(comfy.pack_name)]
+    stock = [entry for entry in supported.models if not entry.__module__.startswith(host.pack_name)]
     assert len(stock) == len(supported.models) - 3
     monkeypatch.setattr(supported, "models", stock)
-    yield
 
 
 @pytest.fixture(autouse=True)

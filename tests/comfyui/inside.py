@@ -1,6 +1,7 @@
 """ComfyUI in this Python process, on the CPU and without a server: what its nodes see.
 
-`python -m tests.comfyui.inside FILE OUT [--top-k K] [--without-pack]` samples a file in a process of its own.
+`python -m tests.comfyui.inside FILE OUT --top-k K` samples a FLUX-MoE in a process of its own: first with the stock
+loader and without this pack, then with it.
 """
 
 from __future__ import annotations
@@ -23,25 +24,24 @@ CONTEXT_TOKENS = 7
 
 
 class Comfy:
-    """Imports ComfyUI and lets it load this pack, as its server does. Once per process."""
+    """Imports ComfyUI. Once per process."""
 
-    def __init__(self, base: Path, *, pack: bool = True) -> None:
+    def __init__(self, base: Path) -> None:
         # Ahead of the project's root, which has a package called nodes as well.
         sys.path.insert(0, str(host_in_use().path))
         from comfy.cli_args import args
 
         args.cpu = True
         args.base_directory = str(base)
-        args.use_pytorch_cross_attention = True  # ComfyUI's own choice for a CPU asks for free memory, and varies with it
-        import comfy.sample
-        import comfy.sd
-        import nodes
-
-        self.nodes = nodes
+        args.use_pytorch_cross_attention = (
+            True  # ComfyUI's own choice for a CPU asks for free memory, and varies with it
+        )
+        self.nodes = importlib.import_module("nodes")
         self.base = base
-        self.pack_name = str(ROOT).replace(".", "_x_")
-        if pack:
-            assert asyncio.run(nodes.load_custom_node(str(ROOT))), "ComfyUI could not load the pack"
+        self.pack_name = str(ROOT).replace(".", "_x_")  # as ComfyUI names it
+
+    def load_pack(self) -> None:
+        assert asyncio.run(self.nodes.load_custom_node(str(ROOT))), "ComfyUI could not load the pack"
 
     def module(self, name: str) -> ModuleType:
         """A module of the pack as ComfyUI has imported it, like nodes.flux_moe."""
@@ -103,15 +103,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--without-pack", action="store_true")
+    parser.add_argument("--top-k", type=int, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
-        comfy = Comfy(Path(base), pack=not options.without_pack)
-        model = comfy.load(options.file)
-        if options.top_k is not None:
-            model = comfy.top_k(model, options.top_k)
-        torch.save({"class": type(model.model).__name__, "latents": comfy.sample(model)}, options.out)
+        comfy = Comfy(Path(base))
+        stock = comfy.load(options.file)
+        found = {"stock class": type(stock.model).__name__, "stock": comfy.sample(stock)}
+        comfy.load_pack()
+        found["moe"] = comfy.sample(comfy.top_k(comfy.load(options.file), options.top_k))
+        torch.save(found, options.out)
 
 
 if __name__ == "__main__":

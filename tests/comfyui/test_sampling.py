@@ -21,30 +21,28 @@ ALL = files.LAYOUT.experts
 SIZES = [(1, 16, 16), (3, 15, 17), (2, 8, 24), (1, 2, 2)]
 
 
-def test_opened_without_this_pack_a_split_file_is_the_teacher(comfy: Comfy, pair: Pair, without_pack: None) -> None:
-    opened = comfy.load(pair.moe_file)
+def test_opened_without_this_pack_a_split_file_is_the_teacher(host: Comfy, pair: Pair, without_pack: None) -> None:
+    opened = host.load(pair.moe_file)
     assert type(opened.model).__name__ == "Flux"
-    assert distance(comfy.sample(opened), comfy.sample(pair.teacher)) <= 1e-5
+    assert distance(host.sample(opened), host.sample(pair.teacher)) <= 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_all_experts_paint_what_the_teacher_paints(comfy: Comfy, pair: Pair, size: tuple[int, int, int]) -> None:
-    moe = comfy.top_k(pair.moe, ALL)
-    assert distance(comfy.sample(moe, size), comfy.sample(pair.teacher, size)) <= 1e-5
+def test_all_experts_paint_what_the_teacher_paints(host: Comfy, pair: Pair, size: tuple[int, int, int]) -> None:
+    moe = host.top_k(pair.moe, ALL)
+    assert distance(host.sample(moe, size), host.sample(pair.teacher, size)) <= 1e-5
 
 
-def test_all_experts_paint_what_the_teacher_paints_with_a_negative_prompt(comfy: Comfy, pair: Pair) -> None:
-    moe = comfy.top_k(pair.moe, ALL)
-    found, expected = comfy.sample(moe, (2, 16, 16), cfg=3.0), comfy.sample(pair.teacher, (2, 16, 16), cfg=3.0)
+def test_all_experts_paint_what_the_teacher_paints_with_a_negative_prompt(host: Comfy, pair: Pair) -> None:
+    moe = host.top_k(pair.moe, ALL)
+    found, expected = host.sample(moe, (2, 16, 16), cfg=3.0), host.sample(pair.teacher, (2, 16, 16), cfg=3.0)
     assert distance(found, expected) <= 1e-5
-    assert distance(comfy.sample(pair.teacher, (2, 16, 16)), expected) >= 1e-2
+    assert distance(host.sample(pair.teacher, (2, 16, 16)), expected) >= 1e-2
 
 
-def test_all_experts_go_through_the_grouped_path(
-    comfy: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_experts_go_through_the_grouped_path(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shortcut: every token is routed to every expert in every FFN."""
-    flux_moe, seen = comfy.module("nodes.flux_moe"), []
+    flux_moe, seen = host.module("nodes.flux_moe"), []
 
     def counted(hidden: Tensor, plan: SimpleNamespace, down: Tensor) -> Tensor:
         seen.append(tuple(plan.row_TK.shape))
@@ -52,7 +50,7 @@ def test_all_experts_go_through_the_grouped_path(
 
     expert_down = flux_moe.expert_down
     monkeypatch.setattr(flux_moe, "expert_down", counted)
-    comfy.sample(comfy.top_k(pair.moe, ALL), steps=1)
+    host.sample(host.top_k(pair.moe, ALL), steps=1)
     image, text = 8 * 8, 7
     single = [(image + text, ALL)] * files.DIMS.single_blocks
     assert seen == [(image, ALL), (text, ALL), *single]
@@ -62,66 +60,59 @@ def test_all_experts_go_through_the_grouped_path(
 @pytest.mark.parametrize("top_k", [0, 1, 2, ALL - 1])
 @pytest.mark.parametrize("gate", ["sum", "normalised"])
 def test_chosen_experts_follow_the_paper(
-    comfy: Comfy, pair: Pair, without_pack: None, top_k: int, gate: str, size: tuple[int, int, int]
+    host: Comfy, pair: Pair, without_pack: None, top_k: int, gate: str, size: tuple[int, int, int]
 ) -> None:
-    reference = comfy.load(pair.moe_file)
+    reference = host.load(pair.moe_file)
     route_literally(reference.model.diffusion_model, pair.split, top_k, gate)
-    found = comfy.sample(comfy.top_k(pair.moe, top_k, gate), size)
-    assert distance(found, comfy.sample(reference, size)) <= 1e-5
-    assert distance(found, comfy.sample(pair.teacher, size)) >= 1e-2
+    found = host.sample(host.top_k(pair.moe, top_k, gate), size)
+    assert distance(found, host.sample(reference, size)) <= 1e-5
+    assert distance(found, host.sample(pair.teacher, size)) >= 1e-2
 
 
 @pytest.mark.parametrize("top_k", [0, 2, ALL])
 def test_experts_not_chosen_leave_their_mean(
-    comfy: Comfy, pair: Pair, tmp_path: Path, request: pytest.FixtureRequest, top_k: int
+    host: Comfy, pair: Pair, tmp_path: Path, request: pytest.FixtureRequest, top_k: int
 ) -> None:
     split = files.split(pair.dense, mean=True)
     file = files.save(split, tmp_path / "mean.safetensors")
-    found = comfy.sample(comfy.top_k(comfy.load(file), top_k))
+    found = host.sample(host.top_k(host.load(file), top_k))
     request.getfixturevalue("without_pack")
-    reference = comfy.load(file)
+    reference = host.load(file)
     route_literally(reference.model.diffusion_model, split, top_k, "sum")
-    assert distance(found, comfy.sample(reference)) <= 1e-5
-    without_mean = comfy.sample(comfy.top_k(pair.moe, top_k))
+    assert distance(found, host.sample(reference)) <= 1e-5
+    without_mean = host.sample(host.top_k(pair.moe, top_k))
     assert (distance(found, without_mean) >= 1e-2) == (top_k < ALL)
 
 
-def test_a_file_runs_at_its_own_top_k_and_gate(comfy: Comfy, pair: Pair, tmp_path: Path) -> None:
-    assert torch.equal(comfy.sample(pair.moe), comfy.sample(comfy.top_k(pair.moe, 2, "sum")))
+def test_a_file_runs_at_its_own_top_k_and_gate(host: Comfy, pair: Pair, tmp_path: Path) -> None:
+    assert torch.equal(host.sample(pair.moe), host.sample(host.top_k(pair.moe, 2, "sum")))
     normalised = files.split(pair.dense, gate=files.Gate(mode="normalised", scale=2.0))
-    moe = comfy.load(files.save(normalised, tmp_path / "normalised.safetensors"))
-    assert torch.equal(comfy.sample(moe), comfy.sample(comfy.top_k(pair.moe, 2, "normalised")))
+    moe = host.load(files.save(normalised, tmp_path / "normalised.safetensors"))
+    assert torch.equal(host.sample(moe), host.sample(host.top_k(pair.moe, 2, "normalised")))
 
 
-def test_clones_with_different_top_k_do_not_disturb_each_other(comfy: Comfy, pair: Pair) -> None:
-    few, all_experts = comfy.top_k(pair.moe, 1), comfy.top_k(pair.moe, ALL)
-    twice = comfy.top_k(all_experts, 3)
-    first = [comfy.sample(model) for model in (few, all_experts, twice, pair.moe)]
-    again = [comfy.sample(model) for model in (pair.moe, twice, all_experts, few)][::-1]
+def test_clones_with_different_top_k_do_not_disturb_each_other(host: Comfy, pair: Pair) -> None:
+    few, all_experts = host.top_k(pair.moe, 1), host.top_k(pair.moe, ALL)
+    twice = host.top_k(all_experts, 3)
+    first = [host.sample(model) for model in (few, all_experts, twice, pair.moe)]
+    again = [host.sample(model) for model in (pair.moe, twice, all_experts, few)][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({tuple(latents.flatten().tolist()) for latents in first}) == 4
     assert few.model is all_experts.model is pair.moe.model
     assert "d2m" not in pair.moe.model_options["transformer_options"]
 
 
-def test_a_second_run_gives_what_a_fresh_process_gives(comfy: Comfy, pair: Pair, tmp_path: Path) -> None:
-    moe = comfy.top_k(pair.moe, 2)
-    comfy.sample(comfy.top_k(pair.moe, ALL), (2, 8, 24))
-    assert torch.equal(fresh_process(pair.moe_file, tmp_path, "--top-k", "2")["latents"], comfy.sample(moe))
-
-
-def test_in_a_process_without_this_pack_a_split_file_is_the_teacher(comfy: Comfy, pair: Pair, tmp_path: Path) -> None:
-    found = fresh_process(pair.moe_file, tmp_path, "--without-pack")
-    assert found["class"] == "Flux"
-    assert distance(found["latents"], comfy.sample(pair.teacher)) <= 1e-5
-
-
-def fresh_process(file: Path, folder: Path, *options: str) -> dict:
-    out = folder / "latents.pt"
-    command = [sys.executable, "-m", "tests.comfyui.inside", str(file), str(out), *options]
+def test_a_used_process_paints_what_a_fresh_one_paints(host: Comfy, pair: Pair, tmp_path: Path) -> None:
+    """And that one, before it loads this pack, paints a split file as the teacher."""
+    out = tmp_path / "latents.pt"
+    command = [sys.executable, "-m", "tests.comfyui.inside", str(pair.moe_file), str(out), "--top-k", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(out)
+    fresh = torch.load(out)
+    host.sample(host.top_k(pair.moe, ALL), (2, 8, 24))
+    assert torch.equal(fresh["moe"], host.sample(host.top_k(pair.moe, 2)))
+    assert fresh["stock class"] == "Flux"
+    assert distance(fresh["stock"], host.sample(pair.teacher)) <= 1e-5
 
 
 # A literal reference: the dense FLUX with, for each token, the neurons of experts that it did not choose zeroed
