@@ -72,7 +72,7 @@ class TensorFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file, to be read only. KeyError for an unknown name."""
+        """A view of the mapped file, to be read only: writing into it kills the process. KeyError for an unknown name."""
         begin, end = self._spans[name]
         if begin == end:
             return torch.empty(self.shapes[name], dtype=self.dtypes[name])

@@ -72,14 +72,16 @@ class EmojiData:
 
     name = "emoji"
 
-    def __init__(self) -> None:
+    # The demo is imported here alone: without it every other command works.
+
+    def __init__(self, assets: Path | None = None) -> None:
         try:
             from demo import autoencoder, dataset, prompt_encoder
         except ModuleNotFoundError as error:
             if error.name != "demo":
                 raise
             raise UserError("--data emoji is the demo's dataset: run from the repository's root.") from None
-        assets = Path(dataset.__file__).parent / "assets"
+        assets = assets or dataset.ASSETS
         for asset in ("autoencoder", "prompt-encoder"):
             if not (assets / f"{asset}.safetensors").is_file():
                 raise UserError(f"{assets / asset}.safetensors is missing; demo/README.md says how to make it.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2m_model import VERSION
 from d2m_model.config import FluxDims, FluxMoEConfig, Gate, PresetName, preset_groups, preset_layouts
 from d2m_model.conversion.convert import describe_teacher, open_teacher, refuse_same_file, split_file
-from d2m_model.conversion.importance import weight_norm_of
+from d2m_model.conversion.importance import weight_norms
 from d2m_model.conversion.split import Dealing, RouterInit
 from d2m_model.tensor_file import CheckpointError, TensorFile
 
@@ -136,10 +136,8 @@ def _check_folder(target: Path) -> None:
 def _weight_norm(file: TensorFile, dims: FluxDims, ffns: list[str]) -> dict[str, Tensor]:
     from tqdm import tqdm
 
-    return {
-        ffn: weight_norm_of(file.tensor, ffn, dims.hidden_size, dims.neurons)
-        for ffn in tqdm(ffns, desc="Importance", unit="FFN")
-    }
+    with tqdm(total=len(ffns), desc="Importance", unit="FFN") as bar:
+        return weight_norms(file.tensor, dims, ffns, bar.update)
 
 
 def _taylor(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_dense, check_file
 from d2m_model.config import FluxMoEConfig, all_ffn_names
+from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.tensor_file import TensorFile
 
 
@@ -53,6 +54,11 @@ def inspect(path: Path) -> dict[str, Any]:
             "dims": dataclasses.asdict(dims),
         }
         if config:
+            conversion = Conversion(
+                ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=config.top_k
+            )
+            cost = flux(dims, conversion, Tokens(image=1, text=1))  # parameters do not depend on the tokens
+            facts["activated_parameters"] = {"touched": round(cost.touched), "paper": round(cost.paper)}
             facts["moe"] = json.loads(config.to_json())
             del facts["moe"]["dims"]
         else:
@@ -77,6 +83,8 @@ def as_text(facts: dict[str, Any]) -> str:
         ("elements", dtypes),
     ]
     if "moe" in facts:
+        active = facts["activated_parameters"]
+        lines.append(("activated", f"{active['touched']:,} ({active['paper']:,} as the paper counts)"))
         lines += _moe_lines(FluxMoEConfig.from_json(json.dumps(facts["moe"] | {"dims": dims})))
     else:
         lines += [("title", facts["title"] or "not stated"), ("licence", facts["licence"] or "not stated")]

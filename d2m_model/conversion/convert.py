@@ -71,15 +71,19 @@ def split_file(
     refuse_same_file(teacher.path, target)
     hidden_size, neurons = config.dims.hidden_size, config.dims.neurons
     owner: dict[str, str] = {}  # of a fused tensor: its FFN
-    extra: dict[str, Tensor] = {}
+    # All of these have their memory first: small ones laid down between large temporaries would fragment the heap.
+    extra: dict[str, Tensor] = {CONFIG_KEY: config_tensor(config)}
     for ffn, layout in config.ffns.items():
-        order = neuron_order(importance[ffn], layout, dealing, generator_for(seed, f"{ffn} experts"))
-        extra[f"{ffn}.neuron_order"] = order
+        extra[f"{ffn}.neuron_order"] = torch.empty(neurons, dtype=torch.int32)
+        extra[f"{ffn}.router.weight"] = torch.empty(layout.experts, hidden_size)
+    for ffn, layout in config.ffns.items():
+        order = extra[f"{ffn}.neuron_order"]
+        order.copy_(neuron_order(importance[ffn], layout, dealing, generator_for(seed, f"{ffn} experts")))
         at = ffn_tensors(ffn, hidden_size)
         up = teacher.tensor(f"{at.up}.weight").narrow(0, at.first_row, neurons)
-        extra[f"{ffn}.router.weight"] = _router(router, up, order, layout, generator_for(seed, f"{ffn} router"))
+        weight = _router(router, up, order, layout, generator_for(seed, f"{ffn} router"))
+        extra[f"{ffn}.router.weight"].copy_(weight)
         owner |= dict.fromkeys((f"{at.up}.weight", f"{at.up}.bias", f"{at.down}.weight"), ffn)
-    extra[CONFIG_KEY] = config_tensor(config)
 
     def produce(name: str) -> Tensor:
         if name in extra:

@@ -5,12 +5,13 @@ Taylor (Eq. 6) needs a loss on calibration data; the weight norm needs nothing b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..config import FluxDims
 from ..layout import ffn_tensors
 
 CHUNK = 1024  # neurons taken to float32 at a time
@@ -18,23 +19,32 @@ CHUNK = 1024  # neurons taken to float32 at a time
 
 def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) -> Tensor:
     """Data-free: |(W1 row, b1 entry)| * |W2 column|, Euclidean; the bound of what a neuron writes for inputs of norm 1."""
-    parts = []
-    for start in range(0, up_NH.shape[0], CHUNK):
+    importance_N = torch.empty(up_NH.shape[0])
+    for start in range(0, len(importance_N), CHUNK):
         part = slice(start, start + CHUNK)
         read = up_NH[part].float().square().sum(1) + up_bias_N[part].float().square()
         written = down_HN[:, part].float().square().sum(0)
-        parts.append((read * written).sqrt())
-    return torch.cat(parts)
+        importance_N[part] = (read * written).sqrt()
+    return importance_N
 
 
-def weight_norm_of(tensor: Callable[[str], Tensor], ffn: str, hidden_size: int, neurons: int) -> Tensor:
-    """weight_norm_importance of an FFN of a dense FLUX, by its name; `tensor` gives BFL tensors."""
-    at = ffn_tensors(ffn, hidden_size)
-    return weight_norm_importance(
-        tensor(f"{at.up}.weight").narrow(0, at.first_row, neurons),
-        tensor(f"{at.up}.bias").narrow(0, at.first_row, neurons),
-        tensor(f"{at.down}.weight").narrow(1, at.first_column, neurons),
-    )
+def weight_norms(
+    tensor: Callable[[str], Tensor],
+    dims: FluxDims,
+    ffns: Sequence[str],
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[str, Tensor]:
+    """weight_norm_importance of FFNs of a dense FLUX, by their names; `tensor` gives BFL tensors, `progress` hears of each."""
+    # All results have their memory first: small ones laid down between large temporaries would fragment the heap.
+    importance = {ffn: torch.empty(dims.neurons) for ffn in ffns}
+    for ffn in ffns:
+        at = ffn_tensors(ffn, dims.hidden_size)
+        up = tensor(f"{at.up}.weight").narrow(0, at.first_row, dims.neurons)
+        bias = tensor(f"{at.up}.bias").narrow(0, at.first_row, dims.neurons)
+        down = tensor(f"{at.down}.weight").narrow(1, at.first_column, dims.neurons)
+        importance[ffn].copy_(weight_norm_importance(up, bias, down))
+        progress(1)
+    return importance
 
 
 @dataclass

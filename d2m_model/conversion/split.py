@@ -45,7 +45,10 @@ def centroid_router(up_NH: Tensor, order_N: Tensor, layout: FFNLayout) -> Tensor
     `up_NH` is the dense FFN's, not yet permuted.
     """
     experts_EF = order_N[layout.shared :].long().view(layout.experts, layout.width)
-    return torch.stack([up_NH[neurons_F].float().mean(0) for neurons_F in experts_EF])
+    router_EH = torch.empty(layout.experts, up_NH.shape[1])
+    for row, neurons_F in zip(router_EH, experts_EF, strict=True):
+        row.copy_(up_NH[neurons_F].float().mean(0))
+    return router_EH
 
 
 def random_router(layout: FFNLayout, hidden_size: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,184 @@
+"""`python -m d2m_train`: what a user types and reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2m_model import VERSION
+from d2m_train.__main__ import main
+
+from .small_flux import save_flux
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    save_flux(tmp_path / "teacher.safetensors")
+    return tmp_path / "teacher.safetensors"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line on standard error of a command that must exit with 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_convert_then_inspect(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moe = tmp_path / "moe.safetensors"
+    assert main(["convert", "--teacher", str(teacher), "--out", str(moe)]) == 0
+    said = capsys.readouterr().out
+    assert "--split-only is implied" in said
+    assert "data-free" in said
+    assert main(["inspect", str(moe), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "FLUX-MoE"
+    assert facts["dims"]["hidden_size"] == 128
+    assert facts["moe"]["top_k"] == 2
+    assert facts["moe"]["gate"] == {"mode": "sum", "scale": 1.0}
+    assert facts["moe"]["split_only"] is True
+    assert list(facts["moe"]["ffns"]) == [
+        *(f"double_blocks.1.{stream}" for stream in ("img_mlp", "txt_mlp")),
+        *(f"single_blocks.{i}" for i in range(2)),
+    ]
+    provenance = facts["moe"]["provenance"]
+    assert provenance["importance"] == {"method": "weight-norm"}
+    assert provenance["tool"] == f"ComfyUI-Dense2MoE {VERSION}"
+    dense = sum(tensor.numel() for tensor in load_file(teacher).values())
+    assert facts["parameters"] == dense + 4 * 12 * 128
+    idle = 4 * 10 * 32 * (2 * 128 + 1)  # ten of twelve experts: rows, biases and columns of 32 neurons
+    assert facts["activated_parameters"]["touched"] == facts["parameters"] - idle
+    assert main(["inspect", str(moe)]) == 0
+    text = capsys.readouterr().out
+    assert "FLUX-MoE, schema 1" in text
+    assert "4 of 6 FFNs: 128 shared neurons, 12 experts of 32" in text
+    assert "Apache-2.0" in text
+    assert "checked" in text
+
+
+def test_inspect_a_dense_flux(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(teacher)]) == 0
+    assert "dense FLUX.1" in capsys.readouterr().out
+
+
+def test_taylor_importance_on_a_file_of_samples(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    data, moe = tmp_path / "data.safetensors", tmp_path / "moe.safetensors"
+    save_file(
+        {"latents": torch.randn(2, 16, 4, 4), "context": torch.randn(2, 3, 32), "pooled": torch.randn(2, 48)}, data
+    )
+    command = [
+        "convert",
+        "--teacher",
+        teacher,
+        "--out",
+        moe,
+        "--data",
+        data,
+        "--batches",
+        2,
+        "--batch-size",
+        1,
+        "--split-only",
+    ]
+    assert main([str(argument) for argument in command]) == 0
+    assert "implied" not in capsys.readouterr().out
+    assert main(["inspect", str(moe), "--json"]) == 0
+    how = json.loads(capsys.readouterr().out)["moe"]["provenance"]["importance"]
+    assert how.pop("loss") > 0
+    assert how == {"method": "taylor", "data": "data.safetensors", "batches": 2, "batch_size": 1}
+
+
+def test_options_change_the_file_and_the_seed_repeats_it(teacher: Path, tmp_path: Path) -> None:
+    def order_and_router(*options: str) -> tuple[torch.Tensor, torch.Tensor]:
+        main(["convert", "--teacher", str(teacher), "--out", str(tmp_path / "moe.safetensors"), *options])
+        tensors = load_file(tmp_path / "moe.safetensors")
+        return tensors["single_blocks.0.neuron_order"], tensors["single_blocks.0.router.weight"]
+
+    paper = ("--experts", "random", "--router", "random")
+    dealt, random, again, other = [order_and_router(), *(order_and_router(*paper, "--seed", s) for s in "001")]
+    for i in range(2):
+        assert torch.equal(random[i], again[i])
+        assert not torch.equal(random[i], other[i])
+        assert not torch.equal(random[i], dealt[i])
+
+
+def test_mistakes_give_one_clear_line(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "moe.safetensors"
+    convert = ("convert", "--teacher", teacher, "--out", out)
+    assert "no such file" in fails(capsys, "inspect", tmp_path / "none.safetensors")
+    assert "no such file" in fails(capsys, "convert", "--teacher", tmp_path / "none", "--out", out)
+    assert "Preset XS comes with the block groups" in fails(capsys, *convert, "--preset", "XS")
+    assert "taylor needs --data" in fails(capsys, *convert, "--importance", "taylor")
+    assert "this is the teacher" in fails(capsys, "convert", "--teacher", teacher, "--out", teacher)
+    assert "there is no such folder" in fails(
+        capsys, "convert", "--teacher", teacher, "--out", tmp_path / "no" / "moe.safetensors"
+    )
+    assert not out.exists()
+    main([str(argument) for argument in convert])
+    capsys.readouterr()
+    assert "a FLUX-MoE already" in fails(capsys, "convert", "--teacher", out, "--out", tmp_path / "again.safetensors")
+    out.write_bytes(out.read_bytes()[:-1])
+    assert "truncated" in fails(capsys, "inspect", out)
+
+
+def test_calibration_data_that_do_not_fit_are_refused(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    data, out = tmp_path / "data.safetensors", tmp_path / "moe.safetensors"
+    convert = ("convert", "--teacher", teacher, "--out", out, "--data", data)
+    good = {"latents": torch.randn(2, 16, 4, 4), "context": torch.randn(2, 3, 32), "pooled": torch.randn(2, 48)}
+    save_file(good | {"context": torch.randn(2, 3, 4096)}, data)
+    assert "context are 4096 wide; this teacher's are 32" in fails(capsys, *convert)
+    save_file({name: tensor for name, tensor in good.items() if name != "pooled"}, data)
+    assert "pooled is None; expected a .safetensors with `latents`" in fails(capsys, *convert)
+    save_file(good | {"latents": torch.randn(2, 16, 5, 4)}, data)
+    assert "even height and width" in fails(capsys, *convert)
+    assert not out.exists()
+
+
+def test_a_missing_trainer_package_is_named(
+    teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ModuleNotFoundError):
+        import tqdm  # noqa: F401
+    assert "pip install 'dense2moe-flux[train]'" in fails(
+        capsys, "convert", "--teacher", teacher, "--out", teacher.with_name("moe")
+    )
+
+
+def test_the_command_line_from_a_shell(tmp_path: Path) -> None:
+    """Exit status and no traceback; and what needs no diffusers does not import it."""
+    (tmp_path / "bad.safetensors").write_text("<html>")
+    code = (
+        "import sys, d2m_train.__main__ as m; status = m.main(sys.argv[1:]); "
+        "sys.exit(9 if {'diffusers', 'transformers'} & set(sys.modules) else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path / "bad.safetensors")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'bad.safetensors'}: not a safetensors file.\n"
+    help_text = subprocess.run(
+        [sys.executable, "-m", "d2m_train", "convert", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert "AdaLN compression arrives in a later" in help_text
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()

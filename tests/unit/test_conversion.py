@@ -1,0 +1,298 @@
+"""Dense FLUX -> FLUX-MoE: which neurons go where, that nothing is lost, and that memory does not grow (promises 2 and 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from d2m_model.checkpoint import CheckpointError, TensorFile, check_file
+from d2m_model.config import FFNLayout, FluxMoEConfig, Gate, preset_layouts
+from d2m_model.conversion.convert import dense_weight, describe_teacher, open_teacher, split_file
+from d2m_model.conversion.importance import TaylorImportance, weight_norm_importance, weight_norms
+from d2m_model.conversion.split import centroid_router, generator_for, neuron_order, random_router
+from d2m_model.keys import dense_shapes
+
+from .small_flux import DIMS, METADATA, save_flux
+
+LAYOUT = FFNLayout(shared=128, experts=12, width=32)
+
+
+# Splitting
+
+
+@given(st.integers(0, 5), st.integers(1, 6), st.integers(1, 5), st.sampled_from(["dealt", "random"]), st.integers(0, 9))
+def test_every_neuron_has_one_place_and_the_most_important_are_shared(
+    shared: int, experts: int, width: int, dealing: str, seed: int
+) -> None:
+    layout = FFNLayout(shared=shared, experts=experts, width=width)
+    importance = torch.randint(0, 4, (layout.neurons,), generator=torch.Generator().manual_seed(seed)).float()
+    order = neuron_order(importance, layout, dealing, generator_for(seed, "x"))  # type: ignore[arg-type]
+    assert order.dtype == torch.int32
+    assert order.sort().values.tolist() == list(range(layout.neurons))
+    least_shared = importance[order[:shared].long()].min() if shared else torch.inf
+    assert importance[order[shared:].long()].max() <= least_shared
+    assert torch.equal(order, neuron_order(importance, layout, dealing, generator_for(seed, "x")))  # type: ignore[arg-type]
+
+
+def test_dealing_gives_every_expert_nearly_the_same_importance() -> None:
+    importance = torch.rand(LAYOUT.neurons, generator=torch.Generator().manual_seed(0)) ** 4
+
+    def spread(dealing: str) -> float:
+        order = neuron_order(importance, LAYOUT, dealing, generator_for(0, "x"))  # type: ignore[arg-type]
+        sums = importance[order[LAYOUT.shared :].long()].view(LAYOUT.experts, LAYOUT.width).sum(1)
+        return float((sums.max() - sums.min()) / sums.mean())
+
+    assert spread("dealt") < 0.05 < spread("random")
+
+
+def test_random_dealing_depends_on_the_seed_and_on_the_ffn() -> None:
+    importance = torch.ones(LAYOUT.neurons)
+    orders = [
+        neuron_order(importance, LAYOUT, "random", generator_for(seed, ffn))
+        for seed, ffn in ((0, "single_blocks.0"), (1, "single_blocks.0"), (0, "single_blocks.1"))
+    ]
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_importance_of_the_wrong_length_or_not_finite_is_refused() -> None:
+    for importance in (torch.ones(5), torch.full((LAYOUT.neurons,), float("nan"))):
+        with pytest.raises(ValueError, match=r"expected \[512\] finite"):
+            neuron_order(importance, LAYOUT, "dealt", generator_for(0, "x"))
+
+
+def test_centroid_router_is_the_mean_up_row_of_each_expert() -> None:
+    up = torch.randn(LAYOUT.neurons, 128).bfloat16()
+    order = torch.randperm(LAYOUT.neurons, dtype=torch.int32)
+    router = centroid_router(up, order, LAYOUT)
+    neurons_of_expert_5 = order[LAYOUT.shared + 5 * 32 : LAYOUT.shared + 6 * 32].long()
+    torch.testing.assert_close(router[5], up[neurons_of_expert_5].float().mean(0))
+    assert router.shape == (12, 128)
+    assert router.dtype == torch.float32
+
+
+def test_random_routers_are_never_zero_and_their_logits_of_order_one() -> None:
+    router = random_router(LAYOUT, 128, generator_for(0, "x"))
+    assert router.shape == (12, 128)
+    assert 0.8 < (router @ torch.randn(128, 1000)).std() < 1.2
+
+
+# Importance
+
+
+def test_weight_norm_is_the_product_of_what_a_neuron_reads_and_writes() -> None:
+    up, bias, down = torch.randn(2500, 8), torch.randn(2500), torch.randn(6, 2500)
+    read = torch.cat([up, bias[:, None]], 1).norm(dim=1)
+    torch.testing.assert_close(weight_norm_importance(up, bias, down), read * down.norm(dim=0))
+
+
+def test_weight_norm_of_a_single_block_looks_at_the_ffn_alone(tmp_path: Path) -> None:
+    tensors = save_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
+    tensors["single_blocks.0.linear1.weight"][: 3 * 128] = 1e9
+    tensors["single_blocks.0.linear2.weight"][:, :128] = 1e9
+    scores = weight_norms(tensors.__getitem__, DIMS, ["single_blocks.0"])["single_blocks.0"]
+    assert scores.shape == (512,)
+    assert scores.max() < 100
+
+
+class TwoFFNs(nn.Module):
+    """One FFN with its own down-projection, one whose down-projection also reads 3 other channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(3, 3), nn.Linear(3, 5), nn.Linear(5, 3)
+        self.other_up, self.other_down = nn.Linear(3, 5), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x + self.down(torch.tanh(self.up(x)))
+        loss: torch.Tensor = self.other_down(torch.cat([x, torch.tanh(self.other_up(x))], -1)).square().mean()
+        return loss
+
+    def ffns(self) -> list[tuple[str, nn.Linear, nn.Linear, int]]:
+        return [("a", self.up, self.down, 0), ("b", self.other_up, self.other_down, 3)]
+
+
+def test_taylor_importance_is_equation_6_summed_over_batches() -> None:
+    torch.manual_seed(0)
+    model, batches = TwoFFNs(), torch.randn(4, 7, 3)
+    expected = {"a": torch.zeros(5), "b": torch.zeros(5)}
+    for batch in batches:
+        model.zero_grad()
+        model(batch).backward()
+        for name, up, down, first in model.ffns():
+            scores = [(p.grad * p).abs().detach() for p in (up.weight, up.bias, down.weight) if p.grad is not None]
+            expected[name] += scores[0].sum(1) + scores[1] + scores[2][:, first:].sum(0)
+    model.zero_grad()
+
+    taylor = TaylorImportance.of(model, model.ffns())
+    for batch in batches:
+        model(batch).backward()
+        assert all(p.grad is None for p in model.parameters()), "a gradient was kept"
+    scores_by_name = taylor.close()
+    for name in expected:
+        torch.testing.assert_close(scores_by_name[name], expected[name])
+    model(batches[0]).backward()
+    assert model.up.weight.grad is not None, "still watching after close"
+
+
+# Whole files
+
+
+def convert(teacher_path: Path, target: Path, seed: int = 0) -> FluxMoEConfig:
+    teacher, dims = open_teacher(teacher_path)
+    with teacher:
+        config = FluxMoEConfig(
+            dims=dims,
+            ffns=preset_layouts(dims),
+            groups=(),
+            gate=Gate(mode="sum", scale=1.0),
+            top_k=2,
+            adaln_rank=None,
+            split_only=True,
+            teacher=describe_teacher(teacher),
+        )
+        importance = weight_norms(teacher.tensor, dims, list(config.ffns))
+        split_file(teacher, target, config, importance, dealing="dealt", router="centroid", seed=seed)
+    return config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_unconversion_gives_back_the_dense_weights_bit_for_bit(tmp_path: Path, dtype: torch.dtype, prefix: str) -> None:
+    dense = save_flux(tmp_path / "dense.safetensors", prefix=prefix, dtype=dtype)
+    config = convert(tmp_path / "dense.safetensors", tmp_path / "moe.safetensors")
+    assert check_file(tmp_path / "moe.safetensors") == config
+    with TensorFile(tmp_path / "moe.safetensors") as moe:
+        moved = 0
+        for name in dense_shapes(DIMS):
+            as_bytes = [t.contiguous().view(torch.uint8) for t in (dense_weight(moe.tensor, config, name), dense[name])]
+            assert torch.equal(*as_bytes), name
+            moved += not torch.equal(moe.tensor(name).view(torch.uint8), as_bytes[1])
+        assert moved == 3 * len(config.ffns)
+
+
+def test_the_ffn_is_the_dense_one_with_its_neurons_in_another_order(tmp_path: Path) -> None:
+    dense = save_flux(tmp_path / "dense.safetensors", dtype=torch.float32)
+    convert(tmp_path / "dense.safetensors", tmp_path / "moe.safetensors")
+    moe = load_file(tmp_path / "moe.safetensors")
+    x = torch.randn(5, 128)
+
+    def linear1(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x @ tensors["single_blocks.0.linear1.weight"].T + tensors["single_blocks.0.linear1.bias"]
+
+    def block(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        attention, hidden = linear1(tensors)[:, :128], torch.nn.functional.gelu(linear1(tensors)[:, 384:])
+        return torch.cat([attention, hidden], 1) @ tensors["single_blocks.0.linear2.weight"].T
+
+    torch.testing.assert_close(block(moe), block(dense), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(linear1(moe), linear1(dense), atol=0.1)
+
+
+def test_the_neurons_that_matter_most_are_shared(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    dense = save_flux(tmp_path / "dense.safetensors", dtype=torch.float32)
+    planted = torch.randperm(512)[:128]
+    dense["double_blocks.1.txt_mlp.0.weight"][planted] *= 10
+    save_file(dense, tmp_path / "dense.safetensors")
+    convert(tmp_path / "dense.safetensors", tmp_path / "moe.safetensors")
+    order = load_file(tmp_path / "moe.safetensors")["double_blocks.1.txt_mlp.neuron_order"]
+    assert set(order[:128].tolist()) == set(planted.tolist())
+
+
+def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    save_flux(tmp_path / "dense.safetensors")
+    for name in ("a", "b"):
+        convert(tmp_path / "dense.safetensors", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_file_says_what_it_is_and_where_it_comes_from(tmp_path: Path) -> None:
+    path = tmp_path / "dense.safetensors"
+    save_flux(path)
+    config = convert(path, tmp_path / "moe.safetensors")
+    assert config.teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (config.teacher.title, config.teacher.licence) == (METADATA["modelspec.title"], "Apache-2.0")
+    with TensorFile(tmp_path / "moe.safetensors") as moe:
+        assert FluxMoEConfig.from_json(moe.metadata["d2m_config"]) == config
+        assert moe.metadata["modelspec.title"] == "Small FLUX FLUX-MoE"
+        assert moe.metadata["modelspec.license"] == "Apache-2.0"
+        assert moe.metadata["modelspec.architecture"] == "Flux.1-dev"
+        assert "opens and samples as the dense teacher" in moe.metadata["modelspec.description"]
+
+
+def test_the_teacher_is_not_overwritten_by_any_of_its_names(tmp_path: Path) -> None:
+    path = tmp_path / "dense.safetensors"
+    save_flux(path)
+    before = path.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for target in (path, tmp_path / "." / "dense.safetensors", tmp_path / "link.safetensors"):
+        with pytest.raises(CheckpointError, match="this is the teacher"):
+            convert(path, target)
+    assert path.read_bytes() == before
+
+
+MEMORY = """
+import json, sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+from d2m_model.keys import dense_shapes
+from tests.unit.small_flux import DIMS
+from tests.unit.test_conversion import convert
+
+folder = Path(sys.argv[1])
+
+def sparse_flux(dims):  # holes read as zeros, so that only the result is really written
+    entries, end = {}, 0
+    for name, shape in dense_shapes(dims).items():
+        begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "dense.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+sizes = []
+for single_blocks in (8, 40):
+    sizes.append(sparse_flux(replace(DIMS, hidden_size=512, single_blocks=single_blocks)))
+    peak, done = 0, False
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    convert(folder / "dense.safetensors", folder / "moe.safetensors")
+    done = True
+    watcher.join()
+    sizes.append(peak)
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small, small_peak, large, large_peak = json.loads(done.stdout)
+    assert large - small > 200e6
+    assert large_peak - small_peak < 32e6
