@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import BlockGroup, FFNLayout, FluxDims
+from .config import MLP_RATIO, BlockGroup, FFNLayout, FluxDims
 from .keys import HEAD
 
 TIMESTEP_CHANNELS = 256  # sinusoids fed to the timestep and guidance embedders
@@ -79,9 +79,9 @@ def linear(inputs: int, outputs: int, tokens: float, *, bias: bool = True) -> Co
     return dataclasses.replace(parameters(inputs * outputs + bias * outputs), flops=2 * inputs * outputs * tokens)
 
 
-def attention(dims: FluxDims, tokens: Tokens) -> Cost:
+def attention(hidden: int, tokens: Tokens) -> Cost:
     """Scores and weighted values; projections are linear layers of their own."""
-    return Cost(flops=4 * tokens.joint**2 * dims.hidden_size)
+    return Cost(flops=4 * tokens.joint**2 * hidden)
 
 
 def embedder(inputs: int, hidden: int) -> Cost:
@@ -89,25 +89,24 @@ def embedder(inputs: int, hidden: int) -> Cost:
     return linear(inputs, hidden, 1) + linear(hidden, hidden, 1)
 
 
-def modulation(dims: FluxDims, outputs: int, adaln_rank: int | None) -> Cost:
+def modulation(hidden: int, outputs: int, adaln_rank: int | None) -> Cost:
     """`mod.lin` on one vector, compressed if there is a rank (Sec. 4.1)."""
-    return linear(adaln_rank or dims.hidden_size, outputs * dims.hidden_size, 1)
+    return linear(adaln_rank or hidden, outputs * hidden, 1)
 
 
-def ffn(dims: FluxDims, layout: FFNLayout | None, top_k: int, tokens: int) -> Cost:
+def ffn(hidden: int, layout: FFNLayout | None, top_k: int, tokens: int) -> Cost:
     """A dense FFN, or a MoE FFN: shared expert, router, and top_k of the experts for each token (Eq. 2)."""
-    hidden = dims.hidden_size
     if layout is None:
-        return linear(hidden, dims.neurons, tokens) + linear(dims.neurons, hidden, tokens)
+        return linear(hidden, MLP_RATIO * hidden, tokens) + linear(MLP_RATIO * hidden, hidden, tokens)
     shared = linear(hidden, layout.shared, tokens) + linear(layout.shared, hidden, tokens)
     experts = linear(hidden, layout.experts * layout.width, tokens) + linear(
         layout.experts * layout.width, hidden, tokens, bias=False
     )
-    return shared + router(dims, layout.experts, tokens) + experts.activated(top_k / layout.experts)
+    return shared + router(hidden, layout.experts, tokens) + experts.activated(top_k / layout.experts)
 
 
-def router(dims: FluxDims, choices: int, tokens: int) -> Cost:
-    return linear(dims.hidden_size, choices, tokens, bias=False)
+def router(hidden: int, choices: int, tokens: int) -> Cost:
+    return linear(hidden, choices, tokens, bias=False)
 
 
 # Blocks
@@ -128,12 +127,12 @@ DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)
 
 def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
     hidden = dims.hidden_size
-    cost = attention(dims, tokens)
+    cost = attention(hidden, tokens)
     for stream, length in (("img", tokens.image), ("txt", tokens.text)):
         layout = conversion.ffns.get(f"double_blocks.{index}.{stream}_mlp")
-        mlp = ffn(dims, layout, conversion.top_k, length)
+        mlp = ffn(hidden, layout, conversion.top_k, length)
         cost += (
-            modulation(dims, 6, conversion.adaln_rank)
+            modulation(hidden, 6, conversion.adaln_rank)
             + linear(hidden, 3 * hidden, length)
             + parameters(2 * HEAD)
             + linear(hidden, hidden, length)
@@ -146,18 +145,18 @@ def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
     """linear1 and linear2 taken apart; their FFN halves cost what an FFN costs, whose b2 is linear2's bias."""
     hidden, length = dims.hidden_size, tokens.joint
     return (
-        attention(dims, tokens)
-        + modulation(dims, 3, conversion.adaln_rank)
+        attention(hidden, tokens)
+        + modulation(hidden, 3, conversion.adaln_rank)
         + linear(hidden, 3 * hidden, length)
         + parameters(2 * HEAD)
         + linear(hidden, hidden, length, bias=False)
-        + ffn(dims, conversion.ffns.get(f"single_blocks.{index}"), conversion.top_k, length)
+        + ffn(hidden, conversion.ffns.get(f"single_blocks.{index}"), conversion.top_k, length)
     )
 
 
-def group_routers(dims: FluxDims, group: BlockGroup) -> Cost:
+def group_routers(hidden: int, group: BlockGroup) -> Cost:
     """W_x and W_y (Eq. 5), on one vector each."""
-    return router(dims, group.blocks, 1) + router(dims, group.blocks, 1)
+    return router(hidden, group.blocks, 1) + router(hidden, group.blocks, 1)
 
 
 # Model
@@ -180,7 +179,7 @@ def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
     if conversion.adaln_rank is not None:
         cost += linear(hidden, conversion.adaln_rank, 1, bias=False)
     for group in conversion.groups:
-        cost += group_routers(dims, group)
+        cost += group_routers(hidden, group)
         for index in range(group.first, group.first + group.blocks):
             fractions[group.kind, index] = group.active / group.blocks
     for index in range(dims.double_blocks):

@@ -113,12 +113,12 @@ def test_flops_of_an_ffn_are_those_torch_counts() -> None:
     dense = nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128))
     with FlopCounterMode(display=False) as counter:
         dense(torch.randn(7, 128))
-    assert cost.ffn(DIMS, None, 0, tokens=7).flops == counter.get_total_flops()
+    assert cost.ffn(128, None, 0, tokens=7).flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 12])
 def test_a_moe_ffn_runs_its_shared_expert_its_router_and_top_k_experts(top_k: int) -> None:
-    found = cost.ffn(DIMS, LAYOUT, top_k, tokens=7)
+    found = cost.ffn(128, LAYOUT, top_k, tokens=7)
     neurons = 128 + 32 * top_k
     assert found.touched == pytest.approx(2 * 128 * neurons + neurons + 128 + 12 * 128)
     assert found.flops == pytest.approx(7 * 2 * (2 * 128 * neurons + 12 * 128))
@@ -137,7 +137,7 @@ def test_a_group_runs_its_active_blocks_and_its_routers() -> None:
 
 
 def test_attention_grows_with_the_square_of_the_tokens() -> None:
-    assert cost.attention(DIMS, Tokens(image=16, text=4)) == Cost(flops=4 * 20 * 20 * 128)
+    assert cost.attention(128, Tokens(image=16, text=4)) == Cost(flops=4 * 20 * 20 * 128)
 
 
 def test_compressed_modulation_has_one_shared_projection() -> None:
