@@ -24,7 +24,7 @@ class EmojiPrompt(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="fox in the centre on blue",
-                    tooltip="An object, a place and a background colour. Words that the emoji FLUX has not learned count as unknown.",
+                    tooltip="An object, its place and a background colour. Words that it has not learned count as unknown.",
                 ),
                 io.Float.Input(
                     "guidance",

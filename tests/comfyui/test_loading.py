@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tests.comfyui import files
 from tests.comfyui.conftest import Pair
@@ -100,12 +101,12 @@ WRONG = {
 }
 
 
-def write_wrong(kind: str, pair: Pair, file: Path) -> None:
-    tensors = dict(pair.split)
+def write_wrong(kind: str, dense: dict[str, Tensor], split: dict[str, Tensor], file: Path) -> None:
+    tensors = dict(split)
     if kind == "not FLUX":
         save_file({"encoder.conv_in.weight": torch.zeros(4, 4), "decoder.conv_in.weight": torch.zeros(4, 4)}, file)
     elif kind == "dense":
-        files.save(pair.dense, file)
+        files.save(dense, file)
     elif kind == "truncated":
         files.save(tensors, file)
         file.write_bytes(file.read_bytes()[:-1000])
@@ -127,7 +128,7 @@ def write_wrong(kind: str, pair: Pair, file: Path) -> None:
 @pytest.mark.parametrize("kind", WRONG)
 def test_the_loader_says_what_is_wrong(host: Comfy, pair: Pair, models: Path, kind: str) -> None:
     file = models / f"{kind}.safetensors"
-    write_wrong(kind, pair, file)
+    write_wrong(kind, pair.dense, pair.split, file)
     with pytest.raises(ValueError, match=re.escape(WRONG[kind])) as error:
         host.run("D2MLoadFluxMoE", model_name=file.name, weight_dtype="default")
     assert file.name in str(error.value)
@@ -136,7 +137,7 @@ def test_the_loader_says_what_is_wrong(host: Comfy, pair: Pair, models: Path, ki
 @pytest.mark.parametrize("kind", ["missing router", "missing weight", "wrong shape", "newer schema"])
 def test_the_stock_loader_refuses_the_same(host: Comfy, pair: Pair, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "wrong.safetensors"
-    write_wrong(kind, pair, file)
+    write_wrong(kind, pair.dense, pair.split, file)
     with pytest.raises(ValueError, match=re.escape(WRONG[kind])):
         host.load(file)
 

@@ -1,0 +1,216 @@
+"""Through the API of a running ComfyUI that has this pack as a custom node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demo.server import ComfyServer, Graph, ServerError
+from tests.comfyui import files
+from tests.comfyui.test_loading import WRONG, write_wrong
+from tools.host import PACK_NAME, ROOT
+
+WORKFLOWS = ROOT / "example_workflows"
+EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
+
+# A source of conditioning that needs no text encoder.
+TINY_CONDITIONING = """
+import torch
+
+class TinyConditioning:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, 128, generator=generator)
+        return ([[torch.randn(1, 7, 128, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]],)
+
+NODE_CLASS_MAPPINGS = {"TinyConditioning": TinyConditioning}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("server")
+    dense = files.dense_flux(EMOJI)
+    split = files.split(dense, EMOJI)
+    models = base / "models" / "diffusion_models"
+    files.save(dense, models / "teacher.safetensors")
+    files.save(split, models / "emoji-flux-moe.safetensors")
+    for kind in WRONG:
+        write_wrong(kind, dense, split, models / f"{kind}.safetensors")
+    (base / "models" / "vae").mkdir()
+    shutil.copyfile(
+        ROOT / "demo" / "assets" / "autoencoder.safetensors", base / "models" / "vae" / "emoji-autoencoder.safetensors"
+    )
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
+    with ComfyServer(base) as running:
+        yield running
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def sampling(graph: Graph, name: str, model: list, seed: int = 1, steps: int = 3, size: int = 128) -> None:
+    """Add sampler, decoder and output to a graph: image `name`."""
+    graph["conditioning"] = node("TinyConditioning", seed=1)
+    graph["vae"] = node("VAELoader", vae_name="emoji-autoencoder.safetensors")
+    graph["latent"] = node("EmptySD3LatentImage", width=size, height=size, batch_size=1)
+    graph[f"{name} sampler"] = node(
+        "KSampler", model=model, seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        positive=["conditioning", 0], negative=["conditioning", 0], latent_image=["latent", 0],
+    )  # fmt: skip
+    graph[f"{name} image"] = node("VAEDecode", samples=[f"{name} sampler", 0], vae=["vae", 0])
+    graph[name] = node("SaveImage", images=[f"{name} image", 0], filename_prefix=name)
+
+
+def paint(server: ComfyServer, graph: Graph) -> dict[str, np.ndarray]:
+    """Run; the images by the names of their SaveImage nodes."""
+    entry = server.wait(server.queue(graph))
+    found = {}
+    for name, output in entry["outputs"].items():
+        (image,) = server.images({"outputs": {name: output}})
+        found[name] = np.asarray(image, np.int16)
+    return found
+
+
+def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
+    nodes = server.get("/object_info")
+    assert {"D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"} <= set(nodes)
+    log = server.log.read_text()
+    assert "IMPORT FAILED" not in log
+    assert "Traceback" not in log
+    about_us = [line for line in log.splitlines() if "dense2moe" in line.lower() or "d2m" in line.lower()]
+    assert not [line for line in about_us if "warn" in line.lower() or "error" in line.lower()]
+
+
+@pytest.mark.parametrize("node_id", ["D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"])
+def test_every_node_explains_itself(server: ComfyServer, node_id: str) -> None:
+    described = server.get(f"/object_info/{node_id}")[node_id]
+    assert described["category"] == "FLUX-MoE"
+    assert described["description"]
+    assert described["search_aliases"]
+    inputs = {**described["input"]["required"], **described["input"].get("optional", {})}
+    assert all(options[1].get("tooltip") for options in inputs.values())
+    page = server.get(f"/extensions/{PACK_NAME}/docs/{node_id}.md").decode()
+    assert page.startswith("# ")
+    assert all(f"**{name}**" in page for name in inputs)
+    translated = server.get("/i18n")["en"]["nodeDefs"][node_id]
+    assert translated["display_name"] == described["display_name"]
+    assert set(translated["inputs"]) == set(inputs)
+
+
+def test_the_example_workflow_paints(server: ComfyServer) -> None:
+    graph = json.loads((WORKFLOWS / "api" / "flux-moe-emoji.json").read_text())
+    (image,) = server.run(graph)
+    assert image.size == (128, 128)
+    assert np.asarray(image).std() > 0
+
+
+def test_samplers_of_one_graph_have_their_own_top_k(server: ComfyServer) -> None:
+    graph: Graph = {
+        "moe": node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default"),
+        "stock loader": node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default"),
+        "teacher": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
+        "one": node("D2MTopK", model=["moe", 0], top_k=1, gate="as in the file"),
+        "all": node("D2MTopK", model=["moe", 0], top_k=12, gate="as in the file"),
+        "one of stock": node("D2MTopK", model=["stock loader", 0], top_k=1, gate="as in the file"),
+    }
+    for name, model in {"k1": "one", "k12": "all", "k1 stock": "one of stock", "dense": "teacher"}.items():
+        sampling(graph, name, [model, 0])
+    images = paint(server, graph)
+    assert np.array_equal(images["k1"], images["k1 stock"])
+    assert np.abs(images["k12"] - images["dense"]).max() <= 1
+    assert np.abs(images["k1"] - images["dense"]).max() > 10
+
+    alone = {name: graph[name] for name in ("moe", "one")}
+    sampling(alone, "alone", ["one", 0])
+    assert np.array_equal(paint(server, alone)["alone"], images["k1"])
+
+
+def test_interrupt_and_queue_again(server: ComfyServer) -> None:
+    graph: Graph = {"moe": node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default")}
+    sampling(graph, "before", ["moe", 0], seed=3)
+    before = paint(server, graph)["before"]
+
+    endless = dict(graph)
+    sampling(endless, "endless", ["moe", 0], seed=3, steps=10_000)
+    del endless["before"]
+    prompt = server.queue(endless)
+    while not server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(1)
+    server.post("/interrupt", {})
+    entry = server.wait(prompt, seconds=120)
+    assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
+
+    again = {"moe": graph["moe"]}
+    sampling(again, "again", ["moe", 0], seed=3)
+    again["again sampler"]["inputs"]["denoise"] = 0.999_999  # not from the cache
+    assert np.abs(paint(server, again)["again"] - before).max() <= 1
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_the_nodes_error_says_what_is_wrong(server: ComfyServer, kind: str) -> None:
+    loader = node("D2MLoadFluxMoE", model_name=f"{kind}.safetensors", weight_dtype="default")
+    graph: Graph = {"moe": loader}
+    sampling(graph, "image", ["moe", 0])
+    with pytest.raises(ServerError, match="D2MLoadFluxMoE") as error:
+        server.run(graph)
+    assert WRONG[kind] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (
+            node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
+            "this MODEL is a Flux without experts",
+        ),
+        (node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default"), "Choose 0 to 12"),
+    ],
+)
+def test_top_k_says_what_is_wrong(server: ComfyServer, loader: dict, message: str) -> None:
+    graph: Graph = {"loader": loader, "k": node("D2MTopK", model=["loader", 0], top_k=13, gate="sum")}
+    sampling(graph, "image", ["k", 0])
+    with pytest.raises(ServerError, match="D2MTopK") as error:
+        server.run(graph)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_workflow_is_its_api_twin(server: ComfyServer, file: Path) -> None:
+    workflow, twin = json.loads(file.read_text()), json.loads((WORKFLOWS / "api" / file.name).read_text())
+    known = server.get("/object_info")
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for drawn in workflow["nodes"]:
+        if drawn["type"] not in known:
+            assert drawn["type"] in ("Note", "MarkdownNote")
+            continue
+        values, inputs = iter(drawn["widgets_values"]), {}
+        for given in drawn["inputs"]:
+            if "widget" in given:
+                inputs[given["name"]] = next(values)
+                options = known[drawn["type"]]["input"]["required"][given["name"]]
+                if len(options) > 1 and options[1].get("control_after_generate"):
+                    next(values)
+            if given["link"] is not None:
+                inputs[given["name"]] = links[given["link"]]
+        assert next(values, None) is None
+        graph[str(drawn["id"])] = node(drawn["type"], **inputs)
+    assert graph == twin
