@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden size, E experts, K top_k.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,9 @@ def _logits(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
     """W_g x + b in float32, under autocast too. A CPU takes a thousand tokens at a time, to stay in its cache."""
     weight_EH, bias_E = weight_EH.float(), None if bias_E is None else bias_E.float()
     parts = x_TH.split(1024) if x_TH.is_cpu and x_TH.shape[0] > 1024 else (x_TH,)
-    with torch.autocast(x_TH.device.type, enabled=False):
+    device = x_TH.device.type
+    # Not always off: some devices know no autocast, and torch refuses to turn off what is not there.
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with off:
         logits = [F.linear(part_TH.float(), weight_EH, bias_E) for part_TH in parts]
     return logits[0] if len(logits) == 1 else torch.cat(logits)
