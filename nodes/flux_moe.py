@@ -34,6 +34,9 @@ from ..d2m_model.routers import Routing, route_top_k
 OPTIONS_KEY = "d2m"  # of transformer_options: {"top_k": int, "gate": "sum" | "normalised"}, each optional
 
 
+Choice = tuple[int, Gate]  # top_k and gate of one call
+
+
 # Routed FFNs
 
 
@@ -46,8 +49,8 @@ class MoE:
     gates: Mapping[str, Gate]  # by mode
     gate: str  # the file's own mode
 
-    def choice(self, transformer_options: Mapping[str, Any] | None) -> tuple[int, Gate]:
-        """top_k and gate of one call: those of the sampled clone, or else the file's."""
+    def choice(self, transformer_options: Mapping[str, Any] | None) -> Choice:
+        """That of the sampled clone, or else the file's."""
         options = (transformer_options or {}).get(OPTIONS_KEY) or {}
         return options.get("top_k", self.top_k), self.gates[options.get("gate", self.gate)]
 
@@ -61,26 +64,6 @@ class Routed:
     hidden_AF: Tensor
 
 
-def add_router(
-    owner: nn.Module, moe: MoE, stored: Mapping[str, Tensor], name: str, device: torch.device | None
-) -> None:
-    """Give `owner` the tensors of FFN `name`, in the dtypes of their file: whatever the weights are cast to,
-    which experts are chosen does not depend on it."""
-    weight_EH = stored[f"{name}.router.weight"]
-    # Not the operations of the model, which may want to quantise it.
-    owner.router = comfy.ops.manual_cast.Linear(
-        weight_EH.shape[1],
-        weight_EH.shape[0],
-        bias=f"{name}.router.bias" in stored,
-        dtype=weight_EH.dtype,
-        device=device,
-    )
-    owner.moe = moe
-    for buffer in ("neuron_order", "expert_mean"):
-        like = stored.get(f"{name}.{buffer}")
-        owner.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
-
-
 def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Weight and bias of `linear` as ComfyUI casts them for x (patched, moved, dequantised once), and the token
     that comfy.ops.uncast_bias_weight wants after their last use."""
@@ -90,70 +73,84 @@ def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     return weight, bias, token
 
 
-def up(
-    owner: nn.Module, linear: nn.Module, x_BTH: Tensor, rows: int, choice: tuple[int, Gate]
-) -> tuple[Tensor, Routed]:
-    """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
-    layout = owner.moe.layout
-    top_k, gate = choice
-    x_TH = x_BTH.flatten(0, -2)
+class ExpertLayer(nn.Module):
+    """What the owner of a routed FFN has besides the modules of its dense kind."""
 
-    router = owner.router
-    weight_EH, bias_E, token = comfy.ops.cast_bias_weight(
-        router, dtype=router.weight.dtype, bias_dtype=router.weight.dtype, device=x_TH.device, offloadable=True
-    )
-    routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=gate)
-    comfy.ops.uncast_bias_weight(router, weight_EH, bias_E, token)
+    moe: MoE
+    router: nn.Linear
+    neuron_order: Tensor
+    expert_mean: Tensor | None
 
-    plan = plan_dispatch(routing, x_TH)
-    weight, bias, token = cast(linear, x_BTH)
-    y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
-    experts = (layout.experts, layout.width)
-    hidden_AF = expert_up(x_TH, plan, weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts))
-    comfy.ops.uncast_bias_weight(linear, weight, bias, token)
-    return y_BTN, Routed(routing, plan, hidden_AF)
+    def add_router(self, moe: MoE, stored: Mapping[str, Tensor], name: str, device: torch.device | None) -> None:
+        """Make room for the tensors of FFN `name`, in the dtypes of their file: whatever the weights are cast to,
+        the choice of experts does not depend on it."""
+        self.moe = moe
+        weight_EH, bias = stored[f"{name}.router.weight"], f"{name}.router.bias" in stored
+        # Not of the model's own operations, which may want to quantise it.
+        self.router = comfy.ops.manual_cast.Linear(
+            weight_EH.shape[1], weight_EH.shape[0], bias=bias, dtype=weight_EH.dtype, device=device
+        )
+        for buffer in ("neuron_order", "expert_mean"):
+            like = stored.get(f"{name}.{buffer}")
+            self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
 
+    def route(self, x_TH: Tensor, top_k: int, gate: Gate) -> Routing:
+        router, dtype = self.router, self.router.weight.dtype
+        weight_EH, bias_E, token = comfy.ops.cast_bias_weight(
+            router, dtype=dtype, bias_dtype=dtype, device=x_TH.device, offloadable=True
+        )
+        routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=gate)
+        comfy.ops.uncast_bias_weight(router, weight_EH, bias_E, token)
+        return routing
 
-def down(owner: nn.Module, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
-    """W2: its first columns on x, for every token, plus the chosen experts' outputs: [B, T, H]."""
-    layout = owner.moe.layout
-    columns = x_BTN.shape[-1]
-    weight, bias, token = cast(linear, x_BTN)
-    y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
-    experts = (layout.experts, layout.width)
-    y_TH = expert_down(routed.hidden_AF, routed.plan, weight[:, columns:].unflatten(1, experts))
-    comfy.ops.uncast_bias_weight(linear, weight, bias, token)
-    if owner.expert_mean is not None:
-        y_TH = y_TH + mean_compensation(routed.routing, owner.expert_mean.to(y_TH.device), y_TH.dtype)
-    return y_BTH + y_TH.view_as(y_BTH)
+    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
+        """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
+        x_TH = x_BTH.flatten(0, -2)
+        routing = self.route(x_TH, *choice)
+        plan = plan_dispatch(routing, x_TH)
+        weight, bias, token = cast(linear, x_BTH)
+        y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
+        experts = (self.moe.layout.experts, self.moe.layout.width)
+        hidden_AF = expert_up(x_TH, plan, weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts))
+        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        return y_BTN, Routed(routing, plan, hidden_AF)
+
+    def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
+        """W2: its first columns on x, for every token, plus the chosen experts' outputs: [B, T, H]."""
+        columns = x_BTN.shape[-1]
+        weight, bias, token = cast(linear, x_BTN)
+        y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
+        experts = (self.moe.layout.experts, self.moe.layout.width)
+        y_TH = expert_down(routed.hidden_AF, routed.plan, weight[:, columns:].unflatten(1, experts))
+        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        if self.expert_mean is not None:
+            y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
+        return y_BTH + y_TH.view_as(y_BTH)
 
 
 # Blocks
 
 
-class ExpertFFN(nn.Sequential):
+class ExpertFFN(ExpertLayer, nn.Sequential):
     """A double block's img_mlp or txt_mlp. Its children are those of the nn.Sequential it replaces, and a router."""
 
-    def forward(self, x_BTH: Tensor, choice: tuple[int, Gate] | None = None) -> Tensor:
-        shared_BTS, routed = up(self, self[0], x_BTH, self.moe.layout.shared, choice or self.moe.choice(None))
-        return down(self, self[2], self[1](shared_BTS), routed)
+    def forward(self, x_BTH: Tensor, choice: Choice | None = None) -> Tensor:
+        """`choice`: None is the file's own."""
+        shared_BTS, routed = self.up(self[0], x_BTH, self.moe.layout.shared, choice or self.moe.choice(None))
+        return self.down(self[2], self[1](shared_BTS), routed)
 
 
 class BlockCall:
-    """A block as one call of its forward sees it: the block, with what the subclass puts in place of it."""
+    """A block as one call of its forward sees it: the block, but for what a subclass puts in place of it."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: Any, transformer_options: Mapping[str, Any] | None) -> None:
+        self.block, self.options = block, transformer_options
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
 
 class DoubleCall(BlockCall):
-    def __init__(self, block: nn.Module, transformer_options: Mapping[str, Any] | None) -> None:
-        super().__init__(block)
-        self.options = transformer_options
-
     def img_mlp(self, x: Tensor) -> Tensor:
         return self.run(self.block.img_mlp, x)
 
@@ -161,7 +158,28 @@ class DoubleCall(BlockCall):
         return self.run(self.block.txt_mlp, x)
 
     def run(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        return mlp(x, mlp.moe.choice(self.options)) if isinstance(mlp, ExpertFFN) else mlp(x)
+        found: Tensor = mlp(x, mlp.moe.choice(self.options)) if isinstance(mlp, ExpertFFN) else mlp(x)
+        return found
+
+
+class SingleCall(BlockCall):
+    """linear1 gives qkv and the shared expert's part of the MLP, so FLUX's own block runs with a thinner MLP;
+    linear2 adds the routed experts to it."""
+
+    block: SingleExpertBlock
+
+    @property
+    def mlp_hidden_dim_first(self) -> int:
+        return self.block.moe.layout.shared
+
+    def linear1(self, x: Tensor) -> Tensor:
+        block = self.block
+        rows = 3 * block.hidden_size + block.moe.layout.shared
+        dense, self.routed = block.up(block.linear1, x, rows, block.moe.choice(self.options))
+        return dense
+
+    def linear2(self, x: Tensor) -> Tensor:
+        return self.block.down(self.block.linear2, x, self.routed)
 
 
 class DoubleExpertBlock(DoubleStreamBlock):
@@ -169,25 +187,11 @@ class DoubleExpertBlock(DoubleStreamBlock):
         return DoubleStreamBlock.forward(DoubleCall(self, kwargs.get("transformer_options")), *args, **kwargs)
 
 
-class SingleCall(BlockCall):
-    """linear1 gives qkv and the shared expert's part of the MLP, so FLUX's own block runs with a thinner MLP;
-    linear2 adds the routed experts to it."""
+class SingleExpertBlock(ExpertLayer, SingleStreamBlock):
+    hidden_size: int
+    linear1: nn.Linear
+    linear2: nn.Linear
 
-    def __init__(self, block: nn.Module, transformer_options: Mapping[str, Any] | None) -> None:
-        super().__init__(block)
-        self.choice = block.moe.choice(transformer_options)
-        self.mlp_hidden_dim_first = block.moe.layout.shared
-
-    def linear1(self, x: Tensor) -> Tensor:
-        block = self.block
-        dense, self.routed = up(block, block.linear1, x, 3 * block.hidden_size + block.moe.layout.shared, self.choice)
-        return dense
-
-    def linear2(self, x: Tensor) -> Tensor:
-        return down(self.block, self.block.linear2, x, self.routed)
-
-
-class SingleExpertBlock(SingleStreamBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return SingleStreamBlock.forward(SingleCall(self, kwargs.get("transformer_options")), *args, **kwargs)
 
@@ -215,10 +219,10 @@ class FluxMoE(Flux):
                 block.__class__ = DoubleExpertBlock
                 mlp = ExpertFFN(*getattr(block, stream[0]))
                 setattr(block, stream[0], mlp)
-                add_router(mlp, moe, stored, name, device)
+                mlp.add_router(moe, stored, name, device)
             else:
                 block.__class__ = SingleExpertBlock
-                add_router(block, moe, stored, name, device)
+                block.add_router(moe, stored, name, device)
 
     def forward(self, *args: Any, d2m: Mapping[str, Any] | None = None, **kwargs: Any) -> Tensor:
         """`d2m`: see FluxMoEModel._apply_model."""

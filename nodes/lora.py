@@ -143,13 +143,14 @@ def bypass_of_moe(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def register() -> None:
     """Wrap ComfyUI's functions. Again is harmless."""
-    for module, name, wrap in (
+    wraps: list[tuple[Any, str, Callable]] = [
         (comfy.lora, "model_lora_keys_unet", key_map_of_moe),
         (comfy.lora, "load_lora", load_lora_of_moe),
         (comfy.sd, "load_bypass_lora_for_models", bypass_of_moe),
-    ):
+    ]
+    for module, name, wrap in wraps:
         function = getattr(module, name)
         if not getattr(function, "knows_moe", False):
             wrapped = wrap(function)
-            wrapped.knows_moe = True  # type: ignore[attr-defined]
+            wrapped.knows_moe = True
             setattr(module, name, wrapped)

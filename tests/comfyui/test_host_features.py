@@ -58,8 +58,8 @@ def test_a_compiled_model_follows_top_k(host: Comfy, pair: Pair) -> None:
     torch.compiler.reset()
     flux = pair.moe.get_model_object("diffusion_model")
     options = {"guard_filter_fn": skip_torch_compile_dict}
-    module = torch.compile(flux, backend="aot_eager", options=options)  # the node's backends need a compiler
-    for top_k, gate in ((2, "sum"), (ALL, "sum"), (2, "normalised"), (0, "sum"), (2, "sum")):
+    module = torch.compile(flux, backend="eager", options=options)  # the node's backends need a C++ compiler
+    for top_k, gate in ((2, "sum"), (ALL, "sum"), (2, "normalised"), (2, "sum")):
         eager = host.top_k(pair.moe, top_k, gate)
         compiled = eager.clone()
         wrapper = apply_torch_compile_factory({"diffusion_model": module})
