@@ -189,7 +189,10 @@ def _grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
 def _grouped_mm_weight_grad(grad_AN: Tensor, a_AD: Tensor, ends_E: Tensor) -> Tensor:
     """d loss / d b, as [E, N, D]: the layout of an nn.Linear's weight."""
     if _native(grad_AN.t(), a_AD):
-        return torch._grouped_mm(grad_AN.t(), a_AD, offs=ends_E)
+        grad_END = torch._grouped_mm(grad_AN.t(), a_AD, offs=ends_E)
+        # Kernels of some GPUs leave the gradient of an expert without rows unwritten (pytorch issue 172439).
+        without_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return grad_END.masked_fill_(without_rows_E[:, None, None], 0)
     out_END = a_AD.new_empty(ends_E.shape[0], grad_AN.shape[1], a_AD.shape[1])
     for expert, rows in enumerate(_groups(ends_E)):
         torch.mm(grad_AN[rows].t(), a_AD[rows], out=out_END[expert])
@@ -212,7 +215,6 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_AN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     a_AD, b_EDN, ends_E = ctx.saved_tensors
-    grad_AN = grad_AN.contiguous()  # a sum's gradient has strides of zero
     grad_a = _grouped_mm(grad_AN, b_EDN.transpose(1, 2), ends_E) if ctx.needs_input_grad[0] else None
     grad_b = _grouped_mm_weight_grad(grad_AN, a_AD, ends_E) if ctx.needs_input_grad[1] else None
     return grad_a, None if grad_b is None else grad_b.transpose(1, 2), None

@@ -257,6 +257,24 @@ def test_grouped_product_and_its_gradients_on_strided_views(name: str, dtype: to
             assert relative_error(found, expected) < TOLERANCE[dtype] / 2
 
 
+def test_an_expert_without_rows_has_no_gradient_though_a_kernel_leaves_it_unwritten() -> None:
+    """As on Blackwell (pytorch issue 172439)."""
+    torch_grouped_mm = torch._grouped_mm
+
+    def careless(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        out = torch_grouped_mm(a, b, offs=offs)
+        if out.dim() == 3:
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    a, b = torch.randn(16, 16), torch.randn(4, 16, 8, requires_grad=True)
+    with mock.patch.object(torch, "_grouped_mm", careless):
+        grouped_mm(a, b, torch.tensor([0, 9, 9, 16], dtype=torch.int32)).backward(torch.ones(16, 8))
+    assert b.grad is not None
+    assert b.grad.isfinite().all()
+    assert [bool(gradient.any()) for gradient in b.grad] == [False, True, False, True]
+
+
 def test_operands_that_native_kernels_do_not_take_go_to_the_loop() -> None:
     a, b = torch.randn(8, 16), torch.randn(2, 16, 8)
     assert experts._native(a, b)
@@ -304,6 +322,7 @@ def test_no_weight_is_copied(name: str) -> None:
         routed(x, plan, up, bias, down, layout)  # what is made once is made
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
             routed(x, plan, up, bias, down, layout)
-    allocations = [event.cpu_memory_usage for event in record.events() if event.name == "[memory]"]
-    assert allocations, "the profiler saw no allocation: this test has lost its eyes"
-    assert 0 < max(allocations) < 128 * 512 * 2 / 8
+    largest = max(event.self_cpu_memory_usage for event in record.events())
+    hidden_activation = 2 * 2 * 128 * 2
+    assert largest >= hidden_activation, "the profiler does not see allocations: this test has lost its eyes"
+    assert largest < 128 * 512 * 2 / 8
