@@ -205,7 +205,7 @@ def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None
             raise CheckpointError(
                 f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged."
             )
-        if not tensor(f"{ffn}.router.weight").isfinite().all():
+        if not tensor(f"{ffn}.router.weight").float().isfinite().all():
             raise CheckpointError(f"{ffn}.router.weight has NaN or infinite values; the file is damaged.")
 
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split-only", action="store_true", help="only reorder the teacher's weights (implied for now)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=_positive, default=64, help="calibration batches (default: 64)")
+    parser.add_argument("--batches", type=_positive, default=32, help="calibration batches (default: 32)")
     parser.add_argument("--batch-size", type=_positive, default=8, help="samples in a calibration batch (default: 8)")
     parser.add_argument("--device", help="where calibration runs (default: cuda if there is one, else cpu)")
 
