@@ -91,11 +91,10 @@ def paint(server: ComfyServer, graph: Graph) -> dict[str, np.ndarray]:
 def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
     nodes = server.get("/object_info")
     assert {"D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"} <= set(nodes)
-    log = server.log.read_text()
-    assert "IMPORT FAILED" not in log
-    assert "Traceback" not in log
-    about_us = [line for line in log.splitlines() if "dense2moe" in line.lower() or "d2m" in line.lower()]
-    assert not [line for line in about_us if "warn" in line.lower() or "error" in line.lower()]
+    log = server.log.read_text().lower().splitlines()
+    about_us = [line for line in log if "dense2moe" in line or "d2m" in line]
+    assert about_us
+    assert not [line for line in about_us if any(word in line for word in ("warn", "error", "failed", 'file "'))]
 
 
 @pytest.mark.parametrize("node_id", ["D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"])
