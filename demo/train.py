@@ -38,15 +38,16 @@ GUIDANCE_RANGE = (1.0, 5.0)
 @dataclass(kw_only=True, slots=True)
 class Settings:
     steps: int
+    until: int  # stop here, as if interrupted
     batch: int
     learning_rate: float
     decay_steps: int  # the last so many steps bring the learning rate to zero
+    ema: float  # share of the average that stays at every step
     checkpoint_every: int = 250
     snapshot_every: int = 1000
     warmup: int = 50
     prompt_dropout: float = 0.1
     shift: float = 2.0  # of the timestep distribution, towards noise
-    ema: float = 0.998
 
 
 def new_transformer() -> FluxTransformer2DModel:
@@ -210,7 +211,7 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
         student.transformer.compile_repeated_blocks()
         if phase == "guidance":
             teacher.transformer.compile_repeated_blocks()
-        for step in range(first_step, settings.steps):
+        for step in range(first_step, settings.until):
             chosen = generator.integers(len(pictures), size=settings.batch)
             captions = [pictures[i].caption(int(generator.integers(len(TEMPLATES)))) for i in chosen]
             words = student.prompts.tokens(captions)
@@ -244,7 +245,7 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
                 }
                 print(json.dumps(row), file=log, flush=True)
                 losses.clear()
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.until:
                 saved = {"step": step + 1, "student": student.state_dict(), "average": average.state_dict()}
                 saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizer_list]
                 torch.save(saved, checkpoint.with_suffix(".part"))
@@ -290,7 +291,8 @@ def main() -> None:
     parser.add_argument(
         "--autoencoder", type=Path, default=Path(__file__).parent / "assets" / "autoencoder.safetensors"
     )
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="at which the learning rate has fallen to zero")
+    parser.add_argument("--until", type=int, help="stop after this step (default: --steps)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--decay-steps", type=int)
@@ -299,12 +301,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.phase == "export":
         return export(arguments.out, arguments.from_phase, arguments.assets)
-    steps, rate, decay = (4000, 1e-3, 1500) if arguments.phase == "flow" else (400, 2e-4, 300)
+    flow = arguments.phase == "flow"
+    steps, rate, decay = (3700, 2e-3, 1300) if flow else (250, 5e-4, 200)
     settings = Settings(
         steps=arguments.steps or steps,
+        until=arguments.until or arguments.steps or steps,
         batch=arguments.batch,
         learning_rate=arguments.learning_rate or rate,
         decay_steps=decay if arguments.decay_steps is None else arguments.decay_steps,
+        ema=0.998 if flow else 0.98,
     )
     train(arguments.phase, arguments.out, settings, arguments.autoencoder)
 

@@ -1,0 +1,150 @@
+"""The emoji FLUX: its dataset, autoencoder, prompt encoder, scorer and the model itself, as shipped in demo/assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2m_model.checkpoint import dims_of
+from d2m_model.tensor_file import TensorFile
+from demo import dataset, prompt_encoder
+from demo.autoencoder import Autoencoder, held_out_psnr
+from demo.muon import Muon
+from demo.sample import noise_for, sample, sigmas
+from demo.score import decode
+from demo.scorer import Scorer, ceiling, latent_distance
+
+ASSETS = dataset.ASSETS
+
+
+def test_the_dataset_is_as_large_as_it_says() -> None:
+    assert len(set(dataset.objects())) >= 300
+    assert len(dataset.COLOURS) >= 8
+    assert len(dataset.held_out()) == len(dataset.objects()) * len(dataset.COLOURS) // 10
+
+
+def test_no_training_picture_shows_a_held_out_pair() -> None:
+    pictures = dataset.every_training_picture(np.random.default_rng(0))
+    pairs = {(picture.object, picture.colour) for picture in pictures}
+    assert not pairs & dataset.held_out()
+    assert len(pairs | dataset.held_out()) == len(dataset.objects()) * len(dataset.COLOURS)
+
+
+def test_the_fixed_prompts_are_450_seen_and_50_held_out() -> None:
+    held_out = [(p.object, p.colour) in dataset.held_out() for p in dataset.prompts()]
+    assert held_out == [False] * 450 + [True] * 50
+
+
+def test_a_picture_has_its_background_and_its_object_where_the_caption_says() -> None:
+    centre = dataset.render(dataset.Picture(object=5, colour=6, position=0))
+    left = dataset.render(dataset.Picture(object=5, colour=6, position=1))
+    blue = torch.tensor(dataset.COLOURS["blue"]) / 255
+    assert torch.equal(centre[:, 0, 0], blue)
+    assert torch.equal(left[:, :, : -dataset.STEP], centre[:, :, dataset.STEP :])
+    assert not torch.equal(left, centre)
+
+
+def test_assets_are_small_and_the_model_has_flux_dev_s_format() -> None:
+    assert sum(file.stat().st_size for file in ASSETS.iterdir()) <= 30e6
+    with TensorFile(ASSETS / "emoji-flux.safetensors") as file:
+        dims = dims_of(file.shapes)
+        assert set(file.dtypes.values()) == {torch.bfloat16}
+    assert (dims.hidden_size, dims.double_blocks, dims.single_blocks) == (128, 7, 14)
+    assert dims.guidance_embed
+    assert (dims.in_channels, dims.out_channels) == (64, 64)
+
+
+def test_the_autoencoder_restores_what_it_was_not_trained_on() -> None:
+    autoencoder = Autoencoder.load(ASSETS / "autoencoder.safetensors")
+    assert held_out_psnr(autoencoder.tiny) >= 26
+    every_colour = [dataset.Picture(object=i, colour=i % 8, position=i % 5) for i in range(80)]
+    latents = autoencoder.encode(torch.stack([dataset.render(picture) for picture in every_colour]))
+    assert latents.shape == (80, 16, 16, 16)
+    assert abs(float(latents.mean())) < 0.1
+    assert 0.9 < float(latents.std()) < 1.1
+
+
+def test_the_autoencoder_file_survives_a_round_trip(tmp_path: Path) -> None:
+    Autoencoder.load(ASSETS / "autoencoder.safetensors").save(tmp_path / "copy.safetensors")
+    first, second = load_file(ASSETS / "autoencoder.safetensors"), load_file(tmp_path / "copy.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_the_prompt_encoder_tells_prompts_apart_and_takes_any_text() -> None:
+    encoder = prompt_encoder.load(ASSETS / "prompt-encoder.safetensors")
+    texts = ["fox in the left on blue", "fox in the left on red", "", "words it never saw " * 20]
+    context, pooled = encoder.encode(texts)
+    assert context.shape == (4, prompt_encoder.TOKENS, prompt_encoder.WIDTH)
+    assert torch.isfinite(context).all()
+    distance = torch.cdist(pooled, pooled) + 1e9 * torch.eye(4)
+    assert float(distance.min()) > 0.1
+
+
+def test_a_file_that_is_no_prompt_encoder_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"has no vocabulary.*expected a prompt encoder"):
+        prompt_encoder.load(tmp_path / "other.safetensors")
+
+
+def test_the_scorer_knows_real_renders_and_is_not_fooled_by_others() -> None:
+    scorer = Scorer()
+    real = ceiling(scorer, 200)
+    assert min(real.values()) >= 0.98, real
+    pictures = list(dataset.prompts()[:100])
+    images = torch.stack([dataset.render(picture) for picture in pictures])
+    others = scorer.score(images, [*pictures[1:], pictures[0]])
+    assert others["object"] <= 0.05
+    assert others["retrieval"] <= 0.05
+
+
+def test_the_scorer_does_not_need_colour_to_know_an_object() -> None:
+    pictures = dataset.prompts()[:200]
+    grey = torch.stack([dataset.render(picture) for picture in pictures]).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert float(Scorer().hits(grey, pictures)["object"].float().mean()) >= 0.9
+
+
+def test_the_sampler_runs_comfyui_s_schedule() -> None:
+    """KSampler's `simple` scheduler on ComfyUI's FLUX (shift 1.15), 4 steps, as ComfyUI 0.30.0 computes it."""
+    torch.testing.assert_close(sigmas(4), torch.tensor([1.0, 0.9045, 0.7595, 0.5128, 0.0]), atol=1e-4, rtol=0)
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    assert torch.equal(noise_for([3, 4])[1], noise_for([4])[0])
+
+
+def test_the_batched_muon_steps_as_torch_s_does() -> None:
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in ((256, 64), (256, 64), (64, 160))]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    before = [parameter.detach().clone() for parameter in ours]
+    first = Muon(ours, lr=1e-2, weight_decay=0.01)
+    second = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        first.step()
+        second.step()
+    for a, b, start in zip(ours, theirs, before, strict=True):
+        assert float((a - b).detach().norm()) <= 0.02 * float((b - start).detach().norm())  # bfloat16 inside both
+
+
+def test_the_emoji_flux_paints_what_it_is_asked_for() -> None:
+    from d2m_model.hosts.diffusers import load_transformer
+
+    chosen = dataset.prompts()[5::10]
+    transformer = load_transformer(ASSETS / "emoji-flux.safetensors", torch.float32).eval()
+    encoder = prompt_encoder.load(ASSETS / "prompt-encoder.safetensors")
+    prompts = [picture.caption() for picture in chosen]
+    latents = sample(transformer, encoder, prompts, steps=20, seeds=range(5, 500, 10))
+    scores = Scorer().score(decode(latents), chosen)
+    assert scores["colour"] >= 0.95, scores
+    assert scores["position"] >= 0.9, scores
+    assert scores["object"] >= 0.8, scores
+    assert latent_distance(latents, latents) == 0
