@@ -146,8 +146,8 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"))
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     arguments = parser.parse_args()
     train(arguments.out, steps=arguments.steps, batch=arguments.batch, learning_rate=arguments.learning_rate)
