@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,7 +116,9 @@ def main() -> None:
         comfy = Comfy(Path(base))
         stock = comfy.load(options.file)
         found = {"stock class": type(stock.model).__name__, "stock": comfy.sample(stock)}
-        comfy.load_pack()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            comfy.load_pack()
         found["moe"] = comfy.sample(comfy.top_k(comfy.load(options.file), options.top_k))
         torch.save(found, options.out)
 

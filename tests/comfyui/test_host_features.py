@@ -112,14 +112,6 @@ def test_registering_twice_changes_nothing(host: Comfy) -> None:
     assert [entry.__name__ for entry in entries[:3]] == ["FluxMoEInpaint", "FluxMoEDev", "FluxMoESchnell"]
 
 
-def test_the_pack_imports_without_warnings(host: Comfy) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        host.load_pack()
-
-
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Any:
     yield
