@@ -99,6 +99,4 @@ def test_comfyui_reads_the_project_file() -> None:
         " config.project.supported_comfyui_version, bool(config.tool_comfy.publisher_id))"
     )
     done = subprocess.run([str(host.python), "-c", code], cwd=host.path, capture_output=True, text=True)
-    assert done.stdout.split() == ["dense2moe-flux", "ComfyUI-Dense2MoE", "Apache-2.0", ">=0.18.2", "True"], (
-        done.stderr
-    )
+    assert done.stdout.split() == ["dense2moe-flux", "ComfyUI-Dense2MoE", "Apache-2.0", ">=0.18.2", "True"], done.stderr

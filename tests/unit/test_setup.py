@@ -185,18 +185,14 @@ def test_set_ups_at_the_same_time_wait_for_each_other(project: Project) -> None:
     command = [sys.executable, "-c", code]
     with (project.root / ".host" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        runs = [
-            subprocess.Popen(command, cwd=project.root, stdout=-1, stderr=-1, text=True) for _ in range(2)
-        ]
+        runs = [subprocess.Popen(command, cwd=project.root, stdout=-1, stderr=-1, text=True) for _ in range(2)]
         for run in runs:
             assert run.stderr is not None
             assert "waiting" in run.stderr.readline()
     assert sorted(run.communicate()[0].strip() for run in runs) == ["False", "True"]
 
 
-def test_a_wrong_checksum_says_what_to_do_and_runs_nothing_of_the_archive(
-    project: Project, tmp_path: Path
-) -> None:
+def test_a_wrong_checksum_says_what_to_do_and_runs_nothing_of_the_archive(project: Project, tmp_path: Path) -> None:
     (project.root / "backend-ran").unlink(missing_ok=True)
     wrong = replace(project.release, sha256="0" * 64)
     with pytest.raises(SetupError) as refused:
@@ -233,16 +229,12 @@ def test_a_comfyui_of_ones_own_is_used_as_it_is(tmp_path: Path) -> None:
 def test_each_release_but_the_default_has_its_own_environment(tmp_path: Path) -> None:
     assert host.host_in_use(tmp_path, {}).venv == tmp_path / ".venv"
     assert host.host_in_use(tmp_path, {"D2M_HOST": "0.18.2"}).venv == tmp_path / ".venv-0.18.2"
-    with pytest.raises(
-        SetupError, match=r"0\.1 is not in the table of known releases \(0\.30\.0, 0\.18\.2\)"
-    ):
+    with pytest.raises(SetupError, match=r"0\.1 is not in the table of known releases \(0\.30\.0, 0\.18\.2\)"):
         host.host_in_use(tmp_path, {"D2M_HOST": "0.1"})
 
 
 def test_the_pins_leave_another_hosts_frontend_alone(tmp_path: Path) -> None:
-    pins = (
-        "Comfyui_Frontend-Package==1.0\ncomfyui-workflow-templates-core==3\nnumpy==2 ; sys_platform == 'x'\n"
-    )
+    pins = "Comfyui_Frontend-Package==1.0\ncomfyui-workflow-templates-core==3\nnumpy==2 ; sys_platform == 'x'\n"
     (tmp_path / "constraints.txt").write_text(pins)
     (tmp_path / "requirements.txt").write_text("comfyui-frontend-package==2.0\nnumpy>=1.25\n")
     assert constraints(tmp_path, tmp_path / "requirements.txt") == "numpy==2 ; sys_platform == 'x'\n"
