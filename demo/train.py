@@ -302,7 +302,7 @@ def main() -> None:
     if arguments.phase == "export":
         return export(arguments.out, arguments.from_phase, arguments.assets)
     flow = arguments.phase == "flow"
-    steps, rate, decay = (3700, 2e-3, 1300) if flow else (250, 5e-4, 200)
+    steps, rate, decay = (3700, 2e-3, 1300) if flow else (250, 1e-3, 200)
     settings = Settings(
         steps=arguments.steps or steps,
         until=arguments.until or arguments.steps or steps,
