@@ -70,10 +70,16 @@ def test_the_diffusers_host_may_import_diffusers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_no_test_imports_the_root_of_the_pack() -> None:
-    """It is ComfyUI's door; imported under pytest it would be a second copy of everything."""
-    door = str(ROOT / "__init__.py")
-    assert [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == door] == []
+def test_collecting_the_tests_does_not_import_the_root_of_the_pack() -> None:
+    """It is ComfyUI's door; imported by pytest it would be a second copy of everything."""
+    code = (
+        "import pytest, sys\n"
+        "status = pytest.main(['--collect-only', '-qq', 'tests'])\n"
+        f"doors = [n for n, m in sys.modules.items() if getattr(m, '__file__', None) == {str(ROOT / '__init__.py')!r}]\n"
+        "sys.exit(int(status) or len(doors))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_the_pack_needs_nothing_beyond_comfyui() -> None:
