@@ -27,17 +27,7 @@ from d2m_model.config import (
     preset_groups,
     preset_layouts,
 )
-
-FLUX_DEV = FluxDims(
-    hidden_size=3072,
-    double_blocks=19,
-    single_blocks=38,
-    in_channels=64,
-    out_channels=64,
-    context_size=4096,
-    vector_size=768,
-    guidance_embed=True,
-)
+from d2m_train.report import FLUX_DEV
 
 
 def with_depth(double: int, single: int, hidden_size: int = 3072) -> FluxDims:
