@@ -25,6 +25,7 @@ from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 
+from demo import prompt_encoder
 from demo.autoencoder import Autoencoder
 from demo.dataset import COLOURS, POSITIONS, TEMPLATES, Picture, every_training_picture, objects, render
 from demo.muon import Muon
@@ -48,6 +49,7 @@ class Settings:
     warmup: int = 50
     prompt_dropout: float = 0.1
     shift: float = 2.0  # of the timestep distribution, towards noise
+    start: Path | None = None  # folder of an exported model to begin with
 
 
 def new_transformer() -> FluxTransformer2DModel:
@@ -168,6 +170,15 @@ class Student(nn.Module):
         self.transformer = new_transformer()
         self.prompts = PromptEncoder(vocabulary())
 
+    def start_from(self, assets: Path) -> None:
+        """Take the weights of an exported emoji FLUX and its prompt encoder."""
+        from d2m_model.hosts.diffusers import load_transformer
+
+        self.transformer.load_state_dict(
+            load_transformer(assets / "emoji-flux.safetensors", torch.float32).state_dict()
+        )
+        self.prompts.load_state_dict(prompt_encoder.load(assets / "prompt-encoder.safetensors").state_dict())
+
 
 def learning_rate_at(step: int, settings: Settings) -> float:
     """Warm up, stay, and fall to zero over the last `decay_steps`."""
@@ -193,6 +204,8 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
         for model in (student, average, teacher):
             model.load_state_dict(state)
         teacher.requires_grad_(False)
+    elif settings.start is not None:
+        student.start_from(settings.start)
     average.load_state_dict(student.state_dict())
     average.requires_grad_(False)
     if checkpoint.exists():
@@ -296,6 +309,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--decay-steps", type=int)
+    parser.add_argument("--start", type=Path, help="`flow` begins with the exported model in this folder")
     parser.add_argument("--from-phase", default="guidance", help="which checkpoint `export` writes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -310,6 +324,7 @@ def main() -> None:
         learning_rate=arguments.learning_rate or rate,
         decay_steps=decay if arguments.decay_steps is None else arguments.decay_steps,
         ema=0.998 if flow else 0.98,
+        start=arguments.start,
     )
     train(arguments.phase, arguments.out, settings, arguments.autoencoder)
 

@@ -1,0 +1,47 @@
+"""What is decided of a dense FLUX before it is written as a FLUX-MoE: of every FFN, and of the modulations.
+
+Shapes: H hidden size, N = S + E F neurons, S shared neurons, E experts, F expert width, A AdaLN rank, O modulation outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FFNWeights:
+    """A dense FFN as the teacher has it: W2 gelu_tanh(W1 x + b1) + b2. Views of the teacher's file: read only."""
+
+    up_NH: Tensor
+    up_bias_N: Tensor
+    down_HN: Tensor
+    down_bias_H: Tensor
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FFNPlan:
+    """What a dense FFN becomes. With neither refit tensor the FFN's weights are the teacher's, permuted."""
+
+    order_N: Tensor  # int32: position -> neuron of the dense FFN
+    router_EH: Tensor  # float32
+    expert_mean_EH: Tensor | None = None  # float32
+    shared_down_HS: Tensor | None = None  # refit: W2 of the shared expert, its neurons in the new order
+    down_bias_H: Tensor | None = None  # refit: b2
+
+
+# By FFN name. Asked once for each FFN, in the order of the file; what it returns is not kept longer than needed.
+PlanFFN = Callable[[str, FFNWeights], FFNPlan]
+
+
+class Modulations(Protocol):
+    """AdaLN compression (Sec. 4.1): mod.lin(silu(vec)) becomes lin'(U silu(vec))."""
+
+    adaln_in_AH: Tensor  # U, float32
+
+    def compress(self, name: str, weight_OH: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """lin' of the modulation `name` (double_blocks.0.img_mod.lin, single_blocks.0.modulation.lin): float32 [O, A], [O]."""
+        ...
