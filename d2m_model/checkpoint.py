@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import ConfigError, FluxDims, FluxMoEConfig
 from .keys import HEAD, PREFIX, dense_shapes, prefix_of, strip_prefix
+from .quantised import COMPANIONS, is_companion, layers_of, problems
 from .tensor_file import CheckpointError, Shape, TensorFile
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check",
     "check_dense",
     "check_file",
+    "check_opened",
     "check_state_dict",
     "check_values",
     "config_of",
@@ -37,12 +39,6 @@ __all__ = [
 
 CONFIG_KEY = "d2m_config"
 CONVERT = "python -m d2m_train convert --teacher F --out G"
-
-# What quantising tools put beside a weight.
-_QUANTISED = (
-    *("comfy_quant", "weight_scale", "weight_scale_2", "input_scale"),
-    *("scale_weight", "scale_input", "pre_quant_scale"),
-)
 
 # A key pattern of other models that get mistaken for FLUX.1, and what they are.
 _OTHERS = (
@@ -160,7 +156,7 @@ def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) 
         raise CheckpointError("This is a FLUX-MoE already; a teacher is a dense FLUX.1.")
     dims = dims_of(shapes)
     for name in shapes:
-        if name.rsplit(".", 1)[-1] in _QUANTISED or name == "scaled_fp8":
+        if name.rsplit(".", 1)[-1] in COMPANIONS or name == "scaled_fp8":
             raise CheckpointError(f"This FLUX is quantised ({name}); take its bfloat16, float16 or float32 version.")
     _check_tensors(shapes, dtypes, dense_shapes(dims), {}, "a dense FLUX.1")
     return dims
@@ -173,28 +169,29 @@ def _check_tensors(
     optional: Mapping[str, Shape],
     what: str,
 ) -> None:
-    problems = [
+    wrong = [
         f"{name} is missing (expected shape {list(shape)})" for name, shape in expected.items() if name not in shapes
     ]
+    wrong += problems(shapes, expected)
     for name, found in shapes.items():
         shape = expected.get(name, optional.get(name))
         module, _, kind = name.rpartition(".")
         if shape is None:
-            if name.startswith(("double_blocks.", "single_blocks.", "block_groups.")) and kind not in _QUANTISED:
-                problems.append(f"{name} {list(found)} does not belong to it")
+            if name.startswith(("double_blocks.", "single_blocks.", "block_groups.")) and not is_companion(name, expected):
+                wrong.append(f"{name} {list(found)} does not belong to it")
             continue
         if f"{module}.comfy_quant" in shapes and kind == "weight":
             continue  # packed by ComfyUI, which alone knows its shape
         if tuple(found) != shape:
-            problems.append(f"{name} has shape {list(found)}; expected {list(shape)}")
+            wrong.append(f"{name} has shape {list(found)}; expected {list(shape)}")
         elif kind == "neuron_order":
             if dtypes[name] != torch.int32:
-                problems.append(f"{name} is {dtypes[name]}; expected torch.int32")
+                wrong.append(f"{name} is {dtypes[name]}; expected torch.int32")
         elif not dtypes[name].is_floating_point:
-            problems.append(f"{name} is {dtypes[name]}; expected a floating-point type")
-    if problems:
-        more = f" ({len(problems) - 1} more such problems.)" if len(problems) > 1 else ""
-        raise CheckpointError(f"This is not {what}: {problems[0]}.{more}")
+            wrong.append(f"{name} is {dtypes[name]}; expected a floating-point type")
+    if wrong:
+        more = f" ({len(wrong) - 1} more such problems.)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"This is not {what}: {wrong[0]}.{more}")
 
 
 def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
@@ -220,7 +217,13 @@ def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model
 def check_file(path: str | os.PathLike[str]) -> FluxMoEConfig:
     """The configuration of a FLUX-MoE file, checked whole; reads its header, routers and neuron orders only."""
     with TensorFile(path) as file:
-        return _check_moe(file.shapes, file.dtypes, file.tensor, str(path))
+        return check_opened(file)
+
+
+def check_opened(file: TensorFile) -> FluxMoEConfig:
+    """`check_file` of a file that is open."""
+    listed = {f"{layer}.comfy_quant": (0,) for layer in layers_of(file.metadata)}
+    return _check_moe({**file.shapes, **listed}, file.dtypes, file.tensor, str(file.path))
 
 
 def _check_moe(
