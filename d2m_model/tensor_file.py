@@ -6,8 +6,10 @@ import errno
 import json
 import mmap
 import os
+import platform
 import shutil
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -49,12 +51,13 @@ class TensorFile:
     """An open safetensors file. Nothing is read but the header until `tensor` is asked, and that maps.
 
     Names are BFL's, without a `model.diffusion_model.` prefix; with one, only the tensors under it are seen.
+    With `copy_on_write` the tensors may be written to: what is written becomes memory, the file stays as it is.
     `shapes` and `dtypes` are in the file's order. Raises CheckpointError if the file cannot be one.
     """
 
     # Not safetensors.safe_open: it maps privately, which Linux refuses for files larger than the memory.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, copy_on_write: bool = False) -> None:
         self.path = Path(path)
         self.size, header, self._start = _read_header(self.path)  # bytes on disk; data begin at _start
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -69,10 +72,10 @@ class TensorFile:
                 self.dtypes[name] = DTYPES[entry["dtype"]]
                 self._spans[name] = tuple(entry["data_offsets"])
         with open(self.path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = _mapped(file.fileno(), copy_on_write)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file, to be read only: writing into it kills the process. KeyError for an unknown name."""
+        """A view of the mapped file; without copy_on_write, writing into it kills the process. KeyError for an unknown name."""
         begin, end = self._spans[name]
         if begin == end:
             return torch.empty(self.shapes[name], dtype=self.dtypes[name])
@@ -93,6 +96,19 @@ class TensorFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# Lets Linux map more than it has memory for. Python names it from 3.13 on.
+_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+
+
+def _mapped(descriptor: int, copy_on_write: bool) -> mmap.mmap:
+    if not copy_on_write:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if os.name == "nt":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    flags = mmap.MAP_PRIVATE | _NORESERVE
+    return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
