@@ -30,6 +30,7 @@ from ..d2m_model.config import FFNLayout, FluxMoEConfig, Gate
 from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ..d2m_model.layout import neuron_axis
 from ..d2m_model.routers import Routing, route_top_k
+from .compressed import compress_modulations, modulations
 
 OPTIONS_KEY = "d2m"  # of transformer_options: {"top_k": int, "gate": "sum" | "normalised"}, each optional
 
@@ -209,6 +210,8 @@ class FluxMoE(Flux):
         super().__init__(*args, device=device, **kwargs)
         self.config = config
         self.register_buffer(CONFIG_KEY, torch.empty_like(stored[CONFIG_KEY], device=device))
+        if config.adaln_rank is not None:
+            compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
         gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
         for name, layout in config.ffns.items():
             moe = MoE(layout=layout, top_k=config.top_k, gates=gates, gate=config.gate.mode)
@@ -229,6 +232,10 @@ class FluxMoE(Flux):
         if d2m is not None:
             kwargs["transformer_options"] = {**kwargs.get("transformer_options", {}), OPTIONS_KEY: d2m}
         return super().forward(*args, **kwargs)
+
+    def compressed(self) -> set[str]:
+        """The weights that are behind U in a file with AdaLN compression, by their names in this model."""
+        return {f"{name}.lin.weight" for name, _ in modulations(self)} if self.config.adaln_rank else set()
 
     def neurons(self) -> dict[str, tuple[int, int, Tensor]]:
         """Of every tensor whose neurons are reordered: (axis, first, neuron_order), by its name in this model."""
@@ -284,10 +291,10 @@ class _Supported:
         """Raises CheckpointError for a file with a missing or misshapen tensor, or one of a newer schema."""
         stored = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         config = check_state_dict(stored)
-        if config.groups or config.adaln_rank is not None:
+        if config.groups:
             raise CheckpointError(
-                "This FLUX-MoE has block groups or compressed modulations, which this version does not run yet. "
-                "Update ComfyUI-Dense2MoE, or convert the teacher with --split-only."
+                "This FLUX-MoE has block groups, which this version does not run yet. "
+                "Update ComfyUI-Dense2MoE, or convert the teacher with --preset L."
             )
         return FluxMoEModel(self, config, stored, model_type=self.model_type_of_flux, device=device)
 

@@ -72,6 +72,22 @@ def dense_flux(dims: FluxDims = DIMS, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
+def compressible(
+    dense: dict[str, Tensor], rank: int, dims: FluxDims = DIMS, seed: int = 2
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A teacher like `dense` whose modulations read `rank` directions of vec, and what stands for them in a file with
+    AdaLN compression, which is then that teacher exactly. U's rows are of any length and angle."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(rank, dims.hidden_size, generator=generator) * torch.linspace(0.5, 2, rank)[:, None]
+    compressed = {"adaln_in.weight": down}
+    for name, tensor in dense.items():
+        if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+            gain = tensor.norm() / down.norm() * rank**0.5
+            compressed[name] = torch.randn(tensor.shape[0], rank, generator=generator) * gain * tensor.shape[0] ** -0.5
+    low_rank = {name: lin @ down for name, lin in compressed.items() if name != "adaln_in.weight"}
+    return dense | low_rank, compressed
+
+
 def split(
     dense: dict[str, Tensor],
     dims: FluxDims = DIMS,
@@ -80,12 +96,16 @@ def split(
     mean: bool = False,
     dense_double_blocks: int = 1,
     seed: int = 1,
+    compressed: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The FLUX-MoE of `dense`: random neuron orders and random routers. The first double blocks stay dense."""
+    """The FLUX-MoE of `dense`: random neuron orders and random routers. The first double blocks stay dense.
+
+    `compressed`: modulations to write in place of the teacher's, see `compressible`.
+    """
     generator = torch.Generator().manual_seed(seed)
     skipped = tuple(f"double_blocks.{i}." for i in range(dense_double_blocks))
     ffns = {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
-    tensors = dict(dense)
+    tensors = dense | (compressed or {})
     for name in ffns:
         order = torch.randperm(layout.neurons, generator=generator).to(torch.int32)
         places = ffn_tensors(name, dims.hidden_size)
@@ -98,7 +118,9 @@ def split(
         if mean:
             tensors[f"{name}.expert_mean"] = torch.randn(layout.experts, dims.hidden_size, generator=generator) * 0.1
     config = FluxMoEConfig(
-        dims=dims, ffns=ffns, groups=(), gate=gate, top_k=2, adaln_rank=None, split_only=not mean,
+        dims=dims, ffns=ffns, groups=(), gate=gate, top_k=2,
+        adaln_rank=compressed["adaln_in.weight"].shape[0] if compressed else None,
+        split_only=not mean and not compressed,
         teacher=Teacher(title="tiny", sha256="0" * 64, licence="none"),
     )  # fmt: skip
     tensors["d2m_config"] = config_tensor(config.to_json())
@@ -110,8 +132,8 @@ def config_tensor(json: str) -> Tensor:
 
 
 def save(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write; floating-point tensors in `dtype`, but routers and means in float32."""
-    kept = (".router.weight", ".router.bias", ".expert_mean")
+    """Write; floating-point tensors in `dtype`, but routers, means and U in float32."""
+    kept = (".router.weight", ".router.bias", ".expert_mean", "adaln_in.weight")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {
