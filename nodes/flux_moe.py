@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_base
+import comfy.model_management
 import comfy.ops
 import comfy.supported_models
 import torch
@@ -71,6 +72,9 @@ def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     weight, bias, token = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
+    smoothing = getattr(linear, "pre_quant_scale", None)  # of the layer's input; here of the columns that meet it
+    if smoothing is not None:
+        weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
     return weight, bias, token
 
 
@@ -253,6 +257,21 @@ class FluxMoEModel(comfy.model_base.Flux):
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
         unet_model = functools.partial(FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
+
+    def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
+        """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
+        Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype."""
+        main = comfy.utils.weight_dtype(sd, unet_prefix)
+        as_stored = self.manual_cast_dtype is not None and main == self.diffusion_model.dtype
+        flux = self.diffusion_model
+        targets = {name: tensor for tensors in (flux.named_parameters(), flux.named_buffers()) for name, tensor in tensors}
+        for key in list(sd) if not assign else ():
+            name = key.removeprefix(unet_prefix)
+            name = name.removesuffix("scale") + "weight" if name.endswith("_norm.scale") else name
+            if key.startswith(unet_prefix) and name in targets:
+                target = targets[name]
+                sd[key] = sd[key].to(target.device, None if as_stored else target.dtype)
+        return super().load_model_weights(sd, unet_prefix, assign=True)
 
     def _apply_model(
         self,
