@@ -19,6 +19,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.supported_models
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
@@ -263,14 +264,13 @@ class FluxMoEModel(comfy.model_base.Flux):
         Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype."""
         main = comfy.utils.weight_dtype(sd, unet_prefix)
         as_stored = self.manual_cast_dtype is not None and main == self.diffusion_model.dtype
-        flux = self.diffusion_model
-        targets = {name: tensor for tensors in (flux.named_parameters(), flux.named_buffers()) for name, tensor in tensors}
+        targets = {**dict(self.diffusion_model.named_parameters()), **dict(self.diffusion_model.named_buffers())}
         for key in list(sd) if not assign else ():
             name = key.removeprefix(unet_prefix)
             name = name.removesuffix("scale") + "weight" if name.endswith("_norm.scale") else name
             if key.startswith(unet_prefix) and name in targets:
                 target = targets[name]
-                sd[key] = sd[key].to(target.device, None if as_stored else target.dtype)
+                sd[key] = sd[key].to(device=target.device, dtype=None if as_stored else target.dtype)
         return super().load_model_weights(sd, unet_prefix, assign=True)
 
     def _apply_model(
