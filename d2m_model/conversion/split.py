@@ -1,6 +1,6 @@
-"""Which neuron goes where (Sec. 3.1), and a first router.
+"""Which neuron goes where (Sec. 3.1).
 
-Shapes: H hidden size, N neurons, E experts, F expert width.
+Shapes: N neurons, R of them routed, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -12,48 +12,50 @@ import torch
 from torch import Tensor
 
 from ..config import FFNLayout
+from .router_init import RouterInit, centroid_router, random_router  # noqa: F401 (moved; until its users follow)
 
 Dealing = Literal["dealt", "random"]
-RouterInit = Literal["centroid", "random"]
 
 
 def neuron_order(importance_N: Tensor, layout: FFNLayout, dealing: Dealing, generator: torch.Generator) -> Tensor:
-    """The permutation of an FFN, int32 [N]: position -> neuron of the dense FFN.
+    """The permutation of an FFN, int32 [N]: position -> neuron of the dense FFN, from the importance alone.
 
-    First the `layout.shared` most important neurons, most important first; then the experts'. `dealt` deals them by
-    rank, to and fro, so that every expert has nearly the same importance; `random` is the paper's even deal. Within an
-    expert the most important come first. Equal importance goes by index, so the result depends on nothing else.
+    First the `layout.shared` most important neurons; then the experts'. `dealt` deals them by rank, to and fro, so that
+    every expert has nearly the same importance; `random` is the paper's even deal.
+    """
+    ranked_N = by_importance(importance_N, layout)
+    routed = layout.neurons - layout.shared
+    if dealing == "random":
+        expert_R = torch.arange(routed)[torch.randperm(routed, generator=generator)] % layout.experts
+    else:
+        rounds_FE = torch.arange(layout.experts).repeat(layout.width, 1)
+        rounds_FE[1::2] = rounds_FE[1::2].flip(1)
+        expert_R = rounds_FE.flatten()
+    return order_of(ranked_N, expert_R, layout)
+
+
+def by_importance(importance_N: Tensor, layout: FFNLayout) -> Tensor:
+    """int64 [N]: the most important neuron first. Equal importance goes by index, so the result depends on nothing else.
+
+    Raises ValueError for importance of another length, or that is not finite.
     """
     if importance_N.shape != (layout.neurons,) or not importance_N.isfinite().all():
         raise ValueError(
             f"importance is {list(importance_N.shape)}, finite; expected [{layout.neurons}] finite numbers."
         )
-    ranked_N = importance_N.sort(descending=True, stable=True).indices
-    shared, routed = ranked_N[: layout.shared], ranked_N[layout.shared :]
-    if dealing == "random":
-        ranks_EF = torch.randperm(len(routed), generator=generator).view(layout.experts, layout.width).sort(1).values
-    else:
-        ranks_FE = torch.arange(len(routed)).view(layout.width, layout.experts)
-        ranks_FE[1::2] = ranks_FE[1::2].flip(1)
-        ranks_EF = ranks_FE.T
-    return torch.cat([shared, routed[ranks_EF.flatten()]]).to(torch.int32)
+    return importance_N.sort(descending=True, stable=True).indices
 
 
-def centroid_router(up_NH: Tensor, order_N: Tensor, layout: FFNLayout) -> Tensor:
-    """float32 [E, H]: the mean W1 row of each expert's neurons, so that a token prefers experts that it excites.
+def order_of(ranked_N: Tensor, expert_R: Tensor, layout: FFNLayout) -> Tensor:
+    """int32 [N]: the shared neurons, then each expert's, the most important first; expert_R is by rank.
 
-    `up_NH` is the dense FFN's, not yet permuted.
+    Raises ValueError for experts of unequal size.
     """
-    experts_EF = order_N[layout.shared :].long().view(layout.experts, layout.width)
-    router_EH = torch.empty(layout.experts, up_NH.shape[1])
-    for row, neurons_F in zip(router_EH, experts_EF, strict=True):
-        row.copy_(up_NH[neurons_F].float().mean(0))
-    return router_EH
-
-
-def random_router(layout: FFNLayout, hidden_size: int, generator: torch.Generator) -> Tensor:
-    """float32 [E, H], normal, logits of order 1. Never zero: ties would send every token to the same experts."""
-    return torch.randn(layout.experts, hidden_size, generator=generator) * hidden_size**-0.5
+    sizes = torch.bincount(expert_R, minlength=layout.experts).tolist()
+    if sizes != [layout.width] * layout.experts:
+        raise ValueError(f"experts of {sizes} neurons; expected {layout.experts} of {layout.width}.")
+    routed_R = ranked_N[layout.shared :][expert_R.sort(stable=True).indices]
+    return torch.cat([ranked_N[: layout.shared], routed_R]).to(torch.int32)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -1,0 +1,241 @@
+"""One dense FFN becomes a MoE FFN: order, router, means and refit, by a recipe; and how far it then is from the dense one.
+
+Shapes: T tokens of calibration, H hidden size, N = S + E F neurons, S shared, R routed, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import FFNLayout
+from .coactivation import coactivation_experts
+from .least_squares import Normal
+from .plan import FFNPlan, FFNWeights
+from .router_init import RouterInit, centroid_router, random_router, ridge_router
+from .split import by_importance, generator_for, neuron_order, order_of
+
+Experts = Literal["coactivation", "dealt", "random"]
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of which the refit takes the one that does best on tokens it has not seen
+REPORTED = 4  # one token in so many is kept from every fit, for choosing among RIDGES and for the report
+MANY = 2048  # tokens taken through an FFN at a time
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Recipe:
+    """The options of a conversion without training. All but `dealt`, `random` and `centroid` need calibration inputs."""
+
+    experts: Experts
+    router: RouterInit
+    mean: bool  # an expert that is not chosen is replaced by its mean output
+    refit: bool  # W2 and b2 of the shared expert learn, in closed form, what the experts not chosen would have added
+    top_k: int  # for which clusters, ridge router and refit are made
+    seed: int
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.experts == "coactivation" or self.router == "ridge" or self.mean or self.refit
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FFNReport:
+    """Relative error |found - dense| / |dense| of an FFN's output (b2 aside) at the recipe's top_k, on tokens that no fit
+    has seen. The first four are this split under four routers, without refit; `converted` is the FFN as converted.
+
+    `oracle` chooses the experts whose outputs, less what stands in for them, are largest.
+    """
+
+    random: float
+    centroid: float
+    ridge: float
+    oracle: float
+    converted: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def plan_without_data(
+    name: str, weights: FFNWeights, layout: FFNLayout, importance_N: Tensor, recipe: Recipe
+) -> FFNPlan:
+    """From weights and importance alone."""
+    assert not recipe.needs_inputs
+    assert recipe.experts != "coactivation"  # as it says
+    order_N = neuron_order(importance_N, layout, recipe.experts, generator_for(recipe.seed, f"{name} experts"))
+    if recipe.router == "centroid":
+        router_EH = centroid_router(weights.up_NH, order_N, layout)
+    else:
+        router_EH = random_router(layout, weights.up_NH.shape[1], generator_for(recipe.seed, f"{name} router"))
+    return FFNPlan(order_N=order_N, router_EH=router_EH)
+
+
+def plan_with_data(
+    name: str, weights: FFNWeights, layout: FFNLayout, importance_N: Tensor, inputs_TH: Tensor, recipe: Recipe
+) -> tuple[FFNPlan, FFNReport]:
+    """From calibration inputs of the FFN besides. Runs on the device of inputs_TH, in float32.
+
+    Raises ValueError if there are too few inputs to fit and to report.
+    """
+    if len(inputs_TH) < 2 * REPORTED:
+        raise ValueError(f"{name} has {len(inputs_TH)} calibration tokens; expected {2 * REPORTED} or more.")
+    dense = _Dense.of(weights, inputs_TH.device)
+    # Tokens arrive in the order of their batches, so these are from all of them.
+    kept = torch.arange(len(inputs_TH), device=inputs_TH.device) % REPORTED == 0
+    fit_TH, rest_TH = inputs_TH[~kept].float(), inputs_TH[kept].float()
+    ranked_N = by_importance(importance_N, layout)
+    order_N = _order(name, dense, layout, ranked_N, fit_TH, recipe)
+    fit = _Split.of(dense, layout, order_N, fit_TH, mean_N=None if recipe.mean else torch.zeros_like(dense.up_bias_N))
+    rest = _Split.of(dense, layout, order_N, rest_TH, mean_N=fit.mean_N)
+
+    routers = _routers(name, weights, layout, order_N, fit, recipe)
+    weight_EH, bias_E = routers[recipe.router]
+    errors = {
+        router: rest.error(rest.missing(rest.chosen(*parameters, recipe.top_k)))
+        for router, parameters in routers.items()
+    }
+    errors["oracle"] = rest.error(rest.missing(rest.largest(recipe.top_k)))
+    means = {"expert_mean_EH": fit.expert_means()} if recipe.mean else {}
+    if not recipe.refit:
+        plan = FFNPlan(order_N=order_N, router_EH=weight_EH, router_bias_E=bias_E, **means)
+        return plan, FFNReport(**errors, converted=errors[recipe.router])
+
+    missing_TH = rest.missing(rest.chosen(weight_EH, bias_E, recipe.top_k))
+    normal = Normal(fit.shared_TS, fit.missing(fit.chosen(weight_EH, bias_E, recipe.top_k)))
+    judge = torch.arange(len(missing_TH), device=missing_TH.device) % 2 == 0
+    best = None
+    for ridge in RIDGES:
+        weight_SH, bias_H = (part.float() for part in normal.solve(ridge))
+        left_TH = missing_TH - rest.shared_TS @ weight_SH - bias_H
+        judged, reported = float(left_TH[judge].norm()), rest.error(left_TH, ~judge)
+        if best is None or judged < best[0]:
+            best = judged, reported, weight_SH, bias_H
+    assert best is not None
+    _, error, weight_SH, bias_H = best
+    plan = FFNPlan(
+        order_N=order_N,
+        router_EH=weight_EH,
+        router_bias_E=bias_E,
+        shared_down_HS=fit.down_HS + weight_SH.T,
+        down_bias_H=dense.down_bias_H + bias_H,
+        **means,
+    )
+    return plan, FFNReport(**errors, converted=error)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Dense:
+    """The dense FFN in float32."""
+
+    up_NH: Tensor
+    up_bias_N: Tensor
+    down_HN: Tensor
+    down_bias_H: Tensor
+
+    @classmethod
+    def of(cls, weights: FFNWeights, device: torch.device) -> _Dense:
+        place = {"device": device, "dtype": torch.float32}
+        return cls(
+            up_NH=weights.up_NH.to(**place),
+            up_bias_N=weights.up_bias_N.to(**place),
+            down_HN=weights.down_HN.to(**place),
+            down_bias_H=weights.down_bias_H.to(**place),
+        )
+
+    def hidden(self, x_TH: Tensor, neurons: Tensor) -> Tensor:
+        """gelu_tanh(W1 x + b1) of some neurons, [T, len(neurons)]."""
+        up, bias = self.up_NH[neurons], self.up_bias_N[neurons]
+        return torch.cat([F.gelu(F.linear(part, up, bias), approximate="tanh") for part in x_TH.split(MANY)])
+
+
+def _order(name: str, dense: _Dense, layout: FFNLayout, ranked_N: Tensor, x_TH: Tensor, recipe: Recipe) -> Tensor:
+    generator = generator_for(recipe.seed, f"{name} experts")
+    if recipe.experts != "coactivation":
+        importance_N = torch.empty(layout.neurons)
+        importance_N[ranked_N] = torch.arange(layout.neurons, 0, -1.0)
+        return neuron_order(importance_N, layout, recipe.experts, generator)
+    routed_R = ranked_N[layout.shared :].to(x_TH.device)
+    hidden_TR = dense.hidden(x_TH, routed_R)
+    if recipe.mean or recipe.refit:  # something stands in for what every token gets alike
+        hidden_TR -= hidden_TR.mean(0)
+    energy_TR = hidden_TR.square_().mul_(dense.down_HN[:, routed_R].square().sum(0))
+    expert_R = coactivation_experts(energy_TR, x_TH, layout, recipe.top_k, generator)
+    return order_of(ranked_N, expert_R.cpu(), layout)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Split:
+    """A split FFN on some tokens."""
+
+    layout: FFNLayout
+    x_TH: Tensor
+    down_HS: Tensor
+    down_HR: Tensor
+    shared_TS: Tensor  # hidden activations of the shared expert
+    routed_TR: Tensor  # those of the routed experts, less mean_N
+    mean_N: Tensor  # of the routed neurons, in the new order's places; zeros where nothing stands in for an expert
+    dense_norm_T: Tensor
+
+    @classmethod
+    def of(cls, dense: _Dense, layout: FFNLayout, order_N: Tensor, x_TH: Tensor, mean_N: Tensor | None) -> _Split:
+        """`mean_N` None: that of these tokens."""
+        order = order_N.long().to(x_TH.device)
+        shared_S, routed_R = order[: layout.shared], order[layout.shared :]
+        shared_TS, routed_TR = dense.hidden(x_TH, shared_S), dense.hidden(x_TH, routed_R)
+        down_HS, down_HR = dense.down_HN[:, shared_S], dense.down_HN[:, routed_R]
+        dense_norm_T = (shared_TS @ down_HS.T + routed_TR @ down_HR.T).norm(dim=1)
+        if mean_N is None:
+            mean_N = torch.zeros_like(dense.up_bias_N)
+            mean_N[layout.shared :] = routed_TR.mean(0)
+        return cls(
+            layout=layout,
+            x_TH=x_TH,
+            down_HS=down_HS,
+            down_HR=down_HR,
+            shared_TS=shared_TS,
+            routed_TR=routed_TR - mean_N[layout.shared :],
+            mean_N=mean_N,
+            dense_norm_T=dense_norm_T,
+        )
+
+    def expert_means(self) -> Tensor:
+        """mu_e, float32 [E, H]: the mean output of each expert."""
+        weighted_HR = self.down_HR * self.mean_N[self.layout.shared :]
+        return weighted_HR.unflatten(1, (self.layout.experts, self.layout.width)).sum(2).T.contiguous()
+
+    def norms_TE(self) -> Tensor:
+        """|E_e(x) - mu_e| of every expert."""
+        experts = zip(self.routed_TR.split(self.layout.width, 1), self.down_HR.split(self.layout.width, 1), strict=True)
+        return torch.stack([(hidden_TF @ down_HF.T).norm(dim=1) for hidden_TF, down_HF in experts], 1)
+
+    def largest(self, top_k: int) -> Tensor:
+        return self.norms_TE().topk(top_k, dim=1).indices
+
+    def chosen(self, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
+        """int64 [T, K], as route_top_k chooses."""
+        logits_TE = F.linear(self.x_TH, weight_EH.to(self.x_TH), None if bias_E is None else bias_E.to(self.x_TH))
+        return logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+
+    def missing(self, chosen_TK: Tensor) -> Tensor:
+        """What the experts not chosen would add beyond their means, [T, H]."""
+        absent_TE = torch.ones(len(self.x_TH), self.layout.experts, device=self.x_TH.device).scatter_(1, chosen_TK, 0)
+        return (self.routed_TR * absent_TE.repeat_interleave(self.layout.width, dim=1)) @ self.down_HR.T
+
+    def error(self, left_TH: Tensor, tokens: Tensor | slice = slice(None)) -> float:
+        """Relative to the dense output: over all the tokens together."""
+        return float(left_TH[tokens].norm() / self.dense_norm_T[tokens].norm())
+
+
+def _routers(
+    name: str, weights: FFNWeights, layout: FFNLayout, order_N: Tensor, fit: _Split, recipe: Recipe
+) -> dict[RouterInit, tuple[Tensor, Tensor | None]]:
+    """Each kind of first router: weight [E, H] and bias [E], float32."""
+    generator = generator_for(recipe.seed, f"{name} router")
+    return {
+        "random": (random_router(layout, weights.up_NH.shape[1], generator), None),
+        "centroid": (centroid_router(weights.up_NH, order_N, layout), None),
+        "ridge": ridge_router(fit.x_TH, fit.norms_TE()),
+    }
