@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, FluxDims, FluxMoEConfig
-from .keys import HEAD, PREFIX, dense_shapes, prefix_of, strip_prefix
+from .keys import (
+    DIFFUSERS,
+    HEAD,
+    PREFIX,
+    dense_shapes,
+    diffusers_shapes,
+    landmarks_of,
+    prefix_of,
+    strip_prefix,
+)
 from .quantised import COMPANIONS, is_companion, layers_of, problems
 from .tensor_file import CheckpointError, Shape, TensorFile
 
@@ -40,13 +49,16 @@ __all__ = [
 CONFIG_KEY = "d2m_config"
 CONVERT = "python -m d2m_train convert --teacher F --out G"
 
+# Where a tensor that is not expected is an error, not something of other software.
+_BLOCKS = ("double_blocks.", "single_blocks.", "block_groups.", "transformer_blocks.", "single_transformer_blocks.")
+
 # A key pattern of other models that get mistaken for FLUX.1, and what they are.
 _OTHERS = (
     (r"lora_|\.lora\.|\.alpha$|\.lokr_|\.hada_", "a LoRA"),
     (r"double_stream_modulation_img\.", "FLUX.2"),
     (r"distilled_guidance_layer\.", "Chroma"),
-    (r"^single_transformer_blocks\.", "a FLUX in diffusers' key names; save it in BFL's, as ComfyUI's Save Model does"),
     (r"^controlnet_|^input_hint_block|^pos_embed_input", "a ControlNet"),
+    (r"^single_transformer_blocks\.", "a FLUX in diffusers' key names; as a teacher of d2m_train convert it would do"),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"^txt_in\.individual_token_refiner", "HunyuanVideo"),
     (r"input_blocks\.", "a Stable Diffusion UNet"),
@@ -57,12 +69,13 @@ _OTHERS = (
 
 
 def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
-    """Dimensions of a FLUX.1 (dense or MoE) from its tensors' shapes, in BFL names.
+    """Dimensions of a FLUX.1 (dense or MoE) from its tensors' shapes, in BFL or diffusers names.
 
     Raises CheckpointError if it is none: what it looks like instead, or which key is missing.
     """
+    names = landmarks_of(shapes)
     sizes = {}
-    for key in ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"):
+    for key in (names.img_in, names.txt_in, names.vector_in, names.final):
         shape = shapes.get(key)
         if shape is None or len(shape) != 2:
             found = "has no" if shape is None else f"has shape {list(shape)} for"
@@ -72,23 +85,23 @@ def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
         if any(re.search(pattern, name) for name in shapes):
             raise CheckpointError(f"This is {what}, not FLUX.1.")
     depths = {}
-    for kind in ("double_blocks", "single_blocks"):
+    for kind in (names.double_blocks, names.single_blocks):
         indices = {int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name))}
         if not indices:
             raise CheckpointError(f"This is not a FLUX.1 transformer: it has no {kind}.0.{_guess(shapes)}")
         depths[kind] = max(indices) + 1
-    hidden = sizes["img_in.weight"][0]
+    hidden = sizes[names.img_in][0]
     if hidden % HEAD:
-        raise CheckpointError(f"img_in.weight has {hidden} rows; FLUX.1's hidden size is a multiple of {HEAD}.")
+        raise CheckpointError(f"{names.img_in} has {hidden} rows; FLUX.1's hidden size is a multiple of {HEAD}.")
     return FluxDims(
         hidden_size=hidden,
-        double_blocks=depths["double_blocks"],
-        single_blocks=depths["single_blocks"],
-        in_channels=sizes["img_in.weight"][1],
-        out_channels=sizes["final_layer.linear.weight"][0],
-        context_size=sizes["txt_in.weight"][1],
-        vector_size=sizes["vector_in.in_layer.weight"][1],
-        guidance_embed="guidance_in.in_layer.weight" in shapes,
+        double_blocks=depths[names.double_blocks],
+        single_blocks=depths[names.single_blocks],
+        in_channels=sizes[names.img_in][1],
+        out_channels=sizes[names.final][0],
+        context_size=sizes[names.txt_in][1],
+        vector_size=sizes[names.vector_in][1],
+        guidance_embed=names.guidance in shapes,
     )
 
 
@@ -151,15 +164,32 @@ def check(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config
 
 
 def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> FluxDims:
-    """Dimensions of a teacher: a dense FLUX.1, whole and not quantised. Raises CheckpointError otherwise."""
+    """Dimensions of a teacher: a dense FLUX.1 in BFL or diffusers names, whole and not quantised.
+
+    Raises CheckpointError otherwise.
+    """
     if CONFIG_KEY in shapes:
         raise CheckpointError("This is a FLUX-MoE already; a teacher is a dense FLUX.1.")
     dims = dims_of(shapes)
+    _check_blocks(shapes, dims)
     for name in shapes:
         if name.rsplit(".", 1)[-1] in COMPANIONS or name == "scaled_fp8":
             raise CheckpointError(f"This FLUX is quantised ({name}); take its bfloat16, float16 or float32 version.")
-    _check_tensors(shapes, dtypes, dense_shapes(dims), {}, "a dense FLUX.1")
+    expected = diffusers_shapes(dims) if landmarks_of(shapes) is DIFFUSERS else dense_shapes(dims)
+    _check_tensors(shapes, dtypes, expected, {}, "a dense FLUX.1")
     return dims
+
+
+def _check_blocks(shapes: Mapping[str, Shape], dims: FluxDims) -> None:
+    """Raises CheckpointError for a block that is missing before the last one."""
+    names = landmarks_of(shapes)
+    for kind, depth in ((names.double_blocks, dims.double_blocks), (names.single_blocks, dims.single_blocks)):
+        there = {name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")}
+        if missing := [f"{kind}.{i}" for i in range(depth) if str(i) not in there]:
+            raise CheckpointError(
+                f"This is not a whole FLUX.1: {', '.join(missing)} missing, though its last block of that kind is "
+                f"{kind}.{depth - 1}. A shallower FLUX must number its blocks without gaps."
+            )
 
 
 def _check_tensors(
@@ -177,7 +207,7 @@ def _check_tensors(
         shape = expected.get(name, optional.get(name))
         module, _, kind = name.rpartition(".")
         if shape is None:
-            if name.startswith(("double_blocks.", "single_blocks.", "block_groups.")) and not is_companion(name, expected):
+            if name.startswith(_BLOCKS) and not is_companion(name, expected):
                 wrong.append(f"{name} {list(found)} does not belong to it")
             continue
         if f"{module}.comfy_quant" in shapes and kind == "weight":

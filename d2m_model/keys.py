@@ -22,6 +22,44 @@ TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
 T = TypeVar("T")
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Landmarks:
+    """The names from which a FLUX.1's dimensions are read, and where its blocks are."""
+
+    img_in: str
+    txt_in: str
+    vector_in: str
+    final: str
+    guidance: str
+    double_blocks: str
+    single_blocks: str
+
+
+BFL = Landmarks(
+    img_in="img_in.weight",
+    txt_in="txt_in.weight",
+    vector_in="vector_in.in_layer.weight",
+    final="final_layer.linear.weight",
+    guidance="guidance_in.in_layer.weight",
+    double_blocks="double_blocks",
+    single_blocks="single_blocks",
+)
+DIFFUSERS = Landmarks(
+    img_in="x_embedder.weight",
+    txt_in="context_embedder.weight",
+    vector_in="time_text_embed.text_embedder.linear_1.weight",
+    final="proj_out.weight",
+    guidance="time_text_embed.guidance_embedder.linear_1.weight",
+    double_blocks="transformer_blocks",
+    single_blocks="single_transformer_blocks",
+)
+
+
+def landmarks_of(names: Iterable[str]) -> Landmarks:
+    """DIFFUSERS if there is a single_transformer_blocks, which nobody else has; else BFL."""
+    return DIFFUSERS if any(name.startswith("single_transformer_blocks.") for name in names) else BFL
+
+
 def prefix_of(names: Iterable[str]) -> str:
     """`model.diffusion_model.` if any tensor's name starts with it, else the empty string."""
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
@@ -142,6 +180,16 @@ def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
         swap = module == "final_layer.adaLN_modulation.1"
         sources[name] = DiffusersSource(names=tuple(f"{part}.{kind}" for part in parts), rows=rows, swap=swap)
     return sources
+
+
+def diffusers_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a dense FLUX.1 with these dimensions, in diffusers' names."""
+    dense = dense_shapes(dims)
+    return {
+        part: (rows, *dense[name][1:])
+        for name, source in diffusers_sources(dims).items()
+        for part, rows in zip(source.names, source.rows, strict=True)
+    }
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import mmap
 import os
 import platform
+import re
 import shutil
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .keys import bfl_spelling, prefix_of
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,6 +45,15 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# How files begin that get mistaken for safetensors files, and what they are.
+_OTHER_FILES = (
+    (b"GGUF", "a GGUF, which is quantised; take the model's bfloat16, float16 or float8 .safetensors"),
+    (b"PK\x03\x04", "a zip, as PyTorch writes .pt and .ckpt; take the model's .safetensors"),
+    (b"\x80", "a pickle, as old PyTorch writes .pt and .ckpt; take the model's .safetensors"),
+    (b"version https://git-lfs", "a Git LFS pointer to one; fetch the file itself (git lfs pull)"),
+    (b"<", "a web page, probably an error message; download the file again"),
+)
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
@@ -73,6 +90,7 @@ class TensorFile:
                 self._spans[name] = tuple(entry["data_offsets"])
         with open(self.path, "rb") as file:
             self._map = _mapped(file.fileno(), copy_on_write)
+        self._copy_on_write = copy_on_write
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file; without copy_on_write, writing into it kills the process. KeyError for an unknown name."""
@@ -83,6 +101,19 @@ class TensorFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             view = memoryview(self._map)[self._start + begin : self._start + end]
             return torch.frombuffer(view, dtype=self.dtypes[name]).view(self.shapes[name])
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where in the file a tensor begins and ends, in bytes."""
+        begin, end = self._spans[name]
+        return self._start + begin, self._start + end
+
+    def release(self, name: str) -> None:
+        """Give back the memory pages of a tensor that has been read; read again, it comes from the disk again."""
+        if hasattr(self._map, "madvise") and not self._copy_on_write:  # there is none on Windows
+            begin, end = self.span(name)
+            begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # of whole pages: the others are a neighbour's too
+            if (length := (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
+                self._map.madvise(mmap.MADV_DONTNEED, begin, length)
 
     def close(self) -> None:
         """Unmap, at once or when the last tensor is gone."""
@@ -125,7 +156,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     if size < 8 or length > MAX_HEADER or text[:1] not in (b"{", b""):
-        raise CheckpointError(f"{path}: not a safetensors file.")
+        raise CheckpointError(f"{path}: not a safetensors file{_what_it_is(path)}.")
     if len(text) < length:
         raise _damaged(path, size, 8 + length)
     start, end = 8 + length, 0
@@ -146,11 +177,118 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
     return size, header, start
 
 
+def _what_it_is(path: Path) -> str:
+    """Of files that stand where a safetensors file was expected: what they are, and what to do."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    for magic, what in _OTHER_FILES:
+        if start.startswith(magic):
+            return f", but {what}"
+    return ""
+
+
 def _damaged(path: Path, found: int, expected: int) -> CheckpointError:
     return CheckpointError(
         f"{path}: the file is truncated or damaged: it has {found:,} bytes, its header announces {expected:,}. "
         "Download or convert it again."
     )
+
+
+class TensorWriter:
+    """A safetensors file in the making: every tensor has its place from the start, and they are put there in any order.
+
+    The largest element types come first, so that every tensor is aligned; else the given order stands. The bytes
+    go to a file beside the target which takes its name in `finish`: a crash leaves the old file or none. To be used
+    in a `with`, which unless finished leaves nothing half-written. Raises CheckpointError for an unwritable folder
+    or a full disk.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, tuple[torch.dtype, Shape]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._target = Path(os.path.realpath(path))
+        self._specs = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize)}
+        header = _header(self._specs, metadata)
+        self._offsets: dict[str, int] = {}
+        end = self._header_size = len(header)
+        for name, spec in self._specs.items():
+            self._offsets[name] = end
+            end += _bytes(*spec)
+        self.size = end  # of the whole file
+        self.names = tuple(self._specs)  # in the order of their places
+        self._missing = set(self._specs)
+        self._part = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
+        self._undo = ExitStack()
+        _remove_stale_parts(self._target)
+        _check_space(self._target, self.size)
+        with self._reporting():
+            self._file = self._undo.enter_context(FileIO(self._part, "x"))
+            self._undo.callback(self._part.unlink, missing_ok=True)
+            _lock(self._file)
+            self._file.truncate(self.size)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """A whole tensor."""
+        self.put_pieces(name, (tensor,))
+
+    def put_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """A tensor as consecutive parts along its first axis. A part may be overwritten as soon as the next is asked."""
+        dtype, shape = self._specs[name]
+        offset = self._offsets[name]
+        end = offset + _bytes(dtype, shape)
+        for piece in pieces:
+            if piece.dtype != dtype or tuple(piece.shape[1:]) != shape[1:]:
+                raise AssertionError(f"{name}: {piece.dtype} {tuple(piece.shape)} produced, {dtype} {shape} announced")
+            if piece.numel():
+                flat = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                if offset + flat.numel() > end:
+                    raise AssertionError(f"{name}: more than the announced {shape} produced")
+                self._write(offset, flat.numpy().data)
+                offset += flat.numel()
+        if offset != end:
+            raise AssertionError(f"{name}: less than the announced {shape} produced")
+        self._missing.discard(name)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Every tensor is there: make the file durable and give it its name. `metadata` as long as announced, or shorter."""
+        if self._missing:
+            raise AssertionError(f"{len(self._missing)} tensors were never written, {min(self._missing)} among them")
+        header = _header(self._specs, metadata, self._header_size)
+        self._write(0, memoryview(header))
+        with self._reporting():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._part, self._target)
+            _sync_folder(self._target.parent)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        with self._reporting():
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):
+                self._undo.close()
+            if error.errno == errno.ENOSPC:
+                raise _no_space(self._target, self.size) from None
+            raise CheckpointError(f"{self._target}: cannot be written ({error.strerror or error}).") from None
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._undo.close()
 
 
 def write(
@@ -159,38 +297,17 @@ def write(
     produce: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file: `produce(name)` is asked once for each of `tensors`, one at a time.
-
-    The largest element types come first, so that every tensor is aligned; else the given order stands. The bytes
-    go to a file beside the target which then takes its name: a crash leaves the old file or none. Raises
-    CheckpointError for an unwritable folder or a full disk; whatever is raised, nothing half-written stays.
-    """
-    target = Path(os.path.realpath(path))
-    names = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)  # stable
-    header = _header({name: tensors[name] for name in names}, metadata)
-    needed = len(header) + sum(_bytes(*tensors[name]) for name in names)
-    _check_space(target, needed)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(header)
-            for name in names:
-                _write_tensor(file, name, produce(name), *tensors[name])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            part.unlink(missing_ok=True)
-            raise _no_space(target, needed) from None
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}).") from None
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    """Write a safetensors file as TensorWriter does: `produce(name)` is asked once for each of `tensors`, one at a time."""
+    with TensorWriter(path, tensors, metadata) as writer:
+        for name in writer.names:
+            writer.put(name, produce(name))
+        writer.finish(metadata)
 
 
-def _header(tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str], size: int | None = None
+) -> bytes:
+    """Length and JSON, padded to `size` bytes, by default to the next multiple of eight."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -198,16 +315,10 @@ def _header(tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype, shape: Shape) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} produced, {dtype} {shape} announced")
-    if tensor.numel():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    length = len(text) + -len(text) % 8 if size is None else size - 8
+    if len(text) > length:
+        raise AssertionError(f"the header has grown from {length} to {len(text)} bytes")
+    return struct.pack("<Q", length) + text.ljust(length)
 
 
 def _bytes(dtype: torch.dtype, shape: Shape) -> int:
@@ -234,6 +345,25 @@ def _no_space(target: Path, needed: int) -> CheckpointError:
     return CheckpointError(
         f"{target}: the disk is full. {needed:,} bytes are needed, {free:,} are free. Nothing was changed."
     )
+
+
+def _lock(file: FileIO) -> None:
+    """Held as long as this process lives, so that others can tell its unfinished file from a dead one's."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_stale_parts(target: Path) -> None:
+    """Delete what killed processes left of this target. Windows refuses to delete a file that is still open."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        if not re.fullmatch(r"\d+", part.name[len(target.name) + 2 : -len(".part")]):
+            continue
+        with suppress(OSError):
+            with open(part, "rb") as file:
+                if fcntl is not None:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

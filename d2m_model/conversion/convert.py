@@ -1,105 +1,213 @@
-"""A dense FLUX file becomes a FLUX-MoE file, one tensor at a time."""
+"""A dense FLUX file becomes a FLUX-MoE file in one pass, one tensor at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import CONFIG_KEY, check_dense, config_tensor
-from ..config import FFNLayout, FluxDims, FluxMoEConfig, Teacher
-from ..keys import dense_shapes
+from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
+from ..config import FluxMoEConfig, Teacher
 from ..layout import ffn_tensors, inverse_order, neuron_axis, permute_neurons
-from ..tensor_file import CheckpointError, TensorFile, write
-from .split import Dealing, RouterInit, centroid_router, generator_for, neuron_order, random_router
+from ..teacher import DenseTeacher
+from ..tensor_file import CheckpointError, Shape, TensorWriter
+from .digest import PacedDigest
+from .permute import permuted_pieces
+from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN
 
-HASH_CHUNK = 8 << 20  # bytes
 UNKNOWN_LICENCE = "not stated in the teacher's file"
+UNHASHED = "0" * 64  # as long as a sha256, so that the file's header has its length before the hash is known
 
 Progress = Callable[[int], object]  # told the bytes done since it was last called
 
 
-def open_teacher(path: str | os.PathLike[str]) -> tuple[TensorFile, FluxDims]:
-    """A dense FLUX.1 file, checked whole by its header. Raises CheckpointError otherwise."""
-    file = TensorFile(path)
-    try:
-        return file, check_dense(file.shapes, file.dtypes)
-    except CheckpointError as error:
-        file.close()
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def describe_teacher(file: TensorFile, progress: Progress = lambda done: None) -> Teacher:
-    """Title and licence from the file's header (title else its name), and its sha256, read in chunks."""
-    digest = hashlib.sha256()
-    with open(file.path, "rb") as stream:
-        while chunk := stream.read(HASH_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
+def describe_teacher(teacher: DenseTeacher) -> Teacher:
+    """Title and licence from the file's header (title else its name). Its sha256 is known when it has been converted."""
+    path = teacher.path.absolute()
+    if path.name.startswith("diffusion_pytorch_model"):  # every diffusers model's file; its folder tells more
+        path = path.parent
+    if path.name == "transformer":
+        path = path.parent
     return Teacher(
-        title=file.metadata.get("modelspec.title") or file.path.stem,
-        sha256=digest.hexdigest(),
-        licence=file.metadata.get("modelspec.license") or UNKNOWN_LICENCE,
+        title=teacher.metadata.get("modelspec.title") or (path.name if path.is_dir() else path.stem),
+        sha256=UNHASHED,
+        licence=teacher.metadata.get("modelspec.license") or UNKNOWN_LICENCE,
     )
 
 
-def refuse_same_file(teacher: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError if the output would replace the teacher."""
-    if os.path.exists(target) and os.path.samefile(teacher, target):
-        raise CheckpointError(f"{target}: this is the teacher; write the FLUX-MoE to another file.")
+def refuse_same_file(sources: Iterable[str | os.PathLike[str]], target: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError if the output would replace one of the files that are read, by any of their names."""
+    for source in sources:
+        if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+            raise CheckpointError(f"{target}: this is the teacher; write to another file.")
 
 
-def split_file(
-    teacher: TensorFile,
+def convert_file(
+    teacher: DenseTeacher,
     target: str | os.PathLike[str],
     config: FluxMoEConfig,
-    importance: Mapping[str, Tensor],
+    plan: PlanFFN,
     *,
-    dealing: Dealing,
-    router: RouterInit,
-    seed: int,
+    modulations: Modulations | None = None,
+    router_bias: bool = False,
+    expert_mean: bool = False,
+    block_routers: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda done: None,
-) -> None:
-    """Write the split-only FLUX-MoE of `teacher` that `config` describes: permuted weights, routers, neuron orders.
+) -> FluxMoEConfig:
+    """Write the FLUX-MoE of `teacher` that `config` describes, and give its configuration with the teacher's sha256.
 
-    `importance` gives every FFN of `config.ffns` its neurons' importance. Raises CheckpointError if the file cannot be
-    written, or would replace the teacher.
+    The teacher is read once, tensor by tensor; `plan` is asked for each FFN of `config.ffns` as it goes past, and must
+    give router biases and expert means if `router_bias` and `expert_mean` announce them. `modulations` is needed if
+    `config.adaln_rank` is set; `block_routers` are the tensors of `config.groups`, float32, by name. `progress` hears of
+    `teacher.size` bytes in all. Weights keep the teacher's dtype; what is added is float32. Raises CheckpointError if
+    the file cannot be written, or would replace the teacher.
     """
-    refuse_same_file(teacher.path, target)
-    hidden_size, neurons = config.dims.hidden_size, config.dims.neurons
-    owner: dict[str, str] = {}  # of a fused tensor: its FFN
-    # All of these have their memory first: small ones laid down between large temporaries would fragment the heap.
-    extra: dict[str, Tensor] = {CONFIG_KEY: config_tensor(config)}
-    for ffn, layout in config.ffns.items():
-        extra[f"{ffn}.neuron_order"] = torch.empty(neurons, dtype=torch.int32)
-        extra[f"{ffn}.router.weight"] = torch.empty(layout.experts, hidden_size)
-    for ffn, layout in config.ffns.items():
-        order = extra[f"{ffn}.neuron_order"]
-        order.copy_(neuron_order(importance[ffn], layout, dealing, generator_for(seed, f"{ffn} experts")))
-        at = ffn_tensors(ffn, hidden_size)
-        up = teacher.tensor(f"{at.up}.weight").narrow(0, at.first_row, neurons)
-        weight = _router(router, up, order, layout, generator_for(seed, f"{ffn} router"))
-        extra[f"{ffn}.router.weight"].copy_(weight)
-        owner |= dict.fromkeys((f"{at.up}.weight", f"{at.up}.bias", f"{at.down}.weight"), ffn)
+    refuse_same_file(teacher.files, target)
+    if (config.adaln_rank is None) != (modulations is None):
+        raise ValueError(f"adaln_rank is {config.adaln_rank}; expected it with `modulations`, and only with them.")
+    if config.split_only and modulations is not None:
+        raise ValueError("split_only is true; expected false with compressed modulations.")
+    config = replace(config, teacher=replace(config.teacher, sha256=UNHASHED))
+    tensors = _announce(teacher, config, router_bias=router_bias, expert_mean=expert_mean)
+    metadata = metadata_of(config, teacher.metadata)
+    with PacedDigest(teacher.files) as digest, TensorWriter(target, tensors, metadata) as writer:
+        for name, tensor in (block_routers or {}).items():
+            writer.put(name, tensor.float())
+        if modulations is not None:
+            writer.put("adaln_in.weight", modulations.adaln_in_AH.float())
+        conversion = _Conversion(teacher, config, plan, modulations, writer, digest, progress)
+        conversion.run(router_bias=router_bias, expert_mean=expert_mean)
+        config = replace(config, teacher=replace(config.teacher, sha256=digest.result()))
+        writer.put(CONFIG_KEY, config_tensor(config))
+        writer.finish(metadata_of(config, teacher.metadata))
+    return config
 
-    def produce(name: str) -> Tensor:
-        if name in extra:
-            return extra[name]
-        tensor = teacher.tensor(name)
-        progress(tensor.nbytes)
-        if name not in owner:
-            return tensor
-        place = neuron_axis(name, owner[name], hidden_size)
-        assert place is not None
-        return permute_neurons(tensor, *place, extra[f"{owner[name]}.neuron_order"])
 
-    wanted = dense_shapes(config.dims)
-    tensors = {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items() if name in wanted}
-    tensors |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}
-    write(target, tensors, produce, metadata_of(config, teacher.metadata))
+def _announce(
+    teacher: DenseTeacher, config: FluxMoEConfig, *, router_bias: bool, expert_mean: bool
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Every tensor of the file: first the teacher's in its order, so that writing goes forward as reading does."""
+    shapes = expected_tensors(config)
+    for name, shape in optional_tensors(config).items():
+        if (router_bias and name.endswith(".router.bias")) or (expert_mean and name.endswith(".expert_mean")):
+            shapes[name] = shape
+    tensors = {name: (teacher.dtypes[name], shapes[name]) for name in teacher.shapes}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            tensors[name] = (torch.int32 if name.endswith(".neuron_order") else torch.float32, shape)
+    carried = config_tensor(config)
+    return tensors | {CONFIG_KEY: (carried.dtype, tuple(carried.shape))}
+
+
+class _Conversion:
+    """The one pass over the teacher's tensors."""
+
+    def __init__(
+        self,
+        teacher: DenseTeacher,
+        config: FluxMoEConfig,
+        plan: PlanFFN,
+        modulations: Modulations | None,
+        writer: TensorWriter,
+        digest: PacedDigest,
+        progress: Progress,
+    ) -> None:
+        self.teacher, self.config, self.plan, self.modulations = teacher, config, plan, modulations
+        self.writer, self.digest, self.progress = writer, digest, progress
+        self.told = 0  # bytes that `progress` has heard of
+
+    def run(self, *, router_bias: bool, expert_mean: bool) -> None:
+        hidden_size = self.config.dims.hidden_size
+        ffn_of: dict[str, str] = {}  # of a tensor with an FFN's neurons or its b2
+        for ffn in self.config.ffns:
+            at = ffn_tensors(ffn, hidden_size)
+            for name in (f"{at.up}.weight", f"{at.up}.bias", f"{at.down}.weight", f"{at.down}.bias"):
+                ffn_of[name] = ffn
+        written: set[str] = set()
+        for name in self.teacher.shapes:
+            if name not in ffn_of:
+                self._tensor(name)
+            elif name.endswith(".weight") and (ffn := ffn_of[name]) not in written:
+                # Its biases may lie elsewhere, before all weights, say; they are small and read with the first weight.
+                self._ffn(ffn, router_bias=router_bias, expert_mean=expert_mean)
+                written.add(ffn)
+        self.progress(self.teacher.size - self.told)
+
+    def _read(self, name: str) -> Tensor:
+        end = self.teacher.span(name)[1]
+        self.digest.reach(end)
+        if end > self.told:
+            self.progress(end - self.told)
+            self.told = end
+        return self.teacher.tensor(name)
+
+    def _tensor(self, name: str) -> None:
+        module, _, kind = name.rpartition(".")
+        if self.modulations is None or not module.endswith(("_mod.lin", ".modulation.lin")):
+            self.writer.put(name, self._read(name))
+        elif kind == "weight":
+            bias = f"{module}.bias"
+            weight_OA, bias_O = self.modulations.compress(module, self._read(name), self._read(bias))
+            self.writer.put(name, weight_OA.to(self.teacher.dtypes[name]))
+            self.writer.put(bias, bias_O.to(self.teacher.dtypes[bias]))
+        self.teacher.release(name)
+
+    def _ffn(self, ffn: str, *, router_bias: bool, expert_mean: bool) -> None:
+        dims = self.config.dims
+        at = ffn_tensors(ffn, dims.hidden_size)
+        up, down = self._read(f"{at.up}.weight"), self._read(f"{at.down}.weight")
+        up_bias, down_bias = self._read(f"{at.up}.bias"), self._read(f"{at.down}.bias")
+        rows, columns = (at.first_row, dims.neurons), (at.first_column, dims.neurons)
+        weights = FFNWeights(
+            up_NH=up.narrow(0, *rows),
+            up_bias_N=up_bias.narrow(0, *rows),
+            down_HN=down.narrow(1, *columns),
+            down_bias_H=down_bias,
+        )
+        plan = self.plan(ffn, weights)
+        self._check(ffn, plan, router_bias=router_bias, expert_mean=expert_mean)
+        put, order = self.writer.put_pieces, plan.order_N
+        self.writer.put(f"{ffn}.neuron_order", order)
+        self.writer.put(f"{ffn}.router.weight", plan.router_EH)
+        if plan.router_bias_E is not None:
+            self.writer.put(f"{ffn}.router.bias", plan.router_bias_E)
+        if plan.expert_mean_EH is not None:
+            self.writer.put(f"{ffn}.expert_mean", plan.expert_mean_EH)
+        put(f"{at.up}.weight", permuted_pieces(up, 0, at.first_row, order))
+        put(f"{at.up}.bias", permuted_pieces(up_bias, 0, at.first_row, order))
+        pieces = permuted_pieces(down, 1, at.first_column, order)
+        if plan.shared_down_HS is not None:
+            pieces = _with_columns(pieces, at.first_column, plan.shared_down_HS)
+        put(f"{at.down}.weight", pieces)
+        refit = plan.down_bias_H
+        self.writer.put(f"{at.down}.bias", down_bias if refit is None else refit.to(down_bias.dtype))
+        for module in (at.up, at.down):
+            self.teacher.release(f"{module}.weight")
+
+    def _check(self, ffn: str, plan: FFNPlan, *, router_bias: bool, expert_mean: bool) -> None:
+        """Raises ValueError for a plan that is not what was announced: a file is not written otherwise than it says."""
+        for what, tensor, announced in (
+            ("router_bias_E", plan.router_bias_E, router_bias),
+            ("expert_mean_EH", plan.expert_mean_EH, expert_mean),
+        ):
+            if (tensor is not None) != announced:
+                raise ValueError(
+                    f"{ffn}: {what} is {'given' if tensor is not None else 'missing'}; announced otherwise."
+                )
+        if self.config.split_only and (plan.shared_down_HS is not None or plan.down_bias_H is not None):
+            raise ValueError(f"{ffn}: refit; expected the teacher's weights, since split_only is true.")
+
+
+def _with_columns(pieces: Iterable[Tensor], first: int, columns_HS: Tensor) -> Iterator[Tensor]:
+    """Consecutive parts of a weight [H, N], with `columns_HS` in place of its columns from `first` on."""
+    row = 0
+    for piece in pieces:
+        piece[:, first : first + columns_HS.shape[1]] = columns_HS[row : row + len(piece)]
+        yield piece
+        row += len(piece)
 
 
 def metadata_of(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -120,12 +228,6 @@ def metadata_of(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None)
             f"FLUX-MoE (schema {config.schema_version}) for ComfyUI-Dense2MoE, converted from {config.teacher.title}. {dense}"
         ),
     }
-
-
-def _router(init: RouterInit, up_NH: Tensor, order_N: Tensor, layout: FFNLayout, generator: torch.Generator) -> Tensor:
-    if init == "random":
-        return random_router(layout, up_NH.shape[1], generator)
-    return centroid_router(up_NH, order_N, layout)
 
 
 def dense_weight(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: str) -> Tensor:

@@ -28,6 +28,7 @@ class FFNPlan:
 
     order_N: Tensor  # int32: position -> neuron of the dense FFN
     router_EH: Tensor  # float32
+    router_bias_E: Tensor | None = None  # float32
     expert_mean_EH: Tensor | None = None  # float32
     shared_down_HS: Tensor | None = None  # refit: W2 of the shared expert, its neurons in the new order
     down_bias_H: Tensor | None = None  # refit: b2

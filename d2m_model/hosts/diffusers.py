@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import check_dense, check_file
+from ..checkpoint import check_file
 from ..config import FluxDims, FluxMoEConfig
 from ..keys import HEAD, diffusers_sources, from_diffusers, swap_halves
 from ..layout import ffn_tensors
 from ..moe import FusedFFN, MoEFFN
+from ..teacher import open_teacher
 from ..tensor_file import CheckpointError, TensorFile
 
 if TYPE_CHECKING:
@@ -61,18 +62,14 @@ def dims_of_transformer(model: FluxTransformer2DModel) -> FluxDims:
 def load_transformer(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> FluxTransformer2DModel:
-    """A dense FLUX.1 file (BFL keys, with or without prefix) as diffusers' model; `dtype` None keeps the file's.
+    """A dense FLUX.1 in any form that open_teacher reads, as diffusers' model; `dtype` None keeps what the teacher gives.
 
     Raises CheckpointError if the file is no dense FLUX.1. Nothing is held twice.
     """
-    with TensorFile(path) as file:
-        try:
-            dims = check_dense(file.shapes, file.dtypes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+    with open_teacher(path) as teacher:
         with torch.device("meta"):
-            model = new_transformer(dims)
-        _fill(model, dims, file.tensor, dtype, device)
+            model = new_transformer(teacher.dims)
+        _fill(model, teacher.dims, teacher.tensor, dtype, device)
     return model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,11 @@ def test_teachers_are_dense_whole_and_not_quantised(moe: dict[str, torch.Tensor]
         dense(moe)
     with pytest.raises(CheckpointError, match=r"quantised \(double_blocks\.0\.img_mlp\.0\.scale_weight\)"):
         dense(flux | {"double_blocks.0.img_mlp.0.scale_weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"single_blocks\.0\.\S+ is missing .* \(7 more such"):
+    with pytest.raises(CheckpointError, match=r"single_blocks\.1\.\S+ is missing .* \(6 more such"):
+        dense(
+            {name: tensor for name, tensor in flux.items() if not re.match(r"single_blocks\.1\.(?!linear1.bias)", name)}
+        )
+    with pytest.raises(CheckpointError, match=r"single_blocks\.0 missing, though .* is single_blocks\.1\."):
         dense({name: tensor for name, tensor in flux.items() if not name.startswith("single_blocks.0.")})
 
 

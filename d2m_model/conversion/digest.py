@@ -1,0 +1,92 @@
+"""The hash of large files, taken while they are being read for something else."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ..tensor_file import CheckpointError
+
+CHUNK = 4 << 20  # bytes
+LEAD = 512 << 20  # bytes
+
+
+class PacedDigest:
+    """sha256 of files laid end to end, on a thread of its own that keeps near whoever else is reading them.
+
+    Neither of the two gets further ahead than LEAD, so that what one has read from the disk the other finds in memory.
+    To be used in a `with`. Raises CheckpointError, from `reach` and `result`, for a file that cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._digest = hashlib.sha256()
+        self._moved = threading.Condition()
+        self._hashed = self._reached = 0  # bytes
+        self._wanted = True
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
+        self._thread.start()
+
+    def reach(self, position: int) -> None:
+        """The caller is about to read up to `position`. Waits until the thread is near."""
+        with self._moved:
+            self._reached = max(self._reached, position)
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: self._hashed + LEAD >= position or not self._thread_works())
+            self._check()
+
+    def result(self) -> str:
+        """The whole hash, in hexadecimal. Waits for it."""
+        with self._moved:
+            self._reached = 1 << 63
+            self._moved.notify_all()
+        self._thread.join()
+        self._check()
+        return self._digest.hexdigest()
+
+    def _thread_works(self) -> bool:
+        return self._error is None and self._thread.is_alive()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            error = self._error
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror or error}).") from None
+
+    def _run(self) -> None:
+        try:
+            buffer = memoryview(bytearray(CHUNK))
+            for path in self._files:
+                with open(path, "rb", buffering=0) as file:
+                    while count := file.readinto(buffer):
+                        self._digest.update(buffer[:count])
+                        if not self._go_on(count):
+                            return
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            self._error = error
+        finally:
+            with self._moved:
+                self._hashed = 1 << 63
+                self._moved.notify_all()
+
+    def _go_on(self, count: int) -> bool:
+        with self._moved:
+            self._hashed += count
+            self._moved.notify_all()
+            self._moved.wait_for(lambda: self._hashed <= self._reached + LEAD or not self._wanted)
+            return self._wanted
+
+    def __enter__(self) -> PacedDigest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._moved:
+            self._wanted = False
+            self._moved.notify_all()
+        self._thread.join()

@@ -1,0 +1,311 @@
+"""A dense FLUX.1 in the forms in which it is published, read tensor by tensor in BFL names.
+
+One file, or shards with their index; alone or inside a full checkpoint; BFL's or diffusers' names; bfloat16, float16 or
+float32; float8, plain or scaled in either of ComfyUI's ways, which is given as bfloat16. Everything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .checkpoint import check_dense
+from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, landmarks_of, swap_halves
+from .quantised import is_companion, layers_of
+from .tensor_file import CheckpointError, Shape, TensorFile
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's comfy_quant
+CHUNK = 1 << 22  # elements dequantised at a time
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\b.*\.safetensors$")
+_STANDARD = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")  # diffusers'
+_SCALES = ("weight_scale", "scale_weight")  # ComfyUI's name of today, and of before
+_MARKER = "scaled_fp8"
+_TAKE_INSTEAD = "take the model's bfloat16, float16 or float8 version"
+
+# What tells a quantisation that is not read, by the end of a tensor's name.
+_QUANTISATIONS = (
+    (r"quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$", "bitsandbytes (nf4, fp4 or int8)"),
+    (r"\.(qweight|qzeros|wscales|smooth_factor)$", "GPTQ, AWQ or SVDQuant"),
+    (r"\.weight_scale_2$", "nvfp4"),
+    (r"\.pre_quant_scale$", "smoothed (pre_quant_scale)"),
+    (r"\.weight\._(data|scale)$", "Quanto"),
+)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Stored:
+    """A tensor as it lies in one of the files; `scale`, if float8 is scaled, is the tensor beside it."""
+
+    file: TensorFile
+    name: str
+    begin: int  # bytes, as if the files lay end to end
+    end: int
+    scale: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.file.shapes[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        dtype = self.file.dtypes[self.name]
+        return torch.bfloat16 if dtype in FLOAT8 else dtype
+
+    def read(self) -> Tensor:
+        tensor = self.file.tensor(self.name)
+        if tensor.dtype not in FLOAT8:
+            return tensor
+        scale = None if self.scale is None else _per_row(self.file.tensor(self.scale).float(), self.shape)
+        return _from_float8(tensor, scale)
+
+
+class DenseTeacher:
+    """An open dense FLUX.1, checked whole by its headers. What is read is mapped: nothing is held.
+
+    shapes, dtypes  by BFL name, in the order of the files; dtypes of what `tensor` gives
+    dims            read off the shapes
+    metadata        of the header (of the first shard's)
+    files, size     every file that is read, index and shards in order, and their bytes together
+    notes           sentences for the user: what is done to the weights, if anything
+    Raises CheckpointError if this is no dense FLUX.1, is not whole, or is quantised in a way that is not read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        index, paths = _files_of(self.path)
+        self.files: tuple[Path, ...] = (*([index] if index else []), *paths)
+        with ExitStack() as stack:
+            files = [stack.enter_context(TensorFile(path)) for path in paths]
+            try:
+                self._read_headers(files, 0 if index is None else index.stat().st_size)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.path}: {error}") from None
+            self._close = stack.pop_all()
+
+    def _read_headers(self, files: list[TensorFile], position: int) -> None:
+        """`position` is where the first file begins, were all `files` laid end to end."""
+        _refuse_quantised(files)
+        self.metadata = next((file.metadata for file in files if file.metadata), {})
+        stored: dict[str, _Stored] = {}
+        for file in files:
+            for name in file.shapes:
+                if name in stored:
+                    raise CheckpointError(f"{name} is in {stored[name].file.path.name} and in {file.path.name}.")
+                begin, end = (position + place for place in file.span(name))
+                scale = _scale_of(file, name)
+                stored[name] = _Stored(file=file, name=name, begin=begin, end=end, scale=scale)
+            position += file.size
+        self.size = position
+        weights = {
+            name: tensor for name, tensor in stored.items() if name != _MARKER and not is_companion(name, stored)
+        }
+        self.dims = check_dense(
+            {name: tensor.shape for name, tensor in weights.items()},
+            {name: tensor.dtype for name, tensor in weights.items()},
+        )
+        for tensor in weights.values():
+            if tensor.scale is not None:
+                _per_row(tensor.file.tensor(tensor.scale), tensor.shape)
+        self.notes = _notes(files, weights)
+
+        self._parts: dict[str, tuple[_Stored, ...]]
+        dense = dense_shapes(self.dims)
+        self._swapped: set[str] = set()
+        if landmarks_of(weights) is DIFFUSERS:
+            sources = diffusers_sources(self.dims)
+            self._swapped = {name for name, source in sources.items() if source.swap}
+        else:
+            sources = {name: DiffusersSource(names=(name,), rows=shape[:1]) for name, shape in dense.items()}
+        parts = {name: tuple(weights[part] for part in source.names) for name, source in sources.items()}
+        self._parts = dict(sorted(parts.items(), key=lambda item: item[1][0].begin))
+        self.shapes = {name: dense[name] for name in self._parts}
+        self.dtypes = {
+            name: reduce(torch.promote_types, (part.dtype for part in parts)) for name, parts in self._parts.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its BFL name: a view of the mapped file, to be read only, where nothing is computed, else a new one."""
+        parts = self._parts[name]
+        tensor = parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
+        return swap_halves(tensor) if name in self._swapped else tensor
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where a tensor begins and ends, in bytes, were all `files` laid end to end; what lies between may be others'."""
+        parts = self._parts[name]
+        return min(part.begin for part in parts), max(part.end for part in parts)
+
+    def release(self, name: str) -> None:
+        """Give back the memory pages of a tensor that has been read."""
+        for part in self._parts[name]:
+            part.file.release(part.name)
+
+    def close(self) -> None:
+        self._close.close()
+
+    def __enter__(self) -> DenseTeacher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_teacher(path: str | os.PathLike[str]) -> DenseTeacher:
+    """A dense FLUX.1 by its .safetensors, one of its shards, their index, its folder or a diffusers pipeline's folder.
+
+    Raises CheckpointError as DenseTeacher does.
+    """
+    return DenseTeacher(path)
+
+
+# Files
+
+
+def _files_of(path: Path) -> tuple[Path | None, list[Path]]:
+    """(index if there is one, the .safetensors files in the order of their names)."""
+    if path.is_dir():
+        path = _in_folder(path / "transformer" if (path / "transformer").is_dir() else path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file.")
+    if path.suffix == ".json":
+        return path, _shards(path)
+    for index in sorted(path.parent.glob("*.index*.json")):
+        if path in (shards := _shards(index, missing_ok=True)) and len(shards) > 1:
+            return index, _shards(index)
+    if _SHARD.search(path.name):
+        raise CheckpointError(
+            f"{path}: this is one shard of several, and their index is not beside it "
+            f"(a file named like {_SHARD.sub('.safetensors', path.name)}.index.json). Download it too."
+        )
+    return None, [path]
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one model of a folder: a .safetensors, or the index of its shards."""
+    for name in _STANDARD:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.index*.json"))
+    sharded = {shard for index in found for shard in _shards(index, missing_ok=True)}
+    files = sorted(file for file in folder.glob("*.safetensors") if file not in sharded)
+    found += [file for file in files if not _SHARD.search(file.name)] or files[:1]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(f"{folder}: there is no .safetensors in this folder. Give the model's file.")
+    names = ", ".join(file.name for file in found)
+    raise CheckpointError(f"{folder}: this folder has several models. Give one of them: {names}.")
+
+
+def _shards(index: Path, *, missing_ok: bool = False) -> list[Path]:
+    """The shards that an index lists. Raises CheckpointError if one is missing, or this is no index."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not names or any(os.path.basename(name) != name for name in names):
+            raise ValueError
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror or error}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if missing_ok:
+            return []
+        raise CheckpointError(
+            f"{index}: not the index of a sharded model; expected JSON with a weight_map from tensors to files beside it."
+        ) from None
+    shards = [index.parent / name for name in names]
+    if missing := [shard.name for shard in shards if not missing_ok and not shard.is_file()]:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}. "
+            f"Download them into {index.parent}."
+        )
+    return shards
+
+
+# Quantisation
+
+
+def _refuse_quantised(files: list[TensorFile]) -> None:
+    for file in files:
+        for name in file.shapes:
+            for pattern, what in _QUANTISATIONS:
+                if re.search(pattern, name):
+                    raise CheckpointError(f"This FLUX is quantised: {what}, {name}. Not read; {_TAKE_INSTEAD}.")
+        for layer, form in _formats(file):
+            if form not in FLOAT8_FORMATS:
+                raise CheckpointError(f"This FLUX is quantised: {form}, {layer}. Not read; {_TAKE_INSTEAD}.")
+
+
+def _formats(file: TensorFile) -> Iterator[tuple[str, object]]:
+    """(layer, ComfyUI's name of its quantisation), from the tensors comfy_quant or from the header's metadata."""
+    try:
+        for layer, about in layers_of(file.metadata).items():
+            if f"{layer}.weight" in file.shapes:  # else a text encoder's
+                yield layer, about.get("format")
+        for name in file.shapes:
+            if name.endswith(".comfy_quant"):
+                about = json.loads(file.tensor(name).numpy().tobytes())
+                yield name.removesuffix(".comfy_quant"), about.get("format")
+    except (ValueError, AttributeError):
+        raise CheckpointError("What it says of its quantisation (comfy_quant) cannot be read: damaged.") from None
+
+
+def _scale_of(file: TensorFile, name: str) -> str | None:
+    """The name of the scale beside a float8 weight, if there is one. Raises CheckpointError for one beside another type."""
+    module, _, kind = name.rpartition(".")
+    scale = next((f"{module}.{kind}" for kind in _SCALES if f"{module}.{kind}" in file.shapes), None)
+    if kind != "weight" or scale is None:
+        return None
+    if file.dtypes[name] not in FLOAT8:
+        found = str(file.dtypes[name]).removeprefix("torch.")
+        raise CheckpointError(f"This FLUX is quantised: {found}, {name} with {scale}. Not read; {_TAKE_INSTEAD}.")
+    return scale
+
+
+def _per_row(scale: Tensor, shape: Shape) -> Tensor:
+    """Scale of a weight [O, I], one number or one for each row, as [1, 1] or [O, 1]. CheckpointError for another shape."""
+    if scale.numel() == 1 or (scale.numel() == shape[0] and scale.shape[0] == shape[0]):
+        return scale.reshape(-1, 1)
+    raise CheckpointError(
+        f"This FLUX is quantised in blocks: scales {list(scale.shape)} for a weight {list(shape)}; expected one scale, "
+        f"or one for each row. Not read; {_TAKE_INSTEAD}."
+    )
+
+
+def _from_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """bfloat16, which holds every float8; times `scale` in float32, rounded once."""
+    if scale is None:
+        return tensor.to(torch.bfloat16)
+    result = torch.empty(tensor.shape, dtype=torch.bfloat16)
+    rows = max(1, CHUNK // tensor.shape[1])
+    for first in range(0, tensor.shape[0], rows):
+        part = slice(first, first + rows)
+        result[part] = tensor[part].float().mul_(scale if len(scale) == 1 else scale[part])
+    return result
+
+
+def _notes(files: list[TensorFile], weights: dict[str, _Stored]) -> tuple[str, ...]:
+    scaled = sum(tensor.scale is not None for tensor in weights.values())
+    plain = sum(tensor.file.dtypes[tensor.name] in FLOAT8 for tensor in weights.values()) - scaled
+    notes = []
+    if landmarks_of(weights) is DIFFUSERS:
+        notes.append("The teacher is in diffusers' key names; they become BFL's.")
+    if len(files) > 1:
+        notes.append(f"The teacher is in {len(files)} shards.")
+    if scaled:
+        notes.append(f"The teacher is scaled float8: {scaled} weights are dequantised to bfloat16.")
+    if plain:
+        notes.append(f"The teacher is float8: {plain} tensors become bfloat16, which holds the same values.")
+    return tuple(notes)
