@@ -37,6 +37,8 @@ from .compressed import compress_modulations, modulations
 OPTIONS_KEY = "d2m"  # of transformer_options: {"top_k": int, "gate": "sum" | "normalised"}, each optional
 
 
+ALIGNMENT = 64  # bytes. Matrix products are slower on data that lie otherwise, and differ in their last bits.
+
 Choice = tuple[int, Gate]  # top_k and gate of one call
 
 
@@ -262,7 +264,7 @@ class FluxMoEModel(comfy.model_base.Flux):
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
         Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype."""
-        main = comfy.utils.weight_dtype(sd, unet_prefix)
+        main, computes_in = comfy.utils.weight_dtype(sd, unet_prefix), self.get_dtype_inference()
         as_stored = self.manual_cast_dtype is not None and main == self.diffusion_model.dtype
         targets = {**dict(self.diffusion_model.named_parameters()), **dict(self.diffusion_model.named_buffers())}
         for key in list(sd) if not assign else ():
@@ -270,7 +272,8 @@ class FluxMoEModel(comfy.model_base.Flux):
             name = name.removesuffix("scale") + "weight" if name.endswith("_norm.scale") else name
             if key.startswith(unet_prefix) and name in targets:
                 target = targets[name]
-                sd[key] = sd[key].to(device=target.device, dtype=None if as_stored else target.dtype)
+                tensor = sd[key].to(device=target.device, dtype=None if as_stored else target.dtype)
+                sd[key] = tensor.clone() if tensor.dtype == computes_in and tensor.data_ptr() % ALIGNMENT else tensor
         return super().load_model_weights(sd, unet_prefix, assign=True)
 
     def _apply_model(
