@@ -1,14 +1,13 @@
-"""Calibration data, and the flow-matching loss on it.
+"""Calibration data.
 
 Shapes: B batch, T image tokens, C channels of a token, L text tokens, D context width, V pooled width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,18 +15,15 @@ from einops import rearrange
 from torch import Tensor
 
 from d2m_model.config import FluxDims
-from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.tensor_file import TensorFile
 
 from . import UserError
 
-if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
-
 GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
 FILE_FORMAT = (
     "a .safetensors with `latents` [N, channels, height, width] in FLUX's model space ((latent - 0.1159) * 0.3611), "
-    "`context` [N, text tokens, width], `pooled` [N, width], and optionally `guidance` [N]"
+    "`context` [N, text tokens, width], `pooled` [N, width], and optionally `guidance` [N] and `text_tokens` [N] (how many "
+    "of the text tokens are not padding)"
 )
 
 
@@ -41,18 +37,24 @@ class CalibrationBatch:
     guidance_B: Tensor
     image_ids_T3: Tensor
     text_ids_L3: Tensor
+    words_BL: Tensor  # bool: False for padding, which calibration leaves out where it can
 
 
 class CalibrationData(Protocol):
-    """A source of samples; `name` stands in the file's provenance."""
+    """A source of samples. `name` stands in the file's provenance; `identity` changes when the data do."""
 
     name: str
+    identity: str
 
-    def batches(self, count: int, size: int, seed: int) -> Iterator[CalibrationBatch]: ...
+    def batch(self, index: int, size: int, seed: int) -> CalibrationBatch:
+        """Number `index` of an endless sequence that depends on size and seed alone."""
+        ...
 
 
-def batch_of(latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor) -> CalibrationBatch:
-    """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches."""
+def batch_of(
+    latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor, words_BL: Tensor | None = None
+) -> CalibrationBatch:
+    """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches. Without `words_BL` nothing is padding."""
     height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
@@ -64,13 +66,14 @@ def batch_of(latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor)
         guidance_B=guidance.float(),
         image_ids_T3=ids.flatten(0, 1),
         text_ids_L3=torch.zeros(context.shape[1], 3),
+        words_BL=torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL,
     )
 
 
 class EmojiData:
     """The demo's dataset through the demo's autoencoder and prompt encoder: any number of real images."""
 
-    name = "emoji"
+    name = identity = "emoji"
 
     # The demo is imported here alone: without it every other command works.
 
@@ -89,17 +92,17 @@ class EmojiData:
         self.autoencoder = autoencoder.Autoencoder.load(assets / "autoencoder.safetensors")
         self.prompts = prompt_encoder.load(assets / "prompt-encoder.safetensors")
 
-    def batches(self, count: int, size: int, seed: int) -> Iterator[CalibrationBatch]:
-        generator = np.random.default_rng(seed)
-        for _ in range(count):
-            pictures = [self.dataset.random_picture(generator) for _ in range(size)]
-            images = torch.stack([self.dataset.render(picture) for picture in pictures])
-            with torch.autocast("cpu", dtype=torch.bfloat16):  # most of the time goes here; off by 0.7 %
-                latents = self.autoencoder.encode(images)
-            templates = generator.integers(len(self.dataset.TEMPLATES), size=size)
-            captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
-            context, pooled = self.prompts.encode(captions)
-            yield batch_of(latents, context, pooled, torch.from_numpy(generator.uniform(*GUIDANCE, size)))
+    def batch(self, index: int, size: int, seed: int) -> CalibrationBatch:
+        generator = np.random.default_rng((seed, index))
+        pictures = [self.dataset.random_picture(generator) for _ in range(size)]
+        images = torch.stack([self.dataset.render(picture) for picture in pictures])
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # most of the time goes here; off by 0.7 %
+            latents = self.autoencoder.encode(images)
+        templates = generator.integers(len(self.dataset.TEMPLATES), size=size)
+        captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
+        context, pooled = self.prompts.encode(captions)
+        guidance = torch.from_numpy(generator.uniform(*GUIDANCE, size))
+        return batch_of(latents, context, pooled, guidance, self.prompts.tokens(captions) != 0)
 
 
 class FileData:
@@ -108,8 +111,11 @@ class FileData:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self.file = TensorFile(path)
+        self.identity = f"{path.absolute()}, {self.file.size} bytes, modified {path.stat().st_mtime_ns}"
         shapes = self.file.shapes
-        axes = {"latents": 4, "context": 3, "pooled": 2} | ({"guidance": 1} if "guidance" in shapes else {})
+        axes = {"latents": 4, "context": 3, "pooled": 2} | {
+            name: 1 for name in ("guidance", "text_tokens") if name in shapes
+        }
         for name, count in axes.items():
             found = shapes.get(name)
             if found is None or len(found) != count or found[0] != shapes["latents"][0]:
@@ -117,18 +123,23 @@ class FileData:
         if shapes["latents"][2] % 2 or shapes["latents"][3] % 2 or shapes["latents"][0] == 0:
             raise UserError(f"{path}: latents is {list(shapes['latents'])}; expected samples of even height and width.")
 
-    def batches(self, count: int, size: int, seed: int) -> Iterator[CalibrationBatch]:
-        """The samples in random order, from the start again when they run out."""
+    def batch(self, index: int, size: int, seed: int) -> CalibrationBatch:
+        """The samples in random order, in another one when they run out."""
         tensors = {name: self.file.tensor(name) for name in self.file.shapes}
-        generator = np.random.default_rng(seed)
         samples = len(tensors["latents"])
-        passes = -(-count * size // samples)
-        order = torch.from_numpy(np.concatenate([generator.permutation(samples) for _ in range(passes)]))
-        for chosen in order[: count * size].split(size):
-            guidance = torch.from_numpy(generator.uniform(*GUIDANCE, size))
-            if "guidance" in tensors:
-                guidance = tensors["guidance"][chosen]
-            yield batch_of(tensors["latents"][chosen], tensors["context"][chosen], tensors["pooled"][chosen], guidance)
+        places = range(index * size, (index + 1) * size)
+        orders = {
+            turn: np.random.default_rng((seed, turn)).permutation(samples) for turn in {p // samples for p in places}
+        }
+        chosen = torch.tensor([orders[place // samples][place % samples] for place in places])
+        context = tensors["context"][chosen]
+        guidance = torch.from_numpy(np.random.default_rng((seed, index, 1)).uniform(*GUIDANCE, size))
+        if "guidance" in tensors:
+            guidance = tensors["guidance"][chosen]
+        words_BL = None
+        if "text_tokens" in tensors:
+            words_BL = torch.arange(context.shape[1]) < tensors["text_tokens"][chosen, None]
+        return batch_of(tensors["latents"][chosen], context, tensors["pooled"][chosen], guidance, words_BL)
 
 
 def open_data(name: str) -> CalibrationData:
@@ -145,50 +156,3 @@ def check_fits(batch: CalibrationBatch, dims: FluxDims) -> None:
     ):
         if found != expected:
             raise UserError(f"The calibration data's {what} are {found} wide; this teacher's are {expected}.")
-
-
-def flow_matching_loss(
-    model: FluxTransformer2DModel, batch: CalibrationBatch, t_B: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of the model's velocity against noise - image, at noise levels t in 0..1."""
-    parameter = next(model.parameters())
-    place = {"device": parameter.device, "dtype": parameter.dtype}
-    noise = torch.randn(batch.tokens_BTC.shape, generator=generator)
-    velocity = model(
-        hidden_states=torch.lerp(batch.tokens_BTC, noise, t_B[:, None, None]).to(**place),
-        encoder_hidden_states=batch.context_BLD.to(**place),
-        pooled_projections=batch.pooled_BV.to(**place),
-        timestep=t_B.to(**place),
-        guidance=batch.guidance_B.to(**place) if model.config.guidance_embeds else None,
-        img_ids=batch.image_ids_T3.to(parameter.device),
-        txt_ids=batch.text_ids_L3.to(parameter.device),
-        return_dict=False,
-    )[0]
-    return (velocity.float() - (noise - batch.tokens_BTC).to(parameter.device)).square().mean()
-
-
-def taylor_importance(
-    model: FluxTransformer2DModel,
-    data: CalibrationData,
-    *,
-    batches: int,
-    batch_size: int,
-    seed: int,
-    progress: Callable[[float], object] = lambda loss: None,
-) -> dict[str, Tensor]:
-    """Importance of every FFN's neurons by Eq. 6, float32 [N] by FFN name. The model's other parameters are frozen.
-
-    Timesteps are stratified: every one of the batches * batch_size samples has its own slice of 0..1.
-    """
-    from d2m_model.hosts.diffusers import dims_of_transformer, ffn_linears
-
-    generator = torch.Generator().manual_seed(seed)
-    total = batches * batch_size
-    levels = (torch.randperm(total, generator=generator) + torch.rand(total, generator=generator)) / total
-    taylor = TaylorImportance.of(model, ffn_linears(model))
-    for batch, t_B in zip(data.batches(batches, batch_size, seed), levels.split(batch_size), strict=True):
-        check_fits(batch, dims_of_transformer(model))
-        loss = flow_matching_loss(model, batch, t_B, generator)
-        loss.backward()
-        progress(float(loss.detach()))
-    return taylor.close()

@@ -1,0 +1,226 @@
+"""Calibration: what a conversion without training wants to know of the dense model.
+
+Neurons' importance (Eq. 6), some of every FFN's inputs, and conditioning vectors, gathered batch by batch. Each batch is
+a file of its own, written whole or not at all, so that an interrupted calibration goes on where it stopped and ends as
+if it had not been.
+
+Shapes: B batch, T image tokens, L text tokens, C channels of a token, H hidden size, N neurons, n samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from d2m_model.config import FluxDims
+from d2m_model.conversion.adaln import VecMoments
+from d2m_model.conversion.importance import TaylorImportance
+from d2m_model.conversion.split import generator_for
+from d2m_model.tensor_file import CheckpointError, TensorFile, write
+
+from . import UserError
+from .calibration import GUIDANCE, CalibrationBatch, CalibrationData, check_fits
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
+KEY = "calibration"  # of a batch file's metadata: whose it is
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CalibrationSettings:
+    """`tokens`: inputs kept of every FFN, in all. `taylor`: measure importance, which takes a backward pass."""
+
+    batches: int
+    batch_size: int
+    tokens: int
+    taylor: bool
+    seed: int
+
+
+class Calibration:
+    """A finished calibration in its folder; tensors are read when they are asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.losses = [_metadata(file)["loss"] for file in files]
+
+    def importance(self, ffn: str) -> Tensor:
+        """Eq. 6 summed over the batches, float32 [N]."""
+        return torch.stack(self._parts(f"importance.{ffn}")).double().sum(0).float()
+
+    def inputs(self, ffn: str) -> Tensor:
+        """[n, H] inputs of an FFN, padding left out."""
+        return torch.cat(self._parts(f"inputs.{ffn}"))
+
+    def moments(self) -> VecMoments:
+        """Of silu(vec)."""
+        return VecMoments.of(torch.cat(self._parts("silu_vec")))
+
+    def _parts(self, name: str) -> list[Tensor]:
+        parts = []
+        for file in self.files:
+            with TensorFile(file) as stored:
+                parts.append(stored.tensor(name).clone())
+        return parts
+
+
+def calibrate(
+    load_model: Callable[[], FluxTransformer2DModel],
+    dims: FluxDims,
+    ffns: Sequence[str],
+    data: CalibrationData,
+    settings: CalibrationSettings,
+    folder: Path,
+    teacher: str,
+    progress: Callable[[float], object] = lambda loss: None,
+) -> Calibration:
+    """Gather what is missing in `folder`. The model is loaded only if anything is; its parameters are frozen.
+
+    `teacher` identifies the teacher; `progress` hears each batch's loss. Raises UserError if the data do not fit, or if
+    the folder holds another calibration.
+    """
+    identity = {"teacher": teacher, "data": data.identity, "ffns": len(ffns), **asdict(settings)}
+    files = [folder / f"batch-{index:05}.safetensors" for index in range(settings.batches)]
+    missing = [index for index, file in enumerate(files) if not _is_ours(file, identity)]
+    for index in sorted(set(range(len(files))) - set(missing)):
+        progress(_metadata(files[index])["loss"])
+    if missing:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror or error}); name another with --calibration."
+            ) from None
+        recorder = Recorder(load_model(), dims, ffns, settings)
+        for index in missing:
+            batch = data.batch(index, settings.batch_size, settings.seed)
+            check_fits(batch, dims)
+            tensors, loss = recorder.record(index, batch)
+            metadata = {KEY: json.dumps({"identity": identity, "loss": loss})}
+            announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            write(files[index], announced, tensors.__getitem__, metadata)
+            progress(loss)
+    return Calibration(files)
+
+
+def _metadata(file: Path) -> dict:
+    with TensorFile(file) as stored:
+        found: dict = json.loads(stored.metadata.get(KEY, "null")) or {}
+        return found
+
+
+def _is_ours(file: Path, identity: dict[str, object]) -> bool:
+    """Whether this batch is there. Raises UserError if it is another calibration's."""
+    if not file.exists():
+        return False
+    try:
+        found = _metadata(file).get("identity")
+    except CheckpointError:
+        return False  # damaged: made again
+    if found == identity:
+        return True
+    differs = [key for key in identity if not isinstance(found, dict) or found.get(key) != identity[key]]
+    raise UserError(
+        f"{file.parent} holds another calibration: {', '.join(differs)} differ. Give the same options to go on with it, "
+        "name another folder with --calibration, or delete this one."
+    )
+
+
+class Recorder:
+    """Runs batches through a dense FLUX and keeps what the conversion needs of each."""
+
+    def __init__(
+        self, model: FluxTransformer2DModel, dims: FluxDims, ffns: Sequence[str], settings: CalibrationSettings
+    ) -> None:
+        from d2m_model.hosts.diffusers import ffn_linears
+
+        self.model, self.dims, self.settings = model.requires_grad_(False), dims, settings
+        self.linears = [entry for entry in ffn_linears(model) if entry[0] in set(ffns)]
+        total = settings.batches * settings.batch_size
+        generator = generator_for(settings.seed, "noise levels")
+        # Stratified: each of all the samples has its own slice of 0..1.
+        self.levels = (torch.randperm(total, generator=generator) + torch.rand(total, generator=generator)) / total
+
+    def record(self, index: int, batch: CalibrationBatch) -> tuple[dict[str, Tensor], float]:
+        """The tensors of batch number `index`, on the CPU, and its loss."""
+        generator = generator_for(self.settings.seed, f"batch {index}")
+        t_B = self.levels[index * self.settings.batch_size :][: self.settings.batch_size]
+        taylor = TaylorImportance.of(self.model, self.linears) if self.settings.taylor else None
+        with torch.set_grad_enabled(taylor is not None), self._inputs(batch, generator) as inputs:
+            loss = flow_matching_loss(self.model, batch, t_B, generator)
+            if taylor is not None:
+                loss.backward()
+        tensors = {f"inputs.{name}": tensor for name, tensor in inputs.items()}
+        if taylor is not None:
+            tensors |= {f"importance.{name}": tensor for name, tensor in taylor.close().items()}
+        tensors["silu_vec"] = self._silu_vecs(batch, generator)
+        return tensors, float(loss.detach())
+
+    @contextmanager
+    def _inputs(self, batch: CalibrationBatch, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        """Some inputs of every FFN during the `with`, chosen at random from image tokens and words."""
+        count = -(-self.settings.tokens // self.settings.batches)
+        words = batch.words_BL
+        both = torch.cat([words, torch.ones(batch.tokens_BTC.shape[:2], dtype=torch.bool)], 1)
+        kept: dict[str, Tensor] = {}
+
+        def watch(name: str, up: torch.nn.Linear) -> torch.utils.hooks.RemovableHandle:
+            def hook(_: torch.nn.Module, arguments: tuple[Tensor]) -> None:
+                if name in kept:
+                    return  # computed again for the backward pass, under gradient checkpointing
+                x = arguments[0].detach().flatten(0, 1)
+                if not name.endswith("img_mlp"):
+                    x = x[(words if name.endswith("txt_mlp") else both).flatten().to(x.device)]
+                chosen = torch.randperm(len(x), generator=generator)[:count]
+                kept[name] = x[chosen.to(x.device)].cpu()
+
+            return up.register_forward_pre_hook(hook)
+
+        handles = [watch(name, up) for name, up, _, _ in self.linears]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _silu_vecs(self, batch: CalibrationBatch, generator: torch.Generator) -> Tensor:
+        """[n, H]: the batch's pooled texts under other timesteps and guidances."""
+        pooled_nV = batch.pooled_BV.repeat_interleave(VECS_PER_SAMPLE, 0)
+        place = {"device": self.model.device, "dtype": self.model.dtype}
+        t_n = torch.rand(len(pooled_nV), generator=generator)
+        conditions = [1000 * t_n]
+        if self.dims.guidance_embed:
+            low, high = GUIDANCE
+            conditions.append(1000 * (low + (high - low) * torch.rand(len(pooled_nV), generator=generator)))
+        vec_nH = self.model.time_text_embed(*(c.to(**place) for c in conditions), pooled_nV.to(**place))
+        return torch.nn.functional.silu(vec_nH.float()).cpu()
+
+
+def flow_matching_loss(
+    model: FluxTransformer2DModel, batch: CalibrationBatch, t_B: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the model's velocity against noise - image, at noise levels t in 0..1."""
+    parameter = next(model.parameters())
+    place = {"device": parameter.device, "dtype": parameter.dtype}
+    noise = torch.randn(batch.tokens_BTC.shape, generator=generator)
+    velocity = model(
+        hidden_states=torch.lerp(batch.tokens_BTC, noise, t_B[:, None, None]).to(**place),
+        encoder_hidden_states=batch.context_BLD.to(**place),
+        pooled_projections=batch.pooled_BV.to(**place),
+        timestep=t_B.to(**place),
+        guidance=batch.guidance_B.to(**place) if model.config.guidance_embeds else None,
+        img_ids=batch.image_ids_T3.to(parameter.device),
+        txt_ids=batch.text_ids_L3.to(parameter.device),
+        return_dict=False,
+    )[0]
+    return (velocity.float() - (noise - batch.tokens_BTC).to(parameter.device)).square().mean()
