@@ -56,6 +56,7 @@ _OTHER_FILES = (
 )
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+ALIGNMENT = 64  # bytes; a mapped tensor that lies otherwise is slower to compute with
 
 Shape = tuple[int, ...]
 
@@ -197,7 +198,8 @@ def _damaged(path: Path, found: int, expected: int) -> CheckpointError:
 class TensorWriter:
     """A safetensors file in the making: every tensor has its place from the start, and they are put there in any order.
 
-    The largest element types come first, so that every tensor is aligned; else the given order stands. The bytes
+    Tensors whose size is a multiple of ALIGNMENT come first, and of the others the largest element types, so that all
+    are aligned, and those of any size as processors like it; else the given order stands. The bytes
     go to a file beside the target which takes its name in `finish`: a crash leaves the old file or none. To be used
     in a `with`, which unless finished leaves nothing half-written. Raises CheckpointError for an unwritable folder
     or a full disk.
@@ -210,7 +212,8 @@ class TensorWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self._target = Path(os.path.realpath(path))
-        self._specs = {name: tensors[name] for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize)}
+        place = {name: (_bytes(*spec) % ALIGNMENT != 0, -spec[0].itemsize) for name, spec in tensors.items()}
+        self._specs = {name: tensors[name] for name in sorted(tensors, key=place.__getitem__)}
         header = _header(self._specs, metadata)
         self._offsets: dict[str, int] = {}
         end = self._header_size = len(header)
@@ -307,7 +310,7 @@ def write(
 def _header(
     tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str], size: int | None = None
 ) -> bytes:
-    """Length and JSON, padded to `size` bytes, by default to the next multiple of eight."""
+    """Length and JSON, padded to `size` bytes, by default to the next multiple of ALIGNMENT."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -315,7 +318,7 @@ def _header(
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    length = len(text) + -len(text) % 8 if size is None else size - 8
+    length = len(text) + -(8 + len(text)) % ALIGNMENT if size is None else size - 8
     if len(text) > length:
         raise AssertionError(f"the header has grown from {length} to {len(text)} bytes")
     return struct.pack("<Q", length) + text.ljust(length)
