@@ -32,12 +32,11 @@ from ..d2m_model.config import FFNLayout, FluxMoEConfig, Gate
 from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ..d2m_model.layout import neuron_axis
 from ..d2m_model.routers import Routing, route_top_k
+from ..d2m_model.tensor_file import ALIGNMENT
 from .compressed import compress_modulations, modulations
 
 OPTIONS_KEY = "d2m"  # of transformer_options: {"top_k": int, "gate": "sum" | "normalised"}, each optional
 
-
-ALIGNMENT = 64  # bytes. Matrix products are slower on data that lie otherwise, and differ in their last bits.
 
 Choice = tuple[int, Gate]  # top_k and gate of one call
 
@@ -263,7 +262,8 @@ class FluxMoEModel(comfy.model_base.Flux):
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
-        Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype."""
+        Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype;
+        those that products are taken with where they lie, but lie badly, are copied: their last bits would differ."""
         main, computes_in = comfy.utils.weight_dtype(sd, unet_prefix), self.get_dtype_inference()
         as_stored = self.manual_cast_dtype is not None and main == self.diffusion_model.dtype
         targets = {**dict(self.diffusion_model.named_parameters()), **dict(self.diffusion_model.named_buffers())}
