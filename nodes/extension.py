@@ -8,6 +8,7 @@ from . import flux_moe, lora
 from .controls import TopK
 from .demo import EmojiPrompt
 from .loading import LoadFluxMoE
+from .saving import SaveFluxMoE
 
 
 class Dense2MoE(ComfyExtension):
@@ -16,4 +17,4 @@ class Dense2MoE(ComfyExtension):
         lora.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadFluxMoE, TopK, EmojiPrompt]
+        return [LoadFluxMoE, SaveFluxMoE, TopK, EmojiPrompt]

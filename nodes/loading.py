@@ -1,17 +1,49 @@
-"""Load FLUX-MoE."""
+"""Load FLUX-MoE.
+
+The file is mapped, not read: a weight comes from the disk when it is first used, and no copy of it is held where the
+model runs in the file's own type. On the CPU it always does (computing in float32), so that a file may be as large as
+the memory. With dynamic VRAM, ComfyUI's own loader maps files too, and knows more of them.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import comfy.memory_management
+import comfy.model_management
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..d2m_model.checkpoint import check_file
+from ..d2m_model.checkpoint import check_file, check_opened
+from ..d2m_model.quantised import HEADER_KEY, layers_of
+from ..d2m_model.tensor_file import TensorFile
 
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic: bool = False) -> Any:  # noqa: B006
+    """comfy.sd.load_diffusion_model for a FLUX-MoE file. Raises CheckpointError if it is none, or not whole."""
+    if comfy.memory_management.aimdo_enabled:
+        check_file(path)
+        return comfy.sd.load_diffusion_model(path, model_options, disable_dynamic)
+    file = TensorFile(path, copy_on_write=True)  # hooks patch weights in place
+    check_opened(file)
+    tensors = {name: file.tensor(name) for name in file.shapes}
+    metadata, layers = dict(file.metadata), layers_of(file.metadata)
+    if layers:
+        metadata[HEADER_KEY] = json.dumps({"layers": layers})
+    options = dict(model_options)
+    quantised = layers or "scaled_fp8" in tensors or any(name.endswith(".comfy_quant") for name in tensors)
+    device = options.get("load_device", comfy.model_management.get_torch_device())
+    if not quantised and comfy.model_management.is_device_cpu(device):
+        options.setdefault("dtype", comfy.utils.weight_dtype(tensors))
+    model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic)
+    model.cached_patcher_init = (load_flux_moe, (path, model_options))  # by which ComfyUI loads it again
+    return model
 
 
 class LoadFluxMoE(io.ComfyNode):
@@ -22,8 +54,9 @@ class LoadFluxMoE(io.ComfyNode):
             display_name="Load FLUX-MoE",
             category="FLUX-MoE",
             description=(
-                "Loads a FLUX-MoE file (a FLUX.1 turned into a Mixture of Experts) and checks it whole. "
-                "ComfyUI's own Load Diffusion Model opens the same files; this node says more when one is not right."
+                "Loads a FLUX-MoE file (a FLUX.1 turned into a Mixture of Experts) and checks it whole. The file is mapped: "
+                "it may be as large as the memory. ComfyUI's own Load Diffusion Model opens the same files; this node says "
+                "more when one is not right."
             ),
             search_aliases=["flux moe", "dense2moe", "mixture of experts", "load flux", "unet loader"],
             inputs=[
@@ -46,7 +79,5 @@ class LoadFluxMoE(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        check_file(path)
         dtype = WEIGHT_DTYPES[weight_dtype]
-        model_options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        return io.NodeOutput(comfy.sd.load_diffusion_model(path, model_options=model_options))
+        return io.NodeOutput(load_flux_moe(path, {} if dtype is None else {"dtype": dtype}))

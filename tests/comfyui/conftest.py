@@ -11,8 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2m_model.keys import dense_shapes
 from tests.comfyui import files
 from tests.comfyui.inside import Comfy
+
+# Of the blocks.
+LINEARS = {
+    name: shape
+    for name, shape in dense_shapes(files.DIMS).items()
+    if name.startswith(("double_blocks.", "single_blocks.")) and len(shape) == 2
+}
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +50,18 @@ def pair(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     dense_file = files.save(dense, folder / "dense.safetensors")
     moe_file = files.save(split, folder / "moe.safetensors")
     return Pair(dense, split, dense_file, moe_file, host.load(dense_file), host.load(moe_file))
+
+
+def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -> Any:
+    """A clone with a LoRA on every linear layer of the blocks, named as kohya's tools name them."""
+    import comfy.sd
+
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    for name, (out, width) in LINEARS.items():
+        key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        lora[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * width**-0.5
+        lora[f"{key}.lora_up.weight"] = torch.randn(out, rank, generator=generator) * 0.3
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 
 @pytest.fixture

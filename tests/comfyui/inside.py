@@ -58,8 +58,20 @@ class Comfy:
         """The first output of a node, this pack's or ComfyUI's."""
         node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
         if hasattr(node, "define_schema"):
-            return node.execute(**inputs).result[0]
+            return self.execute(node_id, **inputs).result[0]
         return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+    def execute(self, node_id: str, hidden: dict[str, Any] | None = None, **inputs: Any) -> Any:
+        """All that a node of the V3 schema returns. `hidden` is what ComfyUI tells it besides its inputs."""
+        node = self.nodes.NODE_CLASS_MAPPINGS[node_id].PREPARE_CLASS_CLONE({"hidden_inputs": hidden or {}})
+        with torch.inference_mode():
+            return node.execute(**inputs)
+
+    def unload(self) -> None:
+        """Take every model out of the device's memory, patches out of its weights."""
+        import comfy.model_management
+
+        comfy.model_management.unload_all_models()
 
     def load(self, file: Path) -> Any:
         """As Load Diffusion Model does."""

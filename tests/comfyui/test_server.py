@@ -90,14 +90,14 @@ def paint(server: ComfyServer, graph: Graph) -> dict[str, np.ndarray]:
 
 def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
     nodes = server.get("/object_info")
-    assert {"D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"} <= set(nodes)
+    assert {"D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MEmojiPrompt"} <= set(nodes)
     log = server.log.read_text().lower().splitlines()
     about_us = [line for line in log if "dense2moe" in line or "d2m" in line]
     assert about_us
     assert not [line for line in about_us if any(word in line for word in ("warn", "error", "failed", 'file "'))]
 
 
-@pytest.mark.parametrize("node_id", ["D2MLoadFluxMoE", "D2MTopK", "D2MEmojiPrompt"])
+@pytest.mark.parametrize("node_id", ["D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MEmojiPrompt"])
 def test_every_node_explains_itself(server: ComfyServer, node_id: str) -> None:
     described = server.get(f"/object_info/{node_id}")[node_id]
     assert described["category"] == "FLUX-MoE"

@@ -1,0 +1,197 @@
+"""Save FLUX-MoE: a MODEL, with the LoRAs that are on it, becomes a file.
+
+Tensor by tensor. A patched weight is computed when its turn comes to be written, by ComfyUI and as it does for
+sampling: the file holds what was sampled with, and there is never a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy.quant_ops import QuantizedTensor
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
+from ..d2m_model.config import FluxMoEConfig
+from ..d2m_model.conversion.convert import metadata_of
+from ..d2m_model.keys import bfl_spelling
+from ..d2m_model.tensor_file import TensorWriter
+from .controls import flux_moe
+from .flux_moe import OPTIONS_KEY
+
+NAME = "Save FLUX-MoE"
+PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches
+BAKED = (
+    "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
+    "without the pack it opens and samples as the dense teacher with these patches."
+)
+
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
+
+
+def unload(patcher: Any) -> None:
+    """Take the patches out of the weights, those of this MODEL and of others that share them. Sampling loads it again."""
+    management = comfy.model_management
+    others = [it for it in management.current_loaded_models if it.model is None or not patcher.is_clone(it.model)]
+    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
+    if patcher.backup:  # loaded by hand
+        patcher.detach()
+
+
+def specs_of(patcher: Any) -> Specs:
+    """What the file of this MODEL holds, by BFL name."""
+    specs: Specs = {}
+    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+        key, shape = f"{PREFIX}{name}", tuple(tensor.shape)
+        if key in patcher.patches and not isinstance(comfy.utils.get_attr(patcher.model, key), QuantizedTensor):
+            shape = tuple(comfy.lora.calculate_shape(patcher.patches[key], tensor, key))
+        specs[bfl_spelling(name)] = (as_loaders_know(tensor).dtype, shape)
+    return specs
+
+
+def tensors_of(patcher: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale."""
+    written: set[str] = set()
+    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+        if name in written:
+            continue
+        pieces: Mapping[str, Tensor] = {name: tensor}
+        if f"{PREFIX}{name}" in patcher.patches:
+            weight = patcher.patch_weight_to_device(
+                f"{PREFIX}{name}", device_to=patcher.load_device, return_weight=True
+            )
+            pieces = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
+        for piece, values in pieces.items():
+            written.add(piece)
+            yield bfl_spelling(piece), as_loaders_know(values)
+
+
+def as_loaders_know(tensor: Tensor) -> Tensor:
+    """Scales of this type have no name that every loader of safetensors knows; ComfyUI takes them as bytes too."""
+    return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float8_e8m0fnu", None) else tensor
+
+
+def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
+    """The file's configuration with this MODEL's Top-K and gate, and a note of the patches that go into its weights."""
+    config: FluxMoEConfig = patcher.model.diffusion_model.config
+    settings = patcher.model_options.get("transformer_options", {}).get(OPTIONS_KEY, {})
+    config = replace(
+        config,
+        top_k=settings.get("top_k", config.top_k),
+        gate=replace(config.gate, mode=settings.get("gate", config.gate.mode)),
+    )
+    patches = {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
+    if not patches:
+        return config
+    strengths = sorted({float(patch[0]) for found in patches.values() for patch in found})
+    baked = [*config.provenance.get("baked", ()), {"tensors": len(patches), "strengths": strengths}]
+    dims = config.dims
+    if f"{PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
+        dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # which some LoRAs (Depth, Canny) raise
+    return replace(
+        config,
+        dims=dims,
+        split_only=False,
+        provenance={**config.provenance, "baked": baked},
+    )
+
+
+def metadata_of_saved(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str]:
+    """As a converted file's."""
+    metadata = metadata_of(config)
+    if was_split_only and not config.split_only:
+        start = metadata["modelspec.description"].partition(". ")[0]
+        metadata["modelspec.description"] = f"{start}. {BAKED}"
+    return metadata
+
+
+def target_of(filename_prefix: str) -> Path:
+    """The next free name in the output folder, as ComfyUI counts. Raises CheckpointError if there can be none."""
+    output = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{NAME} cannot write to {os.path.join(output, os.path.dirname(filename_prefix))} "
+            f"({error.strerror or error}). Make the folder writable, or choose another filename_prefix."
+        ) from None
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
+    """Write the FLUX-MoE in `patcher` to `target`, with `notes` beside its own metadata.
+
+    Raises CheckpointError for an unwritable folder, a full disk, or patches after which it would be no FLUX-MoE;
+    InterruptProcessingException when the user stops it. Nothing half-written stays.
+    """
+    unload(patcher)
+    specs = specs_of(patcher)
+    config = config_of_saved(patcher, specs)
+    stored = config_tensor(config)
+    specs[CONFIG_KEY] = (stored.dtype, tuple(stored.shape))
+    shapes, dtypes = ({name: spec[i] for name, spec in specs.items()} for i in (1, 0))
+    check(shapes, dtypes, config)
+    metadata = {**notes, **metadata_of_saved(config, patcher.model.diffusion_model.config.split_only)}
+    with TensorWriter(target, specs, metadata) as writer:
+        progress, done = comfy.utils.ProgressBar(writer.size), 0
+        for name, tensor in tensors_of(patcher):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            writer.put(name, stored if name == CONFIG_KEY else tensor)
+            done += tensor.nbytes
+            progress.update_absolute(done)
+        writer.finish(metadata)
+
+
+class SaveFluxMoE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D2MSaveFluxMoE",
+            display_name=NAME,
+            category="FLUX-MoE",
+            description=(
+                "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights and its Top-K and gate as the file's own. "
+                "Loaded again it paints the same images."
+            ),
+            search_aliases=["save flux moe", "export model", "bake lora", "merge lora", "checkpoint save", "dense2moe"],
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX-MoE, with or without LoRAs."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/FLUX-MoE",
+                    tooltip=(
+                        "Where in the output folder, and how the name begins; a number follows. What lies in its "
+                        "diffusion_models is offered by Load FLUX-MoE."
+                    ),
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
+        flux_moe(model, NAME)
+        target = target_of(filename_prefix)
+        save(model, target, workflow_of(cls.hidden.prompt, cls.hidden.extra_pnginfo))
+        return io.NodeOutput(ui=ui.PreviewText(os.path.relpath(target, folder_paths.get_output_directory())))
+
+
+def workflow_of(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+    """Prompt and workflow as ComfyUI's own nodes put them into a file's metadata."""
+    if args.disable_metadata:
+        return {}
+    notes = {} if prompt is None else {"prompt": json.dumps(prompt)}
+    return notes | {name: json.dumps(value) for name, value in (extra_pnginfo or {}).items()}
