@@ -274,7 +274,15 @@ class FluxMoEModel(comfy.model_base.Flux):
                 target = targets[name]
                 tensor = sd[key].to(device=target.device, dtype=None if as_stored else target.dtype)
                 sd[key] = tensor.clone() if tensor.dtype == computes_in and tensor.data_ptr() % ALIGNMENT else tensor
-        return super().load_model_weights(sd, unet_prefix, assign=True)
+        smoothed = [key[len(unet_prefix) :].removesuffix(".pre_quant_scale") for key in sd if key.endswith(".pre_quant_scale")]
+        super().load_model_weights(sd, unet_prefix, assign=True)
+        for layer in smoothed:
+            if getattr(self.diffusion_model.get_submodule(layer), "pre_quant_scale", None) is None:
+                raise CheckpointError(
+                    f"{layer} has a pre_quant_scale, which this ComfyUI does not apply to its format. "
+                    "Update ComfyUI, or quantise the FLUX-MoE without smoothing."
+                )
+        return self
 
     def _apply_model(
         self,
