@@ -2,7 +2,7 @@
 
 import sys
 
-from . import moe_ffn
+from . import convert, moe_ffn
 
 if __name__ == "__main__":
-    sys.exit(moe_ffn.main([]))
+    sys.exit(moe_ffn.main([]) or convert.main([]))

@@ -1,4 +1,4 @@
-"""The command line: `python -m d2m_train convert|inspect|report`, each a module with add_arguments and run."""
+"""The command line: `python -m d2m_train convert|unconvert|inspect|report`, each a module with add_arguments and run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from . import UserError
 
 COMMANDS = {
     "convert": ("convert", "make a FLUX-MoE of a dense FLUX"),
+    "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
     "inspect": ("inspect_file", "say what a file is, and check it"),
     "report": ("report", "parameters and FLOPs of the presets"),
 }

@@ -10,14 +10,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_dense, check_file
-from d2m_model.config import FluxMoEConfig, all_ffn_names
+from d2m_model.checkpoint import CONFIG_KEY, check_file
+from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.cost import Conversion, Tokens, flux
+from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="F", help="a .safetensors file")
+    parser.add_argument(
+        "file", type=Path, metavar="F", help="a .safetensors file; dense, also the index or folder of shards"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -29,42 +32,44 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(path: Path) -> dict[str, Any]:
     """Everything that is known of a FLUX file. Raises CheckpointError for one that is damaged, or no FLUX."""
+    if not _is_moe(path):
+        with open_teacher(path) as teacher:
+            facts = _facts(path, teacher, teacher.dims) | {"kind": "dense FLUX.1"}
+            facts["title"] = teacher.metadata.get("modelspec.title")
+            facts["licence"] = teacher.metadata.get("modelspec.license")
+            facts["notes"] = list(teacher.notes)
+            return facts
+    config = check_file(path)
     with TensorFile(path) as file:
-        config = None
-        if CONFIG_KEY in file.shapes:
-            config = check_file(path)
-            dims = config.dims
-        else:
-            try:
-                dims = check_dense(file.shapes, file.dtypes)
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {error}") from None
-        dtypes: Counter[str] = Counter()
-        for name, dtype in file.dtypes.items():
-            dtypes[str(dtype).removeprefix("torch.")] += prod(file.shapes[name])
-        facts: dict[str, Any] = {
-            "file": str(path),
-            "kind": "FLUX-MoE" if config else "dense FLUX.1",
-            "bytes": file.size,
-            "tensors": len(file.shapes),
-            "parameters": sum(
-                prod(shape) for name, shape in file.shapes.items() if file.dtypes[name].is_floating_point
-            ),
-            "elements_by_dtype": dict(dtypes.most_common()),
-            "dims": dataclasses.asdict(dims),
-        }
-        if config:
-            conversion = Conversion(
-                ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=config.top_k
-            )
-            cost = flux(dims, conversion, Tokens(image=1, text=1))  # parameters do not depend on the tokens
-            facts["activated_parameters"] = {"touched": round(cost.touched), "paper": round(cost.paper)}
-            facts["moe"] = json.loads(config.to_json())
-            del facts["moe"]["dims"]
-        else:
-            facts["title"] = file.metadata.get("modelspec.title")
-            facts["licence"] = file.metadata.get("modelspec.license")
+        facts = _facts(path, file, config.dims) | {"kind": "FLUX-MoE"}
+    conversion = Conversion(ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=config.top_k)
+    cost = flux(config.dims, conversion, Tokens(image=1, text=1))  # parameters do not depend on the tokens
+    facts["activated_parameters"] = {"touched": round(cost.touched), "paper": round(cost.paper)}
+    facts["moe"] = json.loads(config.to_json())
+    del facts["moe"]["dims"]
     return facts
+
+
+def _is_moe(path: Path) -> bool:
+    if path.suffix == ".json" or not path.is_file():
+        return False
+    with TensorFile(path) as file:
+        return CONFIG_KEY in file.shapes
+
+
+def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[str, Any]:
+    """What is known of both kinds. `elements_by_dtype` of a teacher is what a conversion of it would hold."""
+    dtypes: Counter[str] = Counter()
+    for name, dtype in file.dtypes.items():
+        dtypes[str(dtype).removeprefix("torch.")] += prod(file.shapes[name])
+    return {
+        "file": str(path),
+        "bytes": file.size,
+        "tensors": len(file.shapes),
+        "parameters": sum(prod(shape) for name, shape in file.shapes.items() if file.dtypes[name].is_floating_point),
+        "elements_by_dtype": dict(dtypes.most_common()),
+        "dims": dataclasses.asdict(dims),
+    }
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -88,6 +93,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += _moe_lines(FluxMoEConfig.from_json(json.dumps(facts["moe"] | {"dims": dims})))
     else:
         lines += [("title", facts["title"] or "not stated"), ("licence", facts["licence"] or "not stated")]
+        lines += [("note", note) for note in facts["notes"]]
     sound = "; routers and neuron orders are sound" if "moe" in facts else ""
     lines.append(("checked", f"every tensor is there, with the right shape{sound}"))
     return "\n".join(f"{name:<12}{value}" for name, value in lines)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
 from ..config import FluxMoEConfig, Teacher
-from ..layout import ffn_tensors, inverse_order, neuron_axis, permute_neurons
+from ..layout import ffn_tensors
 from ..teacher import DenseTeacher
 from ..tensor_file import CheckpointError, Shape, TensorWriter
 from .digest import PacedDigest
@@ -19,6 +19,7 @@ from .permute import permuted_pieces
 from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN
 
 UNKNOWN_LICENCE = "not stated in the teacher's file"
+ARCHITECTURE = "modelspec.architecture"
 UNHASHED = "0" * 64  # as long as a sha256, so that the file's header has its length before the hash is known
 
 Progress = Callable[[int], object]  # told the bytes done since it was last called
@@ -38,11 +39,13 @@ def describe_teacher(teacher: DenseTeacher) -> Teacher:
     )
 
 
-def refuse_same_file(sources: Iterable[str | os.PathLike[str]], target: str | os.PathLike[str]) -> None:
+def refuse_same_file(
+    sources: Iterable[str | os.PathLike[str]], target: str | os.PathLike[str], what: str = "this is the teacher"
+) -> None:
     """Raises CheckpointError if the output would replace one of the files that are read, by any of their names."""
     for source in sources:
         if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
-            raise CheckpointError(f"{target}: this is the teacher; write to another file.")
+            raise CheckpointError(f"{target}: {what}; write to another file.")
 
 
 def convert_file(
@@ -222,18 +225,9 @@ def metadata_of(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None)
         CONFIG_KEY: config.to_json(),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": f"{config.teacher.title} FLUX-MoE",
-        "modelspec.architecture": (teacher or {}).get("modelspec.architecture") or architecture,
+        ARCHITECTURE: (teacher or {}).get(ARCHITECTURE) or architecture,
         "modelspec.license": config.teacher.licence,
         "modelspec.description": (
             f"FLUX-MoE (schema {config.schema_version}) for ComfyUI-Dense2MoE, converted from {config.teacher.title}. {dense}"
         ),
     }
-
-
-def dense_weight(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: str) -> Tensor:
-    """A tensor of the dense teacher, out of a split-only FLUX-MoE: its neurons back in their old places, bit for bit."""
-    for ffn in config.ffns:
-        place = neuron_axis(name, ffn, config.dims.hidden_size)
-        if place is not None:
-            return permute_neurons(tensor(name), *place, inverse_order(tensor(f"{ffn}.neuron_order")))
-    return tensor(name)

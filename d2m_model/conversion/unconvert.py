@@ -1,0 +1,90 @@
+"""A FLUX-MoE file becomes a dense FLUX file again, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from ..checkpoint import check_file
+from ..config import FluxMoEConfig
+from ..keys import dense_shapes
+from ..layout import inverse_order, neuron_axis
+from ..quantised import HEADER_KEY, is_companion
+from ..tensor_file import CheckpointError, TensorFile, TensorWriter
+from .convert import ARCHITECTURE, Progress, refuse_same_file
+from .permute import permuted_pieces
+
+CHUNK = 1024  # rows of a modulation computed at a time
+
+
+def unconvert_file(
+    path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done: None
+) -> FluxMoEConfig:
+    """Write the dense FLUX of the FLUX-MoE `path`, BFL keys, each tensor of the dtype that it has there; give its config.
+
+    Of a split-only file these are the teacher's weights, bit for bit. Of another the neurons are in their old places and
+    compressed modulations multiplied out (lin' U): the dense FLUX that computes what the file does with all experts in
+    mode `sum`, without expert means. Block groups lose their routers: every block runs. `progress` hears of the
+    file's bytes. Raises CheckpointError for a file that is no FLUX-MoE or is quantised, and as TensorWriter does.
+    """
+    config = check_file(path)
+    refuse_same_file([path], target, "this is the FLUX-MoE that is read")
+    with TensorFile(path) as file:
+        wanted = dense_shapes(config.dims)
+        companion = next((name for name in file.shapes if is_companion(name, wanted) or name == "scaled_fp8"), None)
+        if companion is not None or HEADER_KEY in file.metadata:
+            raise CheckpointError(
+                f"{path}: this FLUX-MoE is quantised ({companion or HEADER_KEY}); un-convert the file that it was made of."
+            )
+        tensors = {name: (dtype, wanted[name]) for name, dtype in file.dtypes.items() if name in wanted}
+        with TensorWriter(target, tensors, dense_metadata(config, file.metadata.get(ARCHITECTURE))) as writer:
+            left = file.size
+            for name in tensors:
+                writer.put_pieces(name, dense_pieces(file.tensor, config, name))
+                file.release(name)
+                begin, end = file.span(name)
+                progress(end - begin)
+                left -= end - begin
+            progress(left)
+            writer.finish(dense_metadata(config, file.metadata.get(ARCHITECTURE)))
+    return config
+
+
+def dense_pieces(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: str) -> Iterator[Tensor]:
+    """A tensor of the dense FLUX as consecutive parts along its first axis, each valid until the next is asked for.
+
+    `tensor` gives the FLUX-MoE's by name.
+    """
+    if config.adaln_rank is not None and name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+        basis_AH = tensor("adaln_in.weight").float()
+        for rows_OA in tensor(name).split(CHUNK):
+            yield (rows_OA.float() @ basis_AH).to(rows_OA.dtype)
+        return
+    for ffn in config.ffns:
+        if name.startswith(ffn) and (place := neuron_axis(name, ffn, config.dims.hidden_size)) is not None:
+            yield from permuted_pieces(tensor(name), *place, inverse_order(tensor(f"{ffn}.neuron_order")))
+            return
+    yield tensor(name)
+
+
+def dense_metadata(config: FluxMoEConfig, architecture: str | None) -> dict[str, str]:
+    """The header's metadata, for people and model managers."""
+    origin = "the teacher's weights, bit for bit" if config.split_only else "not the teacher's weights"
+    fields = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.teacher.title,
+        "modelspec.license": config.teacher.licence,
+        "modelspec.description": f"Dense FLUX.1 out of a FLUX-MoE by ComfyUI-Dense2MoE: {origin}.",
+    }
+    return fields if architecture is None else fields | {ARCHITECTURE: architecture}
+
+
+def why_not_the_teacher(config: FluxMoEConfig) -> str | None:
+    """What keeps the dense FLUX from being the teacher, or None if it is."""
+    if config.split_only:
+        return None
+    if config.adaln_rank is not None:
+        return f"its modulations were compressed to rank {config.adaln_rank}"
+    return "its weights were changed after the split, by refit or training"

@@ -1,0 +1,32 @@
+"""Make a dense FLUX.1 of a FLUX-MoE again: one .safetensors in BFL keys, which every FLUX loader opens.
+
+Of a --split-only file it has the teacher's weights, bit for bit. A file that was refitted, compressed or trained gives
+the dense FLUX nearest to it, which is not the teacher, and this is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE file")
+    parser.add_argument("--out", type=Path, required=True, metavar="G", help="the dense file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    size = args.file.stat().st_size if args.file.is_file() else None
+    with tqdm(total=size, desc="Un-converting", unit="B", unit_scale=True) as bar:
+        config = unconvert_file(args.file, args.out, bar.update)
+    print(f"{args.out}: dense FLUX.1, {os.path.getsize(args.out):,} bytes.")
+    if why := why_not_the_teacher(config):
+        print(f"These are not the weights of {config.teacher.title}: {why}.")
+    else:
+        print(f"Its weights are those of {config.teacher.title} (sha256 {config.teacher.sha256}), bit for bit.")
+    return 0
