@@ -1,120 +1,109 @@
-"""LoRAs on a model whose neurons are reordered.
+"""LoRAs on a FLUX-MoE.
 
-Names and shapes of a FLUX-MoE's weights are dense FLUX's, so ComfyUI's own key map and loaders fit. What they
-do not know is the order of the neurons. Every patch that `comfy.lora.load_lora` makes for a reordered tensor is
-wrapped in `PermutedPatch`, which puts the weight into the teacher's order, lets ComfyUI apply the patch, whatever
-its kind, and puts the result back. It goes through all of ComfyUI's own paths (patched on loading, patched on
-the fly in low VRAM, prefetched), since it is a weight adapter like the others.
+Names and shapes of a FLUX-MoE's weights are dense FLUX's, so ComfyUI's own key map and loaders fit. What they do not
+know is the order of the neurons, and what became of the modulations in a file with AdaLN compression. For such
+tensors every patch that `comfy.lora.load_lora` makes gives way to one that does (lora_patches.py,
+lora_modulations.py); the others stay as they are.
 
-How load_lora, which knows no model, learns of the order: the values of the key map are tensor names, and for our
-models they are `MoEKey`s, strings that also lead to the model's neuron orders.
+How load_lora, which knows no model, learns of it: the values of the key map are tensor names, and for our models they
+are `MoEKey`s, strings that also lead to what a LoRA has to be told.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.lora
 import comfy.sd
-import torch
-from comfy.weight_adapter import WeightAdapterBase
+import comfy.utils
 from torch import Tensor
 
-from ..d2m_model.layout import inverse_order, permute_neurons
 from .flux_moe import FluxMoEModel
+from .lora_modulations import ModulationMap
+from .lora_patches import PermutedPatch
+from .lora_shapes import Shape, fits, shape_of_change, spelled
 
-Neurons = dict[str, tuple[int, int, Tensor]]  # tensor name -> (axis, first neuron, neuron_order)
+PREFIX = "diffusion_model."  # of tensor names in a MODEL
+BLOCKS = (f"{PREFIX}double_blocks.", f"{PREFIX}single_blocks.")
+TEXT_ENCODERS = ("lora_te", "lora_prior_te", "text_encoder", "clip_", "t5xxl")  # a LoRA's keys that are not for us
+
+Offset = tuple[int, int, int]  # axis, start, length
+
+
+class MoEWeights:
+    """What a LoRA has to be told of a FLUX-MoE's weights, by their names in the MODEL."""
+
+    def __init__(self, model: FluxMoEModel) -> None:
+        flux = model.diffusion_model
+        self.weight: Callable[[str], Tensor] = functools.partial(comfy.utils.get_attr, model)
+        self.shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        # Behind U: the shapes of the dense weights that they stand for.
+        self.compressed = {
+            name: (self.shapes[name][0], flux.hidden_size) for name in map(PREFIX.__add__, flux.compressed())
+        }
+        # (axis, first neuron, neuron_order)
+        self.neurons: dict[str, tuple[int, int, Tensor]] = {PREFIX + name: at for name, at in flux.neurons().items()}
 
 
 class MoEKey(str):
     """The name of a tensor of a FLUX-MoE."""
 
-    __slots__ = ("neurons",)
-    neurons: Neurons  # of the whole model
+    __slots__ = ("weights",)
+    weights: MoEWeights  # of the whole model
 
 
-class PermutedPatch(WeightAdapterBase):
-    """A patch made for the teacher's order of neurons, on a weight that has them in another.
+# Patches
 
-    weights is (axis, first, neuron_order, patch): ComfyUI rebuilds adapters from `loaded_keys` and `weights`.
-    `patch` is anything that comfy.lora.calculate_weight takes: another adapter, or a tuple like ("diff", ...).
+
+def patches_for_moe(patches: dict, weights: MoEWeights) -> dict:
+    """Patches of comfy.lora.load_lora as a FLUX-MoE needs them.
+
+    Raises ValueError for a LoRA of another model: blocks are of one shape in every FLUX.1 of a size. What fits none
+    of the other tensors (img_in, say, which differs between FLUX.1's variants) is left out with a warning.
     """
-
-    name = "permuted"
-
-    def __init__(self, loaded_keys: set[str], weights: tuple[int, int, Tensor, Any]) -> None:
-        self.loaded_keys = loaded_keys
-        self.weights = weights
-
-    def calculate_shape(self, key: str) -> Any:
-        patch = self.weights[3]
-        return patch.calculate_shape(key) if isinstance(patch, WeightAdapterBase) else None
-
-    def calculate_weight(
-        self,
-        weight: Tensor,
-        key: str,
-        strength: float,
-        strength_model: float,  # ComfyUI has applied it
-        offset: tuple[int, int, int] | None,  # and narrowed the weight by this
-        function: Callable[[Tensor], Tensor],
-        intermediate_dtype: torch.dtype = torch.float32,
-        original_weight: Any = None,
-    ) -> Tensor:
-        axis, first, order, patch = self.weights
-        if offset is not None and offset[0] == axis:
-            first -= offset[1]
-        dense = permute_neurons(weight, axis, first, inverse_order(order))
-        dense = comfy.lora.calculate_weight(
-            [(strength, patch, 1.0, None, function)], dense, key, intermediate_dtype, original_weights=original_weight
-        )
-        patched = permute_neurons(dense, axis, first, order)
-        # A slice has to be changed in place; a weight that a patch made larger cannot be.
-        return weight.copy_(patched) if patched.shape == weight.shape else patched
+    found: dict[Any, Any] = {}
+    misfits: list[tuple[str, str]] = []
+    modulations: ModulationMap | None = None
+    for target, patch in patches.items():
+        name, offset = (target, None) if isinstance(target, str) else target[:2]
+        change = shape_of_change(patch)
+        shape, dense = narrowed(weights.shapes.get(name), offset), narrowed(weights.compressed.get(name), offset)
+        if dense is not None and (change is None or fits(change, dense)):
+            if modulations is None:
+                modulations = ModulationMap(weights.weight(f"{PREFIX}adaln_in.weight"))
+            found[target] = modulations.map(patch, name, weights.weight)
+        elif change is not None and shape is not None and not fits(change, shape):
+            what = f"{name.removeprefix(PREFIX)} is {spelled(dense or shape)} here and {spelled(change)} in the LoRA"
+            misfits.append((name, what))
+        elif name in weights.neurons:
+            found[target] = permuted(patch, name, offset, *weights.neurons[name])
+        else:
+            found[target] = patch
+    for name, what in misfits:
+        if name.startswith(BLOCKS):
+            raise ValueError(
+                f"This LoRA was made for another model than FLUX.1, or for a FLUX.1 of another size: {what} "
+                f"({len(misfits)} of its {len(patches)} changes do not fit). Nothing of it was applied."
+            )
+    for _, what in misfits:
+        logging.warning(f"FLUX-MoE: a part of this LoRA does not fit and is left out: {what}.")
+    if modulations is not None:
+        modulations.report()
+    return found
 
 
-def key_map_of_moe(original: Callable[..., dict]) -> Callable[..., dict]:
-    """comfy.lora.model_lora_keys_unet, whose values for our models are MoEKeys."""
-
-    @functools.wraps(original)
-    def model_lora_keys_unet(model: Any, *args: Any, **kwargs: Any) -> dict:
-        key_map = original(model, *args, **kwargs)
-        if isinstance(model, FluxMoEModel):
-            prefix = "diffusion_model."
-            neurons = {f"{prefix}{name}": place for name, place in model.diffusion_model.neurons().items()}
-            for lora_key, target in key_map.items():
-                name, *narrowed = (target,) if isinstance(target, str) else target
-                if name.startswith(prefix):
-                    name = MoEKey(name)
-                    name.neurons = neurons
-                    key_map[lora_key] = (name, *narrowed) if narrowed else name
-        return key_map
-
-    return model_lora_keys_unet
+def narrowed(shape: Shape | None, offset: Offset | None) -> Shape | None:
+    if shape is None or offset is None:
+        return shape
+    axis, _, length = offset
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
-def load_lora_of_moe(original: Callable[..., dict]) -> Callable[..., dict]:
-    """comfy.lora.load_lora, whose patches of reordered tensors are PermutedPatches."""
-
-    @functools.wraps(original)
-    def load_lora(lora: Any, to_load: dict, *args: Any, **kwargs: Any) -> dict:
-        patches = original(lora, to_load, *args, **kwargs)
-        names = (target if isinstance(target, str) else target[0] for target in to_load.values())
-        neurons = next((name.neurons for name in names if isinstance(name, MoEKey)), {})
-        return {target: permuted(target, patch, neurons) for target, patch in patches.items()}
-
-    return load_lora
-
-
-def permuted(target: Any, patch: Any, neurons: Neurons) -> Any:
-    """`patch` as it must be for `target` of the key map: a name, or (name, (axis, start, length)[, function])."""
-    name, offset = (target, None) if isinstance(target, str) else target[:2]
-    if name not in neurons:
-        return patch
-    axis, first, order = neurons[name]
+def permuted(patch: Any, name: str, offset: Offset | None, axis: int, first: int, order: Tensor) -> Any:
+    """`patch` of the teacher's neurons as it must be for the tensor `name`, narrowed by `offset`."""
     if offset is not None and offset[0] == axis:
         start, end = offset[1], offset[1] + offset[2]
         if end <= first or start >= first + order.numel():
@@ -125,6 +114,57 @@ def permuted(target: Any, patch: Any, neurons: Neurons) -> Any:
                 f"{first + order.numel()}; in a FLUX-MoE they are reordered, so only all of them can be changed."
             )
     return PermutedPatch(getattr(patch, "loaded_keys", set()), (axis, first, order, patch))
+
+
+def warn_of_a_stranger(keys: Iterable[str], patches: dict, weights: MoEWeights) -> None:
+    """ComfyUI names every key that it did not load; of a LoRA that has nothing for the model, say so in one line."""
+    if any((target if isinstance(target, str) else target[0]) in weights.shapes for target in patches):
+        return
+    strange = [key for key in keys if not key.startswith(TEXT_ENCODERS)]
+    if strange:
+        logging.warning(
+            f"FLUX-MoE: this LoRA has nothing for FLUX.1: none of its {len(strange)} tensors ({strange[0]}, …) has a "
+            "name that FLUX.1's LoRAs have. The model is unchanged."
+        )
+
+
+# ComfyUI's functions
+
+
+def key_map_of_moe(original: Callable[..., dict]) -> Callable[..., dict]:
+    """comfy.lora.model_lora_keys_unet, whose values for our models are MoEKeys."""
+
+    @functools.wraps(original)
+    def model_lora_keys_unet(model: Any, key_map: dict | None = None) -> dict:
+        # ComfyUI's own default is one dict for all calls, which would take our keys to the next model.
+        key_map = original(model, {} if key_map is None else key_map)
+        if isinstance(model, FluxMoEModel):
+            weights = MoEWeights(model)
+            for lora_key, target in key_map.items():
+                name, *rest = (target,) if isinstance(target, str) else target
+                if name.startswith(PREFIX):
+                    name = MoEKey(name)
+                    name.weights = weights
+                    key_map[lora_key] = (name, *rest) if rest else name
+        return key_map
+
+    return model_lora_keys_unet
+
+
+def load_lora_of_moe(original: Callable[..., dict]) -> Callable[..., dict]:
+    """comfy.lora.load_lora, whose patches for our models fit them."""
+
+    @functools.wraps(original)
+    def load_lora(lora: Any, to_load: dict, *args: Any, **kwargs: Any) -> dict:
+        patches = original(lora, to_load, *args, **kwargs)
+        names = (target if isinstance(target, str) else target[0] for target in to_load.values())
+        weights = next((name.weights for name in names if isinstance(name, MoEKey)), None)
+        if weights is None:
+            return patches
+        warn_of_a_stranger(lora, patches, weights)
+        return patches_for_moe(patches, weights)
+
+    return load_lora
 
 
 def bypass_of_moe(original: Callable[..., Any]) -> Callable[..., Any]:

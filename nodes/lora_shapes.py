@@ -1,0 +1,61 @@
+"""Does a LoRA fit the model? Its shapes say so before anything is patched.
+
+ComfyUI itself finds out when it patches a weight, tensor by tensor, and reshapes what has the right number of elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.weight_adapter import BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+
+Shape = tuple[int | None, ...]  # None: of any size
+
+
+def shape_of_change(patch: Any) -> Shape | None:
+    """Shape of the weight that a patch of comfy.lora.load_lora is for, or None if the patch does not tell."""
+    if isinstance(patch, tuple):
+        kind, (tensor, *_) = patch
+        return tuple(tensor.shape) if kind in ("diff", "set") else None
+    if not isinstance(patch, (LoRAAdapter, LoHaAdapter, LoKrAdapter, GLoRAAdapter, OFTAdapter, BOFTAdapter)):
+        return None
+    weights = patch.weights
+    if isinstance(patch, LoRAAdapter):
+        up, down, _, mid, _, reshape = weights
+        if reshape is not None:
+            return None  # it brings its own
+        return up.shape[0], down.shape[1:].numel() * (1 if mid is None else mid.shape[2:].numel())
+    if isinstance(patch, LoHaAdapter):
+        up, down, _, _, _, core, *_ = weights
+        return _product(up, down, core)
+    if isinstance(patch, LoKrAdapter):
+        outer, inner, _, outer_up, outer_down, inner_up, inner_down, core, _ = weights
+        rows, columns = _product(outer_up, outer_down, None) if outer is None else outer.shape
+        inner_rows, inner_columns = _product(inner_up, inner_down, core) if inner is None else _matrix(inner)
+        return rows * inner_rows, columns * inner_columns
+    if isinstance(patch, GLoRAAdapter):
+        _, _, b1, b2, *_ = weights
+        # Two spellings: b1 is up and b2 down, or (older) the other way round. For a square weight both products exist.
+        products = [_product(up, down, None) for up, down in ((b1, b2), (b2, b1)) if up.shape[1] == down.shape[0]]
+        return max(products, default=None)
+    blocks = weights[0]  # of rotated rows: [blocks, size, size], and in BOFT a first axis for its stages
+    return blocks.shape[-3] * blocks.shape[-1], None
+
+
+def fits(found: Shape, expected: Shape) -> bool:
+    return len(found) == len(expected) and all(f in (None, e) for f, e in zip(found, expected, strict=True))
+
+
+def spelled(shape: Shape) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
+def _matrix(tensor: Any) -> tuple[int, int]:
+    return tensor.shape[0], tensor.shape[1:].numel()
+
+
+def _product(up: Any, down: Any, core: Any) -> tuple[int, int]:
+    """Shape of up down; around a Tucker core the factors are [R, rows] and [R, columns]."""
+    if core is None:
+        return up.shape[0], down.shape[1:].numel()
+    return up.shape[1], down.shape[1] * core.shape[2:].numel()
