@@ -270,9 +270,10 @@ class FluxMoEModel(comfy.model_base.Flux):
         for key in list(sd) if not assign else ():
             name = key.removeprefix(unet_prefix)
             name = name.removesuffix("scale") + "weight" if name.endswith("_norm.scale") else name
-            if key.startswith(unet_prefix) and name in targets:
-                target = targets[name]
-                tensor = sd[key].to(device=target.device, dtype=None if as_stored else target.dtype)
+            if key.startswith(unet_prefix):
+                target, tensor = targets.get(name), sd[key]
+                if target is not None:  # as it is for the weights of layers that may be quantised
+                    tensor = tensor.to(device=target.device, dtype=None if as_stored else target.dtype)
                 sd[key] = tensor.clone() if tensor.dtype == computes_in and tensor.data_ptr() % ALIGNMENT else tensor
         smoothed = [key[len(unet_prefix) :].removesuffix(".pre_quant_scale") for key in sd if key.endswith(".pre_quant_scale")]
         super().load_model_weights(sd, unet_prefix, assign=True)
