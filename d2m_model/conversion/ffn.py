@@ -46,7 +46,7 @@ class FFNReport:
     """Relative error |found - dense| / |dense| of an FFN's output (b2 aside) at the recipe's top_k, on tokens that no fit
     has seen. The first four are this split under four routers, without refit; `converted` is the FFN as converted.
 
-    `oracle` chooses the experts whose outputs, less what stands in for them, are largest.
+    `oracle` knows the experts' outputs and chooses greedily.
     """
 
     random: float
@@ -97,7 +97,7 @@ def plan_with_data(
         router: rest.error(rest.missing(rest.chosen(*parameters, recipe.top_k)))
         for router, parameters in routers.items()
     }
-    errors["oracle"] = rest.error(rest.missing(rest.largest(recipe.top_k)))
+    errors["oracle"] = rest.error(rest.missing(rest.best(recipe.top_k)))
     means = {"expert_mean_EH": fit.expert_means()} if recipe.mean else {}
     if not recipe.refit:
         plan = FFNPlan(order_N=order_N, router_EH=weight_EH, router_bias_E=bias_E, **means)
@@ -211,8 +211,24 @@ class _Split:
         experts = zip(self.routed_TR.split(self.layout.width, 1), self.down_HR.split(self.layout.width, 1), strict=True)
         return torch.stack([(hidden_TF @ down_HF.T).norm(dim=1) for hidden_TF, down_HF in experts], 1)
 
-    def largest(self, top_k: int) -> Tensor:
-        return self.norms_TE().topk(top_k, dim=1).indices
+    def best(self, top_k: int) -> Tensor:
+        """int64 [T, K]: experts chosen one by one, each time the one without which least is missing."""
+        chosen = []
+        for part_TR in self.routed_TR.split(MANY // self.layout.experts):
+            outputs_TEH = torch.einsum(
+                "tef,hef->teh",
+                part_TR.unflatten(1, (self.layout.experts, self.layout.width)),
+                self.down_HR.unflatten(1, (self.layout.experts, self.layout.width)),
+            )
+            missing_TH, picks = outputs_TEH.sum(1), []
+            for _ in range(top_k):
+                left_TE = (missing_TH[:, None] - outputs_TEH).square().sum(2)
+                for pick_T1 in picks:
+                    left_TE.scatter_(1, pick_T1, torch.inf)
+                picks.append(left_TE.argmin(1, keepdim=True))
+                missing_TH = missing_TH - outputs_TEH.take_along_dim(picks[-1][..., None], 1)[:, 0]
+            chosen.append(torch.cat(picks, 1))
+        return torch.cat(chosen)
 
     def chosen(self, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
         """int64 [T, K], as route_top_k chooses."""
