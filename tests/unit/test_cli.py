@@ -36,24 +36,27 @@ def test_convert_then_inspect(teacher: Path, tmp_path: Path, capsys: pytest.Capt
     moe = tmp_path / "moe.safetensors"
     assert main(["convert", "--teacher", str(teacher), "--out", str(moe)]) == 0
     said = capsys.readouterr().out
-    assert "--split-only is implied" in said
-    assert "data-free" in said
+    assert "4 FFNs, each 128 shared neurons and 12 experts of 32; top-2" in said
+    assert "rank 11" in said
     assert main(["inspect", str(moe), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["kind"] == "FLUX-MoE"
     assert facts["dims"]["hidden_size"] == 128
     assert facts["moe"]["top_k"] == 2
     assert facts["moe"]["gate"] == {"mode": "sum", "scale": 1.0}
-    assert facts["moe"]["split_only"] is True
+    assert facts["moe"]["split_only"] is False
+    assert facts["moe"]["adaln_rank"] == 11
     assert list(facts["moe"]["ffns"]) == [
         *(f"double_blocks.1.{stream}" for stream in ("img_mlp", "txt_mlp")),
         *(f"single_blocks.{i}" for i in range(2)),
     ]
     provenance = facts["moe"]["provenance"]
-    assert provenance["importance"] == {"method": "weight-norm"}
+    assert provenance["importance"] == "weight-norm"
+    assert (provenance["experts"], provenance["router"], provenance["refit"]) == ("dealt", "centroid", False)
     assert provenance["tool"] == f"ComfyUI-Dense2MoE {VERSION}"
     dense = sum(tensor.numel() for tensor in load_file(teacher).values())
-    assert facts["parameters"] == dense + 4 * 12 * 128
+    compressed = 11 * 128 - (2 * 2 * 6 + 2 * 3) * 128 * (128 - 11)
+    assert facts["parameters"] == dense + 4 * 12 * 128 + compressed
     idle = 4 * 10 * 32 * (2 * 128 + 1)  # ten of twelve experts: rows, biases and columns of 32 neurons
     assert facts["activated_parameters"]["touched"] == facts["parameters"] - idle
     assert main(["inspect", str(moe)]) == 0
@@ -69,34 +72,55 @@ def test_inspect_a_dense_flux(teacher: Path, capsys: pytest.CaptureFixture[str])
     assert "dense FLUX.1" in capsys.readouterr().out
 
 
-def test_taylor_importance_on_a_file_of_samples(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "latents": torch.randn(2, 16, 4, 4, generator=generator),
+        "context": torch.randn(2, 3, 32, generator=generator),
+        "pooled": torch.randn(2, 48, generator=generator),
+    }
+    save_file(tensors, tmp_path / "data.safetensors")
+    return tmp_path / "data.safetensors"
+
+
+def test_with_data_every_option_is_on_and_reported(
+    teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("diffusers")
-    data, moe = tmp_path / "data.safetensors", tmp_path / "moe.safetensors"
-    save_file(
-        {"latents": torch.randn(2, 16, 4, 4), "context": torch.randn(2, 3, 32), "pooled": torch.randn(2, 48)}, data
-    )
-    command = [
-        "convert",
-        "--teacher",
-        teacher,
-        "--out",
-        moe,
-        "--data",
-        data,
-        "--batches",
-        2,
-        "--batch-size",
-        1,
-        "--split-only",
-    ]
+    moe = tmp_path / "moe.safetensors"
+    command = ["convert", "--teacher", teacher, "--out", moe, "--data", data, "--batches", 4, "--batch-size", 1]
     assert main([str(argument) for argument in command]) == 0
-    assert "implied" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "on tokens that no fit has seen, averaged:\n  random 0." in said
+    report = json.loads((tmp_path / "moe.safetensors.report.json").read_text())
+    ffns = ["double_blocks.1.img_mlp", "double_blocks.1.txt_mlp", "single_blocks.0", "single_blocks.1"]
+    assert sorted(report["ffns"]) == ffns
+    assert all(list(of) == ["random", "centroid", "ridge", "oracle", "converted"] for of in report["ffns"].values())
+    assert len(report["modulations"]) == 6
+    assert not list(tmp_path.glob("*.calibration")), "left behind"
+    tensors = load_file(moe)
+    assert tensors["single_blocks.0.router.bias"].shape == (12,)
+    assert tensors["single_blocks.0.expert_mean"].shape == (12, 128)
+    assert tensors["adaln_in.weight"].shape == (11, 128)
     assert main(["inspect", str(moe), "--json"]) == 0
-    how = json.loads(capsys.readouterr().out)["moe"]["provenance"]["importance"]
-    assert how.pop("loss") > 0
-    assert how == {"method": "taylor", "data": "data.safetensors", "batches": 2, "batch_size": 1}
+    provenance = json.loads(capsys.readouterr().out)["moe"]["provenance"]
+    assert provenance["data"] == {"name": "data.safetensors", "batches": 4, "batch_size": 1}
+    options = ("importance", "experts", "router", "mean", "refit", "top_k")
+    assert [provenance[option] for option in options] == ["taylor", "coactivation", "ridge", True, True, 2]
+
+
+def test_split_only_leaves_the_weights_the_teachers(teacher: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    moe, kept = tmp_path / "moe.safetensors", tmp_path / "kept"
+    command = ["convert", "--teacher", teacher, "--out", moe, "--data", data, "--split-only", "--calibration", kept]
+    assert main([*map(str, command), "--batches", "2", "--batch-size", "2"]) == 0
+    assert len(list(kept.iterdir())) == 2, "the calibration was to be kept"
+    dense, tensors = load_file(teacher), load_file(moe)
+    assert "single_blocks.0.expert_mean" in tensors
+    assert tensors["double_blocks.0.img_mod.lin.weight"].shape == (768, 128)
+    order = tensors["double_blocks.1.img_mlp.neuron_order"].long()
+    assert torch.equal(tensors["double_blocks.1.img_mlp.2.weight"], dense["double_blocks.1.img_mlp.2.weight"][:, order])
 
 
 def test_options_change_the_file_and_the_seed_repeats_it(teacher: Path, tmp_path: Path) -> None:
@@ -119,7 +143,13 @@ def test_mistakes_give_one_clear_line(teacher: Path, tmp_path: Path, capsys: pyt
     assert "no such file" in fails(capsys, "inspect", tmp_path / "none.safetensors")
     assert "no such file" in fails(capsys, "convert", "--teacher", tmp_path / "none", "--out", out)
     assert "Preset XS comes with the block groups" in fails(capsys, *convert, "--preset", "XS")
-    assert "taylor needs --data" in fails(capsys, *convert, "--importance", "taylor")
+    for option in (("--importance", "taylor"), ("--experts", "coactivation"), ("--router", "ridge"), ("--refit",)):
+        assert f"{' '.join(option)} needs --data emoji or --data FILE" in fails(capsys, *convert, *option)
+    assert "--adaln-rank changes weights, which --split-only forbids" in fails(
+        capsys, *convert, "--split-only", "--adaln-rank", "8"
+    )
+    assert "--adaln-rank is 129; expected 1 to 128" in fails(capsys, *convert, "--adaln-rank", "129")
+    assert "--top-k is 13; expected 1 to 12" in fails(capsys, *convert, "--top-k", "13")
     assert "this is the teacher" in fails(capsys, "convert", "--teacher", teacher, "--out", teacher)
     assert "there is no such folder" in fails(
         capsys, "convert", "--teacher", teacher, "--out", tmp_path / "no" / "moe.safetensors"
@@ -179,7 +209,7 @@ def test_the_command_line_from_a_shell(tmp_path: Path) -> None:
     help_text = subprocess.run(
         [sys.executable, "-m", "d2m_train", "convert", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
-    assert "AdaLN compression arrives in a later" in help_text
+    assert "no refit, no AdaLN compression" in " ".join(help_text.split())
 
 
 def test_the_version_is_that_of_the_package() -> None:

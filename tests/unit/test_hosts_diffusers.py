@@ -17,7 +17,9 @@ pytest.importorskip("diffusers")
 
 from d2m_model.hosts.diffusers import (
     dims_of_transformer,
+    experts_of,
     ffn_linears,
+    load_flux_moe,
     load_transformer,
     state_dict_to_bfl,
 )
@@ -67,3 +69,58 @@ def test_a_file_that_is_no_dense_flux_is_refused(tmp_path: Path) -> None:
     save_file({"lora_unet.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match=r"lora\.safetensors: .*looks like a LoRA"):
         load_transformer(tmp_path / "lora.safetensors")
+
+
+# FLUX-MoE
+
+
+def split(tmp_path: Path, *options: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Converted by the command line, data-free."""
+    from d2m_train.__main__ import main
+
+    save_flux(tmp_path / "flux.safetensors", dtype=dtype)
+    moe = tmp_path / "moe.safetensors"
+    assert main(["convert", "--teacher", str(tmp_path / "flux.safetensors"), "--out", str(moe), *options]) == 0
+    return moe
+
+
+def set_top_k(model: torch.nn.Module, top_k: int) -> torch.nn.Module:
+    for moe in experts_of(model):
+        moe.top_k = top_k
+    return model
+
+
+@torch.no_grad()
+def test_all_experts_are_the_dense_model(tmp_path: Path) -> None:
+    model, config = load_flux_moe(split(tmp_path, "--split-only"))
+    dense = velocity(load_transformer(tmp_path / "flux.safetensors"))
+    assert len(experts_of(model)) == len(config.ffns) == 4
+    torch.testing.assert_close(velocity(set_top_k(model, 12)), dense, rtol=1e-5, atol=1e-5)
+    assert (velocity(set_top_k(model, 2)) - dense).norm() / dense.norm() > 0.01
+
+
+@torch.no_grad()
+def test_compressed_modulations_run_with_one_shared_matrix(tmp_path: Path) -> None:
+    """At full rank nothing is lost, below it something is."""
+    full, _ = load_flux_moe(split(tmp_path, "--adaln-rank", "128"))
+    dense = velocity(load_transformer(tmp_path / "flux.safetensors"))
+    torch.testing.assert_close(velocity(set_top_k(full, 12)), dense, rtol=1e-4, atol=1e-4)
+    assert sum("adaln_in" in name for name, _ in full.named_parameters()) == 1
+    low, config = load_flux_moe(split(tmp_path))
+    assert config.adaln_rank == 11
+    found = velocity(set_top_k(low, 12))
+    assert 0.001 < (found - dense).norm() / dense.norm() < 1
+
+
+def test_routers_keep_the_precision_of_their_file(tmp_path: Path) -> None:
+    model, _ = load_flux_moe(split(tmp_path, dtype=torch.bfloat16), torch.float16)
+    assert {moe.router.weight.dtype for moe in experts_of(model)} == {torch.float32}
+    assert {moe.routed_up.dtype for moe in experts_of(model)} == {torch.float16}
+    assert model.adaln_in.weight.dtype == model.x_embedder.weight.dtype == torch.float16
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_dense_file_is_no_flux_moe(tmp_path: Path) -> None:
+    save_flux(tmp_path / "flux.safetensors")
+    with pytest.raises(CheckpointError, match="This is a dense FLUX, not a FLUX-MoE"):
+        load_flux_moe(tmp_path / "flux.safetensors")
