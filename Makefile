@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup host demo comfy test lint format bench lock clean
+.PHONY: help setup host demo comfy test test-hosts lint format bench lock clean
 
 PYTHON = python3
 # Set here, so that a HOST in the environment (some shells set it) does not choose a ComfyUI.
@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED = 1
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## virtual environment, pinned packages and a ComfyUI; again at any time
 	@$(PYTHON) -m tools.setup
@@ -34,6 +34,9 @@ comfy: setup ## leave ComfyUI running with the example workflow
 
 test: setup ## every test
 	@$(RUN) pytest tests
+
+test-hosts: setup ## the tests that run in a ComfyUI, in the newest and the oldest supported (6 GB more)
+	@$(PYTHON) -m tools.on_hosts
 
 lint: setup ## ruff, types and import contracts
 	@$(RUN) tools.lint

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from d2m_model.keys import dense_shapes
+from d2m_model.layout import inverse_order, neuron_axis, permute_neurons
 from tests.comfyui import files
 from tests.comfyui.inside import Comfy
 
-# Of the blocks.
-LINEARS = {
-    name: shape
-    for name, shape in dense_shapes(files.DIMS).items()
-    if name.startswith(("double_blocks.", "single_blocks.")) and len(shape) == 2
+BLOCKS = ("double_blocks.", "single_blocks.")
+LINEARS = {  # weights of the blocks
+    name: shape for name, shape in dense_shapes(files.DIMS).items() if name.startswith(BLOCKS) and len(shape) == 2
 }
 
 
@@ -57,11 +56,25 @@ def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -
     import comfy.sd
 
     generator, lora = torch.Generator().manual_seed(seed), {}
-    for name, (out, width) in LINEARS.items():
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if not name.startswith(BLOCKS) or weight.ndim != 2 or "router" in name:
+            continue
+        out, width = weight.shape
         key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
         lora[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * width**-0.5
         lora[f"{key}.lora_up.weight"] = torch.randn(out, rank, generator=generator) * 0.3
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def in_teachers_order(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that `dense` has, with their neurons in its order."""
+    found = {name: tensors[name] for name in dense}
+    for order_name in (name for name in tensors if name.endswith(".neuron_order")):
+        ffn = order_name.removesuffix(".neuron_order")
+        for name in found:
+            if (place := neuron_axis(name, ffn, files.DIMS.hidden_size)) is not None:
+                found[name] = permute_neurons(found[name], *place, inverse_order(tensors[order_name]))
+    return found
 
 
 @pytest.fixture

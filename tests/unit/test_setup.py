@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import environment, host, setup
+from tools import environment, host, on_hosts, setup
 from tools.errors import SetupError
 from tools.packages import constraints
 
@@ -261,3 +261,53 @@ def test_the_server_learns_of_the_pack_without_a_trace_in_its_own_folder(tmp_pat
     [pack] = done.stdout.split()
     assert Path(pack).name == host.PACK_NAME
     assert Path(pack).samefile(host.ROOT)
+
+
+@pytest.mark.parametrize(("outcomes", "code"), [((0, 0), 0), ((0, 1), 1), ((1, 0), 1)])
+def test_every_release_is_tested_in_its_own_environment(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outcomes: tuple[int, int],
+    code: int,
+) -> None:
+    """The environments are scripts that say who they are and end as told."""
+    for release, outcome in zip(host.RELEASES, outcomes, strict=True):
+        python = host.released_host(tmp_path, release).python
+        python.parent.mkdir(parents=True)
+        word = "failed" if outcome else "passed"
+        python.write_text(
+            f'#!/bin/sh\necho "own: ${{COMFYUI_PATH-none}}"\necho "= 3 {word} of $D2M_HOST $* ="\nexit {outcome}\n'
+        )
+        python.chmod(0o755)
+    monkeypatch.setattr(on_hosts, "prepare", lambda root, wanted: False)
+    monkeypatch.setenv("COMFYUI_PATH", "/elsewhere")
+    assert on_hosts.main(["tests/comfyui"], tmp_path) == code
+    said = capsys.readouterr().out
+    assert said.count("own: none") == 2
+    summary = said.partition("── summary\n")[2].splitlines()
+    expected = [
+        f"ComfyUI {it.comfyui}: {('passed', 'FAILED')[outcome]}"
+        for it, outcome in zip(host.RELEASES, outcomes, strict=True)
+    ]
+    assert [line.rpartition(": ")[0] for line in summary] == expected
+    assert all(
+        f"of {it.comfyui} -m pytest tests/comfyui" in line for it, line in zip(host.RELEASES, summary, strict=True)
+    )
+
+
+def test_a_release_that_cannot_be_set_up_fails_without_hiding_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepare(root: Path, wanted: host.Host) -> bool:
+        if wanted.release == host.RELEASES[0]:
+            raise SetupError("no network")
+        return False
+
+    monkeypatch.setattr(on_hosts, "prepare", prepare)
+    monkeypatch.setattr(on_hosts, "run", lambda root, wanted, arguments: (True, "3 passed"))
+    assert on_hosts.main([], tmp_path) == 1
+    said = capsys.readouterr()
+    assert "no network" in said.err
+    assert "FAILED: it could not be set up" in said.out
+    assert f"ComfyUI {host.RELEASES[1].comfyui}: passed: 3 passed" in said.out
