@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 from torch import Tensor
@@ -38,7 +39,7 @@ class MoEWeights:
 
     def __init__(self, model: FluxMoEModel) -> None:
         flux = model.diffusion_model
-        self.weight: Callable[[str], Tensor] = functools.partial(comfy.utils.get_attr, model)
+        self.model = model
         self.shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         # Behind U: the shapes of the dense weights that they stand for.
         self.compressed = {
@@ -46,6 +47,13 @@ class MoEWeights:
         }
         # (axis, first neuron, neuron_order)
         self.neurons: dict[str, tuple[int, int, Tensor]] = {PREFIX + name: at for name, at in flux.neurons().items()}
+
+    def weight(self, name: str) -> Tensor:
+        """As in the file, also while the model is loaded with other patches."""
+        for patcher in comfy.model_management.loaded_models():
+            if patcher.model is self.model and name in patcher.backup:
+                return patcher.backup[name].weight
+        return comfy.utils.get_attr(self.model, name)
 
 
 class MoEKey(str):

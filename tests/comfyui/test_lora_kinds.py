@@ -33,6 +33,14 @@ def small(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(dense, split, *names, *map(host.load, names))
 
 
+@pytest.fixture(autouse=True)
+def unpatched(host: Comfy) -> None:
+    """ComfyUI leaves a model loaded, with the LoRAs of its last use in its weights."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+
+
 def is_of_an_ffn(name: str, offset: tuple[int, int, int] | None) -> bool:
     """And not of q, k and v, which are the first rows of a linear1."""
     return name.startswith(tuple(f"{loras.PREFIX}{ffn}" for ffn in FFNS)) and (offset is None or offset[1] > 256)
@@ -235,12 +243,10 @@ def test_it_samples_as_the_teacher_with_it(
 def test_it_does_so_in_low_vram(
     host: Comfy, small: Pair, kind: str, naming: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import comfy.model_management
     from comfy.model_patcher import LowVramPatch
 
     calls, call = [], LowVramPatch.__call__
     monkeypatch.setattr(LowVramPatch, "__call__", lambda self, weight: (calls.append(self.key), call(self, weight))[1])
-    comfy.model_management.unload_all_models()
     lora = of_all_weights(small, kind, naming)
     moe, teacher = host.top_k(with_lora(small.moe, lora), ALL), with_lora(small.teacher, lora)
     moe.load(DEVICE, lowvram_model_memory=1)
