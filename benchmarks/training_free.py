@@ -116,7 +116,8 @@ def run(results: Path, every: int, seeds: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: means over the seeds, with the standard deviation of the distance."""
-    teacher, grouped = rows[0], {}
+    teacher = rows[0]
+    grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows[1:]:
         grouped.setdefault((row["variant"], row["top_k"]), []).append(row)
     paper = mean(row["distance"] for row in grouped[PAPER, TOP_K])

@@ -137,12 +137,14 @@ class _Dense:
 
     @classmethod
     def of(cls, weights: FFNWeights, device: torch.device) -> _Dense:
-        place = {"device": device, "dtype": torch.float32}
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(device, torch.float32)
+
         return cls(
-            up_NH=weights.up_NH.to(**place),
-            up_bias_N=weights.up_bias_N.to(**place),
-            down_HN=weights.down_HN.to(**place),
-            down_bias_H=weights.down_bias_H.to(**place),
+            up_NH=place(weights.up_NH),
+            up_bias_N=place(weights.up_bias_N),
+            down_HN=place(weights.down_HN),
+            down_bias_H=place(weights.down_bias_H),
         )
 
     def hidden(self, x_TH: Tensor, neurons: Tensor) -> Tensor:
@@ -220,7 +222,8 @@ class _Split:
                 part_TR.unflatten(1, (self.layout.experts, self.layout.width)),
                 self.down_HR.unflatten(1, (self.layout.experts, self.layout.width)),
             )
-            missing_TH, picks = outputs_TEH.sum(1), []
+            missing_TH = outputs_TEH.sum(1)
+            picks: list[Tensor] = []
             for _ in range(top_k):
                 left_TE = (missing_TH[:, None] - outputs_TEH).square().sum(2)
                 for pick_T1 in picks:

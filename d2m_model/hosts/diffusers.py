@@ -176,7 +176,7 @@ def load_flux_moe(
 
 def _compress_modulations(model: FluxTransformer2DModel, dims: FluxDims, read: Callable[[str], Tensor]) -> None:
     weight_AH = read("adaln_in.weight")
-    model.adaln_in = nn.Linear(*reversed(weight_AH.shape), bias=False, device="meta")
+    model.adaln_in = nn.Linear(dims.hidden_size, weight_AH.shape[0], bias=False, device="meta")
     model.adaln_in.weight = nn.Parameter(weight_AH)
     for name, source in diffusers_sources(dims).items():
         if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
