@@ -93,7 +93,7 @@ def plan_with_data(
 
     routers = _routers(name, weights, layout, order_N, fit, recipe)
     weight_EH, bias_E = routers[recipe.router]
-    errors = {
+    errors: dict[str, float] = {
         router: rest.error(rest.missing(rest.chosen(*parameters, recipe.top_k)))
         for router, parameters in routers.items()
     }
