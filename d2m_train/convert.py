@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     method = parser.add_argument_group(
-        "method (each default is what did best on the emoji FLUX; see benchmarks/README.md)"
+        "method (each default is what did best on the emoji FLUX; see docs/training-free.md)"
     )
     method.add_argument(
         "--importance",
