@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2m_model.config import FluxDims
 from d2m_model.keys import dense_shapes
-from d2m_model.tensor_file import TensorWriter
+from d2m_model.tensor_writer import TensorWriter
 from d2m_train.report import FLUX_DEV
 
 PIECE = 1 << 22  # elements made at a time

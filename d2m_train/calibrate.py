@@ -23,7 +23,8 @@ from d2m_model.config import FluxDims
 from d2m_model.conversion.adaln import VecMoments
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.split import generator_for
-from d2m_model.tensor_file import CheckpointError, TensorFile, write
+from d2m_model.tensor_file import CheckpointError, TensorFile
+from d2m_model.tensor_writer import write
 
 from . import UserError
 from .calibration import GUIDANCE, CalibrationBatch, CalibrationData, check_fits

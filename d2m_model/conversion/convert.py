@@ -13,7 +13,8 @@ from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_t
 from ..config import FluxMoEConfig, Teacher
 from ..layout import ffn_tensors
 from ..teacher import DenseTeacher
-from ..tensor_file import CheckpointError, Shape, TensorWriter
+from ..tensor_file import CheckpointError, Shape
+from ..tensor_writer import TensorWriter
 from .digest import PacedDigest
 from .permute import permuted_pieces
 from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN

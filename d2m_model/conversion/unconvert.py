@@ -12,7 +12,8 @@ from ..config import FluxMoEConfig
 from ..keys import dense_shapes
 from ..layout import inverse_order, neuron_axis
 from ..quantised import HEADER_KEY, is_companion
-from ..tensor_file import CheckpointError, TensorFile, TensorWriter
+from ..tensor_file import CheckpointError, TensorFile
+from ..tensor_writer import TensorWriter
 from .convert import ARCHITECTURE, Progress, refuse_same_file
 from .permute import permuted_pieces
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2m_model import tensor_file
-from d2m_model.tensor_file import CheckpointError, TensorFile, write
+from d2m_model.tensor_file import CheckpointError, TensorFile
+from d2m_model.tensor_writer import TensorWriter, write
 
 TENSORS = {
     "flag": torch.tensor([True, False, True]),
@@ -139,7 +141,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, torch
-from d2m_model.tensor_file import write
+from d2m_model.tensor_writer import write
 
 def produce(name):
     if name == "b":
@@ -158,6 +160,8 @@ def test_a_process_killed_while_writing_leaves_the_old_file_or_none(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", KILLED, str(target)], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (target.read_bytes() if target.exists() else None) == old
+    write(target, SPECS, TENSORS.__getitem__, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"], "what was left is in the way"
 
 
 def test_the_old_file_is_replaced_only_by_a_whole_one_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -193,19 +197,145 @@ def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, mon
         write(tmp_path / "file.safetensors", SPECS, produce, {})
 
 
-def test_a_disk_that_fills_while_writing_leaves_the_old_file_alone(
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, if we may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root; the next test stands in")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_while_writing_leaves_the_old_file_alone(small_disk: Path) -> None:
+    target = small_disk / "file.safetensors"
+    target.write_bytes(b"the old file")
+    names = "abc"
+
+    def produce(name: str) -> torch.Tensor:
+        if name == "b":  # somebody else's file takes the room that was there when we began
+            (small_disk / "other").write_bytes(bytes(2 << 20))
+        return torch.ones(1 << 18)
+
+    with pytest.raises(
+        CheckpointError, match=r"the disk is full\. 3,\d{3},\d{3} bytes are needed, 2,\d{3},\d{3} are free"
+    ):
+        write(target, dict.fromkeys(names, (torch.float32, (1 << 18,))), produce, {})
+    assert sorted(path.name for path in small_disk.iterdir()) == ["file.safetensors", "other"]
+    assert target.read_bytes() == b"the old file"
+
+
+TOO_LARGE = """
+import resource, signal, sys, torch
+from d2m_model.tensor_writer import write
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+write(sys.argv[1], {"a": (torch.float32, (1 << 20,))}, lambda name: torch.ones(1 << 20), {})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_file_that_may_not_grow_leaves_the_old_one_alone(tmp_path: Path) -> None:
+    target = tmp_path / "file.safetensors"
+    target.write_bytes(b"the old file")
+    done = subprocess.run([sys.executable, "-c", TOO_LARGE, str(target)], capture_output=True, text=True)
+    assert re.search(r"CheckpointError: .*file\.safetensors: cannot be written \(File too large\)", done.stderr)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old file"]
+
+
+def test_an_error_of_the_disk_itself_is_reported_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync tells of it once, on whichever thread asks first; it must not get lost there."""
+    calls = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("d2m_model.tensor_writer.SYNC_EVERY", 1)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Input/output error\)"):
+        write(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "file.safetensors"
-    target.write_bytes(b"the old file")
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tensor_file, "_write_tensor", full)
-    with pytest.raises(CheckpointError, match="the disk is full"):
+    left = tmp_path / ".file.safetensors.12345.part"
+    others = [tmp_path / ".file.safetensors.x.part", tmp_path / ".other.safetensors.1.part"]
+    for path in (left, *others):
+        path.touch()
+    with TensorWriter(target, SPECS, {}) as living:
+        assert not left.exists()
+        living_part = tmp_path / f".file.safetensors.{os.getpid()}.part"
+        monkeypatch.setattr(os, "getpid", lambda: 54321)
         write(target, SPECS, TENSORS.__getitem__, {})
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the old file"]
+        assert sorted(tmp_path.iterdir()) == sorted([target, living_part, *others])
+        for name in SPECS:
+            living.put(name, torch.zeros_like(TENSORS[name]).contiguous())
+        living.finish({})
+    assert load_file(target)["half"].eq(0).all()
+    assert sorted(tmp_path.iterdir()) == sorted([target, *others])
+
+
+def test_tensors_are_put_in_any_order_and_in_pieces(tmp_path: Path) -> None:
+    target = tmp_path / "file.safetensors"
+    with TensorWriter(target, SPECS, {"hash": "0" * 64}) as writer:
+        for name in reversed(SPECS):
+            tensor = TENSORS[name]
+            writer.put_pieces(name, tensor.split(2) if tensor.ndim else [tensor])
+        writer.finish({"hash": "f" * 64})
+    loaded = load_file(target)
+    assert all(same(loaded[name], TENSORS[name]) for name in TENSORS)
+    with TensorFile(target) as file:
+        assert file.metadata == {"hash": "f" * 64}
+
+
+def put_and_finish(writer: TensorWriter, pieces: list[torch.Tensor]) -> None:
+    writer.put_pieces("a", pieces)
+    writer.finish({})
+
+
+def test_what_is_not_what_was_announced_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    specs = {"a": (torch.float32, (4, 2)), "b": (torch.float32, (1,))}
+    for pieces, message in (
+        ([torch.ones(4, 2).half()], "a: torch.float16"),
+        ([torch.ones(4, 3)], r"a: torch.float32 \(4, 3\)"),
+        ([torch.ones(2, 2)], "a: less than"),
+        ([torch.ones(4, 2), torch.ones(1, 2)], "a: more than"),
+        ([torch.ones(4, 2)], "1 tensors were never written, b among them"),
+    ):
+        with (
+            TensorWriter(tmp_path / "file.safetensors", specs, {}) as writer,
+            pytest.raises(AssertionError, match=message),
+        ):
+            put_and_finish(writer, pieces)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_released_pages_can_be_read_again(tmp_path: Path) -> None:
+    target = tmp_path / "file.safetensors"
+    tensor = torch.randn(1 << 16)
+    save_file({"a": torch.ones(3), "b": tensor}, target)
+    with TensorFile(target) as file:
+        view = file.tensor("b")
+        assert torch.equal(view, tensor)
+        file.release("a")
+        file.release("b")
+        assert torch.equal(view, tensor)
+        begin, end = file.span("b")
+        assert target.read_bytes()[begin:end] == tensor.numpy().tobytes()
+    with TensorFile(target, copy_on_write=True) as file:
+        file.tensor("b").zero_()
+        file.release("b")
+        assert file.tensor("b").eq(0).all(), "what was written is lost"
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,9 +343,18 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch
         write(tmp_path / "missing" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
     with pytest.raises(CheckpointError, match="a folder, not a file"):
         write(tmp_path, SPECS, TENSORS.__getitem__, {})
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(CheckpointError, match="file: there is no such folder"):
+        write(tmp_path / "file" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match="this folder cannot be written to"):
         write(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+
+
+def test_a_disk_that_is_read_only_is_reported_to_root_too(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match="disk: this folder cannot be written to"):
+        write(small_disk / "file.safetensors", SPECS, TENSORS.__getitem__, {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a privilege there")
