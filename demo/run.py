@@ -70,7 +70,7 @@ def convert(base: Path) -> None:
         "--out",
         str(converted),
     ]
-    command += ["--preset", "L", "--importance", "taylor", "--data", "emoji", "--split-only"]
+    command += ["--preset", "L", "--data", "emoji"]
     subprocess.run(command, cwd=ROOT, check=True)
     shutil.copyfile(converted, models / "diffusion_models" / CONVERTED)
 

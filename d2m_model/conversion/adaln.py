@@ -18,7 +18,7 @@ SAMPLED_ROWS = 256  # of every H rows of a modulation: enough to find what they 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class VecMoments:
-    """Mean [H] and covariance [H, H] of silu(vec) over timesteps, guidance and prompts, float64."""
+    """Mean [H] and covariance [H, H] of silu(vec) over timesteps, guidance and prompts; the fit is in their dtype."""
 
     mean_H: Tensor
     covariance_HH: Tensor
@@ -29,11 +29,8 @@ class VecMoments:
 
     @classmethod
     def unknown(cls, hidden_size: int) -> VecMoments:
-        """Without data every direction counts alike."""
-        return cls(
-            mean_H=torch.zeros(hidden_size, dtype=torch.float64),
-            covariance_HH=torch.eye(hidden_size, dtype=torch.float64),
-        )
+        """Without data every direction counts alike. float32: a third of the time, and there is nothing to be exact about."""
+        return cls(mean_H=torch.zeros(hidden_size), covariance_HH=torch.eye(hidden_size))
 
 
 class FittedModulations:
@@ -46,25 +43,26 @@ class FittedModulations:
         if not 1 <= rank <= hidden_size:
             raise ValueError(f"AdaLN rank is {rank}; expected 1 to {hidden_size}.")
         covariance_HH = moments.covariance_HH
-        ridge = 1e-6 * covariance_HH.diagonal().mean() * torch.eye(hidden_size, dtype=torch.float64)
+        dtype = covariance_HH.dtype
+        ridge = 1e-6 * covariance_HH.diagonal().mean() * torch.eye(hidden_size, dtype=dtype)
         root_HH = torch.linalg.cholesky(covariance_HH + ridge)
         read_HH = torch.zeros_like(root_HH)
         for weight_OH in weights_OH:
             # Contiguous rows, so that of a mapped file only they are read.
             rows = torch.cat([part[:SAMPLED_ROWS] for part in weight_OH.split(hidden_size)]).float()
-            gram_HH = (rows.T @ rows).double()
+            gram_HH = (rows.T @ rows).to(dtype)
             read_HH += gram_HH / (gram_HH * covariance_HH).sum()  # each modulation counts alike
         directions_HA = torch.linalg.eigh(root_HH.T @ read_HH @ root_HH).eigenvectors[:, -rank:]
         span_HA = torch.linalg.solve_triangular(root_HH.T, directions_HA, upper=True)
         self.adaln_in_AH = torch.linalg.qr(span_HA).Q.T.float().contiguous()
         self.errors: dict[str, float] = {}
 
-        down_AH = self.adaln_in_AH.double()
+        down_AH = self.adaln_in_AH.to(dtype)
         covariance_AA = down_AH @ covariance_HH @ down_AH.T
         # lin' = lin * this: least squares of the modulation on U silu(vec).
         self._lift_HA = torch.linalg.solve(covariance_AA, down_AH @ covariance_HH).T
         self._left_H = moments.mean_H - self._lift_HA @ (down_AH @ moments.mean_H)
-        lost_HH = torch.eye(hidden_size, dtype=torch.float64) - self._lift_HA @ down_AH
+        lost_HH = torch.eye(hidden_size, dtype=dtype) - self._lift_HA @ down_AH
         self._lost_HH = lost_HH @ covariance_HH @ lost_HH.T
 
     def compress(self, name: str, weight_OH: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +73,8 @@ class FittedModulations:
 
     def _error(self, weight_OH: Tensor, bias_O: Tensor) -> float:
         """From the moments, on a sample of the rows."""
-        rows = slice(None, None, max(1, len(weight_OH) // (8 * SAMPLED_ROWS)))
-        weight_OH, bias_O = weight_OH[rows].double(), bias_O[rows].double()
+        rows = slice(None, None, max(1, len(weight_OH) // SAMPLED_ROWS))
+        weight_OH, bias_O = weight_OH[rows].to(self._lost_HH), bias_O[rows].to(self._lost_HH)
         lost = ((weight_OH @ self._lost_HH) * weight_OH).sum()
         mean_O = weight_OH @ self.moments.mean_H + bias_O
         whole = ((weight_OH @ self.moments.covariance_HH) * weight_OH).sum() + mean_O.square().sum()
