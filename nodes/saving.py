@@ -27,7 +27,7 @@ from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_te
 from ..d2m_model.config import FluxMoEConfig
 from ..d2m_model.conversion.convert import metadata_of
 from ..d2m_model.keys import bfl_spelling
-from ..d2m_model.tensor_file import TensorWriter
+from ..d2m_model.tensor_writer import TensorWriter
 from .controls import flux_moe
 from .flux_moe import OPTIONS_KEY
 
