@@ -1,0 +1,122 @@
+"""The distillation losses (Sec. 3.2, Eq. 7-10) and the load-balancing loss: pure functions of what the models put out.
+
+Shapes: B samples, T tokens of a sample, E experts, K top_k; a feature is any tensor, the same in teacher and student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class Losses:
+    """The parts of L_total, scalars. `weighted_features` is Eq. 8 with Eq. 9's weights; `features` the bare layers'."""
+
+    output: Tensor  # Eq. 7
+    weighted_features: Tensor
+    features: dict[str, Tensor]
+    balance: Tensor
+
+    def total(self, *, feature: float, balance: float) -> Tensor:
+        """Eq. 10 with its two lambdas."""
+        return self.output + feature * self.weighted_features + balance * self.balance
+
+
+def output_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Eq. 7: the mean squared error of the velocity, in float32."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def feature_losses(
+    teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], outliers: float | None = None
+) -> dict[str, Tensor]:
+    """The bare terms of Eq. 8: the mean squared error of each feature, in float32.
+
+    `outliers`: elements of the teacher's feature that lie more than so many standard deviations from its mean are left
+    out (FLUX has a few enormous ones); None keeps all. Raises ValueError for features that the two do not share.
+    """
+    if teacher.keys() != student.keys():
+        missing = sorted(teacher.keys() ^ student.keys())
+        raise ValueError(f"Features {', '.join(missing)} are of one model only; expected the same of both.")
+    losses = {}
+    for name, wanted in teacher.items():
+        square = (student[name].float() - wanted.float()).square()
+        losses[name] = square.mean() if outliers is None else _mean_of(square, _ordinary(wanted, outliers))
+    return losses
+
+
+def _ordinary(feature: Tensor, outliers: float) -> Tensor:
+    feature = feature.float()
+    return (feature - feature.mean()).abs() <= outliers * feature.std()
+
+
+def _mean_of(values: Tensor, kept: Tensor) -> Tensor:
+    return (values * kept).sum() / kept.sum().clamp_min(1)
+
+
+@torch.no_grad()
+def feature_weights(output: Tensor, losses: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Eq. 9, detached: L_distill / L_feature,l times the mean of the teacher's feature norms over layer l's.
+
+    A layer that agrees exactly (one ahead of every change, or a student that is the teacher still) would give 0/0:
+    denominators are clamped, and its term is zero whatever the weight.
+    """
+    if not losses:
+        return {}
+    norms = {name: feature.float().norm() for name, feature in teacher.items()}
+    mean = torch.stack(list(norms.values())).mean()
+    tiny = torch.finfo(torch.float32).eps
+    return {
+        # Clamped relative to what they are weighed against, so that no weight can overflow.
+        name: output
+        / loss.clamp_min(tiny * output.clamp_min(tiny))
+        * mean
+        / norms[name].clamp_min(tiny * mean.clamp_min(tiny))
+        for name, loss in losses.items()
+    }
+
+
+def distillation_losses(
+    teacher_output: Tensor,
+    student_output: Tensor,
+    teacher_features: Mapping[str, Tensor],
+    student_features: Mapping[str, Tensor],
+    balance: Tensor | None = None,
+    outliers: float | None = None,
+) -> Losses:
+    """Eq. 7-9 of one batch. `balance` None counts as zero."""
+    output = output_loss(teacher_output, student_output)
+    features = feature_losses(teacher_features, student_features, outliers)
+    weights = feature_weights(output, features, teacher_features)
+    zero = output.new_zeros(())
+    return Losses(
+        output=output,
+        weighted_features=sum((weights[name] * loss for name, loss in features.items()), zero),
+        features=features,
+        balance=zero if balance is None else balance,
+    )
+
+
+def balance_loss(probabilities_BTE: Tensor, experts_BTK: Tensor, kept_BT: Tensor | None = None) -> Tensor:
+    """GShard's, of one layer: for each sequence sum_i (E / (T K)) sum_t I(t, i) * (1/T) sum_t p(t, i), averaged over them.
+
+    p is the router's softmax over all experts, through which it learns. 1 when balanced, E / K when K experts take
+    everything. Tokens that `kept_BT` (bool) leaves out do not count; neither do sequences without any.
+    """
+    experts = probabilities_BTE.shape[-1]
+    if experts_BTK.shape[-1] == 0:
+        return probabilities_BTE.new_zeros(())
+    chosen_BTE = F.one_hot(experts_BTK, experts).sum(-2).to(probabilities_BTE.dtype)
+    if kept_BT is None:
+        kept_BT = torch.ones_like(probabilities_BTE[..., 0], dtype=torch.bool)
+    kept_BT1 = kept_BT[..., None].to(probabilities_BTE.dtype)
+    tokens_B1 = kept_BT1.sum(1).clamp_min(1)
+    fraction_BE = (chosen_BTE * kept_BT1).sum(1) / (tokens_B1 * experts_BTK.shape[-1])
+    mean_BE = (probabilities_BTE * kept_BT1).sum(1) / tokens_B1
+    loss_B = experts * (fraction_BE * mean_BE).sum(-1)
+    return _mean_of(loss_B, kept_BT.any(1))
