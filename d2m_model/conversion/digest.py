@@ -25,8 +25,8 @@ class PacedDigest:
         self._files = files
         self._digest = hashlib.sha256()
         self._moved = threading.Condition()
-        self._hashed = self._reached = 0  # bytes
-        self._wanted = True
+        self.hashed = self._reached = 0  # bytes
+        self._wanted = self._working = True
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
         self._thread.start()
@@ -36,7 +36,7 @@ class PacedDigest:
         with self._moved:
             self._reached = max(self._reached, position)
             self._moved.notify_all()
-            self._moved.wait_for(lambda: self._hashed + LEAD >= position or not self._thread_works())
+            self._moved.wait_for(lambda: self.hashed + LEAD >= position or not self._working)
             self._check()
 
     def result(self) -> str:
@@ -47,9 +47,6 @@ class PacedDigest:
         self._thread.join()
         self._check()
         return self._digest.hexdigest()
-
-    def _thread_works(self) -> bool:
-        return self._error is None and self._thread.is_alive()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -70,14 +67,14 @@ class PacedDigest:
             self._error = error
         finally:
             with self._moved:
-                self._hashed = 1 << 63
+                self._working = False
                 self._moved.notify_all()
 
     def _go_on(self, count: int) -> bool:
         with self._moved:
-            self._hashed += count
+            self.hashed += count
             self._moved.notify_all()
-            self._moved.wait_for(lambda: self._hashed <= self._reached + LEAD or not self._wanted)
+            self._moved.wait_for(lambda: self.hashed <= self._reached + LEAD or not self._wanted)
             return self._wanted
 
     def __enter__(self) -> PacedDigest:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from d2m_model.checkpoint import CheckpointError, TensorFile
+from d2m_model.checkpoint import CheckpointError, TensorFile, check_file
 from d2m_model.config import FFNLayout, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
 from d2m_model.conversion.importance import TaylorImportance, weight_norm_importance, weight_norms
 from d2m_model.conversion.plan import FFNPlan, FFNWeights
 from d2m_model.conversion.split import centroid_router, generator_for, neuron_order, random_router
-from d2m_model.teacher import open_teacher
+from d2m_model.teacher import DenseTeacher, open_teacher
 
-from .small_flux import DIMS, METADATA, save_flux
+from .small_flux import DIMS, METADATA, dense_flux, save_flux
 
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 
@@ -151,6 +154,19 @@ def test_taylor_importance_is_equation_6_summed_over_batches() -> None:
 # Whole files
 
 
+def config_of(teacher: DenseTeacher) -> FluxMoEConfig:
+    return FluxMoEConfig(
+        dims=teacher.dims,
+        ffns=preset_layouts(teacher.dims),
+        groups=(),
+        gate=Gate(mode="sum", scale=1.0),
+        top_k=2,
+        adaln_rank=None,
+        split_only=True,
+        teacher=describe_teacher(teacher),
+    )
+
+
 def plan_of(config: FluxMoEConfig, seed: int = 0) -> Callable[[str, FFNWeights], FFNPlan]:
     """Weight norm, dealt, centroid: what the command line does without options."""
 
@@ -165,16 +181,7 @@ def plan_of(config: FluxMoEConfig, seed: int = 0) -> Callable[[str, FFNWeights],
 
 def convert(teacher_path: Path, target: Path, seed: int = 0) -> FluxMoEConfig:
     with open_teacher(teacher_path) as teacher:
-        config = FluxMoEConfig(
-            dims=teacher.dims,
-            ffns=preset_layouts(teacher.dims),
-            groups=(),
-            gate=Gate(mode="sum", scale=1.0),
-            top_k=2,
-            adaln_rank=None,
-            split_only=True,
-            teacher=describe_teacher(teacher),
-        )
+        config = config_of(teacher)
         return convert_file(teacher, target, config, plan_of(config, seed))
 
 
@@ -196,8 +203,6 @@ def test_the_ffn_is_the_dense_one_with_its_neurons_in_another_order(tmp_path: Pa
 
 
 def test_the_neurons_that_matter_most_are_shared(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     dense = save_flux(tmp_path / "dense.safetensors", dtype=torch.float32)
     planted = torch.randperm(512)[:128]
     dense["double_blocks.1.txt_mlp.0.weight"][planted] *= 10
@@ -232,11 +237,124 @@ def test_the_teacher_is_not_overwritten_by_any_of_its_names(tmp_path: Path) -> N
     path = tmp_path / "dense.safetensors"
     save_flux(path)
     before = path.read_bytes()
-    (tmp_path / "link.safetensors").symlink_to(path)
-    for target in (path, tmp_path / "." / "dense.safetensors", tmp_path / "link.safetensors"):
+    links = [tmp_path / "soft.safetensors", tmp_path / "hard.safetensors"]
+    links[0].symlink_to(path)
+    links[1].hardlink_to(path)
+    for target in (path, tmp_path / "." / "dense.safetensors", *links):
         with pytest.raises(CheckpointError, match="this is the teacher"):
             convert(path, target)
     assert path.read_bytes() == before
+
+
+def save_shards(folder: Path) -> tuple[Path, Path, Path]:
+    """Index and two shards."""
+    tensors = dense_flux()
+    files = [folder / f"flux-{i + 1:05}-of-00002.safetensors" for i in range(2)]
+    parts = [{name: tensor for name, tensor in tensors.items() if name.startswith("double") == bool(i)} for i in (0, 1)]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, file)
+    weight_map = {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+    index = folder / "flux.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index, files[0], files[1]
+
+
+def test_a_sharded_teacher_is_hashed_index_first_and_no_part_of_it_overwritten(tmp_path: Path) -> None:
+    files = save_shards(tmp_path)
+    for target in files:
+        with pytest.raises(CheckpointError, match="this is the teacher"):
+            convert(files[1], target)
+    config = convert(files[1], tmp_path / "moe.safetensors")
+    assert config.teacher.sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    save_flux(tmp_path / "dense.safetensors")
+    convert(tmp_path / "dense.safetensors", tmp_path / "moe-of-one.safetensors")
+    sharded, whole = (load_file(tmp_path / name) for name in ("moe.safetensors", "moe-of-one.safetensors"))
+    assert all(torch.equal(sharded[name], whole[name]) for name in whole if name != "d2m_config")
+
+
+@pytest.mark.parametrize("biases_first", [False, True])
+def test_the_teacher_is_read_once_and_forward(tmp_path: Path, biases_first: bool) -> None:
+    """Also where biases have another dtype, so that safetensors lays all of them down before all weights."""
+    path = tmp_path / "dense.safetensors"
+    tensors = dense_flux()
+    save_file({name: t.float() if biases_first and t.ndim == 1 else t for name, t in tensors.items()}, path)
+    asked: list[str] = []
+    planned: list[str] = []
+    heard: list[int] = []
+    with open_teacher(path) as teacher:
+        read = teacher.tensor
+
+        def tensor(name: str) -> torch.Tensor:
+            asked.append(name)
+            return read(name)
+
+        teacher.tensor = tensor  # type: ignore[method-assign]
+        config = config_of(teacher)
+        plan = plan_of(config)
+
+        def noted(ffn: str, weights: FFNWeights) -> FFNPlan:
+            planned.append(ffn)
+            return plan(ffn, weights)
+
+        convert_file(teacher, tmp_path / "moe.safetensors", config, noted, progress=heard.append)
+        assert sorted(asked) == sorted(teacher.shapes)
+        weights = [name for name in asked if len(teacher.shapes[name]) == 2]
+        places = [teacher.span(name)[0] for name in weights]
+        largest = max(end - begin for begin, end in map(teacher.span, weights))
+        assert all(later > earlier - 2 * largest for earlier, later in pairwise(places))
+        assert sum(heard) == teacher.size
+    assert planned == sorted(config.ffns)  # as they lie in the file
+    assert check_file(tmp_path / "moe.safetensors").teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_conversion_that_ends_early_leaves_the_old_file_and_no_thread(tmp_path: Path) -> None:
+    save_flux(tmp_path / "dense.safetensors")
+    target = tmp_path / "moe.safetensors"
+    target.write_bytes(b"the old file")
+    threads = set(threading.enumerate())
+
+    def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
+        raise RuntimeError(ffn)
+
+    with (
+        open_teacher(tmp_path / "dense.safetensors") as teacher,
+        pytest.raises(RuntimeError, match=r"double_blocks\.1"),
+    ):
+        convert_file(teacher, target, config_of(teacher), plan)
+    assert target.read_bytes() == b"the old file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "moe.safetensors"]
+    assert set(threading.enumerate()) == threads
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from d2m_model.conversion.convert import convert_file
+from d2m_model.teacher import open_teacher
+from tests.unit.test_conversion import config_of, plan_of
+
+with open_teacher(Path(sys.argv[1])) as teacher:
+    config = config_of(teacher)
+    plan = plan_of(config)
+
+    def dying(ffn, weights):
+        if ffn == "single_blocks.1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plan(ffn, weights)
+
+    convert_file(teacher, sys.argv[2], config, dying)
+"""
+
+
+def test_a_conversion_that_is_killed_leaves_no_target_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    teacher, target = tmp_path / "dense.safetensors", tmp_path / "moe.safetensors"
+    save_flux(teacher)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(teacher), str(target)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not target.exists()
+    assert len(list(tmp_path.glob(".moe.safetensors.*.part"))) == 1
+    convert(teacher, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.safetensors", "moe.safetensors"]
 
 
 MEMORY = """
