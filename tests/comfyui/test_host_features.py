@@ -50,24 +50,22 @@ def test_compiled_blocks_have_no_graph_breaks(host: Comfy, pair: Pair) -> None:
         assert distance(torch.cat(found, 1), torch.cat(expected, 1)) <= 1e-6
 
 
-def test_a_compiled_model_follows_top_k(host: Comfy, tmp_path: Path) -> None:
+def test_a_compiled_model_follows_top_k_without_graph_breaks(host: Comfy, tmp_path: Path) -> None:
     """TorchCompileModel keeps transformer_options out of its guards: a graph must not be reused for another Top-K."""
-    from comfy.patcher_extension import WrappersMP
-    from comfy_api.torch_helpers.torch_compile import apply_torch_compile_factory
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+    from torch._dynamo.utils import counters
 
     dims = replace(files.DIMS, double_blocks=1, single_blocks=1)  # quick to trace
     split = files.split(files.dense_flux(dims), dims, dense_double_blocks=0)
     moe = host.load(files.save(split, tmp_path / "moe.safetensors"))
-    flux = moe.get_model_object("diffusion_model")
-    options = {"guard_filter_fn": skip_torch_compile_dict}
-    module = torch.compile(flux, backend="eager", options=options)  # the node's backends need a C++ compiler
-    for top_k, gate in ((2, "sum"), (ALL, "sum"), (2, "normalised"), (2, "sum")):
-        eager = host.top_k(moe, top_k, gate)
-        compiled = eager.clone()
-        wrapper = apply_torch_compile_factory({"diffusion_model": module})
-        compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", wrapper)
+    counters.clear()
+    whole = TorchCompileModel.execute(moe, "eager").result[0]  # its own backends need a C++ compiler
+    settings = [(2, "sum"), (0, "sum"), (ALL, "sum"), (2, "normalised"), (2, "sum")]
+    for top_k, gate in settings:
+        eager, compiled = host.top_k(moe, top_k, gate), host.top_k(whole, top_k, gate)
         assert distance(host.sample(compiled, steps=1), host.sample(eager, steps=1)) <= 1e-6
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == len(set(settings))
 
 
 def test_block_patches_of_other_packs_are_called(host: Comfy, pair: Pair) -> None:

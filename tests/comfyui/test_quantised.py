@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tests.comfyui import files
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
 from tests.comfyui.inside import Comfy, distance
-from tests.comfyui.test_saving import load, output, save  # noqa: F401 (a fixture)
+from tests.comfyui.test_saving import as_nodes_run, load, output, save  # noqa: F401 (fixtures)
 
 ALL = files.LAYOUT.experts
 DEVICE = torch.device("cpu")
@@ -116,12 +116,6 @@ def write(kind: str, tensors: dict[str, Tensor], file: Path) -> Path:
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if kind == "listed in the header" else None
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     return file
-
-
-@pytest.fixture(autouse=True)
-def as_nodes_run() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

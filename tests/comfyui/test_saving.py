@@ -31,6 +31,12 @@ def output(host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "output"
 
 
+@pytest.fixture(autouse=True)
+def as_nodes_run() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
 def save(host: Comfy, model: Any, prefix: str = "diffusion_models/saved", **hidden: Any) -> Path:
     import folder_paths
 
