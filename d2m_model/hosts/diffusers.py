@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import check_file
+from ..checkpoint import CONFIG_KEY, check_file, config_tensor
 from ..config import FluxDims, FluxMoEConfig
 from ..keys import HEAD, diffusers_sources, from_diffusers, swap_halves
 from ..layout import ffn_tensors
@@ -160,9 +160,8 @@ def load_flux_moe(
 
         def read(name: str, keep_dtype: bool = False) -> Tensor:
             tensor = file.tensor(name)
-            return torch.empty(
-                tensor.shape, dtype=tensor.dtype if keep_dtype else dtype or tensor.dtype, device=device
-            ).copy_(tensor)
+            target = tensor.dtype if keep_dtype else dtype or tensor.dtype
+            return torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
 
         with torch.device("meta"):
             model = new_transformer(config.dims)
@@ -204,6 +203,7 @@ def _route_ffn(
         expert_mean_EH=optional["expert_mean"],
     )
     moe = MoEFFN(fused, layout=layout, gate=config.gate, top_k=config.top_k)
+    moe.register_buffer("neuron_order", read(f"{name}.neuron_order", keep_dtype=True))
     kind, index, *stream = name.split(".")
     if kind == "double_blocks":
         setattr(model.transformer_blocks[int(index)], "ff" if stream[0] == "img_mlp" else "ff_context", moe)
@@ -212,6 +212,49 @@ def _route_ffn(
     attention = nn.Linear(hidden_size, hidden_size, bias=False, device="meta")
     attention.weight = nn.Parameter(down_HN[:, :hidden_size].contiguous())
     block.proj_mlp, block.act_mlp, block.proj_out = nn.Identity(), nn.Identity(), SingleExpertOut(attention, moe)
+
+
+def state_dict_of_flux_moe(model: FluxTransformer2DModel, config: FluxMoEConfig) -> dict[str, Tensor]:
+    """Every tensor of a FLUX-MoE file from a model that load_flux_moe has made, `d2m_config` among them."""
+    present = model.state_dict()
+    tensors: dict[str, Tensor] = {}
+    partly: dict[str, Tensor] = {}  # of a converted linear1, q, k and v
+    for name, source in diffusers_sources(config.dims).items():
+        found = [present[part] for part in source.names if part in present]
+        if len(found) == len(source.names):
+            whole = torch.cat(found) if len(found) > 1 else found[0]
+            tensors[name] = swap_halves(whole) if source.swap else whole
+        elif found:
+            partly[name] = torch.cat(found)
+    if config.adaln_rank is not None:
+        tensors["adaln_in.weight"] = model.adaln_in.weight.detach()
+    for name in config.ffns:
+        at, owner = ffn_tensors(name, config.dims.hidden_size), _owner(model, name)
+        moe = owner.moe if isinstance(owner, SingleExpertOut) else owner
+        assert isinstance(moe, MoEFFN)
+        fused = moe.fused()
+        tensors[f"{at.down}.weight"], tensors[f"{at.down}.bias"] = fused.down_weight_HN, fused.down_bias_H
+        for kind, up in (("weight", fused.up_weight_NH), ("bias", fused.up_bias_N)):
+            key = f"{at.up}.{kind}"
+            tensors[key] = torch.cat([partly[key], up]) if key in partly else up
+        if isinstance(owner, SingleExpertOut):
+            tensors[f"{at.down}.weight"] = torch.cat([owner.attention.weight.detach(), fused.down_weight_HN], 1)
+        tensors[f"{name}.router.weight"] = fused.router_weight_EH
+        tensors[f"{name}.neuron_order"] = moe.get_buffer("neuron_order")
+        for key, tensor in (("router.bias", fused.router_bias_E), ("expert_mean", fused.expert_mean_EH)):
+            if tensor is not None:
+                tensors[f"{name}.{key}"] = tensor
+    return tensors | {CONFIG_KEY: config_tensor(config)}
+
+
+def _owner(model: FluxTransformer2DModel, name: str) -> nn.Module:
+    """The MoEFFN of a double block's stream, or a single block's SingleExpertOut."""
+    kind, index, *stream = name.split(".")
+    if kind == "single_blocks":
+        found: nn.Module = model.single_transformer_blocks[int(index)].proj_out
+        return found
+    block = model.transformer_blocks[int(index)]
+    return block.ff if stream[0] == "img_mlp" else block.ff_context
 
 
 def experts_of(model: FluxTransformer2DModel) -> list[MoEFFN]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import CheckpointError
 from d2m_model.config import all_ffn_names
@@ -21,6 +21,7 @@ from d2m_model.hosts.diffusers import (
     ffn_linears,
     load_flux_moe,
     load_transformer,
+    state_dict_of_flux_moe,
     state_dict_to_bfl,
 )
 
@@ -124,3 +125,14 @@ def test_a_dense_file_is_no_flux_moe(tmp_path: Path) -> None:
     save_flux(tmp_path / "flux.safetensors")
     with pytest.raises(CheckpointError, match="This is a dense FLUX, not a FLUX-MoE"):
         load_flux_moe(tmp_path / "flux.safetensors")
+
+
+def test_a_flux_moe_comes_back_as_the_tensors_of_its_file(tmp_path: Path) -> None:
+    for options in (("--split-only",), ()):
+        file = split(tmp_path, *options, dtype=torch.bfloat16)
+        stored, back = load_file(file), state_dict_of_flux_moe(*load_flux_moe(file))
+        assert back.keys() == stored.keys()
+        for name, tensor in stored.items():
+            if name == "adaln_in.weight":  # kept in float32 in the file, in the model's dtype in the model
+                tensor = tensor.to(back[name].dtype)
+            assert torch.equal(back[name], tensor), name
