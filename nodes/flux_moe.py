@@ -275,9 +275,9 @@ class FluxMoEModel(comfy.model_base.Flux):
                 if target is not None:  # as it is for the weights of layers that may be quantised
                     tensor = tensor.to(device=target.device, dtype=None if as_stored else target.dtype)
                 sd[key] = tensor.clone() if tensor.dtype == computes_in and tensor.data_ptr() % ALIGNMENT else tensor
-        smoothed = [key[len(unet_prefix) :].removesuffix(".pre_quant_scale") for key in sd if key.endswith(".pre_quant_scale")]
+        smoothed = [key.removeprefix(unet_prefix) for key in sd if key.endswith(".pre_quant_scale")]
         super().load_model_weights(sd, unet_prefix, assign=True)
-        for layer in smoothed:
+        for layer in (key.removesuffix(".pre_quant_scale") for key in smoothed):
             if getattr(self.diffusion_model.get_submodule(layer), "pre_quant_scale", None) is None:
                 raise CheckpointError(
                     f"{layer} has a pre_quant_scale, which this ComfyUI does not apply to its format. "
