@@ -141,8 +141,8 @@ def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     config = config_of_saved(patcher, specs)
     stored = config_tensor(config)
     specs[CONFIG_KEY] = (stored.dtype, tuple(stored.shape))
-    shapes, dtypes = ({name: spec[i] for name, spec in specs.items()} for i in (1, 0))
-    check(shapes, dtypes, config)
+    dtypes = {name: dtype for name, (dtype, _) in specs.items()}
+    check({name: shape for name, (_, shape) in specs.items()}, dtypes, config)
     metadata = {**notes, **metadata_of_saved(config, patcher.model.diffusion_model.config.split_only)}
     with TensorWriter(target, specs, metadata) as writer:
         progress, done = comfy.utils.ProgressBar(writer.size), 0

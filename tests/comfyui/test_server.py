@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d2m_model.tensor_file import TensorFile
 from demo.server import ComfyServer, Graph, ServerError
 from tests.comfyui import files
 from tests.comfyui.test_loading import WRONG, write_wrong
@@ -213,3 +214,42 @@ def test_a_workflow_is_its_api_twin(server: ComfyServer, file: Path) -> None:
         assert next(values, None) is None
         graph[str(drawn["id"])] = node(drawn["type"], **inputs)
     assert graph == twin
+
+
+def test_a_saved_flux_moe_is_offered_and_paints_the_same(server: ComfyServer) -> None:
+    loader = node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default")
+    graph: Graph = {"moe": loader, "k": node("D2MTopK", model=["moe", 0], top_k=4, gate="as in the file")}
+    graph["save"] = node("D2MSaveFluxMoE", model=["k", 0], filename_prefix="diffusion_models/saved")
+    sampling(graph, "image", ["k", 0])
+    entry = server.wait(server.queue(graph))
+    (name,) = entry["outputs"]["save"]["text"]
+    assert name == "diffusion_models/saved_00001_.safetensors"
+    (before,) = server.images({"outputs": {"image": entry["outputs"]["image"]}})
+    again: Graph = {"moe": node("D2MLoadFluxMoE", model_name="saved_00001_.safetensors", weight_dtype="default")}
+    sampling(again, "again", ["moe", 0])
+    assert np.array_equal(paint(server, again)["again"], np.asarray(before, np.int16))
+    with TensorFile(server.base / "output" / name) as file:
+        assert json.loads(file.metadata["prompt"])["save"]["class_type"] == "D2MSaveFluxMoE"
+
+
+def test_the_save_node_says_what_is_wrong(server: ComfyServer) -> None:
+    graph: Graph = {"teacher": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default")}
+    graph["save"] = node("D2MSaveFluxMoE", model=["teacher", 0], filename_prefix="diffusion_models/never")
+    with pytest.raises(ServerError, match="this MODEL is a Flux without experts"):
+        server.run(graph)
+    assert not list((server.base / "output").rglob("never*"))
+
+
+def test_a_file_that_is_gone_by_the_time_it_is_loaded_is_said(server: ComfyServer) -> None:
+    models = server.base / "models" / "diffusion_models"
+    shutil.copyfile(models / "emoji-flux-moe.safetensors", models / "leaving.safetensors")
+    listed = server.get("/object_info/D2MLoadFluxMoE")["D2MLoadFluxMoE"]["input"]["required"]["model_name"]
+    assert "leaving.safetensors" in json.dumps(listed)
+    (models / "leaving.safetensors").write_bytes((models / "leaving.safetensors").read_bytes()[:-1])
+    graph: Graph = {"moe": node("D2MLoadFluxMoE", model_name="leaving.safetensors", weight_dtype="default")}
+    sampling(graph, "image", ["moe", 0])
+    with pytest.raises(ServerError, match="truncated or damaged"):
+        server.run(graph)
+    (models / "leaving.safetensors").unlink()
+    with pytest.raises(ServerError, match=r"leaving\.safetensors"):
+        server.run(graph)
