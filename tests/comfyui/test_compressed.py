@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.comfyui import files, loras
@@ -326,3 +327,26 @@ def test_a_lora_of_the_compressed_weights_is_applied_as_it_is(
     found = weight_of(moe, "double_blocks.0.img_mod.lin")
     assert distance(found, compressed.split["double_blocks.0.img_mod.lin.weight"] + up @ down) <= 1e-6
     assert "compressed" not in caplog.text
+
+
+def test_quantised_modulations(host: Comfy, compressed: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In float8 as ComfyUI stores it, a scale and a description beside each weight."""
+    stored, meant = dict(compressed.split), dict(compressed.split)
+    for name in MODULATIONS:
+        weight = stored[f"{name}.weight"]
+        scale = weight.abs().max() / 448
+        stored[f"{name}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+        stored[f"{name}.weight_scale"] = scale
+        stored[f"{name}.comfy_quant"] = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        meant[f"{name}.weight"] = stored[f"{name}.weight"].float() * scale
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "stored.safetensors")
+    moe = host.load(tmp_path / "stored.safetensors")
+    expected = host.load(files.save(meant, tmp_path / "meant.safetensors"))
+    assert distance(host.sample(moe), host.sample(expected)) <= 1e-5
+    errors = []
+    for model in (moe, expected):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            with_lora(model, lora_of(compressed, "DoRA, rows"))
+        errors.append(reported(caplog))
+    assert errors[0] == errors[1]
