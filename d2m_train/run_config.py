@@ -1,0 +1,253 @@
+"""One YAML file is one run: what it may say, its defaults, and overrides by dotted name.
+
+Unknown names are errors that suggest the near one; nothing is guessed. The resolved file is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from d2m_model.config import PresetName, Selection
+from d2m_model.conversion.ffn import Experts
+from d2m_model.conversion.router_init import RouterInit
+
+from . import UserError
+
+Stage = Literal["convert", "shared", "experts", "blocks", "export"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class Lora(Section):
+    path: Path
+    strength: float = 1.0
+
+
+class TeacherSection(Section):
+    path: Path
+    dtype: Dtype = "bfloat16"
+    quantise: Literal["fp8", "int8", "nf4"] | None = None
+    offload: Literal["none", "cpu", "stream"] = "none"
+    loras: tuple[Lora, ...] = ()
+    """Fused into the teacher: the student learns the teacher with them."""
+
+
+class StudentSection(Section):
+    preset: PresetName
+    baseline: Literal["none", "mlp_pruning", "depth_pruning"] = "none"
+    """Dense models of the same activated size, for comparison (Tables 2 and 3)."""
+    router: Literal["top_k", "capacity"] = "top_k"
+    top_k: Count = 2
+    adaln_rank: Count | Literal["preset", "none"] = "preset"
+    selection: Selection = "topk"
+    """Of a block group: Eq. 5's best blocks, or Eq. 4's window."""
+    dtype: Dtype = "float32"
+    """Of the trained weights; mixed precision is training.mixed_precision."""
+
+
+class ConvertSection(Section):
+    importance: Literal["taylor", "weight-norm"] = "taylor"
+    experts: Experts = "coactivation"
+    router: RouterInit = "ridge"
+    mean: bool = True
+    refit: bool = True
+    batches: Count = 32
+    batch_size: Count = 8
+    tokens: Count = 8192
+
+
+class DataSection(Section):
+    source: Literal["emoji", "folder", "webdataset", "parquet", "prompts", "latents"]
+    path: Path | None = None
+    """A folder of images with .txt captions; shards; a parquet file; a file of prompts; precomputed latents."""
+    resolutions: tuple[Count, ...] = (1024,)
+    """Pixels on the side of a square of the same area; each has its buckets of aspect ratios."""
+    cache: Path | None = None
+    """Latents and text embeddings by content (default: output_dir/cache)."""
+    text_encoders: str | None = None
+    """A local folder or hub name of a diffusers FLUX pipeline."""
+    vae: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataSection:
+        if (self.source == "emoji") != (self.path is None):
+            needs = "takes no path" if self.source == "emoji" else "needs a path"
+            raise ValueError(f"source {self.source} {needs}")
+        return self
+
+
+class TimestepsSection(Section):
+    sampling: Literal["logit_normal", "teacher_grid"] = "logit_normal"
+    """`teacher_grid`: the noise levels of the teacher's own inference, for few-step teachers."""
+    mean: float = 0.0
+    std: Rate = 1.0
+    shift: Rate | Literal["resolution"] = "resolution"
+    grid_steps: Count = 20
+
+
+class LossesSection(Section):
+    feature: Weight = 1.0
+    balance: Weight = 0.01
+    outliers: Rate | None = None
+    """Teacher features beyond so many standard deviations are left out."""
+    text_padding: bool = False
+    """Whether padding text tokens count in the balance loss."""
+
+
+class StageSection(Section):
+    steps: Annotated[int, Field(ge=0)] = 1000
+    learning_rate: Rate = 1e-4
+    trainable: tuple[str, ...] | None = None
+    """Patterns of parameter names (fnmatch) instead of the stage's own."""
+
+
+class StagesSection(Section):
+    shared: StageSection = StageSection()
+    experts: StageSection = StageSection()
+    blocks: StageSection = StageSection()
+
+
+class TrainingSection(Section):
+    batch_size: Count = 1
+    """Samples of one device in one pass; times accumulation times processes is the global batch."""
+    accumulation: Count = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    blockwise: bool = False
+    """One block at a time against the teacher's features: a 12 B conversion on one consumer GPU."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: Weight = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    max_grad_norm: Rate | None = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    compile: bool = False
+
+
+class CheckpointsSection(Section):
+    every: Count = 500
+    keep: Count = 2
+
+
+class EyesSection(Section):
+    log_every: Count = 10
+    validate_every: Count = 250
+    sample_every: Count = 500
+    wandb: bool = False
+
+
+class ExportSection(Section):
+    file: Path = Path("student.safetensors")
+    """Within output_dir unless absolute."""
+    dtype: Dtype = "bfloat16"
+
+
+class RunConfig(Section):
+    output_dir: Path
+    seed: int = 0
+    resume: Literal["latest", "never"] = "never"
+    """`latest`: go on where the run in output_dir stopped, or start it."""
+    stages: tuple[Stage, ...] = STAGES
+    teacher: TeacherSection
+    student: StudentSection
+    data: DataSection
+    convert: ConvertSection = ConvertSection()
+    timesteps: TimestepsSection = TimestepsSection()
+    guidance: tuple[float, float] = (1.5, 5.0)
+    losses: LossesSection = LossesSection()
+    stage: StagesSection = StagesSection()
+    training: TrainingSection = TrainingSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    eyes: EyesSection = EyesSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> RunConfig:
+        if list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
+            raise ValueError(
+                f"stages are {', '.join(self.stages)}; expected each at most once, in the order {', '.join(STAGES)}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Every field, so that a run does not depend on later defaults."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a YAML file, its fields overridden by `dotted.name=value` (values are YAML).
+
+    Raises UserError naming the file or override, the field, what was found and what was expected.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: {data!r}; expected fields such as teacher, student and data.")
+    for override in overrides:
+        _set(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _explained(error))) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"{override!r} is no override; expected name=value, like training.batch_size=4.")
+    *sections, field = name.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{override!r}: {section} has no fields of its own.")
+    try:
+        data[field] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+def _explained(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        names = [str(part) for part in problem["loc"]]
+        where = ".".join(names) or "the run"
+        if problem["type"] == "extra_forbidden":
+            yield f"{where} is no field{_suggestion(names)}."
+        elif problem["type"] == "missing":
+            yield f"{where} is missing."
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if problem["type"] == "value_error" else f" is {problem['input']!r}"
+            yield f"{where}{found}: {message[:1].lower()}{message[1:]}."
+
+
+def _suggestion(names: Sequence[str]) -> str:
+    """The near name, and else those that there are."""
+    section: Any = RunConfig
+    for name in names[:-1]:
+        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        section = None if field is None else field.annotation
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return ""
+    near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(section.model_fields)})"

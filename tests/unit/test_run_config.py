@@ -1,0 +1,100 @@
+"""A run's YAML: defaults, overrides, and messages for mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from d2m_train import UserError
+from d2m_train.run_config import STAGES, load
+
+MINIMAL = """
+output_dir: runs/x
+teacher: {path: flux.safetensors}
+student: {preset: L}
+data: {source: emoji}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    return tmp_path / "run.yaml"
+
+
+def complaint(file: Path, text: str | None = None, *overrides: str) -> str:
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(file, overrides)
+    return str(error.value)
+
+
+def test_what_is_not_said_has_the_papers_values(file: Path) -> None:
+    run = load(file)
+    assert run.stages == STAGES == ("convert", "shared", "experts", "blocks", "export")
+    assert (run.losses.feature, run.losses.balance, run.student.top_k) == (1.0, 0.01, 2)
+
+
+def test_overrides_are_yaml_by_dotted_name(file: Path) -> None:
+    run = load(
+        file,
+        [
+            "stage.experts.learning_rate=2.0e-5",
+            "stage.experts.steps=7",
+            "training.batch_size=4",
+            "stages=[shared, export]",
+            "losses.outliers=null",
+            "teacher.loras=[{path: hyper.safetensors, strength: 0.125}]",
+            "output_dir=elsewhere",
+        ],
+    )
+    assert (run.stage.experts.learning_rate, run.stage.experts.steps) == (2e-5, 7)
+    assert run.training.batch_size == 4
+    assert run.stages == ("shared", "export")
+    assert run.losses.outliers is None
+    assert run.teacher.loras[0].strength == 0.125
+    assert run.output_dir == Path("elsewhere")
+
+
+def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Path) -> None:
+    run = load(file, ["stage.blocks.trainable=['*router*']"])
+    (tmp_path / "saved.yaml").write_text(run.to_yaml())
+    assert load(tmp_path / "saved.yaml") == run
+    saved = yaml.safe_load(run.to_yaml())
+    assert saved["training"]["betas"] == [0.9, 0.99]
+    assert saved["stage"]["blocks"]["trainable"] == ["*router*"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.batchsize=2", "training.batchsize is no field; did you mean batch_size?"),
+        ("trainig.batch_size=2", "trainig is no field; did you mean training?"),
+        ("student.xyzzy=1", "student.xyzzy is no field (there are: preset, baseline, router"),
+        ("training.batch_size=0", "training.batch_size is 0: input should be greater than or equal to 1"),
+        ("training.batch_size=many", "training.batch_size is 'many': input should be a valid integer"),
+        ("student.preset=XL", "student.preset is 'XL': input should be 'L', 'M', 'S' or 'XS'"),
+        ("data.source=folder", "data: source folder needs a path"),
+        ("data.path=x", "data: source emoji takes no path"),
+        ("stages=[experts, shared]", "stages are experts, shared; expected each at most once, in the order convert"),
+        ("seed", "'seed' is no override; expected name=value, like training.batch_size=4"),
+        ("seed.x=1", "seed is {'x': 1}: input should be a valid integer"),
+    ],
+)
+def test_mistakes_are_named(file: Path, override: str, expected: str) -> None:
+    assert expected in complaint(file, None, override)
+
+
+def test_every_mistake_is_told_at_once(file: Path) -> None:
+    said = complaint(file, MINIMAL.replace("preset: L", "presett: L"))
+    assert "student.preset is missing" in said
+    assert "student.presett is no field; did you mean preset?" in said
+
+
+def test_a_file_that_is_none_is_said_so(file: Path, tmp_path: Path) -> None:
+    assert "cannot be read (No such file" in complaint(tmp_path / "none.yaml")
+    assert "not YAML" in complaint(file, "a: [")
+    assert "expected fields such as teacher" in complaint(file, "just words")
