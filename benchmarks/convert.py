@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Conversion of {size_of(dims):,} bytes on {about['device']}, {about['cores']} cores; {commit()}\n")
     with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=folder) as temporary:
         measurements = measure(Path(temporary), args.layers, args.rounds)
-    print("variant                    copy s  convert s     ratio   peak of anonymous memory")
+    print("variant                    copy s (cpu)  convert s (cpu)     ratio   peak of anonymous memory")
     for measured in measurements:
         peak = measured["peak_anonymous_bytes"]
         print(
-            f"{measured['variant']:24}{measured['copy_seconds']:9.1f}{measured['convert_seconds']:11.1f}"
+            f"{measured['variant']:24}{measured['copy_seconds']:9.1f} ({measured['copy_cpu_seconds']:3.0f})"
+            f"{measured['convert_seconds']:11.1f} ({measured['convert_cpu_seconds']:3.0f})"
             f"{measured['ratio']:10.3f}   {'unknown' if peak is None else f'{peak / 1e9:.2f} GB'}"
         )
     if not args.no_write:
@@ -70,21 +71,21 @@ def measure(folder: Path, layers: tuple[int, int], rounds: int) -> list[dict[str
     """One measurement for each of VARIANTS."""
     dense, copied, converted = (folder / f"{name}.safetensors" for name in ("dense", "copy", "moe"))
     write_random(dense, flux_of(*layers))
-    copy_seconds: list[float] = []
-    convert_seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    copies: list[Seconds] = []
+    conversions: dict[str, list[Seconds]] = {variant: [] for variant in VARIANTS}
     peaks: dict[str, int | None] = dict.fromkeys(VARIANTS)
     for _ in range(rounds):
         drop_caches(dense)
-        start = time.perf_counter()
+        start = Seconds.now()
         copy(dense, copied)
-        copy_seconds.append(time.perf_counter() - start)
+        copies.append(Seconds.now() - start)
         copied.unlink()
         for variant, options in VARIANTS.items():
             drop_caches(dense)
-            start = time.perf_counter()
+            start = Seconds.now()
             command = ["convert", "--teacher", dense, "--out", converted, "--importance", "weight-norm", *options]
             peak = run_watched([sys.executable, "-m", "d2m_train", *map(str, command)])
-            convert_seconds[variant].append(time.perf_counter() - start)
+            conversions[variant].append(Seconds.now() - start)
             converted.unlink()
             peaks[variant] = max(filter(None, (peaks[variant], peak)), default=None)
     return [
@@ -93,13 +94,30 @@ def measure(folder: Path, layers: tuple[int, int], rounds: int) -> list[dict[str
             "bytes": dense.stat().st_size,
             "layers": list(layers),
             "rounds": rounds,
-            "copy_seconds": median(copy_seconds),
-            "convert_seconds": median(convert_seconds[variant]),
-            "ratio": median_ratio(convert_seconds[variant], copy_seconds),
+            "copy_seconds": median(copy.wall for copy in copies),
+            "copy_cpu_seconds": median(copy.cpu for copy in copies),
+            "convert_seconds": median(conversion.wall for conversion in conversions[variant]),
+            "convert_cpu_seconds": median(conversion.cpu for conversion in conversions[variant]),
+            "ratio": median_ratio([each.wall for each in conversions[variant]], [copy.wall for copy in copies]),
             "peak_anonymous_bytes": peaks[variant],
         }
         for variant in VARIANTS
     ]
+
+
+class Seconds(NamedTuple):
+    """By the clock, and of processors: where the second is far less than its share of the first, others were at work."""
+
+    wall: float
+    cpu: float  # of this process and of those it has waited for
+
+    @classmethod
+    def now(cls) -> Seconds:
+        times = os.times()
+        return cls(time.perf_counter(), times.user + times.system + times.children_user + times.children_system)
+
+    def __sub__(self, start: Seconds) -> Seconds:
+        return Seconds(self.wall - start.wall, self.cpu - start.cpu)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from d2m_model.config import FluxDims
-from d2m_model.keys import dense_shapes, diffusers_sources, from_diffusers, strip_prefix, swap_halves, to_diffusers
+from d2m_model.keys import (
+    BFL,
+    DIFFUSERS,
+    dense_shapes,
+    diffusers_shapes,
+    diffusers_sources,
+    from_diffusers,
+    landmarks_of,
+    strip_prefix,
+    swap_halves,
+    to_diffusers,
+)
 
 DIMS = FluxDims(
     hidden_size=128,
@@ -44,6 +55,18 @@ def test_diffusers_model_is_filled_whole_and_gives_the_same_weights_back(guidanc
     back = state_dict_to_bfl(model)
     assert set(back) == set(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_names_and_shapes_of_diffusers_are_those_of_its_model() -> None:
+    pytest.importorskip("diffusers")
+    from d2m_model.hosts.diffusers import new_transformer
+
+    with torch.device("meta"):
+        model = new_transformer(DIMS)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert diffusers_shapes(DIMS) == theirs
+    assert landmarks_of(theirs) is DIFFUSERS
+    assert landmarks_of(dense_shapes(DIMS)) is BFL
 
 
 def test_final_modulation_is_shift_first_in_bfl_and_scale_first_in_diffusers() -> None:
