@@ -14,7 +14,7 @@ _PYTHON = (sys.executable, "-m")
 CHECKS: dict[str, tuple[str, ...]] = {
     "style": (*_PYTHON, "ruff", "check", "--output-format", "concise", "."),
     "format": (*_PYTHON, "ruff", "format", "--check", "--output-format", "concise", "."),
-    "types": (*_PYTHON, "mypy", "d2m_model", "d2m_train", "demo", "tools"),
+    "types": (*_PYTHON, "mypy", "d2m_model", "d2m_train", "demo", "benchmarks", "tools"),
     "types of the nodes": (*_PYTHON, "mypy", "-p", "dense2moe.nodes"),
     "import contracts": (
         *(sys.executable, "-c"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED_ROWS = 256  # of every H rows of a modulation: enough to find what they all read
+SAMPLED_ROWS = 128  # of every H rows of a modulation: enough to find what they all read
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -73,7 +73,7 @@ class FittedModulations:
 
     def _error(self, weight_OH: Tensor, bias_O: Tensor) -> float:
         """From the moments, on a sample of the rows."""
-        rows = slice(None, None, max(1, len(weight_OH) // SAMPLED_ROWS))
+        rows = slice(None, None, max(1, len(weight_OH) // SAMPLED_ROWS))  # from all of its outputs
         weight_OH, bias_O = weight_OH[rows].to(self._lost_HH), bias_O[rows].to(self._lost_HH)
         lost = ((weight_OH @ self._lost_HH) * weight_OH).sum()
         mean_O = weight_OH @ self.moments.mean_H + bias_O

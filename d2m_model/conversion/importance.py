@@ -5,46 +5,23 @@ Taylor (Eq. 6) needs a loss on calibration data; the weight norm needs nothing b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..config import FluxDims
-from ..layout import ffn_tensors
-
-CHUNK = 1024  # neurons taken to float32 at a time
+CHUNK = 1 << 18  # elements taken to float32 at a time: they stay in the cache
 
 
 def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) -> Tensor:
     """Data-free: |(W1 row, b1 entry)| * |W2 column|, Euclidean; the bound of what a neuron writes for inputs of norm 1."""
-    importance_N = torch.empty(up_NH.shape[0])
-    for start in range(0, len(importance_N), CHUNK):
-        part = slice(start, start + CHUNK)
-        read = up_NH[part].float().square().sum(1) + up_bias_N[part].float().square()
-        written = down_HN[:, part].float().square().sum(0)
-        importance_N[part] = (read * written).sqrt()
-    return importance_N
-
-
-def weight_norms(
-    tensor: Callable[[str], Tensor],
-    dims: FluxDims,
-    ffns: Sequence[str],
-    progress: Callable[[int], object] = lambda done: None,
-) -> dict[str, Tensor]:
-    """weight_norm_importance of FFNs of a dense FLUX, by their names; `tensor` gives BFL tensors, `progress` hears of each."""
-    # All results have their memory first: small ones laid down between large temporaries would fragment the heap.
-    importance = {ffn: torch.empty(dims.neurons) for ffn in ffns}
-    for ffn in ffns:
-        at = ffn_tensors(ffn, dims.hidden_size)
-        up = tensor(f"{at.up}.weight").narrow(0, at.first_row, dims.neurons)
-        bias = tensor(f"{at.up}.bias").narrow(0, at.first_row, dims.neurons)
-        down = tensor(f"{at.down}.weight").narrow(1, at.first_column, dims.neurons)
-        importance[ffn].copy_(weight_norm_importance(up, bias, down))
-        progress(1)
-    return importance
+    read_N = torch.cat([part.float().square().sum(1) for part in up_NH.split(max(1, CHUNK // up_NH.shape[1]))])
+    read_N += up_bias_N.float().square()
+    written_N = torch.zeros(down_HN.shape[1])
+    for part in down_HN.split(max(1, CHUNK // down_HN.shape[1])):
+        written_N += part.float().square().sum(0)
+    return (read_N * written_N).sqrt()
 
 
 @dataclass

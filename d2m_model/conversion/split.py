@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..config import FFNLayout
-from .router_init import RouterInit, centroid_router, random_router  # noqa: F401 (moved; until its users follow)
 
 Dealing = Literal["dealt", "random"]
 

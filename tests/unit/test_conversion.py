@@ -22,12 +22,13 @@ from torch import nn
 from d2m_model.checkpoint import CheckpointError, TensorFile, check_file
 from d2m_model.config import FFNLayout, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
-from d2m_model.conversion.importance import TaylorImportance, weight_norm_importance, weight_norms
+from d2m_model.conversion.importance import TaylorImportance, weight_norm_importance
 from d2m_model.conversion.plan import FFNPlan, FFNWeights
-from d2m_model.conversion.split import centroid_router, generator_for, neuron_order, random_router
+from d2m_model.conversion.router_init import centroid_router, random_router
+from d2m_model.conversion.split import generator_for, neuron_order
 from d2m_model.teacher import DenseTeacher, open_teacher
 
-from .small_flux import DIMS, METADATA, dense_flux, save_flux
+from .small_flux import METADATA, dense_flux, save_flux
 
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 
@@ -101,13 +102,31 @@ def test_weight_norm_is_the_product_of_what_a_neuron_reads_and_writes() -> None:
     torch.testing.assert_close(weight_norm_importance(up, bias, down), read * down.norm(dim=0))
 
 
-def test_weight_norm_of_a_single_block_looks_at_the_ffn_alone(tmp_path: Path) -> None:
+def test_weight_norm_does_not_depend_on_how_it_is_cut() -> None:
+    up, bias, down = torch.randn(1 << 11, 1 << 9), torch.randn(1 << 11), torch.randn(1 << 9, 1 << 11)
+    read = torch.cat([up, bias[:, None]], 1).norm(dim=1)
+    torch.testing.assert_close(weight_norm_importance(up, bias, down), read * down.norm(dim=0))
+
+
+def test_an_ffn_is_shown_its_own_part_of_the_fused_weights(tmp_path: Path) -> None:
     tensors = save_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
-    tensors["single_blocks.0.linear1.weight"][: 3 * 128] = 1e9
-    tensors["single_blocks.0.linear2.weight"][:, :128] = 1e9
-    scores = weight_norms(tensors.__getitem__, DIMS, ["single_blocks.0"])["single_blocks.0"]
-    assert scores.shape == (512,)
-    assert scores.max() < 100
+    seen: dict[str, FFNWeights] = {}
+    with open_teacher(tmp_path / "flux.safetensors") as teacher:
+        config = config_of(teacher)
+
+        def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
+            seen[ffn] = weights
+            return plan_of(config)(ffn, weights)
+
+        convert_file(teacher, tmp_path / "moe.safetensors", config, plan)
+        for ffn, up, first_row, down, first_column in (
+            ("single_blocks.0", "single_blocks.0.linear1", 384, "single_blocks.0.linear2", 128),
+            ("double_blocks.1.txt_mlp", "double_blocks.1.txt_mlp.0", 0, "double_blocks.1.txt_mlp.2", 0),
+        ):
+            assert torch.equal(seen[ffn].up_NH, tensors[f"{up}.weight"][first_row:])
+            assert torch.equal(seen[ffn].up_bias_N, tensors[f"{up}.bias"][first_row:])
+            assert torch.equal(seen[ffn].down_HN, tensors[f"{down}.weight"][:, first_column:])
+            assert torch.equal(seen[ffn].down_bias_H, tensors[f"{down}.bias"])
 
 
 class TwoFFNs(nn.Module):
