@@ -27,7 +27,7 @@ def storages() -> Iterator[int]:
     """Bytes of every tensor storage of this process, each once."""
     seen = set()
     for it in gc.get_objects():
-        if isinstance(it, torch.Tensor):
+        if type(it) in (torch.Tensor, torch.nn.Parameter):  # not the compiler's, which have none
             storage = it.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
