@@ -132,6 +132,7 @@ def config_of(tensor: Tensor) -> FluxMoEConfig:
 
 def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     """Every tensor that a FLUX-MoE file must have, `d2m_config` aside: dense FLUX's, routers and neuron orders."""
+    capacity = config.capacity_router
     h, rank = config.dims.hidden_size, config.adaln_rank
     shapes = dense_shapes(config.dims)
     if rank is not None:
@@ -142,6 +143,13 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     for ffn, layout in config.ffns.items():
         shapes[f"{ffn}.router.weight"] = (layout.experts, h)
         shapes[f"{ffn}.neuron_order"] = (layout.neurons,)
+        if capacity is not None:
+            shapes[f"{ffn}.capacity.in_layer.weight"] = (capacity.width, h)
+            shapes[f"{ffn}.capacity.in_layer.bias"] = (capacity.width,)
+            shapes[f"{ffn}.capacity.out_layer.weight"] = (layout.experts, capacity.width)
+            shapes[f"{ffn}.capacity.out_layer.bias"] = (layout.experts,)
+            shapes[f"{ffn}.capacity.scale"] = (1,)
+            shapes[f"{ffn}.threshold"] = (layout.experts,)
     for index, group in enumerate(config.groups):
         for router in ("router_x", "router_y"):
             shapes[f"block_groups.{index}.{router}.weight"] = (group.blocks, h)
@@ -225,15 +233,37 @@ def _check_tensors(
 
 
 def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
-    """Raises CheckpointError for a neuron_order that is no permutation, or a router with NaN or infinity."""
+    """Raises CheckpointError for a neuron_order that is no permutation, a router (of tokens or blocks) with NaN or
+    infinity, a threshold that is no probability, or a gate scale that is not positive."""
+
+    def finite(name: str) -> Tensor:
+        values = tensor(name).float()
+        if not values.isfinite().all():
+            raise CheckpointError(f"{name} has NaN or infinite values; the file is damaged.")
+        return values
+
     for ffn, layout in config.ffns.items():
         order = tensor(f"{ffn}.neuron_order").long().cpu()
         if not torch.equal(order.sort().values, torch.arange(layout.neurons)):
             raise CheckpointError(
                 f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged."
             )
-        if not tensor(f"{ffn}.router.weight").float().isfinite().all():
-            raise CheckpointError(f"{ffn}.router.weight has NaN or infinite values; the file is damaged.")
+        finite(f"{ffn}.router.weight")
+        if config.capacity_router is None:
+            continue
+        for layer in ("in_layer", "out_layer"):
+            finite(f"{ffn}.capacity.{layer}.weight")
+            finite(f"{ffn}.capacity.{layer}.bias")
+        threshold_E, scale = finite(f"{ffn}.threshold"), finite(f"{ffn}.capacity.scale")
+        if threshold_E.min() < 0 or threshold_E.max() > 1:
+            raise CheckpointError(
+                f"{ffn}.threshold is {threshold_E.min():g} to {threshold_E.max():g}; expected probabilities, 0 to 1."
+            )
+        if scale <= 0:
+            raise CheckpointError(f"{ffn}.capacity.scale is {scale.item():g}; expected a positive number.")
+    for index in range(len(config.groups)):
+        for router in ("router_x", "router_y"):
+            finite(f"block_groups.{index}.{router}.weight")
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model") -> FluxMoEConfig:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 1
 MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
+PREDICTOR_WIDTH = 128  # DiffMoE's is hidden_size wide: at 3072 that is 9.4 million parameters for each FFN
 
 GateMode = Literal["sum", "normalised"]
 PresetName = Literal["L", "M", "S", "XS"]
@@ -63,6 +64,18 @@ class Gate:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class CapacityRouter:
+    """DiffMoE's token router (capacity.py): experts take tokens, and a predictor h -> `width` -> n says which.
+
+    In training each of n experts takes 1/n of the tokens times `capacity`, which is thus the mean number of experts of
+    a token. `Gate.scale` is not used: every FFN has a scale of its own.
+    """
+
+    capacity: float
+    width: int = PREDICTOR_WIDTH
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class BlockGroup:
     """A Mixture of Blocks (Eq. 4-5): consecutive blocks of one kind, of which `active` run."""
 
@@ -94,6 +107,7 @@ class FluxMoEConfig:
     adaln_rank: int | None  # None: modulations are dense FLUX's
     split_only: bool  # True: weights are the teacher's, permuted; un-conversion is bit-exact
     teacher: Teacher
+    capacity_router: CapacityRouter | None = None  # None: every token has its top_k experts
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: tool version, importance, data, seed
     schema_version: int = SCHEMA_VERSION
 
@@ -128,6 +142,12 @@ class FluxMoEConfig:
             )
         fewest = min((layout.experts for layout in self.ffns.values()), default=0)
         _expect(0 <= self.top_k <= fewest or not self.ffns, "top_k", self.top_k, f"0 to {fewest}")
+        if self.capacity_router is not None:
+            capacity, width = self.capacity_router.capacity, self.capacity_router.width
+            _expect(
+                0 < capacity <= (fewest or capacity), "capacity_router.capacity", capacity, f"above 0, up to {fewest}"
+            )
+            _expect(width >= 1, "capacity_router.width", width, "1 or more")
         taken: set[tuple[str, int]] = set()
         for index, group in enumerate(self.groups):
             depth = self.dims.double_blocks if group.kind == "double" else self.dims.single_blocks
@@ -181,6 +201,9 @@ class FluxMoEConfig:
             for index, value in enumerate(data["groups"])
         )
         data["gate"] = Gate(**_fields_of(Gate, data["gate"], "gate"))
+        if data["capacity_router"] is not None:
+            fields = _fields_of(CapacityRouter, data["capacity_router"], "capacity_router")
+            data["capacity_router"] = CapacityRouter(**fields)
         data["teacher"] = Teacher(**_fields_of(Teacher, data["teacher"], "teacher"))
         return cls(**data)
 

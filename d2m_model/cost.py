@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import MLP_RATIO, BlockGroup, FFNLayout, FluxDims
+from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims
 from .keys import HEAD
 
 TIMESTEP_CHANNELS = 256  # sinusoids fed to the timestep and guidance embedders
@@ -94,19 +94,32 @@ def modulation(hidden: int, outputs: int, adaln_rank: int | None) -> Cost:
     return linear(adaln_rank or hidden, outputs * hidden, 1)
 
 
-def ffn(hidden: int, layout: FFNLayout | None, top_k: int, tokens: int) -> Cost:
-    """A dense FFN, or a MoE FFN: shared expert, router, and top_k of the experts for each token (Eq. 2)."""
+def ffn(
+    hidden: int, layout: FFNLayout | None, top_k: float, tokens: int, capacity_router: CapacityRouter | None = None
+) -> Cost:
+    """A dense FFN, or a MoE FFN: shared expert, router, and top_k of the experts for each token (Eq. 2).
+
+    With a capacity router, whose predictor comes on top, a token has top_k experts on average.
+    """
     if layout is None:
         return linear(hidden, MLP_RATIO * hidden, tokens) + linear(MLP_RATIO * hidden, hidden, tokens)
     shared = linear(hidden, layout.shared, tokens) + linear(layout.shared, hidden, tokens)
     experts = linear(hidden, layout.experts * layout.width, tokens) + linear(
         layout.experts * layout.width, hidden, tokens, bias=False
     )
-    return shared + router(hidden, layout.experts, tokens) + experts.activated(top_k / layout.experts)
+    routing = router(hidden, layout.experts, tokens)
+    if capacity_router is not None:
+        routing += capacity_predictor(hidden, layout.experts, capacity_router.width, tokens)
+    return shared + routing + experts.activated(top_k / layout.experts)
 
 
 def router(hidden: int, choices: int, tokens: int) -> Cost:
     return linear(hidden, choices, tokens, bias=False)
+
+
+def capacity_predictor(hidden: int, choices: int, width: int, tokens: int) -> Cost:
+    """DiffMoE's, with the thresholds and the scale of the gates."""
+    return linear(hidden, width, tokens) + linear(width, choices, tokens) + parameters(choices + 1)
 
 
 # Blocks
@@ -114,12 +127,14 @@ def router(hidden: int, choices: int, tokens: int) -> Cost:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conversion:
-    """What was changed of a dense FLUX; `DENSE` is nothing."""
+    """What was changed of a dense FLUX; `DENSE` is nothing. With a capacity router top_k is a token's mean number of
+    experts: the router's capacity, where its thresholds are not scaled."""
 
     ffns: Mapping[str, FFNLayout]
     groups: Sequence[BlockGroup]
     adaln_rank: int | None
-    top_k: int
+    top_k: float
+    capacity_router: CapacityRouter | None = None
 
 
 DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)
@@ -130,7 +145,7 @@ def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
     cost = attention(hidden, tokens)
     for stream, length in (("img", tokens.image), ("txt", tokens.text)):
         layout = conversion.ffns.get(f"double_blocks.{index}.{stream}_mlp")
-        mlp = ffn(hidden, layout, conversion.top_k, length)
+        mlp = ffn(hidden, layout, conversion.top_k, length, conversion.capacity_router)
         cost += (
             modulation(hidden, 6, conversion.adaln_rank)
             + linear(hidden, 3 * hidden, length)
@@ -150,7 +165,13 @@ def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
         + linear(hidden, 3 * hidden, length)
         + parameters(2 * HEAD)
         + linear(hidden, hidden, length, bias=False)
-        + ffn(hidden, conversion.ffns.get(f"single_blocks.{index}"), conversion.top_k, length)
+        + ffn(
+            hidden,
+            conversion.ffns.get(f"single_blocks.{index}"),
+            conversion.top_k,
+            length,
+            conversion.capacity_router,
+        )
     )
 
 

@@ -2,9 +2,10 @@
 
 `plan_dispatch` sorts token-expert assignments by expert. `expert_up` and `expert_down` are the two halves of
 the experts' MLPs; they are apart because FLUX's single block keeps W1 and W2 in two modules. Everything runs
-on strided views of the fused weights, with static shapes and no word from the device back to the host.
+on strided views of the fused weights, with static shapes and no word from the device back to the host. (An uneven
+routing in several chunks is the exception: the host must know where in its rows the chunks begin.)
 
-Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A = T K assignments, C chunks;
+Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A assignments (T K of them under top-k), C chunks;
 in `grouped_mm` A rows, D depth of the product, N columns.
 """
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routers import Routing
+from .routers import Routing, UnevenRouting
 
 # Gathered rows of one chunk. A CPU wants them in its cache; a GPU only wants its memory bounded.
 CHUNK_BYTES_CPU = 20 * 2**20
@@ -30,67 +31,94 @@ CHUNK_BYTES_GPU = 512 * 2**20
 class Dispatch:
     """Assignments sorted by chunk of tokens, then by expert, then by token: what the two halves agree on.
 
-    Row a stands for token token_A[a] at expert expert_A[a] with weight gate_A[a]. In chunk c, expert e's
-    rows end at ends_CE[c, e] (int32, counted from the chunk's first row). row_TK leads back: the row of a
-    token's k-th choice.
+    Row a stands for token token_A[a] at expert expert_A[a] with weight gate_A[a]. row_TK leads back: the row of a
+    token's k-th choice. Where tokens differ in their number of experts it is flat, [A], and token t's rows begin at
+    row_TK[first_T[t]]. Chunk c begins at row chunk_rows[c] (the last entry is A); in it expert e's rows end at
+    ends_CE[c, e].
     """
 
+    tokens: int
     token_A: Tensor
     expert_A: Tensor
     gate_A: Tensor
     row_TK: Tensor
+    first_T: Tensor | None
     ends_CE: Tensor
     chunk_tokens: int
+    chunk_rows: list[int]
 
     def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Of every chunk its tokens, its rows and its ends_E. None when nothing is routed."""
-        tokens, top_k = self.row_TK.shape
-        if tokens * top_k == 0:
+        if self.chunk_rows[-1] == 0:
             return
-        chunks = self.ends_CE.shape[0]
+        last = self.ends_CE.shape[0] - 1
         for chunk, ends_E in enumerate(self.ends_CE.unbind()):
             first = chunk * self.chunk_tokens
-            last = tokens if chunk == chunks - 1 else first + self.chunk_tokens
-            yield slice(first, last), slice(first * top_k, last * top_k), ends_E
+            tokens = slice(first, self.tokens if chunk == last else first + self.chunk_tokens)
+            yield tokens, slice(self.chunk_rows[chunk], self.chunk_rows[chunk + 1]), ends_E
+
+    def links(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """token_A, row_TK and first_T of a chunk, counted from its first token and its first row."""
+        token_A = self.token_A[rows] - tokens.start
+        if self.first_T is None:
+            return token_A, self.row_TK[tokens] - rows.start, None
+        return token_A, self.row_TK[rows] - rows.start, self.first_T[tokens] - rows.start
 
 
-def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
+def plan_dispatch(routing: Routing | UnevenRouting, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
     """Sort the assignments of `routing`. Of x only shape, dtype and device are read, to size the chunks.
 
     `chunk_tokens` bounds the tokens of one chunk; None chooses. Results do not depend on it beyond rounding.
     """
-    tokens, top_k = routing.experts_TK.shape
-    experts = routing.logits_TE.shape[1]
+    tokens, experts = routing.logits_TE.shape
+    if isinstance(routing, Routing):
+        rows, per_token = routing.experts_TK.numel(), float(routing.experts_TK.shape[1])
+    else:
+        rows = routing.token_A.shape[0]
+        per_token = rows / max(1, tokens)
     if chunk_tokens is None:
         budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
-        chunk_tokens = max(1, budget // (max(1, top_k) * x_TH.shape[1] * x_TH.element_size()))
+        chunk_tokens = max(1, int(budget / (max(1, per_token) * x_TH.shape[1] * x_TH.element_size())))
     # Equal chunks, instead of a small last one. The first case keeps a compiled graph good for any T.
     chunks = 1 if tokens <= chunk_tokens else -(-tokens // chunk_tokens)
     chunk_tokens = max(1, -(-tokens // chunks))
 
-    device = routing.experts_TK.device
-    token_T = torch.arange(tokens, device=device)
-    key_TK = (token_T // chunk_tokens * experts)[:, None] + routing.experts_TK
-    key_A, order_A = key_TK.flatten().sort(stable=True)
-    row_A = torch.arange(tokens * top_k, device=device)
-    ends = torch.searchsorted(key_A, torch.arange(chunks * experts, device=device), right=True)
-    first_C = torch.arange(chunks, device=device) * (chunk_tokens * top_k)
+    row_A = torch.arange(rows, device=routing.logits_TE.device)
+    if isinstance(routing, Routing):
+        top_k = routing.experts_TK.shape[1]
+        token_A, expert_A, gate_A = row_A // max(1, top_k), routing.experts_TK.flatten(), routing.gates_TK.flatten()
+        first_T = None
+        chunk_rows = [chunk * chunk_tokens * top_k for chunk in range(chunks)]
+    else:
+        token_A, expert_A, gate_A = routing.token_A, routing.expert_A, routing.gate_A
+        first_T = torch.searchsorted(token_A, torch.arange(tokens, device=token_A.device))
+        chunk_rows = [0] if chunks == 1 else first_T[::chunk_tokens].tolist()
+
+    key_A, order_A = (token_A // chunk_tokens * experts + expert_A).sort(stable=True)
+    ends = torch.searchsorted(key_A, torch.arange(chunks * experts, device=key_A.device), right=True)
+    ends_CE = ends.view(chunks, experts)
+    if chunks > 1:
+        ends_CE = ends_CE - F.pad(ends_CE[:-1, -1:], (0, 0, 1, 0))
+    back_A = torch.empty_like(order_A).scatter(0, order_A, row_A)
     return Dispatch(
-        token_A=order_A // max(1, top_k),
-        expert_A=key_A % experts,
-        gate_A=routing.gates_TK.flatten().index_select(0, order_A),
-        row_TK=torch.empty_like(order_A).scatter(0, order_A, row_A).view(tokens, top_k),
-        ends_CE=(ends.view(chunks, experts) - first_C[:, None]).to(torch.int32),
+        tokens=tokens,
+        token_A=token_A.index_select(0, order_A),
+        expert_A=expert_A.index_select(0, order_A),
+        gate_A=gate_A.index_select(0, order_A),
+        row_TK=back_A.view(routing.experts_TK.shape) if isinstance(routing, Routing) else back_A,
+        first_T=first_T,
+        ends_CE=ends_CE.to(torch.int32),
         chunk_tokens=chunk_tokens,
+        chunk_rows=[*chunk_rows, rows],
     )
 
 
 def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
-    """gelu_tanh(W1 x + b1) of every token at its experts: hidden_AF [T K, F], in the plan's order (Eq. 1)."""
+    """gelu_tanh(W1 x + b1) of every token at its experts: hidden_AF [A, F], in the plan's order (Eq. 1)."""
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
         # Gathered from the chunk, so that the gradient is summed chunk by chunk too.
-        x_AH = _TakeRows.apply(x_TH[tokens], plan.token_A[rows] - tokens.start, plan.row_TK[tokens] - rows.start)
+        x_AH = _TakeRows.apply(x_TH[tokens], *plan.links(tokens, rows))
         pre_AF = grouped_mm(x_AH, up_EFH.transpose(1, 2), ends_E)
         bias_AF = up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
         hidden.append(F.gelu(pre_AF + bias_AF, approximate="tanh"))
@@ -98,60 +126,66 @@ def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) 
 
 
 def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
-    """sum over a token's experts of g_i W2_i hidden: y_TH [T, H] (Eq. 2, second term). Zeros if K = 0.
+    """sum over a token's experts of g_i W2_i hidden: y_TH [T, H] (Eq. 2, second term). Zeros for a token without any.
 
-    The gates weigh the narrow hidden activation; a token's K rows are summed in float32 and rounded once.
+    The gates weigh the narrow hidden activation; a token's rows are summed in float32 and rounded once.
     """
     y = []
     for tokens, rows, ends_E in plan.chunks():
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
         y_AH = grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E)
-        y.append(_SumRows.apply(y_AH, plan.token_A[rows] - tokens.start, plan.row_TK[tokens] - rows.start))
-    return _joined(y) if y else hidden_AF.new_zeros(plan.row_TK.shape[0], down_HEF.shape[0])
+        y.append(_SumRows.apply(y_AH, *plan.links(tokens, rows)))
+    return _joined(y) if y else hidden_AF.new_zeros(plan.tokens, down_HEF.shape[0])
 
 
-def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
+def mean_compensation(routing: Routing | UnevenRouting, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
     """What stands in for the experts not chosen: sum of mu_e - sum over the chosen of g_e mu_e, [T, H].
 
     So shared + sum mu + sum over the chosen g_e (E_e(x) - mu_e) is shared + routed + this. Exactly zero
     where every expert is chosen in gate mode `sum`.
     """
-    gate_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.experts_TK, routing.gates_TK)
-    return (1 - gate_TE).to(dtype) @ expert_mean_EH.to(dtype)
+    return (1 - routing.gates_TE).to(dtype) @ expert_mean_EH.to(dtype)
 
 
 class _TakeRows(torch.autograd.Function):
     """x_AH = x_TH[token_A]. Its gradient is `_SumRows`: summed in float32, in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_A, row_TK)
+    def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_A, row_TK, first_T)
         return x_TH.index_select(0, token_A)
 
     @staticmethod
-    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None]:
-        _, row_TK = ctx.saved_tensors
-        return _sum_rows(grad_AH, row_TK), None, None
+    def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_rows(grad_AH, *ctx.saved_tensors), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
-    """y_TH = sum over k of y_AH[row_TK]. Its gradient is `_TakeRows`."""
+    """y_TH = sum over a token's rows of y_AH[row_TK]. Its gradient is `_TakeRows`."""
 
     @staticmethod
-    def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(token_A, row_TK)
-        return _sum_rows(y_AH, row_TK)
+    def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_A)
+        return _sum_rows(y_AH, token_A, row_TK, first_T)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
-        token_A, _ = ctx.saved_tensors
-        return grad_TH.index_select(0, token_A), None, None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
+        (token_A,) = ctx.saved_tensors
+        return grad_TH.index_select(0, token_A), None, None, None
 
 
-def _sum_rows(y_AH: Tensor, row_TK: Tensor) -> Tensor:
+def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
     if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
-        return F.embedding_bag(row_TK, y_AH, mode="sum")
-    return y_AH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)
+        return F.embedding_bag(row_TK, y_AH, first_T, mode="sum")
+    if first_T is None:
+        return y_AH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)
+    return _add_rows(y_AH, token_A, first_T.shape[0])
+
+
+def _add_rows(y_AH: Tensor, token_A: Tensor, tokens: int) -> Tensor:
+    """`_sum_rows` for devices that may lack bags of different sizes; some of them add in no fixed order."""
+    sum_TH = y_AH.new_zeros(tokens, y_AH.shape[1], dtype=torch.float32)
+    return sum_TH.index_add(0, token_A, y_AH.float()).to(y_AH.dtype)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

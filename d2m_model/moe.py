@@ -5,21 +5,23 @@ Shapes: T tokens, H hidden size, N = S + E F neurons, S shared neurons, E expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .capacity import CapacityTensors, PoolRouting, route_by_threshold, route_pool, updated_threshold
 from .config import FFNLayout, Gate
 from .experts import expert_down, expert_up, mean_compensation, plan_dispatch
 from .layout import expert_views
-from .routers import Routing, route_top_k
+from .routers import Routing, UnevenRouting, route_top_k
 
 
 def routed_experts(
     x_TH: Tensor,
-    routing: Routing,
+    routing: Routing | UnevenRouting,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
     down_HEF: Tensor,
@@ -77,16 +79,62 @@ class FusedFFN:
     router_weight_EH: Tensor
     router_bias_E: Tensor | None
     expert_mean_EH: Tensor | None
+    capacity: CapacityTensors | None = None  # None: a top-k router
+
+
+class CapacityPredictor(nn.Module):
+    """A capacity router's parameters (`in_layer`, `out_layer`) and buffers (`threshold` [E], `scale` [1]) beside W_g.
+
+    `capacity` is for training: how many experts a token has on average; `factor` scales the thresholds otherwise.
+    In training it keeps what the last pool was routed to, until `update_threshold`. A forward that is recomputed in the
+    backward pass routes the same pool again and so changes nothing.
+    """
+
+    threshold: Tensor
+    scale: Tensor
+
+    def __init__(self, tensors: CapacityTensors, *, capacity: float) -> None:
+        super().__init__()
+        self.capacity, self.factor = capacity, 1.0
+        self.in_layer = _linear(tensors.in_weight_DH, tensors.in_bias_D)
+        self.out_layer = _linear(tensors.out_weight_ED, tensors.out_bias_E)
+        self.register_buffer("threshold", tensors.threshold_E.detach().clone())
+        self.register_buffer("scale", tensors.scale_1.detach().clone())
+        self.pool_P: Tensor | None = None  # capacity.pool_of the batch's padding mask; None: all tokens
+        self.pooled: PoolRouting | None = None
+
+    def tensors(self) -> CapacityTensors:
+        return CapacityTensors(
+            in_weight_DH=self.in_layer.weight,
+            in_bias_D=self.in_layer.bias,
+            out_weight_ED=self.out_layer.weight,
+            out_bias_E=self.out_layer.bias,
+            threshold_E=self.threshold,
+            scale_1=self.scale,
+        )
+
+    def copy(self) -> CapacityTensors:
+        tensors = self.tensors()
+        return CapacityTensors(**{f.name: getattr(tensors, f.name).detach().clone() for f in fields(tensors)})
+
+    def update_threshold(self, average: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Once a microbatch, after its backward pass, on every rank alike: see capacity.updated_threshold."""
+        self.threshold.copy_(updated_threshold(self.threshold, self.pooled, average))
+        self.pooled = None
 
 
 class MoEFFN(nn.Module):
     """A MoE FFN with shared and routed weights apart, so that each can be trained or frozen by itself.
 
     Parameters: `shared_up` and `shared_down` (linear layers), `routed_up` [E, F, H], `routed_up_bias` [E, F],
-    `routed_down` [E, H, F], `router` (a linear layer) and, if the file has it, `expert_mean` [E, H].
+    `routed_down` [E, H, F], `router` (a linear layer) and, if the file has them, `expert_mean` [E, H] and `capacity`
+    (a CapacityPredictor), which then routes in place of `top_k`: by pool in training, else by its thresholds.
     """
 
-    def __init__(self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int) -> None:
+    def __init__(
+        self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, capacity: float | None = None
+    ) -> None:
+        """`capacity`: of the configuration's capacity router, where there is one; None is top_k."""
         super().__init__()
         self.layout, self.gate, self.top_k = layout, gate, top_k
         shared = slice(0, layout.shared)
@@ -99,10 +147,22 @@ class MoEFFN(nn.Module):
         self.router = _linear(fused.router_weight_EH, fused.router_bias_E)
         mean = fused.expert_mean_EH
         self.expert_mean = None if mean is None else _parameter(mean)
+        self.capacity: CapacityPredictor | None = None
+        if fused.capacity is not None:
+            self.capacity = CapacityPredictor(fused.capacity, capacity=top_k if capacity is None else capacity)
 
-    def route(self, x_TH: Tensor) -> Routing:
-        """The router's choice for x_TH [T, H]."""
-        return route_top_k(x_TH, self.router.weight, self.router.bias, top_k=self.top_k, gate=self.gate)
+    def route(self, x_TH: Tensor) -> Routing | UnevenRouting:
+        """The router's choice for x_TH [T, H]. A capacity router in training remembers it as `capacity.pooled`."""
+        weight_EH, bias_E, capacity = self.router.weight, self.router.bias, self.capacity
+        if capacity is None:
+            return route_top_k(x_TH, weight_EH, bias_E, top_k=self.top_k, gate=self.gate)
+        tensors = capacity.tensors()
+        if not self.training:
+            return route_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=self.gate, factor=capacity.factor)
+        capacity.pooled = route_pool(
+            x_TH, weight_EH, bias_E, tensors, gate=self.gate, capacity=capacity.capacity, pool_P=capacity.pool_P
+        )
+        return capacity.pooled.routing
 
     def forward(self, x: Tensor) -> Tensor:
         """As `moe_ffn`: [..., H] to [..., H]."""
@@ -124,6 +184,7 @@ class MoEFFN(nn.Module):
             router_weight_EH=self.router.weight.clone(),
             router_bias_E=None if self.router.bias is None else self.router.bias.clone(),
             expert_mean_EH=None if self.expert_mean is None else self.expert_mean.clone(),
+            capacity=None if self.capacity is None else self.capacity.copy(),
         )
 
 

@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with what weight (Sec. 3.1, Eq. 3).
 
-Shapes: T tokens, H hidden size, E experts, K top_k.
+capacity.py has the other router, DiffMoE's. Shapes: T tokens, H hidden size, E experts, K top_k, A assignments.
 """
 
 from __future__ import annotations
@@ -31,6 +31,34 @@ class Routing:
         """alpha = softmax(W_g x), float32 [T, E]: what the balance loss and traces read."""
         return self.logits_TE.softmax(dim=-1)
 
+    @property
+    def gates_TE(self) -> Tensor:
+        """Every expert's weight, float32 [T, E]: 0 where it is not chosen."""
+        return torch.zeros_like(self.logits_TE).scatter(1, self.experts_TK, self.gates_TK)
+
+
+@dataclass(kw_only=True, slots=True)
+class UnevenRouting:
+    """The choice of a router that gives one token more experts than another: 0 to E of them.
+
+    token_A and expert_A int64 [A], by token and then by expert; gate_A float32 [A], logits_TE float32 [T, E].
+    """
+
+    token_A: Tensor
+    expert_A: Tensor
+    gate_A: Tensor
+    logits_TE: Tensor
+
+    @property
+    def probabilities_TE(self) -> Tensor:
+        """alpha = softmax(W_g x), float32 [T, E]."""
+        return self.logits_TE.softmax(dim=-1)
+
+    @property
+    def gates_TE(self) -> Tensor:
+        """Every expert's weight, float32 [T, E]: 0 where it is not chosen."""
+        return torch.zeros_like(self.logits_TE).index_put((self.token_A, self.expert_A), self.gate_A)
+
 
 def check_top_k(top_k: int, experts: int) -> None:
     """Raises ValueError unless 0 <= top_k <= experts."""
@@ -46,7 +74,7 @@ def route_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, *, top_k
     device. Raises ValueError for a top_k outside 0 ... E.
     """
     check_top_k(top_k, weight_EH.shape[0])
-    logits_TE = _logits(x_TH, weight_EH, bias_E)
+    logits_TE = float32_linear(x_TH, weight_EH, bias_E)
     # Stable, since torch.topk promises no order among ties. Logits order as their softmax does.
     experts_TK = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     if gate.mode == "sum":
@@ -57,13 +85,13 @@ def route_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, *, top_k
     return Routing(experts_TK=experts_TK, gates_TK=gates_TK, logits_TE=logits_TE)
 
 
-def _logits(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
-    """W_g x + b in float32, under autocast too. A CPU takes a thousand tokens at a time, to stay in its cache."""
+def float32_linear(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
+    """W x + b in float32, under autocast too. A CPU takes a thousand tokens at a time, to stay in its cache."""
     weight_EH, bias_E = weight_EH.float(), None if bias_E is None else bias_E.float()
     parts = x_TH.split(1024) if x_TH.is_cpu and x_TH.shape[0] > 1024 else (x_TH,)
     device = x_TH.device.type
     # Not always off: some devices know no autocast, and torch refuses to turn off what is not there.
     off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with off:
-        logits = [F.linear(part_TH.float(), weight_EH, bias_E) for part_TH in parts]
-    return logits[0] if len(logits) == 1 else torch.cat(logits)
+        outputs = [F.linear(part_TH.float(), weight_EH, bias_E) for part_TH in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -25,6 +25,7 @@ from d2m_model.checkpoint import (
 )
 from d2m_model.config import (
     BlockGroup,
+    CapacityRouter,
     FFNLayout,
     FluxMoEConfig,
     Gate,
@@ -158,6 +159,65 @@ def test_a_router_with_nan_is_refused(moe: dict[str, torch.Tensor]) -> None:
     moe[f"{FFN}.router.weight"][3, 5] = float("nan")
     with pytest.raises(CheckpointError, match=rf"{FFN}\.router\.weight has NaN"):
         check_state_dict(moe)
+
+
+@pytest.fixture
+def capacity(moe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`moe` with capacity routers and a group of blocks."""
+    config = dataclasses.replace(
+        CONFIG,
+        capacity_router=CapacityRouter(capacity=2, width=8),
+        groups=(BlockGroup(kind="single", first=0, blocks=2, active=1, selection="topk"),),
+    )
+    for name, shape in expected_tensors(config).items():
+        moe.setdefault(name, torch.full(shape, 0.5))
+    return moe | {"d2m_config": config_tensor(config)}
+
+
+def test_a_capacity_router_brings_its_tensors_and_they_are_checked_whole(capacity: dict[str, torch.Tensor]) -> None:
+    config = check_state_dict(capacity)
+    assert config.capacity_router == CapacityRouter(capacity=2, width=8)
+    parts = {name.removeprefix(f"{FFN}."): tuple(capacity[name].shape) for name in capacity if name.startswith(FFN)}
+    assert {name: shape for name, shape in parts.items() if name.startswith(("capacity", "threshold"))} == {
+        "capacity.in_layer.weight": (8, 128),
+        "capacity.in_layer.bias": (8,),
+        "capacity.out_layer.weight": (12, 8),
+        "capacity.out_layer.bias": (12,),
+        "capacity.scale": (1,),
+        "threshold": (12,),
+    }
+    for name in expected_tensors(config):
+        if ".capacity." in name or name.endswith("threshold"):
+            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is missing"):
+                check_state_dict({other: tensor for other, tensor in capacity.items() if other != name})
+    without = {name: tensor for name, tensor in capacity.items() if not name.startswith("block_groups.")}
+    top_k = without | {"d2m_config": config_tensor(CONFIG)}
+    with pytest.raises(CheckpointError, match=r"img_mlp\.capacity\.\S+ \[\S+.* does not belong to it"):
+        check_state_dict(top_k)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{FFN}.capacity.in_layer.weight", float("nan"), "has NaN or infinite"),
+        (f"{FFN}.capacity.in_layer.bias", float("inf"), "has NaN or infinite"),
+        (f"{FFN}.capacity.out_layer.weight", float("nan"), "has NaN or infinite"),
+        (f"{FFN}.capacity.out_layer.bias", float("nan"), "has NaN or infinite"),
+        (f"{FFN}.threshold", float("nan"), "has NaN or infinite"),
+        (f"{FFN}.threshold", 1.25, r"is 0\.5 to 1\.25; expected probabilities"),
+        (f"{FFN}.threshold", -0.5, r"is -0\.5 to 0\.5; expected probabilities"),
+        (f"{FFN}.capacity.scale", float("inf"), "has NaN or infinite"),
+        (f"{FFN}.capacity.scale", 0.0, "is 0; expected a positive number"),
+        ("block_groups.0.router_x.weight", float("nan"), "has NaN or infinite"),
+        ("block_groups.0.router_y.weight", float("nan"), "has NaN or infinite"),
+    ],
+)
+def test_routers_with_values_that_cannot_be_are_refused_by_name(
+    capacity: dict[str, torch.Tensor], name: str, value: float, message: str
+) -> None:
+    capacity[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} {message}"):
+        check_state_dict(capacity)
 
 
 def test_a_dense_flux_where_a_moe_is_expected_is_told_how_to_convert() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from d2m_model.config import (
     SCHEMA_VERSION,
     BlockGroup,
+    CapacityRouter,
     ConfigError,
     FFNLayout,
     FluxDims,
@@ -102,8 +103,12 @@ CONFIG = preset_config("XS", with_depth(4, 10, 128))
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 
 
-def test_the_sample_is_sound() -> None:
-    assert FluxMoEConfig.from_json(CONFIG.to_json().encode()) == CONFIG
+def test_the_sample_is_sound_with_either_router() -> None:
+    capacity = dataclasses.replace(CONFIG, capacity_router=CapacityRouter(capacity=2.5))
+    for config in (CONFIG, capacity):
+        assert FluxMoEConfig.from_json(config.to_json().encode()) == config
+    assert json.loads(CONFIG.to_json())["capacity_router"] is None
+    assert json.loads(capacity.to_json())["capacity_router"] == {"capacity": 2.5, "width": 128}
 
 
 def group(**changes: Any) -> BlockGroup:
@@ -120,6 +125,10 @@ def group(**changes: Any) -> BlockGroup:
         ({"top_k": -1}, "top_k is -1"),
         ({"gate": Gate(mode="normalised", scale=0.0)}, "gate.scale is 0.0; expected a positive number"),
         ({"gate": Gate(mode="mean", scale=1.0)}, "gate.mode is 'mean'"),  # type: ignore[arg-type]
+        ({"capacity_router": CapacityRouter(capacity=0)}, "capacity_router.capacity is 0; expected above 0, up to 12"),
+        ({"capacity_router": CapacityRouter(capacity=12.5)}, "capacity is 12.5; expected above 0, up to 12"),
+        ({"capacity_router": CapacityRouter(capacity=float("nan"))}, "capacity is nan"),
+        ({"capacity_router": CapacityRouter(capacity=2, width=0)}, "capacity_router.width is 0; expected 1 or more"),
         ({"groups": (group(first=6),)}, r"groups\[0\].*within the 10 single blocks"),
         ({"groups": (group(kind="double", first=2, blocks=3),)}, r"groups\[0\].*within the 4 double blocks"),
         ({"groups": (group(blocks=1),)}, r"groups\[0\].*two or more"),
@@ -153,6 +162,10 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda data: data.update(ffns=[]), r"ffns is \[\]; expected an object"),
         (lambda data: data["groups"][0].update(blocks=2.5), r"groups\[0\].blocks is 2.5; expected int"),
         (lambda data: data.update(groups=None), "groups is None; expected a list"),
+        (lambda data: data.pop("capacity_router"), "capacity_router is 'missing'"),
+        (lambda data: data.update(capacity_router={"capacity": 2}), "capacity_router.width is 'missing'"),
+        (lambda data: data.update(capacity_router={"capacity": "2", "width": 8}), "capacity is '2'; expected float"),
+        (lambda data: data.update(capacity_router={"capacity": 2, "width": 8, "k": 1}), "capacity_router.k is 1"),
         (lambda data: data.update(provenance=None), "provenance is None; expected an object"),
         (lambda data: data["dims"].update(double_blocks=0), "dims.double_blocks is 0"),
         (lambda data: data.update(adaln_rank=0), "adaln_rank is 0"),
@@ -186,7 +199,8 @@ JSON_VALUES = st.recursive(
 @given(data=st.data(), value=JSON_VALUES)
 def test_any_value_in_any_place_is_a_config_or_a_config_error(data: st.DataObject, value: Any) -> None:
     """A damaged file reaches the user as a message, never as a traceback."""
-    whole = json.loads(CONFIG.to_json())
+    router = data.draw(st.sampled_from([None, CapacityRouter(capacity=2)]))
+    whole = json.loads(dataclasses.replace(CONFIG, capacity_router=router).to_json())
     place: Any = whole
     while True:
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))

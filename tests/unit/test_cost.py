@@ -14,6 +14,7 @@ from d2m_model import cost
 from d2m_model.checkpoint import CONFIG_KEY, expected_tensors
 from d2m_model.config import (
     BlockGroup,
+    CapacityRouter,
     FFNLayout,
     FluxDims,
     FluxMoEConfig,
@@ -32,12 +33,20 @@ from d2m_train.report import EMOJI, FLUX_DEV, MEGAPIXEL, PRINTED, preset_costs
 PRESETS: list[PresetName] = ["L", "M", "S", "XS"]
 
 
-def converted(preset: PresetName, dims: FluxDims, *, adaln: bool = True, top_k: int = 2) -> Conversion:
+def converted(
+    preset: PresetName,
+    dims: FluxDims,
+    *,
+    adaln: bool = True,
+    top_k: int = 2,
+    capacity_router: CapacityRouter | None = None,
+) -> Conversion:
     return Conversion(
         ffns=preset_layouts(dims),
         groups=preset_groups(preset, dims),
         adaln_rank=adaln_rank_of(dims.hidden_size) if adaln else None,
         top_k=top_k,
+        capacity_router=capacity_router,
     )
 
 
@@ -50,10 +59,13 @@ def test_total_of_a_dense_flux_is_what_its_tensors_hold(dims: FluxDims) -> None:
     assert dense.total == dense.touched == sum(map(prod, dense_shapes(dims).values()))
 
 
+@pytest.mark.parametrize("capacity_router", [None, CapacityRouter(capacity=2)])
 @pytest.mark.parametrize("adaln", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_total_of_a_flux_moe_is_what_its_file_holds(preset: PresetName, adaln: bool) -> None:
-    conversion = converted(preset, FLUX_DEV, adaln=adaln)
+def test_total_of_a_flux_moe_is_what_its_file_holds(
+    preset: PresetName, adaln: bool, capacity_router: CapacityRouter | None
+) -> None:
+    conversion = converted(preset, FLUX_DEV, adaln=adaln, capacity_router=capacity_router)
     config = FluxMoEConfig(
         dims=FLUX_DEV,
         ffns=dict(conversion.ffns),
@@ -61,6 +73,7 @@ def test_total_of_a_flux_moe_is_what_its_file_holds(preset: PresetName, adaln: b
         gate=Gate(mode="sum", scale=1.0),
         top_k=2,
         adaln_rank=conversion.adaln_rank,
+        capacity_router=capacity_router,
         split_only=False,
         teacher=Teacher(title="", sha256="", licence=""),
     )
@@ -123,6 +136,16 @@ def test_a_moe_ffn_runs_its_shared_expert_its_router_and_top_k_experts(top_k: in
     assert found.touched == pytest.approx(2 * 128 * neurons + neurons + 128 + 12 * 128)
     assert found.flops == pytest.approx(7 * 2 * (2 * 128 * neurons + 12 * 128))
     assert found.total == 2 * 128 * 512 + 512 + 128 + 12 * 128
+
+
+def test_a_capacity_router_adds_its_predictor_on_every_token() -> None:
+    plain, found = (cost.ffn(128, LAYOUT, 2.5, 7, router) for router in (None, CapacityRouter(capacity=2.5, width=16)))
+    with FlopCounterMode(display=False) as counter:
+        nn.Sequential(nn.Linear(128, 16), nn.SiLU(), nn.Linear(16, 12))(torch.randn(7, 128))
+    assert found.flops - plain.flops == counter.get_total_flops()
+    held = 128 * 16 + 16 + 16 * 12 + 12 + 12 + 1
+    assert found.total - plain.total == held
+    assert found.touched - plain.touched == pytest.approx(held)
 
 
 def test_a_group_runs_its_active_blocks_and_its_routers() -> None:

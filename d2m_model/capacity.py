@@ -1,0 +1,227 @@
+"""DiffMoE's token router: experts take tokens, so one token may get more experts than another.
+
+In training every expert takes its best tokens of one pool, the batch: its share is known, the batch's hardest tokens
+get the most experts. Alone, a token cannot know what its batch would have left for it: a small predictor learns to,
+and at inference each expert takes the tokens for which its prediction passes a threshold. No token sees another then.
+
+What the paper (Shi et al. 2025) leaves open is decided as in its official code. The gates' scale is ours: a softmax over
+n experts, not renormalised over the chosen, leaves gates near 1/n.
+
+Shapes: T tokens, P of them in the pool, S tokens of an expert, H hidden size, D predictor width, E experts, A assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Gate
+from .routers import UnevenRouting, float32_linear
+
+THRESHOLD_DECAY = 0.95  # DiffMoE's
+
+
+@dataclass(kw_only=True, slots=True)
+class CapacityTensors:
+    """What a FFN's capacity router has beside W_g, as the file holds it (`<ffn>.capacity.*`, `<ffn>.threshold`)."""
+
+    in_weight_DH: Tensor
+    in_bias_D: Tensor
+    out_weight_ED: Tensor
+    out_bias_E: Tensor
+    threshold_E: Tensor  # probabilities
+    scale_1: Tensor
+
+
+def predict(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
+    """The predictor's logits, float32 [T, E]: their sigmoid is how likely an expert would take the token.
+
+    x is detached: the predictor watches, and does not shape what it watches.
+    """
+    hidden_TD = F.silu(float32_linear(x_TH.detach(), tensors.in_weight_DH, tensors.in_bias_D))
+    return float32_linear(hidden_TD, tensors.out_weight_ED, tensors.out_bias_E)
+
+
+# Inference
+
+
+def check_factor(factor: float) -> None:
+    """Raises ValueError unless the capacity factor is 0 or more, and finite."""
+    if not 0 <= factor < math.inf:
+        raise ValueError(f"The capacity factor is {factor}; expected 0 (no experts) or more (1 is the file's own).")
+
+
+def route_by_threshold(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    tensors: CapacityTensors,
+    *,
+    gate: Gate,
+    factor: float = 1.0,
+) -> UnevenRouting:
+    """The experts whose prediction for a token passes their threshold, token by token.
+
+    gate.mode `sum`: weight 1. `normalised`: the FFN's scale times alpha = softmax(W_g x), not renormalised; gate.scale
+    is not used. `factor`, the compute slider, divides the odds t / (1 - t) of the thresholds: at 1 they are the file's,
+    at 2 a prediction passes at half the odds, at 0 none does. (If it divided t itself, experts would fall silent one
+    after the other below 1, as their thresholds came to exceed 1.)
+
+    How many assignments there are only the device knows: the host waits for it, once each call, and torch.compile
+    breaks its graph here. The alternative, rows for every token at every expert of which most are unused, would gather
+    and scatter E / K times the memory of top-k routing.
+    Raises ValueError for a factor below 0, or one that is no finite number.
+    """
+    check_factor(factor)
+    logits_TE = float32_linear(x_TH, weight_EH, bias_E)
+    # In logits, where sigmoids do not yet round to 0 or 1. Of a threshold of 0 the logit is -inf, which all pass.
+    limit_E = tensors.threshold_E.float().logit() - (math.log(factor) if factor > 0 else -math.inf)
+    token_A, expert_A = (predict(x_TH, tensors) > limit_E).nonzero().unbind(1)
+    gates_TE = _weights(logits_TE.softmax(dim=-1), tensors.scale_1, gate)
+    return UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
+
+
+def _weights(alpha_TE: Tensor, scale_1: Tensor, gate: Gate) -> Tensor:
+    return torch.ones_like(alpha_TE) if gate.mode == "sum" else scale_1.float() * alpha_TE
+
+
+# Training
+
+
+@dataclass(kw_only=True, slots=True)
+class PoolRouting:
+    """What the experts took of a pool, and what the predictor made of it: float32 [P, E] logits beside bool [P, E]."""
+
+    routing: UnevenRouting
+    predicted_PE: Tensor
+    selected_PE: Tensor
+    share: int  # S, tokens of each expert
+
+    def predictor_loss(self) -> Tensor:
+        """Binary cross-entropy of the prediction against the selection, meaned over tokens and experts."""
+        loss = F.binary_cross_entropy_with_logits(self.predicted_PE, self.selected_PE.float(), reduction="sum")
+        return loss / max(1, self.selected_PE.numel())
+
+
+def pool_of(keep_T: Tensor) -> Tensor:
+    """The pool: indices, int64 [P], of the tokens that a mask keeps (padding text tokens stay out).
+
+    Counting them makes the host wait for the device, so a step calls this once, not once for each layer.
+    """
+    return keep_T.flatten().nonzero().squeeze(1)
+
+
+def share_of(tokens: int, experts: int, capacity: float) -> int:
+    """floor(tokens / experts * capacity): how many tokens of a pool each expert takes. At most all of them."""
+    return min(tokens, math.floor(tokens * capacity / experts))
+
+
+def select(alpha_PE: Tensor, capacity: float) -> Tensor:
+    """int64 [S, E]: every expert's tokens of the pool, best first; among equals the earlier token."""
+    share = share_of(alpha_PE.shape[0], alpha_PE.shape[1], capacity)
+    return alpha_PE.detach().sort(dim=0, descending=True, stable=True).indices[:share]
+
+
+def route_pool(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    tensors: CapacityTensors,
+    *,
+    gate: Gate,
+    capacity: float,
+    pool_P: Tensor | None = None,
+) -> PoolRouting:
+    """Every expert takes its share of the pool (None: all tokens): those with the highest alpha = softmax(W_g x).
+
+    Through gates of mode `normalised` (scale * alpha, as in `route_by_threshold`) the router learns. `pool_P` is
+    `pool_of` a mask; tokens outside it get no expert. Shapes depend on its length alone, so the host waits for nothing.
+    """
+    logits_TE = float32_linear(x_TH, weight_EH, bias_E)
+    logits_PE, x_PH = (logits_TE, x_TH) if pool_P is None else (logits_TE[pool_P], x_TH[pool_P])
+    experts = logits_PE.shape[1]
+    alpha_PE = logits_PE.softmax(dim=-1)
+    taken_SE = select(alpha_PE, capacity)
+    # Sorted by token, then by expert.
+    place_A = (taken_SE * experts + torch.arange(experts, device=x_TH.device)).flatten().sort().values
+    position_A = place_A // experts
+    routing = UnevenRouting(
+        token_A=position_A if pool_P is None else pool_P.index_select(0, position_A),
+        expert_A=place_A % experts,
+        gate_A=_weights(alpha_PE, tensors.scale_1, gate).flatten().index_select(0, place_A),
+        logits_TE=logits_TE,
+    )
+    return PoolRouting(
+        routing=routing,
+        predicted_PE=predict(x_PH, tensors),
+        selected_PE=torch.zeros_like(alpha_PE, dtype=torch.bool).scatter(0, taken_SE, True),
+        share=taken_SE.shape[0],
+    )
+
+
+@torch.no_grad()
+def updated_threshold(
+    threshold_E: Tensor, pooled: PoolRouting | None, average: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The thresholds, float32, after one more pool: a running mean of the prediction that would give an expert its share.
+
+    That is the S-th highest sigmoid: whatever the predictor's errors, as many tokens pass as the expert took.
+    `average` means a tensor over ranks. It is called also where there is nothing new (`pooled` None, or a pool too small
+    for a share), because the other ranks are waiting in it.
+    """
+    updated_E = threshold_E.float()
+    if pooled is not None and pooled.share > 0:
+        last_E = pooled.predicted_PE.topk(pooled.share, dim=0).values[-1].sigmoid()
+        updated_E = THRESHOLD_DECAY * updated_E + (1 - THRESHOLD_DECAY) * last_E
+    return updated_E if average is None else average(updated_E)
+
+
+# Initialisation
+
+
+@torch.no_grad()
+def initial_tensors(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    *,
+    capacity: float,
+    width: int,
+    generator: torch.Generator,
+) -> CapacityTensors:
+    """A capacity router before training, from calibration inputs of its FFN: float32, on the device of x.
+
+    The predictor is random (Xavier, zero biases: DiffMoE's) and knows nothing yet; thresholds are set so that each
+    expert gets its share of these tokens from it. The scale is 1 / mean gate of the selected. Raises ValueError if
+    there are too few tokens for a share.
+    """
+    tokens, hidden, experts = *x_TH.shape, weight_EH.shape[0]
+    share = share_of(tokens, experts, capacity)
+    if share == 0:
+        least = math.ceil(experts / capacity)
+        raise ValueError(f"There are {tokens} calibration tokens; expected {least} or more, one for each expert.")
+
+    def xavier(outputs: int, inputs: int) -> Tensor:
+        bound = math.sqrt(6 / (inputs + outputs))
+        return ((2 * torch.rand(outputs, inputs, generator=generator) - 1) * bound).to(x_TH.device)
+
+    alpha_TE = float32_linear(x_TH, weight_EH, bias_E).softmax(dim=-1)
+    mean_gate = alpha_TE.gather(0, select(alpha_TE, capacity)).mean()
+    tensors = CapacityTensors(
+        in_weight_DH=xavier(width, hidden),
+        in_bias_D=torch.zeros(width, device=x_TH.device),
+        out_weight_ED=xavier(experts, width),
+        out_bias_E=torch.zeros(experts, device=x_TH.device),
+        threshold_E=torch.zeros(experts, device=x_TH.device),
+        scale_1=mean_gate.reciprocal().view(1),
+    )
+    # Between the last that is to pass and the first that is not.
+    sorted_TE = predict(x_TH, tensors).sort(dim=0, descending=True).values
+    first_out = sorted_TE[share] if share < tokens else sorted_TE[-1] - 1
+    tensors.threshold_E = ((sorted_TE[share - 1] + first_out) / 2).sigmoid()
+    return tensors
