@@ -17,7 +17,7 @@ from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
 from d2m_model.experts import Dispatch, expert_down, expert_up, grouped_mm, mean_compensation, plan_dispatch
 from d2m_model.layout import expert_views
-from d2m_model.routers import Routing, route_top_k
+from d2m_model.routers import Routing, UnevenRouting, route_top_k
 
 from .reference import MoE
 
@@ -53,6 +53,30 @@ def random_routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> Rout
     )
 
 
+def random_uneven_routing(tokens: int, experts: int, density: float, seed: int = 0) -> UnevenRouting:
+    """Any number of experts for each token, 0 and all of them included."""
+    generator = torch.Generator().manual_seed(seed)
+    token_A, expert_A = (torch.rand(tokens, experts, generator=generator) < density).nonzero().unbind(1)
+    return UnevenRouting(
+        token_A=token_A,
+        expert_A=expert_A,
+        gate_A=torch.rand(len(token_A), generator=generator) + 0.5,
+        logits_TE=torch.randn(tokens, experts, generator=generator),
+    )
+
+
+def as_uneven(routing: Routing) -> UnevenRouting:
+    """The same choice, said the other way."""
+    tokens, top_k = routing.experts_TK.shape
+    experts_TK, order_TK = routing.experts_TK.sort(dim=1)
+    return UnevenRouting(
+        token_A=torch.arange(tokens).repeat_interleave(top_k),
+        expert_A=experts_TK.flatten(),
+        gate_A=routing.gates_TK.gather(1, order_TK).flatten(),
+        logits_TE=routing.logits_TE,
+    )
+
+
 def random_weights(hidden: int, layout: FFNLayout, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Fused up, up bias and down, of which the experts are strided views."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,11 +91,14 @@ def routed(x: Tensor, plan: Dispatch, up: Tensor, bias: Tensor, down: Tensor, la
     return expert_down(expert_up(x, plan, up_EFH, bias_EF), plan, down_HEF)
 
 
-def exact(routing: Routing, up: Tensor, bias: Tensor, down: Tensor, layout: FFNLayout) -> MoE:
+def exact(routing: Routing | UnevenRouting, up: Tensor, bias: Tensor, down: Tensor, layout: FFNLayout) -> MoE:
     """The reference with these choices and gates, and a shared expert that gives zero."""
 
     class GivenRouting(MoE):
         def gates(self, t: int, x_H: Tensor) -> dict[int, Tensor]:
+            if isinstance(routing, UnevenRouting):
+                rows = routing.token_A == t
+                return dict(zip(routing.expert_A[rows].tolist(), routing.gate_A[rows].double(), strict=True))
             return dict(zip(routing.experts_TK[t].tolist(), routing.gates_TK[t].double(), strict=True))
 
     down = down.double().clone()
@@ -118,6 +145,37 @@ def test_the_plan_lists_every_assignment_once_sorted_by_chunk_and_expert(
     assert plan.row_TK.flatten().sort().values.tolist() == list(range(tokens * top_k))
 
 
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(0, 30),
+    n=st.integers(1, 12),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    chunk_tokens=st.none() | st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_the_plan_of_an_uneven_routing_lists_every_assignment_once_and_leads_back_from_every_token(
+    tokens: int, n: int, density: float, chunk_tokens: int | None, seed: int
+) -> None:
+    routing = random_uneven_routing(tokens, n, density, seed)
+    gates = routing.gates_TE
+    plan = plan_dispatch(routing, torch.empty(tokens, 8), chunk_tokens)
+    seen = []
+    for chunk, rows, ends in plan.chunks():
+        assert chunk_tokens is None or chunk.stop - chunk.start <= chunk_tokens
+        assert ends[-1] == rows.stop - rows.start
+        expert_of = torch.searchsorted(ends, torch.arange(rows.stop - rows.start), right=True)
+        assert torch.equal(plan.expert_A[rows], expert_of)
+        token_A, row_A, first_T = plan.links(chunk, rows)
+        assert first_T is not None
+        for token, (first, last) in enumerate(zip(first_T.tolist(), [*first_T[1:].tolist(), len(row_A)], strict=True)):
+            mine = row_A[first:last]
+            assert (token_A[mine] == token).all()
+            assert plan.expert_A[rows][mine].tolist() == gates[chunk][token].nonzero().flatten().tolist()
+        seen += [(int(t), int(e)) for t, e in zip(plan.token_A[rows], plan.expert_A[rows], strict=True)]
+    assert sorted(seen) == list(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True))
+    assert all(gate == gates[t, e] for t, e, gate in zip(plan.token_A, plan.expert_A, plan.gate_A, strict=True))
+
+
 def test_chunks_are_equal_but_for_rounding_and_as_many_as_the_memory_asks() -> None:
     plan = plan_dispatch(random_routing(4608, 12, 2), torch.empty(4608, 3072, dtype=torch.bfloat16, device="meta"))
     assert len(list(plan.chunks())) == 1  # elsewhere than on a CPU one, up to half a gibibyte
@@ -136,6 +194,7 @@ def test_chunks_are_equal_but_for_rounding_and_as_many_as_the_memory_asks() -> N
     hidden=st.integers(1, 24),
     layout=st.builds(FFNLayout, shared=st.integers(0, 16), experts=st.integers(1, 8), width=st.integers(1, 16)),
     chunk_tokens=st.none() | st.integers(1, 8),
+    density=st.none() | st.sampled_from([0.05, 0.3, 1.0]),
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
@@ -146,10 +205,16 @@ def test_each_token_gets_the_weighted_sum_of_its_experts_whatever_the_widths(
     hidden: int,
     layout: FFNLayout,
     chunk_tokens: int | None,
+    density: float | None,
     seed: int,
     data: st.DataObject,
 ) -> None:
-    routing = random_routing(tokens, layout.experts, data.draw(st.integers(1, layout.experts)), seed)
+    """`density`: of an uneven routing; None is a top-k one."""
+    routing: Routing | UnevenRouting
+    if density is None:
+        routing = random_routing(tokens, layout.experts, data.draw(st.integers(1, layout.experts)), seed)
+    else:
+        routing = random_uneven_routing(tokens, layout.experts, density, seed)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     up, bias, down = random_weights(hidden, layout, dtype, seed + 2)
     with implementation(implementation_name):
@@ -174,6 +239,31 @@ def test_chunk_size_changes_nothing_but_rounding_in_results_and_gradients(dtype:
     for other in results[1:]:
         for found, expected in zip(other, results[0], strict=True):
             assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+def test_a_top_k_routing_said_as_an_uneven_one_has_the_same_results_and_gradients(chunk_tokens: int | None) -> None:
+    layout = FFNLayout(shared=8, experts=6, width=16)
+    weights, even = random_weights(16, layout, torch.float32), random_routing(40, 6, 3)
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2))
+    results = []
+    for routing in (even, as_uneven(even)):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, *weights)]
+        y = routed(inputs[0], plan_dispatch(routing, x, chunk_tokens), *inputs[1:], layout)
+        y.square().sum().backward()
+        results.append([y, *(tensor.grad for tensor in inputs)])
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < TOLERANCE[torch.float32]
+    torch.testing.assert_close(as_uneven(even).gates_TE, even.gates_TE)
+    torch.testing.assert_close(as_uneven(even).probabilities_TE, even.probabilities_TE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_devices_without_bags_add_rows_to_the_same_sums(dtype: torch.dtype) -> None:
+    plan = plan_dispatch(random_uneven_routing(20, 6, 0.3), torch.empty(20, 8))
+    rows = torch.randn(len(plan.token_A), 8).to(dtype)
+    expected = experts._sum_rows(rows, plan.token_A, plan.row_TK, plan.first_T)
+    assert relative_error(experts._add_rows(rows, plan.token_A, 20), expected) < TOLERANCE[dtype]
 
 
 def test_experts_that_no_token_chose_take_no_part_and_get_zero_gradients() -> None:
@@ -202,8 +292,9 @@ def test_nothing_routed_is_zero_and_touches_no_weight(tokens: int, top_k: int) -
     layout = FFNLayout(shared=0, experts=4, width=8)
     nan = [weight.fill_(float("nan")) for weight in random_weights(8, layout, torch.bfloat16)]
     x = torch.randn(tokens, 8).bfloat16()
-    y = routed(x, plan_dispatch(random_routing(tokens, 4, top_k), x), *nan, layout)
-    assert torch.equal(y, torch.zeros(tokens, 8, dtype=torch.bfloat16))
+    for routing in (random_routing(tokens, 4, top_k), random_uneven_routing(tokens, 4, 0.0)):
+        y = routed(x, plan_dispatch(routing, x), *nan, layout)
+        assert torch.equal(y, torch.zeros(tokens, 8, dtype=torch.bfloat16))
 
 
 def test_gates_carry_a_gradient() -> None:
@@ -216,7 +307,13 @@ def test_gates_carry_a_gradient() -> None:
         routing.gates_TK = gates
         return routed(x, plan_dispatch(routing, x), *weights, layout)
 
+    def of_uneven_gates(gates: Tensor) -> Tensor:
+        uneven.gate_A = gates
+        return routed(x, plan_dispatch(uneven, x), *weights, layout)
+
+    uneven = random_uneven_routing(6, 4, 0.5)
     torch.autograd.gradcheck(of_gates, routing.gates_TK.double().requires_grad_())
+    torch.autograd.gradcheck(of_uneven_gates, uneven.gate_A.double().requires_grad_())
 
 
 def test_mean_compensation_is_the_means_of_the_experts_not_chosen() -> None:
