@@ -322,10 +322,10 @@ class _Supported:
         """Raises CheckpointError for a file with a missing or misshapen tensor, or one of a newer schema."""
         stored = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         config = check_state_dict(stored)
-        if config.groups:
+        if config.groups or config.capacity_router is not None:
             raise CheckpointError(
-                "This FLUX-MoE has block groups, which this version does not run yet. "
-                "Update ComfyUI-Dense2MoE, or convert the teacher with --preset L."
+                f"This FLUX-MoE has {'block groups' if config.groups else 'a capacity router'}, which this version does "
+                "not run yet. Update ComfyUI-Dense2MoE, or convert the teacher with --preset L."
             )
         return FluxMoEModel(self, config, stored, model_type=self.model_type_of_flux, device=device)
 

@@ -151,11 +151,12 @@ def load_flux_moe(
     """A FLUX-MoE file as diffusers' model, its FFNs routed, and its configuration; `dtype` None keeps the file's.
 
     Routers and expert means keep the file's dtypes. Raises CheckpointError for a file that is not one, or that has
-    block groups.
+    block groups or a capacity router.
     """
     config = check_file(path)
-    if config.groups:
-        raise CheckpointError(f"{path}: has block groups, which this version does not run yet.")
+    if config.groups or config.capacity_router is not None:
+        what = "block groups" if config.groups else "a capacity router"
+        raise CheckpointError(f"{path}: has {what}, which this version does not run yet.")
     with TensorFile(path) as file:
 
         def read(name: str, keep_dtype: bool = False) -> Tensor:
