@@ -175,6 +175,8 @@ class _SumRows(torch.autograd.Function):
 
 
 def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
+    if first_T is not None and y_AH.shape[0] == 0:  # of no token of the chunk
+        return y_AH.new_zeros(first_T.shape[0], y_AH.shape[1])
     if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
         return F.embedding_bag(row_TK, y_AH, first_T, mode="sum")
     if first_T is None:

@@ -452,7 +452,7 @@ def test_a_batch_changes_no_tokens_experts() -> None:
     tensors, x = random_tensors(16, 6, 8), normal(0, 40, 16)
     together = taken_of(routing(1.0, tensors, x))
     assert together == {t: taken_of(routing(1.0, tensors, x[t : t + 1]))[0] for t in range(40)}
-    assert len({len(experts) for experts in together.values()}) > 3
+    assert len({len(experts) for experts in together.values()}) > 1
 
 
 def test_half_precision_and_autocast_route_as_float32() -> None:
