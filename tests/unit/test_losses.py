@@ -53,7 +53,7 @@ def test_the_total_and_its_gradients_are_those_of_the_equations() -> None:
     expected, weights = literal_total(output, their_output, teacher, theirs, balance)
     losses = distillation_losses(output, my_output, teacher, mine, balance)
     found = losses.total(feature=1.0, balance=0.01)
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, weight in feature_weights(losses.output, losses.features, teacher).items():
         assert float(weight) == pytest.approx(weights[name], rel=1e-5)
         assert not weight.requires_grad
