@@ -1,0 +1,44 @@
+"""The training-free conversion on a real model: the emoji FLUX, at two experts of twelve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+
+from d2m_model.hosts.diffusers import load_flux_moe, load_transformer
+from d2m_train.__main__ import main
+from demo import dataset, prompt_encoder
+from demo.sample import sample
+from demo.scorer import latent_distance
+
+TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
+PAPER = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
+
+
+def paint(model: nn.Module) -> Tensor:
+    """Latents of twelve prompts from the same noise, in few steps."""
+    encoder = prompt_encoder.load(dataset.ASSETS / "prompt-encoder.safetensors")
+    prompts = [picture.caption() for picture in dataset.prompts()[:12]]
+    return sample(model, encoder, prompts, steps=8)
+
+
+def converted(tmp_path: Path, *options: str) -> nn.Module:
+    """On one calibration for all; a quarter of the default one."""
+    file = tmp_path / "moe.safetensors"
+    command = ["convert", "--teacher", str(TEACHER), "--out", str(file), "--data", "emoji", "--batches", "8"]
+    assert main([*command, "--calibration", str(tmp_path / "calibration"), *options]) == 0
+    return load_flux_moe(file, torch.float32)[0]
+
+
+def test_the_default_stays_much_nearer_to_the_teacher_than_the_papers_initialisation(tmp_path: Path) -> None:
+    teacher = paint(load_transformer(TEACHER, torch.float32))
+    paper = latent_distance(paint(converted(tmp_path, *PAPER)), teacher)
+    split_only = latent_distance(paint(converted(tmp_path, "--split-only")), teacher)
+    default = latent_distance(paint(converted(tmp_path)), teacher)
+    assert default <= 0.6 * paper
+    assert default < split_only < paper
