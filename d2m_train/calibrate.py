@@ -27,7 +27,8 @@ from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_model.tensor_writer import write
 
 from . import UserError
-from .calibration import GUIDANCE, CalibrationBatch, CalibrationData, check_fits
+from .data.batch import GUIDANCE, Batch, DataSource, check_fits
+from .velocity import noised, velocity
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -78,7 +79,7 @@ def calibrate(
     load_model: Callable[[], FluxTransformer2DModel],
     dims: FluxDims,
     ffns: Sequence[str],
-    data: CalibrationData,
+    data: DataSource,
     settings: CalibrationSettings,
     folder: Path,
     teacher: str,
@@ -151,7 +152,7 @@ class Recorder:
         # Stratified: each of all the samples has its own slice of 0..1.
         self.levels = (torch.randperm(total, generator=generator) + torch.rand(total, generator=generator)) / total
 
-    def record(self, index: int, batch: CalibrationBatch) -> tuple[dict[str, Tensor], float]:
+    def record(self, index: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
         """The tensors of batch number `index`, on the CPU, and its loss."""
         generator = generator_for(self.settings.seed, f"batch {index}")
         t_B = self.levels[index * self.settings.batch_size :][: self.settings.batch_size]
@@ -167,7 +168,7 @@ class Recorder:
         return tensors, float(loss.detach())
 
     @contextmanager
-    def _inputs(self, batch: CalibrationBatch, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    def _inputs(self, batch: Batch, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Some inputs of every FFN during the `with`, chosen at random from image tokens and words."""
         count = -(-self.settings.tokens // self.settings.batches)
         words = batch.words_BL
@@ -194,7 +195,7 @@ class Recorder:
                 handle.remove()
 
     @torch.no_grad()
-    def _silu_vecs(self, batch: CalibrationBatch, generator: torch.Generator) -> Tensor:
+    def _silu_vecs(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """[n, H]: the batch's pooled texts under other timesteps and guidances."""
         pooled_nV = batch.pooled_BV.repeat_interleave(VECS_PER_SAMPLE, 0)
         place = {"device": self.model.device, "dtype": self.model.dtype}
@@ -207,21 +208,9 @@ class Recorder:
         return torch.nn.functional.silu(vec_nH.float()).cpu()
 
 
-def flow_matching_loss(
-    model: FluxTransformer2DModel, batch: CalibrationBatch, t_B: Tensor, generator: torch.Generator
-) -> Tensor:
+def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the model's velocity against noise - image, at noise levels t in 0..1."""
-    parameter = next(model.parameters())
-    place = {"device": parameter.device, "dtype": parameter.dtype}
     noise = torch.randn(batch.tokens_BTC.shape, generator=generator)
-    velocity = model(
-        hidden_states=torch.lerp(batch.tokens_BTC, noise, t_B[:, None, None]).to(**place),
-        encoder_hidden_states=batch.context_BLD.to(**place),
-        pooled_projections=batch.pooled_BV.to(**place),
-        timestep=t_B.to(**place),
-        guidance=batch.guidance_B.to(**place) if model.config.guidance_embeds else None,
-        img_ids=batch.image_ids_T3.to(parameter.device),
-        txt_ids=batch.text_ids_L3.to(parameter.device),
-        return_dict=False,
-    )[0]
-    return (velocity.float() - (noise - batch.tokens_BTC).to(parameter.device)).square().mean()
+    noisy_BTC = noised(batch.tokens_BTC, noise, t_B)
+    found = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, model.config.guidance_embeds)
+    return (found.float() - (noise - batch.tokens_BTC).to(found.device)).square().mean()

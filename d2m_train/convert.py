@@ -44,7 +44,8 @@ from d2m_model.tensor_file import CheckpointError
 
 from . import UserError
 from .calibrate import Calibration, CalibrationSettings, calibrate
-from .calibration import FILE_FORMAT, open_data
+from .data import open_data
+from .data.latents import FILE_FORMAT
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -19,7 +19,8 @@ pytest.importorskip("diffusers")
 from d2m_model.hosts.diffusers import load_transformer
 from d2m_train import UserError
 from d2m_train.calibrate import VECS_PER_SAMPLE, Calibration, CalibrationSettings, calibrate, flow_matching_loss
-from d2m_train.calibration import EmojiData, FileData
+from d2m_train.data.emoji import EmojiData
+from d2m_train.data.latents import LatentFile
 
 FFNS = all_ffn_names(DIMS)
 SETTINGS = CalibrationSettings(batches=3, batch_size=2, tokens=12, taylor=True, seed=0)
@@ -43,7 +44,7 @@ def run(
         lambda: load_transformer(folder.parent / "flux.safetensors", torch.float32),
         DIMS,
         FFNS,
-        FileData(folder.parent / "data.safetensors"),
+        LatentFile(folder.parent / "data.safetensors"),
         settings,
         folder,
         teacher,
@@ -63,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_calibration_samples_become_patches_with_their_places(tmp_path: Path) -> None:
     save_calibration(tmp_path / "data.safetensors")
-    data = FileData(tmp_path / "data.safetensors")
+    data = LatentFile(tmp_path / "data.safetensors")
     batches = [data.batch(index, 4, seed=0) for index in range(2)]
     assert [len(batch.tokens_BTC) for batch in batches] == [4, 4]  # three samples, again from the start
     batch = batches[0]
@@ -95,7 +96,7 @@ def test_the_emoji_dataset_calibrates_too(tmp_path: Path) -> None:
 
 def test_every_sample_of_a_file_is_used_before_one_comes_again(tmp_path: Path) -> None:
     save_calibration(tmp_path / "data.safetensors", samples=5)
-    data = FileData(tmp_path / "data.safetensors")
+    data = LatentFile(tmp_path / "data.safetensors")
     pooled = torch.cat([data.batch(index, 2, seed=0).pooled_BV for index in range(5)])
     stored = load_file(tmp_path / "data.safetensors")["pooled"]
     which = [int((row == stored).all(1).nonzero()) for row in pooled]
@@ -108,7 +109,7 @@ def test_every_sample_of_a_file_is_used_before_one_comes_again(tmp_path: Path) -
 def test_the_loss_is_that_of_flow_matching(tmp_path: Path) -> None:
     """A model that always answers noise - image has none; noise level 1 shows it noise alone, 0 the image."""
     save_calibration(tmp_path / "data.safetensors")
-    batch = FileData(tmp_path / "data.safetensors").batch(0, 2, seed=0)
+    batch = LatentFile(tmp_path / "data.safetensors").batch(0, 2, seed=0)
     seen: list[torch.Tensor] = []
 
     class Oracle(torch.nn.Linear):
@@ -161,7 +162,7 @@ def test_inputs_are_what_the_ffns_read_and_leave_padding_out(folder: Path) -> No
     seen: list[torch.Tensor] = []
     model.transformer_blocks[0].ff.net[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     calibrate(
-        lambda: model, DIMS, FFNS, FileData(path), replace(SETTINGS, tokens=10_000), folder.with_name("other"), "flux"
+        lambda: model, DIMS, FFNS, LatentFile(path), replace(SETTINGS, tokens=10_000), folder.with_name("other"), "flux"
     )
     found = {tuple(row.tolist()) for row in calibration.inputs("double_blocks.0.img_mlp")}
     assert found == {tuple(row.tolist()) for row in torch.cat(seen).flatten(0, 1)}
@@ -203,7 +204,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_as_if_it_had_not_been(folde
         if len(losses) == 2:
             raise Stop
 
-    arguments = (DIMS, FFNS, FileData(folder.parent / "data.safetensors"), SETTINGS)
+    arguments = (DIMS, FFNS, LatentFile(folder.parent / "data.safetensors"), SETTINGS)
     with pytest.raises(Stop):
         calibrate(
             lambda: load_transformer(folder.parent / "flux.safetensors", torch.float32),

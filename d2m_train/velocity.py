@@ -1,0 +1,43 @@
+"""A FLUX in diffusers asked for its velocity, teacher and student alike.
+
+Shapes: B batch, T image tokens, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .data.batch import Batch
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+
+def velocity(
+    model: FluxTransformer2DModel, batch: Batch, noisy_BTC: Tensor, t_B: Tensor, guidance_B: Tensor, embedded: bool
+) -> Tensor:
+    """noise - image as `model` sees it in `noisy_BTC`, at noise levels t in 0..1: [B, T, C] in the model's dtype.
+
+    `embedded`: whether the model takes guidance. Inputs may lie anywhere; they are moved to the model.
+    """
+    parameter = next(model.parameters())
+    place = {"device": parameter.device, "dtype": parameter.dtype}
+    found: Tensor = model(
+        hidden_states=noisy_BTC.to(**place),
+        encoder_hidden_states=batch.context_BLD.to(**place),
+        pooled_projections=batch.pooled_BV.to(**place),
+        timestep=t_B.to(**place),
+        guidance=guidance_B.to(**place) if embedded else None,
+        img_ids=batch.image_ids_T3.to(parameter.device),
+        txt_ids=batch.text_ids_L3.to(parameter.device),
+        return_dict=False,
+    )[0]
+    return found
+
+
+def noised(tokens_BTC: Tensor, noise_BTC: Tensor, t_B: Tensor) -> Tensor:
+    """The rectified flow's point between image (t = 0) and noise (t = 1)."""
+    return torch.lerp(tokens_BTC, noise_BTC, t_B[:, None, None].to(tokens_BTC))
