@@ -1,0 +1,187 @@
+"""The training stages: what each of them trains, what it compares, and how the student runs in it (Sec. 3.2, method.md).
+
+`shared` makes the shared experts a pruned model of their own, with the routed experts off. `experts` leaves them as they
+are and trains what is routed. `blocks` lets groups of blocks choose, and trains nothing outside of the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from d2m_model.config import BlockGroup, FluxMoEConfig
+
+from . import UserError
+from .run_config import Stage, StageSection
+
+if TYPE_CHECKING:
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+TRAINING: tuple[Stage, ...] = ("shared", "experts", "blocks")
+
+# Sec. 4.1: modulations and what they are compressed by
+MODULATIONS = (
+    "adaln_in.*",
+    "*.norm1.linear.*",
+    "*.norm1_context.linear.*",
+    "single_transformer_blocks.*.norm.linear.*",
+)
+SHARED = ("*.shared_up.*", "*.shared_down.*")
+ROUTED = ("*.routed_*", "*.router.*", "*.expert_mean", "*.capacity.*")
+BLOCKS_OF_DIFFUSERS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+BLOCKS_OF_FLUX = {"double": "double_blocks", "single": "single_blocks"}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Feature:
+    """A block output of the student, and the teacher's that it is to be (Eq. 8). Blocks in BFL names."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Plan:
+    """One stage of one student. `trainable` are fnmatch patterns of diffusers names."""
+
+    stage: Stage
+    trainable: tuple[str, ...]
+    features: tuple[Feature, ...]
+    experts_on: bool
+    token_balance: bool
+    block_balance: bool
+
+
+def stages_of(config: FluxMoEConfig) -> tuple[Stage, ...]:
+    """The training stages that have something to train: no experts without a top_k, no blocks without groups."""
+    found: list[Stage] = ["shared"]
+    if config.capacity_router is not None or config.top_k > 0:
+        found.append("experts")
+    if config.groups or _stand_ins(config):
+        found.append("blocks")
+    return tuple(found)
+
+
+def plan_of(stage: Stage, config: FluxMoEConfig, section: StageSection) -> Plan:
+    """How a stage runs, its patterns replaced by the section's own where it has some."""
+    if stage not in TRAINING:
+        raise ValueError(f"Stage {stage} trains nothing; expected one of {', '.join(TRAINING)}.")
+    trainable: tuple[str, ...]
+    if stage == "shared":
+        trainable = SHARED + (MODULATIONS if config.adaln_rank is not None else ())
+    elif stage == "experts":
+        trainable = ROUTED
+    else:
+        trainable = (*_patterns_of_blocks(config), "block_groups.*")
+    routed = config.capacity_router is not None or config.top_k > 0
+    return Plan(
+        stage=stage,
+        trainable=trainable if section.trainable is None else section.trainable,
+        features=group_features(config) if stage == "blocks" else block_features(config),
+        experts_on=routed and stage != "shared",
+        # A pool hands every expert its share; there is nothing to balance.
+        token_balance=routed and stage == "experts" and config.capacity_router is None,
+        block_balance=stage == "blocks" and bool(config.groups),
+    )
+
+
+def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
+    """The parameters that a stage trains. Raises UserError for a pattern that none matches, or if there are none."""
+    names = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in plan.trainable:
+        matching = {name for name in names if fnmatchcase(name, pattern)}
+        if not matching and pattern not in (*MODULATIONS, *ROUTED, "block_groups.*"):
+            raise UserError(
+                f"stage.{plan.stage}.trainable: {pattern!r} is no parameter of this student; names are such as {names[0]}."
+            )
+        found |= matching
+    if not found:
+        raise UserError(f"Stage {plan.stage} has nothing to train; leave it out of `stages`, or give it patterns.")
+    return found
+
+
+def prepare_student(model: FluxMoETransformer2DModel, plan: Plan, frozen_dtype: torch.dtype | None = None) -> list[str]:
+    """Freeze what the stage does not train, and switch the experts. The trainable names, in the model's order.
+
+    `frozen_dtype` is what frozen weights are held in (None: as they are). Routers and means keep theirs.
+    """
+    trainable = trainable_names(model, plan)
+    kept = tuple(pattern for pattern in (*ROUTED, "block_groups.*") if pattern != "*.routed_*")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+        if frozen_dtype is not None and name not in trainable and not any(fnmatchcase(name, k) for k in kept):
+            parameter.data = parameter.data.to(frozen_dtype)
+    for moe in model.moe_ffns().values():
+        moe.experts_on = plan.experts_on
+    return [name for name, _ in model.named_parameters() if name in trainable]
+
+
+# Features
+
+
+def block_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
+    """Every block's output, but for blocks ahead of the first changed one: theirs is the teacher's exactly."""
+    blocks = blocks_of(config)
+    if config.adaln_rank is None:  # compressed modulations change every block
+        changed = [place for place, (kind, index) in enumerate(blocks) if _is_changed(config, kind, index)]
+        blocks = blocks[min(changed, default=len(blocks)) :]
+    outputs = _teacher_outputs(config)
+    return tuple(
+        Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
+        for kind, index in blocks
+    )
+
+
+def group_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
+    """The output of each group's last block, or of the block that stands in for a pruned group."""
+    outputs = _teacher_outputs(config)
+    last = [(group.kind, group.first + group.blocks - 1) for group in config.groups] + _stand_ins(config)
+    return tuple(
+        Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
+        for kind, index in last
+    )
+
+
+def blocks_of(config: FluxMoEConfig) -> list[tuple[str, int]]:
+    """(kind, index) of every block, in the order in which they run."""
+    depths = {"double": config.dims.double_blocks, "single": config.dims.single_blocks}
+    return [(kind, index) for kind, depth in depths.items() for index in range(depth)]
+
+
+def members(group: BlockGroup) -> range:
+    return range(group.first, group.first + group.blocks)
+
+
+def _is_changed(config: FluxMoEConfig, kind: str, index: int) -> bool:
+    name = f"{BLOCKS_OF_FLUX[kind]}.{index}"
+    grouped = any(group.kind == kind and index in members(group) for group in config.groups)
+    return grouped or any(ffn == name or ffn.startswith(f"{name}.") for ffn in config.ffns)
+
+
+def _teacher_outputs(config: FluxMoEConfig) -> Mapping[str, list[int]]:
+    """Of every block the teacher's block whose output it is to give: itself, unless depth pruning has renumbered them."""
+    depths = {"double": config.dims.double_blocks, "single": config.dims.single_blocks}
+    pruned: Mapping[str, list[int]] = config.provenance.get("teacher_outputs") or {}
+    return {kind: list(pruned.get(kind) or range(depth)) for kind, depth in depths.items()}
+
+
+def _stand_ins(config: FluxMoEConfig) -> list[tuple[str, int]]:
+    """The blocks of a depth-pruned student that stand in for several of the teacher's."""
+    found = []
+    for kind, outputs in _teacher_outputs(config).items():
+        before = [-1, *outputs[:-1]]
+        found += [
+            (kind, index) for index, (last, now) in enumerate(zip(before, outputs, strict=True)) if now > last + 1
+        ]
+    return found
+
+
+def _patterns_of_blocks(config: FluxMoEConfig) -> tuple[str, ...]:
+    grouped = [(group.kind, index) for group in config.groups for index in members(group)] + _stand_ins(config)
+    return tuple(f"{BLOCKS_OF_DIFFUSERS[kind]}.{index}.*" for kind, index in grouped)
