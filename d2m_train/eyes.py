@@ -1,0 +1,235 @@
+"""What a stage shows of itself while it runs: a progress bar, TensorBoard, log.jsonl, and W&B where it is asked for.
+
+log.jsonl has one object a line, each with its `step`: means over an interval, what is measured now and then, and events.
+A stage that goes on from a checkpoint cuts the lines beyond it, as they are about to be written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import UserError
+from .run_config import EyesSection
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LOG = "log.jsonl"
+SPOKEN = ("resumed", "stopped", "warning")  # events that are said on the terminal too
+
+
+class Eyes:
+    """Of one stage. Ranks other than the main one call the same methods and show nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: Path,
+        section: EyesSection,
+        *,
+        stage: str,
+        steps: int,
+        start: int,
+        main: bool,
+        run_name: str,
+    ) -> None:
+        """`folder`: the stage's. `tensorboard`: the run's, of which this stage takes a folder of its own.
+
+        `start`: the step that the stage goes on from; 0 is a new one. Raises UserError where W&B is asked for and missing.
+        """
+        self.folder, self.section, self.steps, self.main = folder, section, steps, main
+        self._step, self._sums, self._tokens, self._count = start, defaultdict[str, float | Tensor](float), 0, 0
+        self._begun = self._since = time.monotonic()
+        self._wandb: Any = None
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self._wandb = _open_wandb(folder, stage, run_name) if section.wandb else None
+        folder.mkdir(parents=True, exist_ok=True)
+        reached = _cut(folder / LOG, start)
+        self._log = (folder / LOG).open("a", buffering=1)
+        # TensorBoard leaves out what an earlier attempt wrote from this step on.
+        purge = None if reached is None else start + 1 if start else 0
+        self._writer = SummaryWriter(str(tensorboard / stage), purge_step=purge)
+        # On a terminal several times a second; in a file, where each is a line, twice a minute.
+        often = 0.2 if sys.stderr.isatty() else 30
+        self._bar = tqdm(desc=stage, total=steps, initial=start, unit="step", mininterval=often, dynamic_ncols=True)
+        if reached is not None:
+            self.event("resumed", reached=reached)
+
+    def __enter__(self) -> Eyes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(
+        self,
+        step: int,
+        losses: Mapping[str, float | Tensor],
+        *,
+        tokens: int,
+        learning_rate: float,
+        grad_norm: float | Tensor | None,
+    ) -> None:
+        """Once an optimizer step, counted from 1. `tokens`: how many the step trained on, over all ranks.
+
+        Scalars on a device are read when an interval ends, so that the host does not wait for each step.
+        """
+        self._step = step
+        if not self.main:
+            return
+        measured = {f"loss/{name}": value for name, value in losses.items()}
+        if grad_norm is not None:
+            measured["grad_norm"] = grad_norm
+        for name, value in measured.items():
+            self._sums[name] += value.detach() if isinstance(value, Tensor) else value
+        self._tokens, self._count = self._tokens + tokens, self._count + 1
+        self._learning_rate = learning_rate
+        self._bar.update()
+        if step % self.section.log_every == 0 or step == self.steps:
+            self._end_interval()
+
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Measurements of one step: to TensorBoard, log.jsonl and W&B as `prefix/name`."""
+        if not self.main:
+            return
+        named = {f"{prefix}/{name}" if prefix else name: float(value) for name, value in values.items()}
+        for name, value in named.items():
+            self._writer.add_scalar(name, value, step)
+        self._write({"step": step, **named})
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **named})
+
+    def image(self, step: int, name: str, image: Image) -> Path:
+        """To <stage>/<name>/step-000500.png, TensorBoard and W&B; gives the file."""
+        file = self.folder / name / f"step-{step:06}.png"
+        if not self.main:
+            return file
+        import numpy as np
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.convert("RGB").save(file)
+        pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, name: self._wandb.Image(image)})
+        return file
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """`resumed`, `saved`, `stopped` or `warning` (then with `message`), at the step last taken unless `step` is given."""
+        if not self.main:
+            return
+        fields = {"event": kind, "step": self._step, **fields}
+        self._write(fields)
+        if kind in SPOKEN:
+            said = fields.get("message") or ", ".join(
+                f"{key} {value}" for key, value in fields.items() if key != "event"
+            )
+            self._bar.write(f"{kind}: {said}", file=sys.stderr)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within does not count in tokens per second: validation, samples, checkpoints."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since += time.monotonic() - began
+
+    def close(self) -> None:
+        """What is left of an interval is written, and everything closed. May be called twice."""
+        if not self.main or self._log.closed:
+            return
+        self._end_interval()
+        self._bar.close()
+        self._writer.close()
+        self._log.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _end_interval(self) -> None:
+        if self._count == 0:
+            return
+        now = time.monotonic()
+        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        rate = self._tokens / max(now - self._since, 1e-9)
+        shown = {name.removeprefix("loss/"): f"{value:.4g}" for name, value in means.items() if name != "grad_norm"}
+        self._bar.set_postfix(shown | {"tokens/s": f"{rate:.3g}"}, refresh=False)
+        means |= {"learning_rate": self._learning_rate, "tokens_per_second": rate, "mean_of_steps": self._count}
+        self.scalars(self._step, means | {"seconds": now - self._begun})
+        self._sums.clear()
+        self._tokens, self._count, self._since = 0, 0, now
+
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        # JSON knows no NaN; null says that there was something, and no number.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._log.write(json.dumps(plain) + "\n")
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a last one that a crash cut short is left out."""
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut(log: Path, start: int) -> int | None:
+    """Leave out what lies beyond `start`; the step that had been reached. None where there is nothing to go on from."""
+    lines = read_log(log)
+    if not lines and not start:
+        log.unlink(missing_ok=True)
+        return None
+    # Of a stage that begins again nothing stays, not even what was measured before its first step.
+    kept = [line for line in lines if start and line["step"] <= start]
+    part = log.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(part, log)
+    return max([start, *(line["step"] for line in lines)])
+
+
+def _open_wandb(folder: Path, stage: str, run_name: str) -> Any:
+    """The wandb module with a run under way: the one of this stage before, where there was one."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
+        raise UserError(
+            "eyes.wandb is true, but wandb is not installed: pip install wandb, or eyes.wandb=false."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = folder / "wandb-id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    wandb.init(
+        project="dense2moe-flux",
+        name=f"{run_name} {stage}",
+        group=run_name,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(folder),
+    )
+    # W&B's own step only grows, and a resumed run's does not.
+    wandb.define_metric("step")
+    wandb.define_metric("*", step_metric="step")
+    return wandb
