@@ -254,7 +254,7 @@ def paper_layout(hidden_size: int) -> FFNLayout:
 
 def preset_layouts(dims: FluxDims) -> dict[str, FFNLayout]:
     """The paper's MoE layers: all FFNs but those of the first round(3 D / 19) double blocks (at least one)."""
-    dense = _dense_double_blocks(dims)
+    dense = dense_double_blocks(dims)
     layout = paper_layout(dims.hidden_size)
     skipped = tuple(f"double_blocks.{i}." for i in range(dense))
     return {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
@@ -268,7 +268,7 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
     """
     if name == "L":
         return ()
-    dense = _dense_double_blocks(dims)
+    dense = dense_double_blocks(dims)
     room = (dims.double_blocks - dense) // 3
     if room < 1:
         raise ConfigError(f"Preset {name} needs {dense + 3} double blocks or more; this FLUX has {dims.double_blocks}.")
@@ -296,5 +296,6 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
     return tuple(groups)
 
 
-def _dense_double_blocks(dims: FluxDims) -> int:
+def dense_double_blocks(dims: FluxDims) -> int:
+    """How many double blocks, the first ones, the presets leave dense and in no group."""
     return max(1, round(3 * dims.double_blocks / 19))

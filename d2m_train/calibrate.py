@@ -1,28 +1,32 @@
 """Calibration: what a conversion without training wants to know of the dense model.
 
-Neurons' importance (Eq. 6), some of every FFN's inputs, and conditioning vectors, gathered batch by batch. Each batch is
-a file of its own, written whole or not at all, so that an interrupted calibration goes on where it stopped and ends as
-if it had not been.
+Neurons' importance (Eq. 6), some of every FFN's inputs, conditioning vectors, and what every block does to its input
+(Fig. 3), gathered batch by batch. Each batch is a file of its own, written whole or not at all, so that an interrupted
+calibration goes on where it stopped and ends as if it had not been.
 
 Shapes: B batch, T image tokens, L text tokens, C channels of a token, H hidden size, N neurons, n samples.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from d2m_model.config import FluxDims
+from d2m_model.config import BlockGroup, FluxDims
 from d2m_model.conversion.adaln import VecMoments
+from d2m_model.conversion.block_routers import GroupObservations
+from d2m_model.conversion.groups import block_name, members
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.split import generator_for
+from d2m_model.mob import mean_tokens
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_model.tensor_writer import write
 
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
 KEY = "calibration"  # of a batch file's metadata: whose it is
+FORMAT = 2  # of a batch file: another one is another calibration
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -67,6 +72,22 @@ class Calibration:
         """Of silu(vec)."""
         return VecMoments.of(torch.cat(self._parts("silu_vec")))
 
+    def block_mse(self, block: str) -> float:
+        """The mean square of output - input (Fig. 3), over all samples, of double_blocks.i or single_blocks.i."""
+        return float(torch.cat(self._parts(f"change.{block}")).mean())
+
+    def group(self, group: BlockGroup) -> GroupObservations:
+        """What a group's router would see of every sample, and what its blocks did."""
+        changes = [
+            (torch.cat(self._parts(f"change.{block}")) / torch.cat(self._parts(f"size.{block}"))).sqrt()
+            for block in members(group)
+        ]
+        return GroupObservations(
+            x_mean_nH=torch.cat(self._parts(f"mean.{block_name(group.kind, group.first)}")),
+            vec_nH=torch.cat(self._parts("vec")),
+            change_nM=torch.stack(changes, dim=1),
+        )
+
     def _parts(self, name: str) -> list[Tensor]:
         parts = []
         for file in self.files:
@@ -90,7 +111,7 @@ def calibrate(
     `teacher` identifies the teacher; `progress` hears each batch's loss. Raises UserError if the data do not fit, or if
     the folder holds another calibration.
     """
-    identity = {"teacher": teacher, "data": data.identity, "ffns": len(ffns), **asdict(settings)}
+    identity = {"format": FORMAT, "teacher": teacher, "data": data.identity, "ffns": len(ffns), **asdict(settings)}
     files = [folder / f"batch-{index:05}.safetensors" for index in range(settings.batches)]
     missing = [index for index, file in enumerate(files) if not _is_ours(file, identity)]
     for index in sorted(set(range(len(files))) - set(missing)):
@@ -156,23 +177,40 @@ class Recorder:
         """The tensors of batch number `index`, on the CPU, and its loss."""
         generator = generator_for(self.settings.seed, f"batch {index}")
         t_B = self.levels[index * self.settings.batch_size :][: self.settings.batch_size]
+        batch = self._with_images(batch, generator)
         taylor = TaylorImportance.of(self.model, self.linears) if self.settings.taylor else None
-        with torch.set_grad_enabled(taylor is not None), self._inputs(batch, generator) as inputs:
+        with (
+            torch.set_grad_enabled(taylor is not None),
+            self._inputs(batch, generator) as inputs,
+            self._blocks() as blocks,
+        ):
             loss = flow_matching_loss(self.model, batch, t_B, generator)
             if taylor is not None:
                 loss.backward()
-        tensors = {f"inputs.{name}": tensor for name, tensor in inputs.items()}
+        tensors = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | blocks
         if taylor is not None:
             tensors |= {f"importance.{name}": tensor for name, tensor in taylor.close().items()}
         tensors["silu_vec"] = self._silu_vecs(batch, generator)
         return tensors, float(loss.detach())
+
+    def _with_images(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch; if it is prompts only, with the teacher's own images of them."""
+        if batch.tokens_BTC is not None:
+            return batch
+        from .noise import grid, shift_of, trajectory
+        from .run_config import TimestepsSection
+
+        section, count, length = TimestepsSection(), len(batch.pooled_BV), len(batch.image_ids_T3)
+        noise_BTC = torch.randn(count, length, self.dims.out_channels, generator=generator)
+        levels = grid(section.grid_steps, shift_of(length, section))
+        return replace(batch, tokens_BTC=trajectory(self.model, batch, noise_BTC, levels).cpu())
 
     @contextmanager
     def _inputs(self, batch: Batch, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Some inputs of every FFN during the `with`, chosen at random from image tokens and words."""
         count = -(-self.settings.tokens // self.settings.batches)
         words = batch.words_BL
-        both = torch.cat([words, torch.ones(batch.tokens_BTC.shape[:2], dtype=torch.bool)], 1)
+        both = torch.cat([words, torch.ones(batch.images().shape[:2], dtype=torch.bool)], 1)
         kept: dict[str, Tensor] = {}
 
         def watch(name: str, up: torch.nn.Linear) -> torch.utils.hooks.RemovableHandle:
@@ -194,6 +232,40 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _blocks(self) -> Iterator[dict[str, Tensor]]:
+        """Of every block during the `with`, float32: `mean` [B, H] of its input's tokens, mean squares [B] of the input
+        (`size`) and of output - input (`change`), of text and image together; and `vec` [B, H], which all of them get."""
+        kept: dict[str, Tensor] = {}
+
+        def watch(name: str, block: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+            takes = list(inspect.signature(block.forward).parameters)
+
+            @torch.no_grad()
+            def hook(_: torch.nn.Module, arguments: tuple, keywords: dict, found: tuple[Tensor, Tensor]) -> None:
+                if f"mean.{name}" in kept:
+                    return  # computed again for the backward pass, under gradient checkpointing
+                given = dict(zip(takes, arguments, strict=False)) | keywords
+                # diffusers' blocks give text before image.
+                x = (given["encoder_hidden_states"], given["hidden_states"])
+                changes = [after - before for before, after in zip(x, found, strict=True)]
+                kept[f"mean.{name}"] = mean_tokens(*x).cpu()
+                kept[f"size.{name}"] = _mean_square(x).cpu()
+                kept[f"change.{name}"] = _mean_square(changes).cpu()
+                kept["vec"] = given["temb"].float().cpu()
+
+            return block.register_forward_hook(hook, with_kwargs=True)
+
+        lists = (("double", self.model.transformer_blocks), ("single", self.model.single_transformer_blocks))
+        handles = [
+            watch(block_name(kind, index), block) for kind, blocks in lists for index, block in enumerate(blocks)
+        ]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @torch.no_grad()
     def _silu_vecs(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """[n, H]: the batch's pooled texts under other timesteps and guidances."""
@@ -208,9 +280,16 @@ class Recorder:
         return torch.nn.functional.silu(vec_nH.float()).cpu()
 
 
+def _mean_square(streams_BTH: Sequence[Tensor]) -> Tensor:
+    """[B]: over the tokens of all streams together, and their channels."""
+    squares = [stream.float().square().mean(dim=2) for stream in streams_BTH]
+    return torch.cat(squares, dim=1).mean(dim=1)
+
+
 def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the model's velocity against noise - image, at noise levels t in 0..1."""
-    noise = torch.randn(batch.tokens_BTC.shape, generator=generator)
-    noisy_BTC = noised(batch.tokens_BTC, noise, t_B)
-    found = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, model.config.guidance_embeds)
-    return (found.float() - (noise - batch.tokens_BTC).to(found.device)).square().mean()
+    images_BTC = batch.images()
+    noise_BTC = torch.randn(images_BTC.shape, generator=generator)
+    noisy_BTC = noised(images_BTC, noise_BTC, t_B)
+    found_BTC = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, model.config.guidance_embeds)
+    return (found_BTC.float() - (noise_BTC - images_BTC).to(found_BTC.device)).square().mean()

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from d2m_model import VERSION
-from d2m_model.config import (
-    FluxMoEConfig,
-    Gate,
-    PresetName,
-    adaln_rank_of,
-    paper_layout,
-    preset_groups,
-    preset_layouts,
-)
+from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.adaln import FittedModulations, VecMoments
+from d2m_model.conversion.block_routers import plan_block_routers, random_block_routers_of
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
-from d2m_model.conversion.ffn import FFNReport, Recipe, plan_with_data, plan_without_data
+from d2m_model.conversion.ffn import FFNReport, plan_with_data, plan_without_data
+from d2m_model.conversion.groups import auto_groups, block_names, with_choice
 from d2m_model.conversion.importance import weight_norm_importance
 from d2m_model.conversion.plan import FFNPlan, FFNWeights
 from d2m_model.keys import dense_shapes
@@ -37,77 +29,15 @@ from d2m_model.tensor_file import CheckpointError
 from . import UserError
 from .calibrate import Calibration, CalibrationSettings, calibrate
 from .conversion_report import Report, tell, write_report
+from .conversion_settings import ConversionSettings, Importance, config_of, settings_of
 from .data.batch import DataSource
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-    from .run_config import RunConfig
+__all__ = ["ConversionSettings", "Importance", "LoadTeacher", "convert", "settings_of"]
 
-Importance = Literal["taylor", "weight-norm"]
 LoadTeacher = Callable[[], "FluxTransformer2DModel"]
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class ConversionSettings:
-    """What is to be made of which teacher, and how.
-
-    teacher      what open_teacher reads; its weights go into the file
-    adaln_rank   of the AdaLN compression: `preset` is hidden size / 12, None leaves the modulations dense
-    importance   `taylor` needs data, as `recipe.needs_inputs` does
-    tokens       inputs kept of every FFN in calibration, in all
-    device       of calibration and planning; None: cuda if there is one, else cpu
-    folder       where the calibration is kept, and continued; None: beside `out` until that is written
-    report_file  the JSON report; None: beside `out`
-    fused        LoRAs in the teacher that `load_teacher` gives, with their strengths: part of the calibration's identity
-    """
-
-    teacher: Path
-    out: Path
-    preset: PresetName
-    recipe: Recipe
-    importance: Importance
-    adaln_rank: int | Literal["preset"] | None
-    batches: int
-    batch_size: int
-    tokens: int
-    device: str | None = None
-    folder: Path | None = None
-    report_file: Path | None = None
-    fused: str = ""
-
-    @property
-    def calibration_folder(self) -> Path:
-        return self.folder or self.out.with_name(f"{self.out.name}.calibration")
-
-    @property
-    def place(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | None) -> ConversionSettings:
-    """Of a run's stage `convert`: the file `out` of the teacher at `teacher_path`, its calibration kept in `folder`."""
-    method = run.convert
-    return ConversionSettings(
-        teacher=teacher_path,
-        out=out,
-        preset=run.student.preset,
-        recipe=Recipe(
-            experts=method.experts,
-            router=method.router,
-            mean=method.mean,
-            refit=method.refit,
-            top_k=run.student.top_k,
-            seed=run.seed,
-        ),
-        importance=method.importance,
-        adaln_rank=None if run.student.adaln_rank == "none" else run.student.adaln_rank,
-        batches=method.batches,
-        batch_size=method.batch_size,
-        tokens=method.tokens,
-        folder=folder,
-        fused=", ".join(f"{lora.path.absolute()} at {lora.strength:g}" for lora in run.teacher.loras),
-    )
 
 
 def convert(
@@ -130,72 +60,43 @@ def convert(
         refuse_same_file(teacher.files, settings.out)
         for note in teacher.notes:
             report(note)
-        config = _config(settings, teacher, data)
+        config = config_of(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
         calibration = None if data is None else _calibration(settings, teacher, config, data, load_teacher)
+        found = Report()
+        config, block_routers = _block_routers(settings, config, calibration, found)
         modulations = _modulations(teacher, config, calibration)
-        reports: dict[str, FFNReport] = {}
         with tqdm(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
             config = convert_file(
                 teacher,
                 settings.out,
                 config,
-                _planner(settings, config, calibration, reports),
+                _planner(settings, config, calibration, found.ffns),
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,
+                block_routers=block_routers,
                 progress=bar.update,
             )
     if calibration is not None and settings.folder is None:
         shutil.rmtree(settings.calibration_folder)
-    found = Report(config=config, ffns=reports, modulations={} if modulations is None else modulations.errors)
-    tell(found, settings.out, report)
-    write_report(found, settings.report_file or settings.out.with_name(f"{settings.out.name}.report.json"), report)
+    if modulations is not None:
+        found.modulations.update(modulations.errors)
+    tell(found, config, settings.out, report)
+    file = settings.report_file or settings.out.with_name(f"{settings.out.name}.report.json")
+    write_report(found, config, file, report)
     return config
 
 
 def _check(settings: ConversionSettings, data: DataSource | None) -> None:
     """Before minutes of calibration rather than after."""
-    recipe = settings.recipe
-    if data is None and (recipe.needs_inputs or settings.importance == "taylor"):
+    if data is None and settings.needs_data:
         raise UserError(
-            "This conversion asks the teacher itself (taylor, coactivation, ridge, mean or refit): give data."
-        )
-    if settings.preset != "L":
-        raise UserError(
-            f"Preset {settings.preset} comes with the block groups, in a later version; this one converts to L."
+            "This conversion asks the teacher itself (importance taylor, experts coactivation, routers ridge, mean, refit "
+            "or groups auto): give data."
         )
     folder = settings.out.absolute().parent
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder. Create it, or write elsewhere.")
-
-
-def _config(settings: ConversionSettings, teacher: DenseTeacher, data: DataSource | None) -> FluxMoEConfig:
-    recipe, hidden_size = settings.recipe, teacher.dims.hidden_size
-    experts = paper_layout(hidden_size).experts
-    if not 1 <= recipe.top_k <= experts:
-        raise UserError(f"--top-k is {recipe.top_k}; expected 1 to {experts}, the number of experts.")
-    rank = adaln_rank_of(hidden_size) if settings.adaln_rank == "preset" else settings.adaln_rank
-    if rank is not None and rank > hidden_size:
-        raise UserError(f"--adaln-rank is {rank}; expected 1 to {hidden_size}, the hidden size.")
-    how: dict[str, object] = {
-        "tool": f"ComfyUI-Dense2MoE {VERSION}",
-        "preset": settings.preset,
-        "importance": settings.importance,
-        **asdict(recipe),
-    }
-    if data is not None:
-        how["data"] = {"name": data.name, "batches": settings.batches, "batch_size": settings.batch_size}
-    return FluxMoEConfig(
-        dims=teacher.dims,
-        ffns=preset_layouts(teacher.dims),
-        groups=preset_groups(settings.preset, teacher.dims),
-        gate=Gate(mode="sum", scale=1.0),
-        top_k=recipe.top_k,
-        adaln_rank=rank,
-        split_only=rank is None and not recipe.refit,
-        teacher=describe_teacher(teacher),
-        provenance=how,
-    )
 
 
 # What is asked of the teacher
@@ -249,6 +150,31 @@ def _calibration(
             "; ".join(identity),
             progress,
         )
+
+
+def _block_routers(
+    settings: ConversionSettings, config: FluxMoEConfig, calibration: Calibration | None, report: Report
+) -> tuple[FluxMoEConfig, dict[str, Tensor]]:
+    """The configuration with its groups in their places, and their routers' tensors. Fills the report's blocks, groups."""
+    if calibration is not None:
+        report.blocks.update({name: calibration.block_mse(name) for name in block_names(config.dims)})
+    if settings.groups == "auto":
+        placed = auto_groups(settings.preset, config.dims, report.blocks)
+        config = replace(config, groups=with_choice(placed, settings.active, settings.selection))
+    tensors: dict[str, Tensor] = {}
+    for index, group in enumerate(config.groups):
+        name, seed = f"block_groups.{index}", settings.recipe.seed
+        if calibration is None:
+            routers = random_block_routers_of(name, group, config.dims.hidden_size, seed)
+        else:
+            try:
+                routers, report.groups[name] = plan_block_routers(
+                    name, group, calibration.group(group), settings.block_router, seed
+                )
+            except ValueError as error:
+                raise UserError(f"{name}: {error} Calibrate with more batches or larger ones.") from None
+        tensors |= {f"{name}.router_x.weight": routers.x_MH, f"{name}.router_y.weight": routers.y_MH}
+    return config, tensors
 
 
 def _modulations(

@@ -10,21 +10,30 @@ from pathlib import Path
 from statistics import mean
 
 from d2m_model.config import FluxMoEConfig
+from d2m_model.conversion.block_routers import GroupReport
 from d2m_model.conversion.ffn import FFNReport
+
+WAYS = ("random", "fixed", "ridge", "oracle")  # of choosing blocks: see GroupReport
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Report:
-    """Of a finished conversion: relative errors of FFNs and of modulations, by name; empty where nothing was measured."""
+    """What was measured, by name; empty where nothing was. Filled as the conversion goes.
 
-    config: FluxMoEConfig
+    ffns         errors of each FFN
+    modulations  |found - dense| / |dense| of each modulation's outputs
+    blocks       the mean square of output - input of every block of the teacher (Fig. 3)
+    groups       how each block group's routers choose
+    """
+
     ffns: dict[str, FFNReport] = field(default_factory=dict)
     modulations: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, GroupReport] = field(default_factory=dict)
 
 
-def tell(report: Report, out: Path, say: Callable[[str], object]) -> None:
+def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], object]) -> None:
     """The few figures that a user wants to see at once."""
-    config = report.config
     layout = next(iter(config.ffns.values()))
     say(
         f"{out}: {len(config.ffns)} FFNs, each {layout.shared} shared neurons and {layout.experts} experts of "
@@ -43,16 +52,41 @@ def tell(report: Report, out: Path, say: Callable[[str], object]) -> None:
             f"Relative error of the modulations' outputs at rank {config.adaln_rank}: "
             f"{mean(report.modulations.values()):.3f}; worst: {worst}, {report.modulations[worst]:.3f}"
         )
+    if config.groups:
+        _tell_groups(report, config, say)
 
 
-def write_report(report: Report, file: Path, say: Callable[[str], object]) -> None:
+def _tell_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], object]) -> None:
+    for group in config.groups:
+        last = group.first + group.blocks - 1
+        say(f"Of the {group.kind} blocks {group.first} to {last} {group.active} run ({group.selection}).")
+    if not report.groups:
+        say(
+            "Block routers are random, as the paper begins: they have to be trained. With data they begin with a preference."
+        )
+        return
+    ways = {way: [getattr(group, way) for group in report.groups.values()] for way in WAYS}
+    say(
+        "Block routers, on samples that no fit has seen: change of the blocks left out, as a part of the group's; and how"
+    )
+    say("often the choice is the oracle's, which knows the changes. Averaged over the groups:")
+    for way, choices in ways.items():
+        skipped, agreement = (
+            mean(getattr(choice, figure) for choice in choices) for figure in ("skipped", "agreement")
+        )
+        say(f"  {way:<8}left out {skipped:.3f}, as the oracle {agreement:.1%}")
+
+
+def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callable[[str], object]) -> None:
     """All figures, if there are any."""
-    if not (report.ffns or report.modulations):
+    if not (report.ffns or report.modulations or report.blocks):
         return
     content = {
-        "options": report.config.provenance,
+        "options": config.provenance,
         "ffns": {name: ffn.to_dict() for name, ffn in report.ffns.items()},
         "modulations": report.modulations,
+        "blocks": report.blocks,
+        "groups": {name: group.to_dict() for name, group in report.groups.items()},
     }
     file.write_text(json.dumps(content, indent=1) + "\n")
     say(f"All of them: {file}")

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from d2m_model.config import PresetName
+from d2m_model.config import PresetName, Selection
+from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts, Recipe
 from d2m_model.conversion.router_init import RouterInit
 
@@ -35,7 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="G", help="the FLUX-MoE file to write")
     parser.add_argument(
-        "--preset", choices=get_args(PresetName), default="L", help="L: experts in all blocks but the first (default)"
+        "--preset",
+        choices=get_args(PresetName),
+        default="L",
+        help="L: experts in all blocks but the first (default); M: also groups of double blocks of which one runs; "
+        "S and XS: of single blocks too",
+    )
+    parser.add_argument(
+        "--groups",
+        type=_groups,
+        default="preset",
+        metavar="preset|auto|LIST",
+        help="blocks of which some run (Mixture of Blocks): the preset's groups; as many and as large ones, placed where "
+        "blocks change least (needs --data); or a list such as double:4-6/1,single:10-14/1, first-last/active",
+    )
+    parser.add_argument(
+        "--active", type=_positive, default=1, metavar="N", help="blocks of a group that run (default: 1)"
+    )
+    parser.add_argument(
+        "--selection",
+        choices=get_args(Selection),
+        default="topk",
+        help="of a group, the best blocks (Eq. 5, default) or the best window of neighbours (Eq. 4)",
     )
     parser.add_argument("--data", metavar="emoji|FILE", help=f"calibration data: the demo's dataset, or {FILE_FORMAT}")
     parser.add_argument(
@@ -61,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(RouterInit),
         help="how routers begin: regression of the experts' outputs, mean W1 row, or at random as in the paper "
         "(default: ridge with --data, else centroid)",
+    )
+    method.add_argument(
+        "--block-router",
+        choices=get_args(BlockRouterInit),
+        help="how routers of block groups begin: regression of the blocks' changes, or at random as in the paper "
+        "(default: ridge with --data, else random)",
     )
     method.add_argument(
         "--mean",
@@ -101,6 +129,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _groups(text: str) -> str | tuple[str, ...]:
+    return text if text in ("preset", "auto") else tuple(text.split(","))
+
+
 def settings_of(args: argparse.Namespace) -> ConversionSettings:
     """The options with their defaults. Raises UserError for options that need data, or that --split-only excludes."""
     data, split_only = args.data is not None, args.split_only
@@ -122,6 +154,8 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
         "--mean": recipe.mean,
         "--refit": recipe.refit,
         "--importance taylor": importance == "taylor",
+        "--block-router ridge": args.block_router == "ridge",
+        "--groups auto": args.groups == "auto",
     }
     if not data and any(needs.values()):
         option = next(option for option, wanted in needs.items() if wanted)
@@ -130,6 +164,10 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
         teacher=args.teacher,
         out=args.out,
         preset=args.preset,
+        groups=args.groups,
+        active=args.active,
+        selection=args.selection,
+        block_router=args.block_router or ("ridge" if data else "random"),
         recipe=recipe,
         importance=importance,
         adaln_rank=None if split_only else args.adaln_rank or "preset",

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2m_model.config import PresetName, Selection
+from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts
 from d2m_model.conversion.router_init import RouterInit
 
@@ -23,6 +24,7 @@ Stage = Literal["convert", "shared", "experts", "blocks", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Count = Annotated[int, Field(ge=1)]
+Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -53,16 +55,24 @@ class StudentSection(Section):
     router: Literal["top_k", "capacity"] = "top_k"
     top_k: Count = 2
     adaln_rank: Count | Literal["preset", "none"] = "preset"
+    groups: Literal["preset", "auto"] | tuple[str, ...] = "preset"
+    """Blocks of which some run: the preset's groups; as many, placed where blocks change least; or a list of groups
+    such as double:4-6/1, first-last/active."""
+    active: Count = 1
+    """Blocks of a group that run, where `groups` does not say."""
     selection: Selection = "topk"
     """Of a block group: Eq. 5's best blocks, or Eq. 4's window."""
     dtype: Dtype = "float32"
     """Of the trained weights; mixed precision is training.mixed_precision."""
+    frozen_dtype: Dtype | None = None
+    """Of the weights that a stage leaves as they are (default: dtype); bfloat16 halves them, with mixed precision."""
 
 
 class ConvertSection(Section):
     importance: Literal["taylor", "weight-norm"] = "taylor"
     experts: Experts = "coactivation"
     router: RouterInit = "ridge"
+    block_router: BlockRouterInit = "ridge"
     mean: bool = True
     refit: bool = True
     batches: Count = 32
@@ -74,19 +84,33 @@ class DataSection(Section):
     source: Literal["emoji", "folder", "webdataset", "parquet", "prompts", "latents"]
     path: Path | None = None
     """A folder of images with .txt captions; shards; a parquet file; a file of prompts; precomputed latents."""
-    resolutions: tuple[Count, ...] = (1024,)
+    image_column: str | None = None
+    caption_column: str | None = None
+    """Of a parquet file; of a shard's .json the field; otherwise found by name and type."""
+    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1024,)
     """Pixels on the side of a square of the same area; each has its buckets of aspect ratios."""
+    enlarge: Annotated[float, Field(ge=1)] = 1.25
+    """Images are enlarged so much at most; those too small even for the smallest resolution are left out."""
     cache: Path | None = None
     """Latents and text embeddings by content (default: output_dir/cache)."""
     text_encoders: str | None = None
-    """A local folder or hub name of a diffusers FLUX pipeline."""
+    """A local folder or hub name of a diffusers FLUX pipeline, or `emoji` for the demo's prompt encoder."""
+    text_tokens: Count = 512
+    """T5's sequence length; longer captions are cut."""
     vae: str | None = None
+    """The same pipeline or another, a folder with the autoencoder alone, or `emoji`."""
+    encoder_dtype: Dtype = "bfloat16"
+    """Of text encoders and autoencoder, and of what the cache keeps of them."""
+    pool: Count | None = None
+    """Of the emoji dataset: so many pictures, encoded once, instead of new ones for every batch."""
 
     @model_validator(mode="after")
     def _complete(self) -> DataSection:
         if (self.source == "emoji") != (self.path is None):
             needs = "takes no path" if self.source == "emoji" else "needs a path"
             raise ValueError(f"source {self.source} {needs}")
+        if self.pool is not None and self.source != "emoji":
+            raise ValueError(f"pool is of source emoji; source {self.source} keeps all its samples")
         return self
 
 
@@ -147,7 +171,15 @@ class CheckpointsSection(Section):
 class EyesSection(Section):
     log_every: Count = 10
     validate_every: Count = 250
+    validation_batches: Count = 2
+    """Held-out batches, each asked at every one of the noise levels."""
+    validation_timesteps: Count = 5
     sample_every: Count = 500
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Images of a grid, from the source's own samples where there are no prompts."""
+    prompts: tuple[str, ...] = ()
+    sample_steps: Count = 20
+    sample_guidance: Weight = 3.5
     wandb: bool = False
 
 
@@ -162,6 +194,8 @@ class RunConfig(Section):
     seed: int = 0
     resume: Literal["latest", "never"] = "never"
     """`latest`: go on where the run in output_dir stopped, or start it."""
+    restart: Stage | None = None
+    """Make this stage of the run in output_dir anew, and those behind it."""
     stages: tuple[Stage, ...] = STAGES
     teacher: TeacherSection
     student: StudentSection

@@ -142,8 +142,8 @@ def test_mistakes_give_one_clear_line(teacher: Path, tmp_path: Path, capsys: pyt
     convert = ("convert", "--teacher", teacher, "--out", out)
     assert "no such file" in fails(capsys, "inspect", tmp_path / "none.safetensors")
     assert "no such file" in fails(capsys, "convert", "--teacher", tmp_path / "none", "--out", out)
-    assert "Preset XS comes with the block groups" in fails(capsys, *convert, "--preset", "XS")
-    for option in (("--importance", "taylor"), ("--experts", "coactivation"), ("--router", "ridge"), ("--refit",)):
+    assert "Preset XS needs 4 double blocks or more; this FLUX has 2" in fails(capsys, *convert, "--preset", "XS")
+    for option in (("--importance", "taylor"), ("--experts", "coactivation"), ("--router", "ridge"), ("--refit",), ("--groups", "auto")):
         assert f"{' '.join(option)} needs --data emoji or --data FILE" in fails(capsys, *convert, *option)
     assert "--adaln-rank changes weights, which --split-only forbids" in fails(
         capsys, *convert, "--split-only", "--adaln-rank", "8"

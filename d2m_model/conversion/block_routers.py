@@ -1,0 +1,114 @@
+"""Block routers of a group from calibration, and how well they choose.
+
+Shapes: n observations, H hidden size, M blocks of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import BlockGroup
+from ..mob import BlockRouters, BlockRouting, random_block_routers, ridge_block_routers, route_blocks
+from .split import generator_for
+
+BlockRouterInit = Literal["ridge", "random"]
+REPORTED = 4  # one observation in so many is kept from the fit that the report is of
+FEWEST = 2 * REPORTED  # observations
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class GroupObservations:
+    """A group in the dense model, of samples over prompts and timesteps: ahead of its first block the mean of all tokens
+    (mob.mean_tokens) and vec; and how much each block changes its input, |B(x) - x| / |x| over all tokens."""
+
+    x_mean_nH: Tensor
+    vec_nH: Tensor
+    change_nM: Tensor
+
+    def of(self, which_n: Tensor) -> GroupObservations:
+        return GroupObservations(
+            x_mean_nH=self.x_mean_nH[which_n], vec_nH=self.vec_nH[which_n], change_nM=self.change_nM[which_n]
+        )
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Choice:
+    """`agreement`: part of the chosen blocks that the oracle chooses too. `skipped`: the change of the blocks not chosen,
+    as a part of all of the group's."""
+
+    agreement: float
+    skipped: float
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class GroupReport:
+    """Ways to choose a group's blocks, on observations that no fit has seen.
+
+    `random` routers as the paper begins with; `fixed`: always the blocks that change most on average, which no router is
+    needed for; `ridge`; `oracle`: those of the largest change. `converted` is the file's, of the first or the third.
+    """
+
+    random: Choice
+    fixed: Choice
+    ridge: Choice
+    oracle: Choice
+    converted: BlockRouterInit
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def plan_block_routers(
+    name: str, group: BlockGroup, seen: GroupObservations, init: BlockRouterInit, seed: int
+) -> tuple[BlockRouters, GroupReport]:
+    """The group's routers, fitted to all observations, and what routers fitted to most of them do on the others.
+
+    Raises ValueError if there are fewer than FEWEST.
+    """
+    if len(seen.change_nM) < FEWEST:
+        raise ValueError(f"There are {len(seen.change_nM)} calibration samples; expected {FEWEST} or more.")
+    kept_n = torch.arange(len(seen.change_nM)) % REPORTED == 0
+    fit, rest = seen.of(~kept_n), seen.of(kept_n)
+    random = random_block_routers_of(name, group, seen.x_mean_nH.shape[1], seed)
+    fixed_nM = fit.change_nM.mean(dim=0).expand_as(rest.change_nM)
+    report = GroupReport(
+        random=_judge(rest, group, random),
+        fixed=_choice(rest, group, _best(fixed_nM, group)),
+        ridge=_judge(rest, group, _ridge(fit)),
+        oracle=_choice(rest, group, _best(rest.change_nM, group)),
+        converted=init,
+    )
+    return (_ridge(seen) if init == "ridge" else random), report
+
+
+def random_block_routers_of(name: str, group: BlockGroup, hidden_size: int, seed: int) -> BlockRouters:
+    """The paper's beginning, of this seed and group."""
+    return random_block_routers(group.blocks, hidden_size, generator_for(seed, f"{name} router"))
+
+
+def _ridge(seen: GroupObservations) -> BlockRouters:
+    return ridge_block_routers(seen.x_mean_nH, seen.vec_nH, seen.change_nM)
+
+
+def _best(score_nM: Tensor, group: BlockGroup) -> Tensor:
+    """bool [n, M]: what a router with these logits would choose."""
+    nothing_nM, identity_MM = torch.zeros_like(score_nM), 2 * torch.eye(group.blocks)  # alpha is 1/2
+    return route_blocks(score_nM, nothing_nM, identity_MM, identity_MM, group.active, group.selection).chosen_BM
+
+
+def _judge(seen: GroupObservations, group: BlockGroup, routers: BlockRouters) -> Choice:
+    routing: BlockRouting = route_blocks(
+        seen.x_mean_nH, seen.vec_nH, routers.x_MH, routers.y_MH, group.active, group.selection
+    )
+    return _choice(seen, group, routing.chosen_BM)
+
+
+def _choice(seen: GroupObservations, group: BlockGroup, chosen_nM: Tensor) -> Choice:
+    oracle_nM = _best(seen.change_nM, group)
+    agreement_n = (chosen_nM & oracle_nM).sum(dim=1) / max(1, group.active)
+    skipped_n = (seen.change_nM * ~chosen_nM).sum(dim=1) / seen.change_nM.sum(dim=1)
+    return Choice(agreement=float(agreement_n.mean()), skipped=float(skipped_n.mean()))

@@ -1,0 +1,96 @@
+"""Which blocks are grouped (Mixture of Blocks): a preset's groups, those of least change, or what the user says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..config import BlockGroup, ConfigError, FluxDims, PresetName, Selection, dense_double_blocks, preset_groups
+
+SYNTAX = "kind:first-last/active, such as double:4-6/1 or single:10-14 (active is then the default)"
+
+
+def block_name(kind: str, index: int) -> str:
+    """As in the file's keys: double_blocks.3, single_blocks.12."""
+    return f"{kind}_blocks.{index}"
+
+
+def block_names(dims: FluxDims) -> list[str]:
+    """Every block, in the order in which they run."""
+    doubles = [block_name("double", index) for index in range(dims.double_blocks)]
+    return doubles + [block_name("single", index) for index in range(dims.single_blocks)]
+
+
+def members(group: BlockGroup) -> list[str]:
+    return [block_name(group.kind, index) for index in range(group.first, group.first + group.blocks)]
+
+
+def with_choice(groups: Sequence[BlockGroup], active: int, selection: Selection) -> tuple[BlockGroup, ...]:
+    """The same blocks, of which `active` run."""
+    return tuple(replace(group, active=active, selection=selection) for group in groups)
+
+
+def parse_groups(texts: Sequence[str], active: int, selection: Selection) -> tuple[BlockGroup, ...]:
+    """Groups written as SYNTAX says, both ends included. Raises ConfigError for one that is not, or of one block."""
+    groups = []
+    for text in texts:
+        found = re.fullmatch(r"\s*(double|single):(\d+)-(\d+)(?:/(\d+))?\s*", text)
+        if found is None:
+            raise ConfigError(f"{text!r} is no block group; expected {SYNTAX}.")
+        kind, (first, last) = found[1], (int(found[2]), int(found[3]))
+        if last <= first:
+            raise ConfigError(f"{text!r} has {max(0, last - first + 1)} blocks; expected two or more, first to last.")
+        groups.append(
+            BlockGroup(
+                kind="double" if kind == "double" else "single",
+                first=first,
+                blocks=last - first + 1,
+                active=active if found[4] is None else int(found[4]),
+                selection=selection,
+            )
+        )
+    return tuple(groups)
+
+
+def auto_groups(preset: PresetName, dims: FluxDims, mse: Mapping[str, float]) -> tuple[BlockGroup, ...]:
+    """As many groups of each kind and size as the preset has, placed where blocks change least (Fig. 3).
+
+    `mse` is each block's, by name: the mean square of output - input. Of all placements of the groups side by side the
+    one whose blocks have the least in all, so that the blocks with the highest stay out; the preset's dense double
+    blocks stay out too.
+    """
+    groups: list[BlockGroup] = []
+    given = preset_groups(preset, dims)
+    for kind, first, depth in (
+        ("double", dense_double_blocks(dims), dims.double_blocks),
+        ("single", 0, dims.single_blocks),
+    ):
+        of_kind = [group for group in given if group.kind == kind]
+        if of_kind:
+            size = of_kind[0].blocks
+            costs = [mse[block_name(kind, index)] for index in range(first, depth)]
+            places = least_runs(costs, len(of_kind), size)
+            groups += [replace(group, first=first + place) for group, place in zip(of_kind, places, strict=True)]
+    return tuple(groups)
+
+
+def least_runs(costs: Sequence[float], runs: int, length: int) -> list[int]:
+    """Where `runs` runs of `length` neighbours begin, none overlapping, so that they cost least in all."""
+    if runs * length > len(costs):
+        raise ValueError(f"{runs} runs of {length} do not fit into {len(costs)}.")
+    # best[r][i]: r runs within the first i costs, as (their cost, where they begin).
+    best: list[list[tuple[float, list[int]] | None]] = [[(0.0, [])] * (len(costs) + 1)]
+    for _ in range(runs):
+        row: list[tuple[float, list[int]] | None] = [None] * length
+        for end in range(length, len(costs) + 1):
+            options = [row[end - 1]] if end > length else []
+            before = best[-1][end - length]
+            if before is not None:
+                begin = end - length
+                options.append((before[0] + sum(costs[begin:end]), [*before[1], begin]))
+            row.append(min((option for option in options if option is not None), default=None, key=lambda o: o[0]))
+        best.append(row)
+    found = best[-1][-1]
+    assert found is not None
+    return found[1]
