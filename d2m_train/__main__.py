@@ -18,7 +18,7 @@ COMMANDS = {
     "inspect": ("inspect_file", "say what a file is, and check it"),
     "report": ("report", "parameters and FLOPs of the presets"),
 }
-EXTRA = ("diffusers", "accelerate", "transformers", "tqdm", "PIL", "yaml", "matplotlib")
+EXTRA = ("diffusers", "accelerate", "transformers", "tqdm", "PIL", "yaml", "matplotlib", "pyarrow")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,13 +1,15 @@
 """What a FLUX is asked with in calibration and training, and what gives it: a batch, and a source of batches.
 
-Shapes: B batch, T image tokens, C channels of a token, L text tokens, D context width, V pooled width.
+Shapes: B batch, T image tokens, C channels of a token, L text tokens, D context width, V pooled width, P pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,19 +19,36 @@ from d2m_model.config import FluxDims
 from .. import UserError
 
 GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
+PATCH = 16  # pixels on the side of a token: 8 of the autoencoder times 2 of FLUX's patches
+
+Progress = Callable[[int, int], object]  # hears how many samples are done, and of how many
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """What a FLUX is asked with, but for noise and timestep. Float32, on the CPU."""
 
-    tokens_BTC: Tensor
+    tokens_BTC: Tensor | None  # None: prompts only
     context_BLD: Tensor
     pooled_BV: Tensor
     guidance_B: Tensor
     image_ids_T3: Tensor
     text_ids_L3: Tensor
     words_BL: Tensor  # bool: False for padding, which calibration leaves out where it can
+
+    def images(self) -> Tensor:
+        """tokens_BTC. Raises UserError if these are prompts only."""
+        if self.tokens_BTC is None:
+            raise UserError("The data are prompts only; calibration needs images or precomputed latents.")
+        return self.tokens_BTC
+
+
+class Texts(NamedTuple):
+    """Prompts as a FLUX reads them: float32, and bool for what is no padding. On the CPU."""
+
+    context_BLD: Tensor
+    pooled_BV: Tensor
+    words_BL: Tensor
 
 
 class DataSource(Protocol):
@@ -38,8 +57,20 @@ class DataSource(Protocol):
     name: str
     identity: str
 
+    def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
+        """Make this rank's share of what `batch` reads, so that training needs no encoders. May be interrupted."""
+        ...
+
     def batch(self, index: int, size: int, seed: int) -> Batch:
         """Number `index` of an endless sequence that depends on size and seed alone."""
+        ...
+
+    def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
+        """[B, 3, P, P] in 0..1, float32 on the CPU; None where no autoencoder is known."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Texts:
+        """Raises UserError where no text encoders are known."""
         ...
 
 
@@ -47,27 +78,46 @@ def batch_of(
     latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor, words_BL: Tensor | None = None
 ) -> Batch:
     """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches. Without `words_BL` nothing is padding."""
-    height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
+    texts = Texts(context, pooled, torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL)
+    batch = prompts_of(texts, guidance, (8 * latents.shape[-1], 8 * latents.shape[-2]))
+    batch.tokens_BTC = rearrange(latents.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    return batch
+
+
+def prompts_of(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch:
+    """A batch without images, for images of `size`: width and height in pixels."""
+    width, height = size[0] // PATCH, size[1] // PATCH
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
     ids[..., 2] = torch.arange(width)
     return Batch(
-        tokens_BTC=rearrange(latents.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
-        context_BLD=context.float(),
-        pooled_BV=pooled.float(),
-        guidance_B=guidance.float(),
+        tokens_BTC=None,
+        context_BLD=texts.context_BLD.float(),
+        pooled_BV=texts.pooled_BV.float(),
+        guidance_B=guidance_B.float(),
         image_ids_T3=ids.flatten(0, 1),
-        text_ids_L3=torch.zeros(context.shape[1], 3),
-        words_BL=torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL,
+        text_ids_L3=torch.zeros(texts.context_BLD.shape[1], 3),
+        words_BL=texts.words_BL,
     )
+
+
+def latents_of(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
+    """[B, channels, height, width]: what `batch_of` cut into tokens."""
+    height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
+    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
+
+
+def draw_guidance(limits: tuple[float, float], index: int, size: int, seed: int) -> Tensor:
+    """[size]: the guidance of batch number `index`, uniform within the limits."""
+    return torch.from_numpy(np.random.default_rng((seed, index, 1)).uniform(*limits, size)).float()
 
 
 def check_fits(batch: Batch, dims: FluxDims) -> None:
     """Raises UserError if the data are not of this FLUX's widths."""
-    for what, found, expected in (
-        ("image tokens", batch.tokens_BTC.shape[-1], dims.in_channels),
-        ("context", batch.context_BLD.shape[-1], dims.context_size),
-        ("pooled text", batch.pooled_BV.shape[-1], dims.vector_size),
+    for what, tensor, expected in (
+        ("image tokens", batch.tokens_BTC, dims.in_channels),
+        ("context", batch.context_BLD, dims.context_size),
+        ("pooled text", batch.pooled_BV, dims.vector_size),
     ):
-        if found != expected:
-            raise UserError(f"The data's {what} are {found} wide; this teacher's are {expected}.")
+        if tensor is not None and tensor.shape[-1] != expected:
+            raise UserError(f"The data's {what} are {tensor.shape[-1]} wide; this teacher's are {expected}.")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, batch_of
+from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance, latents_of
+from .encoders import Autoencoder, TextEncoders, no_text_encoders
+from .order import places
 
 FILE_FORMAT = (
     "a .safetensors with `latents` [N, channels, height, width] in FLUX's model space ((latent - 0.1159) * 0.3611), "
@@ -20,10 +23,20 @@ FILE_FORMAT = (
 
 
 class LatentFile:
-    """Precomputed latents and text features, so that a real FLUX is calibrated without its text encoders."""
+    """Precomputed latents and text features, so that a real FLUX is calibrated without its text encoders.
 
-    def __init__(self, path: Path) -> None:
+    Autoencoder and text encoders, where given, serve `decode` and `encode_prompts` alone.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        guidance: tuple[float, float] = GUIDANCE,
+        autoencoder: Autoencoder | None = None,
+        text_encoders: TextEncoders | None = None,
+    ) -> None:
         self.name = path.name
+        self.guidance, self.autoencoder, self.text_encoders = guidance, autoencoder, text_encoders
         self.file = TensorFile(path)
         self.identity = f"{path.absolute()}, {self.file.size} bytes, modified {path.stat().st_mtime_ns}"
         shapes = self.file.shapes
@@ -37,20 +50,30 @@ class LatentFile:
         if shapes["latents"][2] % 2 or shapes["latents"][3] % 2 or shapes["latents"][0] == 0:
             raise UserError(f"{path}: latents is {list(shapes['latents'])}; expected samples of even height and width.")
 
+    def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
+        """Nothing: everything is there."""
+
     def batch(self, index: int, size: int, seed: int) -> Batch:
         """The samples in random order, in another one when they run out."""
         tensors = {name: self.file.tensor(name) for name in self.file.shapes}
-        samples = len(tensors["latents"])
-        places = range(index * size, (index + 1) * size)
-        orders = {
-            turn: np.random.default_rng((seed, turn)).permutation(samples) for turn in {p // samples for p in places}
-        }
-        chosen = torch.tensor([orders[place // samples][place % samples] for place in places])
+        chosen = torch.tensor(places(len(tensors["latents"]), index * size, size, (seed,)))
         context = tensors["context"][chosen]
-        guidance = torch.from_numpy(np.random.default_rng((seed, index, 1)).uniform(*GUIDANCE, size))
+        guidance = draw_guidance(self.guidance, index, size, seed)
         if "guidance" in tensors:
             guidance = tensors["guidance"][chosen]
         words_BL = None
         if "text_tokens" in tensors:
             words_BL = torch.arange(context.shape[1]) < tensors["text_tokens"][chosen, None]
         return batch_of(tensors["latents"][chosen], context, tensors["pooled"][chosen], guidance, words_BL)
+
+    def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
+        """[B, 3, P, P] in 0..1; None where no autoencoder is given."""
+        if self.autoencoder is None:
+            return None
+        return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Texts:
+        """Raises UserError where no text encoders are given."""
+        if self.text_encoders is None:
+            raise no_text_encoders()
+        return self.text_encoders.encode(prompts)

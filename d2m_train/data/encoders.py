@@ -1,0 +1,208 @@
+"""Text encoders and autoencoder of a FLUX, from a diffusers pipeline: loaded when they are asked, let go afterwards.
+
+Shapes: B batch, L text tokens, D context width, V pooled width, P pixels; latents are [B, channels, P/8, P/8].
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import UserError
+from .batch import PATCH, Texts
+
+PIPELINE = (
+    "a diffusers FLUX pipeline (a folder, or its name on the hub) with text_encoder, text_encoder_2, tokenizer, "
+    "tokenizer_2 and model_index.json"
+)
+SAMPLE, SAMPLES = 1 << 16, 64  # bytes and pieces of a large file that tell it from another
+
+
+class TextEncoders(Protocol):
+    """`identity` tells other weights, or other lengths, from these."""
+
+    identity: str
+
+    def encode(self, prompts: Sequence[str]) -> Texts: ...
+
+    def release(self) -> None:
+        """Give back the memory; `encode` loads again."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """Images are [B, 3, P, P] in 0..1, latents those of FLUX's model space. Both float32 on the CPU."""
+
+    identity: str
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def release(self) -> None: ...
+
+
+def no_text_encoders() -> UserError:
+    return UserError(f"No text encoders are known to encode prompts with: set data.text_encoders to {PIPELINE}.")
+
+
+class FluxTextEncoders:
+    """CLIP's pooled vector and T5's sequence, as FluxPipeline makes them; prompts longer than `tokens` are cut."""
+
+    def __init__(self, name: str, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """Raises UserError if there is no such pipeline."""
+        self.name, self.tokens, self.dtype, self.device = name, tokens, dtype, device
+        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        self.folder = _found(name, parts, "data.text_encoders", PIPELINE)
+        self.identity = f"{fingerprint(self.folder, parts)}, {tokens} tokens, {dtype}"
+        self._pipeline: Any = None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Texts:
+        """One by one: what stands beside a prompt shall not change its last bit."""
+        pipeline = self._loaded()
+        rows = []
+        for prompt in prompts:
+            context, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=self.tokens)
+            words = pipeline.tokenizer_2(
+                prompt, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
+            ).attention_mask
+            rows.append((context.float().cpu(), pooled.float().cpu(), words.bool()))
+        return Texts(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+    def release(self) -> None:
+        """Give back the memory; `encode` loads again."""
+        self._pipeline = None
+        _give_back(self.device)
+
+    def _loaded(self) -> Any:
+        if self._pipeline is None:
+            from diffusers import FluxPipeline
+
+            with _loading(self.folder, PIPELINE):
+                self._pipeline = FluxPipeline.from_pretrained(
+                    self.folder, transformer=None, vae=None, scheduler=None, torch_dtype=self.dtype
+                ).to(self.device)
+        return self._pipeline
+
+
+class FluxAutoencoder:
+    """FLUX's AutoencoderKL: the mean of its latents, shifted and scaled as its configuration says."""
+
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        """`name`: a pipeline, or a folder that holds the autoencoder alone. Raises UserError if there is none."""
+        self.name, self.dtype, self.device = name, dtype, device
+        alone = (Path(name) / "config.json").is_file()
+        expected = "a diffusers FLUX pipeline (a folder, or its name on the hub) with vae, or the folder vae itself"
+        self.folder = Path(name) if alone else _found(name, ("vae",), "data.vae", expected) / "vae"
+        self.identity = f"{fingerprint(self.folder, ('.',))}, {dtype}"
+        self._vae: Any = None
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """One by one, as texts are."""
+        vae = self._loaded()
+        place = {"device": self.device, "dtype": self.dtype}
+        found = torch.cat([vae.encode(image[None].to(**place) * 2 - 1).latent_dist.mode().cpu() for image in images])
+        return (found.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self._loaded()
+        latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        place = {"device": self.device, "dtype": self.dtype}
+        images = torch.cat([vae.decode(latent[None].to(**place), return_dict=False)[0].cpu() for latent in latents])
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def release(self) -> None:
+        """Give back the memory; the next call loads again."""
+        self._vae = None
+        _give_back(self.device)
+
+    def _loaded(self) -> Any:
+        if self._vae is None:
+            from diffusers import AutoencoderKL
+
+            with _loading(self.folder, "an AutoencoderKL in diffusers' layout"):
+                vae = AutoencoderKL.from_pretrained(self.folder, torch_dtype=self.dtype)
+            shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
+            if shrinks * 2 != PATCH:
+                raise UserError(
+                    f"{self.folder}: this autoencoder makes images {shrinks} times smaller; FLUX's makes 8."
+                )
+            self._vae = vae.to(self.device).requires_grad_(False)
+        return self._vae
+
+
+def fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """Tells other weights from these without reading all of them: names, sizes and SAMPLES pieces of every file.
+
+    It does not depend on where the folder lies or when it was written.
+    """
+    digest = hashlib.sha256()
+    files = sorted(file for part in parts for file in (folder / part).rglob("*") if file.suffix in _PARTS)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size};".encode())
+        with open(file, "rb") as stored:
+            if size <= SAMPLE * SAMPLES:
+                digest.update(stored.read())
+            else:
+                for piece in range(SAMPLES):
+                    stored.seek(piece * (size - SAMPLE) // (SAMPLES - 1))
+                    digest.update(stored.read(SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+_PARTS = {".json", ".safetensors", ".bin", ".model", ".txt"}
+
+
+def _found(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
+    """The pipeline's folder: a local one, or the hub's in its cache. Raises UserError if parts are missing."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise UserError(f"{field}: {name}: there is no such folder. Expected {expected}.")
+        from huggingface_hub import snapshot_download
+
+        patterns = ["model_index.json", *(f"{part}/*{kind}" for part in parts for kind in sorted(_PARTS - {".bin"}))]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:  # the hub's and the network's are many
+            raise UserError(
+                f"{field}: {name}: there is no such folder, and the hub did not give it ({_first_line(error)}). "
+                f"Expected {expected}."
+            ) from None
+    needed = [*parts, *(["model_index.json"] if len(parts) > 1 else [])]
+    if missing := [part for part in needed if not (folder / part).exists()]:
+        raise UserError(f"{field}: {folder} has no {', '.join(missing)}. Expected {expected}.")
+    return folder
+
+
+@contextmanager
+def _loading(folder: Path, expected: str) -> Iterator[None]:
+    """Errors of the libraries as the user's, and `torch_dtype`, which every supported version knows, without a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder}: cannot be loaded as {expected}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _give_back(device: torch.device | str) -> None:
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
