@@ -81,13 +81,54 @@ class FusedFFN:
     expert_mean_EH: Tensor | None
     capacity: CapacityTensors | None = None  # None: a top-k router
 
+    @classmethod
+    def empty(
+        cls,
+        hidden_size: int,
+        layout: FFNLayout,
+        *,
+        router_bias: bool,
+        expert_mean: bool,
+        predictor_width: int | None,
+        device: str | torch.device = "meta",
+    ) -> FusedFFN:
+        """The right shapes and nothing in them. `predictor_width`: of a capacity router; None is a top-k router."""
+
+        def tensor(*shape: int) -> Tensor:
+            return torch.empty(*shape, device=device)
+
+        experts, neurons = layout.experts, layout.neurons
+        capacity = predictor_width and CapacityTensors(
+            in_weight_DH=tensor(predictor_width, hidden_size),
+            in_bias_D=tensor(predictor_width),
+            out_weight_ED=tensor(experts, predictor_width),
+            out_bias_E=tensor(experts),
+            threshold_E=tensor(experts),
+            scale_1=tensor(1),
+        )
+        return cls(
+            up_weight_NH=tensor(neurons, hidden_size),
+            up_bias_N=tensor(neurons),
+            down_weight_HN=tensor(hidden_size, neurons),
+            down_bias_H=tensor(hidden_size),
+            router_weight_EH=tensor(experts, hidden_size),
+            router_bias_E=tensor(experts) if router_bias else None,
+            expert_mean_EH=tensor(experts, hidden_size) if expert_mean else None,
+            capacity=capacity or None,
+        )
+
+
+def recomputed() -> bool:
+    """Whether this forward is one that a checkpoint (non-reentrant) runs again, in the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
 
 class CapacityPredictor(nn.Module):
     """A capacity router's parameters (`in_layer`, `out_layer`) and buffers (`threshold` [E], `scale` [1]) beside W_g.
 
     `capacity` is for training: how many experts a token has on average; `factor` scales the thresholds otherwise.
     In training it keeps what the last pool was routed to, until `update_threshold`. A forward that is recomputed in the
-    backward pass routes the same pool again and so changes nothing.
+    backward pass routes the same pool again and leaves what is kept as it is.
     """
 
     threshold: Tensor
@@ -129,7 +170,12 @@ class MoEFFN(nn.Module):
     Parameters: `shared_up` and `shared_down` (linear layers), `routed_up` [E, F, H], `routed_up_bias` [E, F],
     `routed_down` [E, H, F], `router` (a linear layer) and, if the file has them, `expert_mean` [E, H] and `capacity`
     (a CapacityPredictor), which then routes in place of `top_k`: by pool in training, else by its thresholds.
+
+    experts_on  False leaves the shared expert alone: no router, no experts, no means (training's first stage)
+    routing     in training what the last forward chose, for the losses, until it is set to None; None otherwise
     """
+
+    routing: Routing | UnevenRouting | None
 
     def __init__(
         self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, capacity: float | None = None
@@ -137,6 +183,7 @@ class MoEFFN(nn.Module):
         """`capacity`: of the configuration's capacity router, where there is one; None is top_k."""
         super().__init__()
         self.layout, self.gate, self.top_k = layout, gate, top_k
+        self.experts_on, self.routing = True, None
         shared = slice(0, layout.shared)
         up_EFH, up_bias_EF, down_HEF = expert_views(fused.up_weight_NH, fused.up_bias_N, fused.down_weight_HN, layout)
         self.shared_up = _linear(fused.up_weight_NH[shared], fused.up_bias_N[shared])
@@ -159,19 +206,42 @@ class MoEFFN(nn.Module):
         tensors = capacity.tensors()
         if not self.training:
             return route_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=self.gate, factor=capacity.factor)
-        capacity.pooled = route_pool(
+        pooled = route_pool(
             x_TH, weight_EH, bias_E, tensors, gate=self.gate, capacity=capacity.capacity, pool_P=capacity.pool_P
         )
-        return capacity.pooled.routing
+        if not recomputed():
+            capacity.pooled = pooled
+        return pooled.routing
 
     def forward(self, x: Tensor) -> Tensor:
         """As `moe_ffn`: [..., H] to [..., H]."""
         x_TH = x.reshape(-1, x.shape[-1])
-        down_HEF = self.routed_down.transpose(0, 1)
-        y_TH = self.shared_down(F.gelu(self.shared_up(x_TH), approximate="tanh")) + routed_experts(
-            x_TH, self.route(x_TH), self.routed_up, self.routed_up_bias, down_HEF, self.expert_mean
-        )
+        y_TH: Tensor = self.shared_down(F.gelu(self.shared_up(x_TH), approximate="tanh"))
+        routing = None
+        if self.experts_on:
+            routing = self.route(x_TH)
+            down_HEF = self.routed_down.transpose(0, 1)
+            y_TH = y_TH + routed_experts(x_TH, routing, self.routed_up, self.routed_up_bias, down_HEF, self.expert_mean)
+        if not (self.training and recomputed()):
+            self.routing = routing if self.training else None
         return y_TH.view(x.shape)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights of nn.Linear's size; routers are never zero, means and thresholds are none."""
+        hidden_size, width = self.routed_down.shape[1:]
+        for layer in (self.shared_up, self.shared_down, self.router):
+            layer.reset_parameters()
+        for tensor in (self.routed_up, self.routed_up_bias):
+            tensor.uniform_(-(hidden_size**-0.5), hidden_size**-0.5)
+        self.routed_down.uniform_(-(width**-0.5), width**-0.5)
+        if self.expert_mean is not None:
+            self.expert_mean.zero_()
+        if self.capacity is not None:
+            self.capacity.in_layer.reset_parameters()
+            self.capacity.out_layer.reset_parameters()
+            self.capacity.threshold.fill_(0.5)
+            self.capacity.scale.fill_(1)
 
     @torch.no_grad()
     def fused(self) -> FusedFFN:

@@ -1,0 +1,197 @@
+"""FluxMoETransformer2DModel: a FLUX-MoE in diffusers, in a FluxPipeline as in the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from ...checkpoint import check_file, optional_tensors
+from ...config import FluxMoEConfig, Gate
+from ...keys import diffusers_sources
+from ...moe import FusedFFN, MoEFFN
+from ...tensor_file import TensorFile
+from .blocks import CHOICES, RoutedSingleTransformerBlock, RoutedTransformerBlock
+from .dense import transformer_options
+from .modules import AdaLNIn, BlockGroupRouter, Choices, CompressedModulation, Member, SingleExpertOut
+from .places import ffn_module
+from .tensors import fill, refuse_quantised
+
+
+class FluxMoETransformer2DModel(FluxTransformer2DModel):
+    """diffusers' FLUX.1 transformer with MoE FFNs, compressed modulations and block groups, as its configuration says.
+
+    flux_moe      its FluxMoEConfig
+    optional      names of the file's tensors that not every FLUX-MoE has (checkpoint.optional_tensors)
+    adaln_in      U of the AdaLN compression, where there is one
+    block_groups  a BlockGroupRouter for each of the configuration's groups; `active` and `selection` may be set
+
+    On the meta device it has every parameter by name and shape. In train() all blocks run on all samples and are masked
+    (ranks of a sharded run must not differ); in eval() a block runs on the samples that chose it.
+    """
+
+    _keep_in_fp32_modules = ["router", "router_x", "router_y", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
+    config_keys = ("flux_moe", "optional")  # of config.json what makes a model; diffusers' own stand beside them
+
+    block_groups: nn.ModuleList
+    adaln_in: AdaLNIn | None
+
+    def __init__(self, flux_moe: FluxMoEConfig | Mapping[str, Any], optional: Iterable[str] = ()) -> None:
+        config = flux_moe if isinstance(flux_moe, FluxMoEConfig) else FluxMoEConfig.from_json(json.dumps(flux_moe))
+        super().__init__(**transformer_options(config.dims))
+        self.flux_moe, self.optional = config, tuple(optional)
+        self.register_to_config(flux_moe=json.loads(config.to_json()), optional=list(self.optional))
+        hidden_size, device = config.dims.hidden_size, self.x_embedder.weight.device
+        self.adaln_in = None
+        if config.adaln_rank is not None:
+            self.adaln_in = AdaLNIn(hidden_size, config.adaln_rank, bias=False)
+            self._compress_modulations(self.adaln_in)
+        for name in config.ffns:
+            self._route_ffn(name)
+        for moe in self.moe_ffns().values():
+            if device.type != "meta":
+                moe.to_empty(device=device)
+                moe.reset_parameters()
+                moe.get_buffer("neuron_order").copy_(torch.arange(moe.layout.neurons))
+        self.block_groups = nn.ModuleList(BlockGroupRouter(group, hidden_size) for group in config.groups)
+        if config.groups:
+            self._group_blocks()
+
+    def _compress_modulations(self, adaln_in: AdaLNIn) -> None:
+        for name, source in diffusers_sources(self.flux_moe.dims).items():
+            if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+                owner, _, attribute = source.names[0].removesuffix(".weight").rpartition(".")
+                setattr(self.get_submodule(owner), attribute, CompressedModulation(adaln_in, source.rows[0]))
+
+    def _route_ffn(self, name: str) -> None:
+        config, layout = self.flux_moe, self.flux_moe.ffns[name]
+        hidden_size, capacity = config.dims.hidden_size, config.capacity_router
+        fused = FusedFFN.empty(
+            hidden_size,
+            layout,
+            router_bias=f"{name}.router.bias" in self.optional,
+            expert_mean=f"{name}.expert_mean" in self.optional,
+            predictor_width=None if capacity is None else capacity.width,
+        )
+        moe = MoEFFN(
+            fused,
+            layout=layout,
+            gate=config.gate,
+            top_k=config.top_k,
+            capacity=None if capacity is None else capacity.capacity,
+        )
+        moe.register_buffer("neuron_order", torch.empty(layout.neurons, dtype=torch.int32, device="meta"))
+        owner, _, attribute = ffn_module(name).rpartition(".")
+        if attribute != "moe":
+            setattr(self.get_submodule(owner), attribute, moe)
+            return
+        block = self.get_submodule(owner.removesuffix(".proj_out"))
+        block.proj_mlp, block.act_mlp = nn.Identity(), nn.Identity()
+        block.proj_out = SingleExpertOut(nn.Linear(hidden_size, hidden_size, bias=False), moe)
+
+    def _group_blocks(self) -> None:
+        """All blocks are told of the choices, those of a group heed them."""
+        for blocks, kind in (
+            (self.transformer_blocks, RoutedTransformerBlock),
+            (self.single_transformer_blocks, RoutedSingleTransformerBlock),
+        ):
+            for block in blocks:
+                block.__class__ = kind  # the same parameters and submodules; constructing it anew would make them twice
+        for index, group in enumerate(self.flux_moe.groups):
+            blocks = self.transformer_blocks if group.kind == "double" else self.single_transformer_blocks
+            for place in range(group.blocks):
+                blocks[group.first + place].member = Member(group=index, block=place)
+        kinds = [kind.__name__ for kind in (RoutedTransformerBlock, RoutedSingleTransformerBlock)]
+        self._no_split_modules = self._repeated_blocks = kinds
+
+    # Files
+
+    @classmethod
+    def from_flux_moe(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> FluxMoETransformer2DModel:
+        """A FLUX-MoE file as a model in eval(); `dtype` None keeps the file's (float8 becomes bfloat16).
+
+        Routers, expert means, thresholds and U keep the file's dtypes. Raises CheckpointError for a file that is none, or
+        is quantised. Nothing is held twice.
+        """
+        config = check_file(path)
+        with TensorFile(path) as file:
+            refuse_quantised(file)
+            with torch.device("meta"):
+                model = cls(config, tuple(name for name in optional_tensors(config) if name in file.shapes))
+            fill(model, config, model.optional, file.tensor, dtype, device)
+        found: FluxMoETransformer2DModel = model.eval()
+        return found
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        own = {key: config_dict[key] for key in config_dict if key in cls.config_keys or key.startswith("_")}
+        return super().extract_init_dict(own, **kwargs)
+
+    # Settings
+
+    def moe_ffns(self) -> dict[str, MoEFFN]:
+        """Every MoE FFN by its name in the file (double_blocks.0.img_mlp ...), in the order of the configuration."""
+        found = {name: self.get_submodule(ffn_module(name)) for name in self.flux_moe.ffns}
+        return {name: moe for name, moe in found.items() if isinstance(moe, MoEFFN)}
+
+    def set_top_k(self, top_k: int) -> None:
+        """Experts of a token in every FFN, 0 to all. ValueError for another number."""
+        for name, moe in self.moe_ffns().items():
+            if not 0 <= top_k <= moe.layout.experts:
+                raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
+            moe.top_k = top_k
+
+    def set_gate(self, gate: Gate) -> None:
+        for moe in self.moe_ffns().values():
+            moe.gate = gate
+
+    def set_capacity_factor(self, factor: float) -> None:
+        """Of capacity routers: the compute slider, 1 is the file's own (capacity.route_by_threshold)."""
+        for moe in self.moe_ffns().values():
+            if moe.capacity is not None:
+                moe.capacity.factor = factor
+
+    def clear_routings(self) -> None:
+        """Forget what the last forward in training chose."""
+        for router in (*self.moe_ffns().values(), *self.block_groups):
+            router.routing = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Any = None,
+        controlnet_single_block_samples: Any = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Any:
+        """As FluxTransformer2DModel.forward."""
+        if self.block_groups:
+            joint_attention_kwargs = {**(joint_attention_kwargs or {}), CHOICES: Choices(routers=self.block_groups)}
+        return super().forward(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=guidance,
+            joint_attention_kwargs=joint_attention_kwargs,
+            controlnet_block_samples=controlnet_block_samples,
+            controlnet_single_block_samples=controlnet_single_block_samples,
+            return_dict=return_dict,
+            controlnet_blocks_repeat=controlnet_blocks_repeat,
+        )
