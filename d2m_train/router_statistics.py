@@ -1,0 +1,177 @@
+"""What the routers do in training: load, entropy, dead experts, balance, and which blocks are chosen.
+
+Sums stay on the device until an interval ends; then they are reduced over ranks at once. Padding text tokens are left
+out of everything but the balance loss, which is given with and without them (Sec. 4.4: they go to the same experts).
+
+Shapes: B batch, T tokens, E experts, A assignments, M blocks of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from d2m_model.mob import BlockRouting
+from d2m_model.moe import MoEFFN
+from d2m_model.routers import Routing, UnevenRouting
+
+from .data.batch import Batch
+from .eyes import Eyes
+from .losses import balance_loss
+from .step import kept_tokens
+
+if TYPE_CHECKING:
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterSummary:
+    """Of one interval. `scalars`: `<ffn>/<measure>` of each layer, `<measure>` of all; `dead`: experts without a token.
+
+    load: of each FFN the fraction of assignments that each expert got. blocks: of each group how often a block ran.
+    """
+
+    scalars: dict[str, float]
+    load: dict[str, list[float]]
+    dead: dict[str, list[int]]
+    blocks: list[list[float]]
+
+
+@dataclass(slots=True)
+class RouterStatistics:
+    """Of a student in training: `add` after every step, `report` at the end of an interval, on every rank alike."""
+
+    model: FluxMoETransformer2DModel
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _warned: dict[str, list[int]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, batch: Batch | None = None) -> None:
+        """What MoEFFNs and block groups chose in the last forward. `batch` is the one that they saw: it knows the padding."""
+        kept: dict[str, Tensor] = {}
+        for name, moe in self.model.moe_ffns().items():
+            if moe.routing is None:
+                continue
+            kind = name.rpartition(".")[2] if name.startswith("double") else "single"
+            if batch is not None and kind not in kept:
+                kept[kind] = kept_tokens(name, batch).to(moe.routing.logits_TE.device)
+            self._add(name, layer_sums(moe.routing, kept.get(kind)))
+        for number, group in enumerate(self.model.block_groups):
+            if isinstance(group.routing, BlockRouting):
+                self._add(f"block_groups.{number}", group_sums(group.routing))
+
+    def report(self, eyes: Eyes, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """Show what was added since the last report. `reduce` sums, or means, a tensor over ranks.
+
+        Experts that got no token are a warning when they appear, and not again while they stay as they are.
+        """
+        if not self._sums:
+            return
+        found = summary(self._reduced(reduce), self.model.moe_ffns())
+        self._sums.clear()
+        eyes.scalars(step, found.scalars, "router")
+        if found.load:
+            eyes.event("expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in found.load.items()})
+        new = {name: experts for name, experts in found.dead.items() if self._warned.get(name) != experts}
+        if new:
+            named = "; ".join(f"{name}: {', '.join(map(str, experts))}" for name, experts in new.items())
+            eyes.event(
+                "warning",
+                step=step,
+                message=f"dead experts, no token since the last report ({named}). A higher losses.balance revives them.",
+                dead=new,
+            )
+        self._warned = found.dead
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def _reduced(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """In one message, whatever the number of layers."""
+        parts = list(self._sums.values())
+        together = reduce(torch.cat(parts)).double().cpu()
+        return dict(zip(self._sums, together.split([len(part) for part in parts]), strict=True))
+
+
+def layer_sums(routing: Routing | UnevenRouting, kept_BT: Tensor | None) -> Tensor:
+    """float32 [E + 5]: assignments of each expert, then PARTS, of one forward pass of one FFN.
+
+    Balance is GShard's and a router's that gives each token as many experts; 0 for one whose pool is balanced by itself.
+    """
+    probabilities_TE = routing.probabilities_TE.detach()
+    tokens, experts = probabilities_TE.shape
+    if kept_BT is None:
+        kept_BT = torch.ones(1, tokens, dtype=torch.bool, device=probabilities_TE.device)
+    kept_T = kept_BT.flatten().float()
+    balance = with_padding = probabilities_TE.new_zeros(())
+    if isinstance(routing, Routing):
+        chosen, weight = routing.experts_TK.flatten(), kept_T.repeat_interleave(routing.experts_TK.shape[1])
+        shape = (len(kept_BT), -1)
+        by_sequence = probabilities_TE.unflatten(0, shape), routing.experts_TK.unflatten(0, shape)
+        balance, with_padding = balance_loss(*by_sequence, kept_BT), balance_loss(*by_sequence)
+    else:
+        chosen, weight = routing.expert_A, kept_T[routing.token_A]
+    load_E = kept_T.new_zeros(experts).scatter_add(
+        0, chosen, weight
+    )  # without waiting for the device, as bincount does
+    entropy_T = torch.special.entr(probabilities_TE).sum(-1) / math.log(max(2, experts))
+    parts = (kept_T.new_ones(()), kept_T.sum(), (entropy_T * kept_T).sum(), balance, with_padding)
+    return torch.cat([load_E, torch.stack(parts)])
+
+
+def group_sums(routing: BlockRouting) -> Tensor:
+    """float32 [2 M + 1]: how often each block was chosen, the sums of p, and the samples."""
+    chosen_BM, p_BM = routing.chosen_BM.float(), routing.probabilities_BM.detach()
+    return torch.cat([chosen_BM.sum(0), p_BM.sum(0), chosen_BM.new_full((1,), len(chosen_BM))])
+
+
+def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSummary:
+    """From the sums of an interval, by FFN name or `block_groups.g`."""
+    found = RouterSummary(scalars={}, load={}, dead={}, blocks=[])
+    layers: dict[str, dict[str, float]] = {}
+    for name, values in sums.items():
+        if name not in ffns:
+            blocks = len(values) // 2
+            fractions = (values[:blocks] / values[-1]).tolist()
+            found.blocks.append(fractions)
+            found.scalars |= {f"{name}/block_{index}": value for index, value in enumerate(fractions)}
+            found.scalars[f"{name}/choice_entropy"] = entropy(fractions)
+            found.scalars[f"{name}/probability_entropy"] = entropy(values[blocks:-1].tolist())
+            continue
+        load, parts = values[: -len(PARTS)], dict(zip(PARTS, values[-len(PARTS) :].tolist(), strict=True))
+        share = (load / load.sum().clamp_min(1e-12)).tolist()
+        found.load[name] = share
+        dead = [expert for expert, got in enumerate(load.tolist()) if got == 0]
+        if dead:
+            found.dead[name] = dead
+        layers[name] = {
+            "load_entropy": entropy(share),
+            "largest_load": max(share),
+            "dead_experts": float(len(dead)),
+            "experts_per_token": float(load.sum()) / max(1.0, parts["tokens"]),
+            "probability_entropy": parts["probability_entropy"] / max(1.0, parts["tokens"]),
+        }
+        if ffns[name].capacity is None:
+            layers[name] |= {part: parts[part] / parts["passes"] for part in ("balance", "balance_with_padding")}
+    for name, measures in layers.items():
+        found.scalars |= {f"{name}/{measure}": value for measure, value in measures.items()}
+    for measure in next(iter(layers.values()), {}):
+        found.scalars[measure] = sum(measures[measure] for measures in layers.values()) / len(layers)
+    return found
+
+
+def entropy(shares: Iterable[float]) -> float:
+    """Of non-negative numbers as a distribution, over the highest possible: 1 when all are equal, 0 when one has all."""
+    shares = list(shares)
+    total = sum(shares)
+    if len(shares) < 2 or total <= 0:
+        return 0.0
+    found = -sum(share / total * math.log(share / total) for share in shares if share > 0)
+    return found / math.log(len(shares))

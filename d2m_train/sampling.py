@@ -1,0 +1,193 @@
+"""Images of a FLUX in diffusers, teacher and student alike: Euler's steps on FLUX's shifted grid.
+
+The noise of an image depends on its seed alone, and is drawn as latents are, so that the same seed gives the same noise
+here, in the demo and beside the teacher.
+
+Shapes: B batch, T image tokens, C channels of a token, P pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import UserError
+from .data.batch import Batch, DataSource, prompts_of
+from .noise import channels_of, grid, shift_of, trajectory
+from .run_config import EyesSection, TimestepsSection
+from .validation import SEED_APART, evaluating
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+    from PIL.Image import Image
+
+AT_A_TIME = 16_384  # image tokens: four images of 1024 x 1024
+GAP = 4  # pixels between the images of a grid
+LABEL = 72  # pixels left of a row
+
+
+def noise_for(seeds: Sequence[int], image_ids_T3: Tensor, channels: int) -> Tensor:
+    """[B, T, C] float32, one image's for each seed."""
+    height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
+    size = (1, channels // 4, 2 * height, 2 * width)
+    latents = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def sample(
+    model: FluxTransformer2DModel,
+    batch: Batch,
+    noise_BTC: Tensor,
+    *,
+    steps: int,
+    mu: float,
+    progress: Callable[[int], object] = lambda done: None,
+    size: int | None = None,
+    guided: bool | None = None,
+) -> Tensor:
+    """The images that `model` makes of the noise, asked as `batch` says: tokens [B, T, C], float32 on the CPU.
+
+    `mu` is FLUX's time shift (noise.shift_of). `size` samples at a time (None: as many as have AT_A_TIME tokens);
+    `progress` hears how many more are done. `guided` as in noise.trajectory. The model runs in the mode that it is in.
+    """
+    levels = grid(steps, mu)
+    size = size or max(1, AT_A_TIME // noise_BTC.shape[1])
+    finished = []
+    for start in range(0, len(noise_BTC), size):
+        some = slice(start, start + size)
+        part = part_of(batch, some)
+        finished.append(trajectory(model, part, noise_BTC[some], levels, guided).cpu())
+        progress(len(finished[-1]))
+    return torch.cat(finished)
+
+
+def part_of(batch: Batch, some: slice) -> Batch:
+    """Some of a batch's samples."""
+    return replace(
+        batch,
+        tokens_BTC=None if batch.tokens_BTC is None else batch.tokens_BTC[some],
+        context_BLD=batch.context_BLD[some],
+        pooled_BV=batch.pooled_BV[some],
+        guidance_B=batch.guidance_B[some],
+        words_BL=batch.words_BL[some],
+    )
+
+
+# Grids during training
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleGrid:
+    """The same prompts and noise every time: `grid_of` draws the student's images below the teacher's, made once.
+
+    Without an autoencoder in the data source there is nothing to see, and `grid_of` gives None.
+    """
+
+    batch: Batch
+    noise_BTC: Tensor
+    teacher: Tensor | None  # images [B, 3, P, P]
+    data: DataSource
+    steps: int
+    mu: float
+    guided: bool
+
+    @torch.no_grad()
+    def grid_of(self, student: nn.Module, every_block: bool = False) -> Image | None:
+        """`student` is put into eval mode and back (see validation.evaluating); every rank of a sharded run calls this."""
+        if self.teacher is None:
+            return None
+        with evaluating(student, every_block):
+            found = sample(student, self.batch, self.noise_BTC, steps=self.steps, mu=self.mu, guided=self.guided)
+        images = self.data.decode(found, self.batch.image_ids_T3)
+        assert images is not None  # the teacher's were decoded
+        return draw_grid({"teacher": self.teacher, "student": images})
+
+
+def new_sample_grid(
+    data: DataSource, teacher: FluxTransformer2DModel, section: EyesSection, timesteps: TimestepsSection, seed: int
+) -> SampleGrid:
+    """The section's prompts, or else the captions of held-out samples; the teacher's images of them.
+
+    Raises UserError where there are prompts and the source has no text encoders. A few-step teacher (timesteps.sampling
+    `teacher_grid`) takes the steps of its own grid.
+    """
+    example = data.batch(0, section.samples or 1, seed + SEED_APART)
+    if section.prompts:
+        texts = data.encode_prompts(section.prompts)
+        height, width = (int(example.image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
+        example = prompts_of(texts, torch.zeros(len(section.prompts)), (16 * width, 16 * height))
+    batch = replace(example, tokens_BTC=None, guidance_B=torch.full((len(example.pooled_BV),), section.sample_guidance))
+    noise_BTC = noise_for(range(len(batch.pooled_BV)), batch.image_ids_T3, channels_of(teacher))
+    steps = timesteps.grid_steps if timesteps.sampling == "teacher_grid" else section.sample_steps
+    mu = shift_of(noise_BTC.shape[1], timesteps)
+    images = None
+    if section.samples and data.decode(noise_BTC[:1], batch.image_ids_T3) is not None:
+        images = data.decode(sample(teacher, batch, noise_BTC, steps=steps, mu=mu), batch.image_ids_T3)
+    return SampleGrid(
+        batch=batch,
+        noise_BTC=noise_BTC,
+        teacher=images,
+        data=data,
+        steps=steps,
+        mu=mu,
+        guided=teacher.config.guidance_embeds,
+    )
+
+
+# Pictures
+
+
+def to_pil(image: Tensor) -> Image:
+    """From [3, P, P] in 0..1."""
+    from PIL import Image
+
+    return Image.fromarray(image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
+    """A row of images [B, 3, P, P] for each name, which stands left of it; captions stand above the columns."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(rows.values()))
+    count, (height, width) = len(first), first.shape[-2:]
+    top = 3 * 14 + GAP if captions else GAP
+    picture = Image.new("RGB", (LABEL + count * (width + GAP), top + len(rows) * (height + GAP)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    for column, caption in enumerate(captions):
+        text = "\n".join(_wrapped(caption, font.getlength, width)[:3])
+        draw.multiline_text((LABEL + column * (width + GAP), 1), text, fill="black", font=font, spacing=2)
+    for row, (name, images) in enumerate(rows.items()):
+        y = top + row * (height + GAP)
+        draw.text((4, y + height // 2 - 6), name, fill="black", font=font)
+        for column, image in enumerate(images):
+            picture.paste(to_pil(image), (LABEL + column * (width + GAP), y))
+    return picture
+
+
+def _wrapped(text: str, length: Callable[[str], float], width: int) -> list[str]:
+    """The words of a text in lines that are no longer than `width` pixels, where a word is not longer itself."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and length(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_png(image: Image, file: Path) -> None:
+    """Whole or not at all. Raises UserError where the folder cannot be written."""
+    part = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part, "PNG")
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error}).") from None

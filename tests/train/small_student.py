@@ -1,0 +1,55 @@
+"""A small dense FLUX and FLUX-MoE students of it, random, that take the emoji data."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from d2m_model.config import (
+    BlockGroup,
+    CapacityRouter,
+    FFNLayout,
+    FluxDims,
+    FluxMoEConfig,
+    Gate,
+    Teacher,
+    all_ffn_names,
+)
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer
+
+DIMS = FluxDims(
+    hidden_size=128,
+    double_blocks=3,
+    single_blocks=3,
+    in_channels=64,
+    out_channels=64,
+    context_size=128,
+    vector_size=128,
+    guidance_embed=True,
+)
+LAYOUT = FFNLayout(shared=128, experts=6, width=64)
+GROUP = BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk")
+
+
+def dense_flux(seed: int = 0) -> FluxTransformer2DModel:
+    torch.manual_seed(seed)
+    return new_transformer(DIMS).eval().requires_grad_(False)
+
+
+def student_config(*, capacity: bool = False, groups: bool = True) -> FluxMoEConfig:
+    return FluxMoEConfig(
+        dims=DIMS,
+        ffns=dict.fromkeys(all_ffn_names(DIMS)[2:], LAYOUT),
+        groups=(GROUP,) if groups else (),
+        gate=Gate(mode="normalised", scale=2.0),
+        top_k=2,
+        adaln_rank=None,
+        split_only=False,
+        teacher=Teacher(title="Small FLUX", sha256="0" * 64, licence="Apache-2.0"),
+        capacity_router=CapacityRouter(capacity=2.0, width=16) if capacity else None,
+    )
+
+
+def student(*, capacity: bool = False, groups: bool = True, seed: int = 1) -> FluxMoETransformer2DModel:
+    torch.manual_seed(seed)
+    return FluxMoETransformer2DModel(student_config(capacity=capacity, groups=groups))
