@@ -17,6 +17,8 @@ COMMANDS = {
     "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
     "inspect": ("inspect_file", "say what a file is, and check it"),
     "report": ("report", "parameters and FLOPs of the presets"),
+    "distill": ("distill", "train a FLUX-MoE to be like its teacher, in stages"),
+    "export": ("export", "write a FLUX-MoE in another precision, or for diffusers"),
 }
 EXTRA = ("diffusers", "accelerate", "transformers", "tqdm", "PIL", "yaml", "matplotlib", "pyarrow")
 

@@ -1,0 +1,149 @@
+"""A stage's checkpoints: written whole or not at all, a few kept, in a form that another number of processes can read.
+
+`checkpoints/step-000500/` holds torch.distributed.checkpoint's shards and `checkpoint.json`: the step, and whose it is.
+While it is being written its name ends in `.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed import is_initialized
+from torch.distributed.checkpoint.api import CheckpointException
+
+from . import UserError
+
+MANIFEST = "checkpoint.json"
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """The checkpoints of one folder.
+
+    `identity` is of the run (a flat mapping of JSON values); a checkpoint of another run is refused. `main` is true on the
+    one rank that names and deletes; `wait` is a barrier. All methods but `steps` are called on every rank alike.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], *, keep: int, main: bool, wait: Callable[[], object]
+    ) -> None:
+        self.folder, self.identity, self.keep, self.main, self.wait = folder, dict(identity), keep, main, wait
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are whole, in order."""
+        found = [re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
+
+    def save(self, step: int, state: dict[str, Any], extra: Mapping[str, Any]) -> None:
+        """Write `state` (tensors, sharded or not) and `extra` (JSON), then delete what is beyond `keep`.
+
+        Raises UserError, with the last good checkpoint as it was, if the disk does not take it.
+        """
+        final = self.path(step)
+        if step in self.steps():
+            return  # of the same run, so the same
+        partial = final.with_name(final.name + PARTIAL)
+        self.wait()  # all have looked
+        try:
+            if self.main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for old in (partial, final):
+                    shutil.rmtree(old, ignore_errors=True)
+            self.wait()
+            dcp.save(
+                state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=not is_initialized()
+            )
+            if self.main:
+                manifest = {"step": step, "identity": self.identity, "extra": dict(extra)}
+                with (partial / MANIFEST).open("w") as file:
+                    json.dump(manifest, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(partial, final)
+                _sync(self.folder)
+        except (OSError, CheckpointException) as error:
+            if self.main:
+                shutil.rmtree(partial, ignore_errors=True)
+            good = self.steps()
+            last = f"the last good one is {self.path(good[-1])}" if good else "there is none before it"
+            raise UserError(
+                f"{final}: the checkpoint cannot be written ({_reason(error)}); {last}. "
+                "Make room, and go on with resume=latest."
+            ) from None
+        self.wait()
+        if self.main:
+            for old_step in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old_step), ignore_errors=True)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Of one checkpoint. Raises UserError if it is another run's, naming what differs."""
+        path = self.path(step)
+        try:
+            manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+            found = manifest["identity"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {MANIFEST} cannot be read ({error}); {_older(path)}") from None
+        differs = sorted(
+            key for key in {**found, **self.identity} if found.get(key, None) != self.identity.get(key, None)
+        )
+        if differs:
+            listed = "; ".join(f"{key} was {found.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
+            raise UserError(
+                f"{path} is of another run: {listed}. Give what it was made with, or another output_dir for a new run."
+            )
+        return manifest
+
+    def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Fill `state` in place; the `extra` that was saved with it. Raises UserError for a damaged checkpoint."""
+        manifest = self.manifest(step)
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
+        except (OSError, CheckpointException, RuntimeError, ValueError, KeyError, EOFError) as error:
+            raise UserError(
+                f"{self.path(step)}: the checkpoint cannot be read ({_reason(error)}); {_older(self.path(step))}"
+            ) from None
+        extra: dict[str, Any] = manifest["extra"]
+        return extra
+
+    def clean(self) -> None:
+        """Remove what a run that was killed while writing has left."""
+        if self.main:
+            for partial in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(partial, ignore_errors=True)
+        self.wait()
+
+
+def _older(path: Path) -> str:
+    return f"delete {path.name} to go on at the checkpoint before it, or begin the stage anew with restart=STAGE."
+
+
+def _reason(error: BaseException) -> str:
+    """One line. Of a failure on several ranks the first one's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure = next(iter(error.failures.values()))[0]
+        return _reason(failure)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _sync(folder: Path) -> None:
+    """So that the rename itself survives a power cut, where folders can be synchronised (not on Windows)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

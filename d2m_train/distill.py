@@ -1,0 +1,199 @@
+"""Distil a dense FLUX.1 into a FLUX-MoE: convert, shared, experts, blocks, export, as one YAML file says (Sec. 3.2).
+
+Every field can be overridden: `training.batch_size=4`. `output_dir=` says where the run lives; `resume=latest` goes on
+where it stopped, or starts it; `stages=[experts]` runs one stage, from the file of the one before; `restart=experts`
+makes a stage and those behind it anew. With several GPUs: `accelerate launch -m d2m_train distill RUN.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from d2m_model.checkpoint import check_file
+from d2m_model.config import FluxMoEConfig
+
+from . import UserError
+from .conversion import convert, settings_of
+from .data import open_source
+from .data.batch import DataSource
+from .export import export
+from .identity import check_same_run, identity_of
+from .loop import StageFiles, Stopped, train_stage
+from .plan import plan
+from .processes import Processes
+from .run_config import STAGES, RunConfig, Stage, load
+from .stages import TRAINING, stages_of
+from .teachers import fused_file, open_frozen_teacher
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+RUN_FILE = "run.yaml"
+SIGTERM_STATUS = 128 + 15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields of the run, by dotted name")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan: parameters, FLOPs, memory, disk, tokens; train nothing"
+    )
+    parser.add_argument("--gpu-memory", metavar="24GB", help="of --dry-run: say whether it fits")
+    parser.add_argument("--processes", type=int, metavar="N", help="of --dry-run: for so many GPUs")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2", "zero2", "zero3"), help="of --dry-run: how they share")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load(args.file, args.overrides)
+    if args.dry_run:
+        print(plan(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory).text())
+        return 0
+    return distill(config)
+
+
+def distill(run: RunConfig) -> int:
+    """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
+    if run.training.blockwise:
+        from .blockwise import distill_blockwise
+
+        return distill_blockwise(run)
+    processes = Processes(run)
+    with processes.stoppable():
+        try:
+            Distill(run, processes).run_all()
+        except Stopped:
+            return SIGTERM_STATUS
+        finally:
+            processes.close()
+    return 0
+
+
+@dataclass(slots=True)
+class Distill:
+    """A run in its output_dir."""
+
+    run: RunConfig
+    processes: Processes
+
+    def run_all(self) -> None:
+        run = self.run
+        with self.processes.main_first():
+            prepare_folder(run, main=self.processes.main)
+        path = self._teacher_file()
+        data = open_source(run.data, run.output_dir, guidance=run.guidance)
+        identity = identity_of(run, path, data)
+        if "convert" in run.stages:
+            self._convert(path, data)
+        teacher: FluxTransformer2DModel | None = None
+        for stage in self._training():
+            files = self._files(stage)
+            if files.student.exists():
+                self.processes.say(f"{stage}: {files.student} is there already.")
+                continue
+            if teacher is None:
+                teacher = open_frozen_teacher(
+                    run.teacher, self.processes.device, fused=path if run.teacher.loras else None
+                )
+            train_stage(run, stage, files, self.processes, teacher, data, identity)
+        if "export" in run.stages:
+            self._export()
+
+    def _teacher_file(self) -> Path:
+        """The teacher's own, or with its LoRAs fused the one that is written beside the run."""
+        section = self.run.teacher
+        if not section.loras:
+            return section.path
+        fused = self.run.output_dir / "teacher.safetensors"
+        with self.processes.main_first():
+            fused_file(section, fused)
+        return fused
+
+    def _convert(self, path: Path, data: DataSource) -> None:
+        target = converted_file(self.run)
+        with self.processes.main_first():
+            if target.exists():
+                self.processes.say(f"convert: {target} is there already.")
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            convert(settings_of(self.run, path, target, target.parent / "calibration"), data, report=self.processes.say)
+
+    def _training(self) -> list[Stage]:
+        """The training stages of this run that its student has. Raises UserError if there is no student yet."""
+        wanted = [stage for stage in self.run.stages if stage in TRAINING]
+        if not wanted:
+            return []
+        has = stages_of(self._config())
+        for stage in wanted:
+            if stage not in has:
+                self.processes.say(f"{stage}: nothing to train in a student without {stage}.")
+        return [stage for stage in wanted if stage in has]
+
+    def _config(self) -> FluxMoEConfig:
+        target = converted_file(self.run)
+        if not target.exists():
+            raise UserError(f"{target} is missing; stage `convert` makes it. Put it into `stages`.")
+        return check_file(target)
+
+    def _files(self, stage: Stage) -> StageFiles:
+        source = latest_student(self.run, stage, stages_of(self._config()))
+        return StageFiles(
+            source=source, folder=self.run.output_dir / stage, tensorboard=self.run.output_dir / "tensorboard"
+        )
+
+    def _export(self) -> None:
+        run = self.run
+        target = run.output_dir / run.export.file
+        with self.processes.main_first():
+            if self.processes.main:
+                source = latest_student(run, "export", stages_of(self._config()))
+                export(source, target, getattr(torch, run.export.dtype))
+                self.processes.say(f"export: {target}, of {source.parent.name}.")
+
+
+def converted_file(run: RunConfig) -> Path:
+    return run.output_dir / "convert" / "student.safetensors"
+
+
+def latest_student(run: RunConfig, stage: Stage, has: tuple[Stage, ...]) -> Path:
+    """The student that a stage begins with: of the nearest stage before it. Raises UserError if that has not been run.
+
+    `has`: the training stages of this student. One with no steps may be left out of a run.
+    """
+    before = [s for s in STAGES[: STAGES.index(stage)] if s == "convert" or s in has]
+    for earlier in reversed(before):
+        found = run.output_dir / earlier / "student.safetensors"
+        if found.exists():
+            return found
+        if earlier != "convert" and earlier in run.stages:
+            break
+    raise UserError(
+        f"Stage {stage} begins with {found}, which is missing. Run stage {before[-1]} first (stages=[{before[-1]}])."
+    )
+
+
+def prepare_folder(run: RunConfig, *, main: bool) -> None:
+    """Make output_dir and put the resolved run into it. Raises UserError if another run lives there."""
+    folder = run.output_dir
+    stored = folder / RUN_FILE
+    if stored.exists():
+        check_same_run(run, stored)
+    if not main:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if run.restart is not None:
+            for stage in STAGES[STAGES.index(run.restart) :]:
+                if stage != "export":
+                    shutil.rmtree(folder / stage, ignore_errors=True)
+        part = stored.with_suffix(".part")
+        part.write_text(run.to_yaml())
+        os.replace(part, stored)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); name another output_dir.") from None

@@ -1,0 +1,65 @@
+"""Write a FLUX-MoE file in another precision, or as a folder that diffusers' from_pretrained reads.
+
+Weights are cast; routers, means, thresholds and neuron orders keep their own types, by which experts are chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from d2m_model.checkpoint import CONFIG_KEY, check_opened
+from d2m_model.conversion.convert import metadata_of, refuse_same_file
+from d2m_model.keys import dense_shapes
+from d2m_model.tensor_file import TensorFile
+from d2m_model.tensor_writer import TensorWriter
+
+from . import UserError
+from .run_config import Dtype
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a FLUX-MoE, such as a stage's student.safetensors")
+    parser.add_argument("--out", type=Path, required=True, metavar="G", help="the file to write, or the folder")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--diffusers", action="store_true", help="write a diffusers folder instead of a file")
+
+
+def run(args: argparse.Namespace) -> int:
+    dtype = getattr(torch, args.dtype)
+    if args.diffusers:
+        export_to_diffusers(args.file, args.out, dtype)
+    else:
+        export(args.file, args.out, dtype)
+    print(f"{args.out}: written.")
+    return 0
+
+
+def export(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """A FLUX-MoE file again, its weights in `dtype`; tensor by tensor, whole or not at all."""
+    refuse_same_file([source], target, "this is the file that is exported")
+    with TensorFile(source) as file:
+        config = check_opened(file)
+        weights = set(dense_shapes(config.dims))  # U keeps its own, as routers do
+        specs = {name: (dtype if name in weights else file.dtypes[name], shape) for name, shape in file.shapes.items()}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The header may say more than the configuration: a title that the maker has given, say.
+        metadata = metadata_of(config) | {k: v for k, v in file.metadata.items() if k != CONFIG_KEY}
+        with TensorWriter(target, specs, metadata) as writer:
+            for name in writer.names:
+                writer.put(name, file.tensor(name).to(specs[name][0]))
+                file.release(name)
+            writer.finish(metadata)
+
+
+def export_to_diffusers(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """A folder for FluxMoETransformer2DModel.from_pretrained."""
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --diffusers writes a folder.")
+    model = FluxMoETransformer2DModel.from_flux_moe(source, dtype)
+    model.save_pretrained(folder)

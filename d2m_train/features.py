@@ -1,0 +1,63 @@
+"""Block outputs of a FLUX in diffusers, kept while a `with` lasts: what Eq. 8 compares.
+
+Shapes: B batch, T image and L text tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+
+@contextmanager
+def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the blocks `names` (BFL: double_blocks.i, single_blocks.i) of the forward passes during the `with`.
+
+    A double block has two entries, `<name>.img` [B, T, H] and `<name>.txt` [B, L, H]; a single block has one, [B, L + T, H].
+    Of several passes the first counts, so that a block that is computed again for the backward pass, under gradient
+    checkpointing, does not put its second output in the place of its first.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        found.setdefault(name, tensor)
+
+    def hook_of(name: str) -> Any:
+        double = name.startswith("double_blocks.")
+
+        def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
+            text, image = output
+            if double:
+                keep(f"{name}.img", image)
+                keep(f"{name}.txt", text)
+            else:
+                keep(name, torch.cat([text, image], dim=1))
+
+        return hook
+
+    handles = [block_of(model, name).register_forward_hook(hook_of(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_of(model: FluxTransformer2DModel, name: str) -> nn.Module:
+    """A block by its BFL name."""
+    kind, index = name.split(".")
+    blocks = model.transformer_blocks if kind == "double_blocks" else model.single_transformer_blocks
+    found: nn.Module = blocks[int(index)]
+    return found
+
+
+def streams_of(name: str) -> tuple[str, ...]:
+    """The entries that `block_outputs` has for a block."""
+    return (f"{name}.img", f"{name}.txt") if name.startswith("double_blocks.") else (name,)

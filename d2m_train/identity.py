@@ -1,0 +1,94 @@
+"""Which run it is: what has to be the same for a stopped run to go on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from d2m_model.teacher import open_teacher
+
+from . import UserError
+from .data.batch import DataSource
+from .run_config import STAGES, RunConfig, Stage
+
+# What a run may change when it goes on: where it and its teacher are, what it shows and keeps, which stages it runs.
+FREE = (
+    "output_dir",
+    "resume",
+    "restart",
+    "stages",
+    "checkpoints.",
+    "eyes.",
+    "export.",
+    "teacher.path",
+    "teacher.offload",
+)
+SLICES, SLICE = 64, 1 << 16  # of a teacher's file, in bytes: 24 GB are not read for a name
+
+
+def identity_of(run: RunConfig, teacher: Path, data: DataSource) -> dict[str, Any]:
+    """Flat, of JSON values: every field that training depends on, what the teacher is, and what the data are."""
+    with open_teacher(teacher) as opened:
+        fingerprint = fingerprint_of(opened.files)
+    return {**_bound(run.model_dump(mode="json")), "teacher.fingerprint": fingerprint, "data.identity": data.identity}
+
+
+def of_stage(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """What one stage depends on: not on how the others are trained."""
+    own = f"stage.{stage}."
+    return {key: value for key, value in identity.items() if not key.startswith("stage.") or key.startswith(own)}
+
+
+def fingerprint_of(files: Sequence[Path]) -> str:
+    """A digest of files' sizes and of slices all over them."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for number in range(SLICES):
+                file.seek(max(0, size - SLICE) * number // (SLICES - 1))
+                digest.update(file.read(SLICE))
+    return digest.hexdigest()[:32]
+
+
+def check_same_run(run: RunConfig, stored: Path) -> None:
+    """Raises UserError if output_dir holds a run that this one does not go on with, and says what differs."""
+    if run.resume != "latest" and run.restart is None:
+        raise UserError(
+            f"{stored.parent} holds a run already. Go on with it by resume=latest, or name another output_dir."
+        )
+    try:
+        before = _bound(yaml.safe_load(stored.read_text()))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
+    now = _bound(run.model_dump(mode="json"))
+    begun = tuple(f"stage.{stage}." for stage in STAGES if (stored.parent / stage).is_dir())
+    differs = [
+        f"{key} was {before.get(key)!r}, is {now[key]!r}"
+        for key in now
+        if before.get(key) != now[key] and (not key.startswith("stage.") or key.startswith(begun))
+    ]
+    if differs:
+        raise UserError(
+            f"{stored.parent} holds another run: {'; '.join(differs)}. "
+            "Give what it was made with, or another output_dir for a new run."
+        )
+
+
+def _bound(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _flat(fields).items() if not key.startswith(FREE)}
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

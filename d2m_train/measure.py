@@ -1,0 +1,51 @@
+"""What is measured of a student now and then: validation loss, images beside the teacher's, what its routers do."""
+
+from __future__ import annotations
+
+from .data.batch import Batch, DataSource
+from .eyes import Eyes
+from .processes import Processes
+from .router_statistics import RouterStatistics
+from .sampling import new_sample_grid
+from .step import Distillation
+from .validation import Validation
+
+
+class Measure:
+    """Of one stage. All methods are called on every rank alike.
+
+    The teacher's answers are made before the first step, and again when a run goes on: they are the same.
+    """
+
+    def __init__(
+        self, distillation: Distillation, data: DataSource, eyes: Eyes, processes: Processes, steps: int
+    ) -> None:
+        run, teacher = distillation.run, distillation.teacher
+        self.distillation, self.eyes, self.processes, self.steps = distillation, eyes, processes, steps
+        self.routers = RouterStatistics(distillation.core)
+        self.validation = Validation(
+            data, teacher, run.eyes, run.timesteps, batch_size=run.training.batch_size, seed=run.seed
+        )
+        self.grid = new_sample_grid(data, teacher, run.eyes, run.timesteps, run.seed) if run.eyes.samples else None
+
+    @property
+    def every_block(self) -> bool:
+        """Sharded blocks are gathered by all ranks alike, whichever samples chose them."""
+        return self.processes.count > 1
+
+    def routing(self, batch: Batch) -> None:
+        """After each microbatch's forward pass, while the routers remember it."""
+        self.routers.add(batch)
+
+    def after(self, step: int) -> None:
+        """After each step: whatever is due then, and all of it after the last."""
+        section, last = self.distillation.run.eyes, step == self.steps
+        if step % section.routers_every == 0 or last:
+            self.routers.report(self.eyes, step, self.processes.average)
+        if step % section.validate_every == 0 or last:
+            losses = self.validation(self.distillation.student, self.every_block)
+            self.eyes.scalars(step, losses)
+        if self.grid is not None and (step % section.sample_every == 0 or last):
+            picture = self.grid.grid_of(self.distillation.student, self.every_block)
+            if picture is not None:
+                self.eyes.image(step, "samples", picture)

@@ -1,0 +1,81 @@
+"""Optimizer, learning-rate schedule and the running average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from . import UserError
+from .run_config import StageSection, TrainingSection
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+def new_optimizer(
+    parameters: Sequence[nn.Parameter], stage: StageSection, training: TrainingSection
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW in the form that is asked for, and its schedule over the stage's steps.
+
+    Raises UserError if 8-bit AdamW is asked for where bitsandbytes is not installed.
+    """
+    from diffusers.optimization import get_scheduler
+
+    options: dict[str, Any] = {
+        "lr": stage.learning_rate,
+        "betas": training.betas,
+        "weight_decay": training.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if training.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ModuleNotFoundError:
+            raise UserError(
+                "training.optimizer is adamw_8bit, but bitsandbytes is not installed: pip install bitsandbytes, "
+                "or training.optimizer=adamw_fused."
+            ) from None
+        optimizer = AdamW8bit(parameters, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=training.optimizer == "adamw_fused", **options)
+    warmup = min(training.warmup_steps, stage.steps)
+    schedule = get_scheduler(
+        SCHEDULES[training.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=max(stage.steps, 1)
+    )
+    return optimizer, schedule
+
+
+class Average:
+    """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Once a step, counted from 1."""
+        update = get_ema_multi_avg_fn(min(self.decay, step / (step + 9)))
+        averages: list[Any] = list(self.averages.values())
+        update(averages, [parameter.detach() for parameter in self.parameters.values()], step)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averages for its weights during the `with`."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            trained: Tensor = parameter.detach().clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(trained)

@@ -1,0 +1,163 @@
+"""One process or many: what the loop wants of accelerate, and signals that ask a run to stop.
+
+How many there are, and how they share the model (DDP, FSDP2, DeepSpeed ZeRO), is accelerate's configuration
+(`accelerate launch`); without one there is a single process.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .run_config import RunConfig
+from .stages import BLOCKS_OF_DIFFUSERS
+
+# The other ranks wait while the main one converts or encodes: hours, for a 12 B model.
+PATIENCE = timedelta(hours=12)
+
+
+class Processes:
+    """This process among its fellows. All methods are called on every rank alike, unless they say otherwise."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=run.training.mixed_precision,
+            gradient_accumulation_steps=run.training.accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+        self.count: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.main: bool = self.accelerator.is_main_process
+        self.device: torch.device = self.accelerator.device
+        self._asked = threading.Event()
+
+    @property
+    def strategy(self) -> str:
+        """`single`, `ddp`, `fsdp2` or `deepspeed`."""
+        if self.count == 1 and not self.accelerator.is_fsdp2:
+            return "single"
+        kind = str(self.accelerator.distributed_type.value).lower()
+        if kind == "fsdp":
+            return "fsdp2" if self.accelerator.is_fsdp2 else "fsdp1"
+        return kind if kind == "deepspeed" else "ddp"
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    # The model
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Wrapped for these processes. Under FSDP2 every block is a unit of its own."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            blocks = [block for kind in BLOCKS_OF_DIFFUSERS.values() for block in getattr(model, kind)]
+            plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+        prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def unwrap(self, model: nn.Module) -> Any:
+        """The model itself; FSDP2's is sharded in place."""
+        return self.accelerator.unwrap_model(model)
+
+    def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self.accelerator.accumulate(model)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    @property
+    def synchronising(self) -> bool:
+        """Whether this microbatch is the last of its step."""
+        return bool(self.accelerator.sync_gradients)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Under fp16 an infinite gradient is the scaler's daily business."""
+        return self.accelerator.scaler is not None
+
+    def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> float:
+        """Scale the gradients to at most this norm; the norm that they had."""
+        norm = self.accelerator.clip_grad_norm_(parameters, float("inf") if maximum is None else maximum)
+        return float("nan") if norm is None else float(whole(norm))
+
+    def release(self) -> None:
+        """Let go of what `prepare` was given."""
+        self.accelerator.free_memory()
+
+    # Between ranks
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks."""
+        if self.count == 1:
+            return tensor
+        total: Tensor = tensor.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total / self.count
+
+    def averages(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means over ranks of scalars, in one exchange."""
+        if self.count == 1:
+            return dict(values)
+        together = self.average(torch.stack([value.detach().float() for value in values.values()]))
+        return dict(zip(values, together.unbind(), strict=True))
+
+    def any(self, mine: bool) -> bool:
+        """Whether it holds on any rank."""
+        if self.count == 1:
+            return mine
+        return bool(self.average(torch.tensor(float(mine), device=self.device)) > 0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main rank goes through ahead of the others, which then find what it has written."""
+        with self.accelerator.main_process_first():
+            yield
+
+    # Signals
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """SIGTERM, or the first Ctrl-C, asks for a stop at the next step; a second Ctrl-C is not waited for."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self._asked.is_set():
+                raise KeyboardInterrupt
+            self._asked.set()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop_asked(self) -> bool:
+        """Whether any rank has been asked to stop."""
+        return self.any(self._asked.is_set())
+
+    def close(self) -> None:
+        """At the end of the run."""
+        if self.count > 1:
+            self.accelerator.end_training()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that may be sharded, as a plain tensor. Every rank calls this alike."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
