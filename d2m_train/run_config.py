@@ -28,6 +28,7 @@ Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+KnownFlux = Literal["flux1-dev", "flux1-schnell", "flux1-lite", "flux1-mini", "emoji"]
 
 
 class Section(BaseModel):
@@ -43,9 +44,19 @@ class TeacherSection(Section):
     path: Path
     dtype: Dtype = "bfloat16"
     quantise: Literal["fp8", "int8", "nf4"] | None = None
+    """Of the blocks' linear layers, when the teacher is asked; the student is made of what the file has."""
     offload: Literal["none", "cpu", "stream"] = "none"
+    """`cpu`: blocks wait in the host's memory; `stream`: in the file."""
     loras: tuple[Lora, ...] = ()
     """Fused into the teacher: the student learns the teacher with them."""
+    dims: KnownFlux | None = None
+    """What the file is, for --dry-run on a machine without it (Krea and Kontext are flux1-dev in this)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TeacherSection:
+        if self.offload == "stream" and self.quantise is not None:
+            raise ValueError(f"offload stream reads the file's own weights; leave out quantise {self.quantise}")
+        return self
 
 
 class StudentSection(Section):
@@ -109,6 +120,11 @@ class DataSection(Section):
         if (self.source == "emoji") != (self.path is None):
             needs = "takes no path" if self.source == "emoji" else "needs a path"
             raise ValueError(f"source {self.source} {needs}")
+        needs_encoders = self.source not in ("emoji", "latents")
+        needs_vae = needs_encoders and self.source != "prompts"
+        needed = ["text_encoders"] * needs_encoders + ["vae"] * needs_vae
+        if missing := [field for field in needed if getattr(self, field) is None]:
+            raise ValueError(f"source {self.source} needs {' and '.join(missing)}")
         if self.pool is not None and self.source != "emoji":
             raise ValueError(f"pool is of source emoji; source {self.source} keeps all its samples")
         return self
@@ -170,6 +186,8 @@ class CheckpointsSection(Section):
 
 class EyesSection(Section):
     log_every: Count = 10
+    routers_every: Count = 100
+    """Steps over which load, entropy, balance and dead experts are counted."""
     validate_every: Count = 250
     validation_batches: Count = 2
     """Held-out batches, each asked at every one of the noise levels."""

@@ -1,0 +1,437 @@
+"""The frozen teacher: LoRAs fused, quantised, offloaded, streamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from d2m_model.config import FluxDims
+from d2m_model.hosts.diffusers import load_transformer
+from d2m_model.keys import dense_shapes, diffusers_shapes, to_diffusers
+from d2m_model.tensor_file import CheckpointError, TensorFile
+from d2m_train import UserError
+from d2m_train.data.emoji import EmojiData
+from d2m_train.loras import LoraDeltas
+from d2m_train.report import EMOJI_FILE, FLUX_DEV
+from d2m_train.run_config import Lora, TeacherSection
+from d2m_train.teachers import fused_file, fusion_notes, open_frozen_teacher
+from d2m_train.velocity import noised, velocity
+
+from ..unit.small_flux import DIMS, METADATA, dense_flux, save_flux
+
+ROOT = Path(__file__).parents[2]
+RANK = 3
+
+
+def ask(model: nn.Module, dims: FluxDims = DIMS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        output: Tensor = model(
+            hidden_states=torch.randn(1, 4, dims.in_channels, generator=generator).to(dtype),
+            encoder_hidden_states=torch.randn(1, 3, dims.context_size, generator=generator).to(dtype),
+            pooled_projections=torch.randn(1, dims.vector_size, generator=generator).to(dtype),
+            timestep=torch.tensor([0.7], dtype=dtype),
+            guidance=torch.tensor([3.5], dtype=dtype),
+            img_ids=torch.rand(4, 3, generator=generator).round(),
+            txt_ids=torch.zeros(3, 3),
+            return_dict=False,
+        )[0]
+    return output
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> Path:
+    save_flux(tmp_path / "flux.safetensors")
+    return tmp_path / "flux.safetensors"
+
+
+# LoRAs
+
+
+def pair(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(up, down)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, RANK, generator=generator), torch.randn(RANK, columns, generator=generator)
+
+
+H = DIMS.hidden_size
+QKV, LINEAR1, FINAL = "double_blocks.1.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1"
+UPS = {QKV: pair(3 * H, H, 1), LINEAR1: pair(7 * H, H, 2), FINAL: pair(2 * H, H, 3)}
+
+
+def diffusers_spelling(alpha: float | None) -> dict[str, Tensor]:
+    up, down = UPS[QKV]
+    tensors: dict[str, Tensor] = {}
+    for name, rows in zip("qkv", up.split(H), strict=True):
+        tensors |= {f"transformer_blocks.1.attn.to_{name}.lora_B.weight": rows.contiguous()}
+        tensors |= {f"transformer_blocks.1.attn.to_{name}.lora_A.weight": down.clone()}
+    up, down = UPS[LINEAR1]
+    for name, rows in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), up.split([H, H, H, 4 * H]), strict=True):
+        tensors |= {f"single_transformer_blocks.0.{name}.lora_B.weight": rows.contiguous()}
+        tensors |= {f"single_transformer_blocks.0.{name}.lora_A.weight": down.clone()}
+    up, down = UPS[FINAL]
+    tensors |= {"norm_out.linear.lora_B.weight": torch.cat(up.chunk(2)[::-1]), "norm_out.linear.lora_A.weight": down}
+    if alpha is not None:
+        tensors |= {
+            f"{name.removesuffix('.lora_A.weight')}.alpha": torch.tensor(alpha) for name in tensors if "lora_A" in name
+        }
+    return {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+
+
+def bfl_spelling(prefix: str, down: str, up: str, alpha: float | None, dots: str = ".") -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, (up_OR, down_RI) in UPS.items():
+        module = prefix + name.replace(".", dots)
+        tensors |= {f"{module}.{up}.weight": up_OR, f"{module}.{down}.weight": down_RI}
+        if alpha is not None:
+            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def kohya(alpha: float | None) -> dict[str, Tensor]:
+    return bfl_spelling("lora_unet_", "lora_down", "lora_up", alpha, dots="_")
+
+
+def kohya_of_diffusers_names(alpha: float | None) -> dict[str, Tensor]:
+    return {
+        "lora_"
+        + module.replace(".", "_")
+        + dot
+        + role.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for name, tensor in diffusers_spelling(alpha).items()
+        for module, dot, role in [name.partition(".alpha" if name.endswith(".alpha") else ".lora_")]
+        for role in [role if dot == ".alpha" else "lora_" + role]
+        for dot in [".alpha" if dot == ".alpha" else "."]
+    }
+
+
+SPELLINGS: dict[str, Callable[[float | None], dict[str, Tensor]]] = {
+    "diffusers": diffusers_spelling,
+    "kohya": kohya,
+    "kohya, diffusers' names": kohya_of_diffusers_names,
+    "ComfyUI": lambda alpha: bfl_spelling("diffusion_model.", "lora_A", "lora_B", alpha),
+    "BFL": lambda alpha: bfl_spelling("", "lora_A", "lora_B", alpha),
+    "fal": lambda alpha: bfl_spelling("base_model.model.", "lora_A", "lora_B", alpha),
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_lora_adds_strength_alpha_by_rank_of_b_a(
+    spelling: str, alpha: float | None, flux: Path, tmp_path: Path
+) -> None:
+    save_file(SPELLINGS[spelling](alpha), tmp_path / "lora.safetensors")
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=0.5),))
+    fused = load_file(fused_file(section, tmp_path / "fused.safetensors"))
+    for name, weight in dense_flux().items():
+        if (module := name.removesuffix(".weight")) in UPS:
+            up, down = UPS[module]
+            weight = (weight.float() + 0.5 * (1 if alpha is None else alpha / RANK) * up @ down).bfloat16()
+        assert torch.equal(fused[name], weight), name
+
+
+def test_peft_configuration_in_the_header_says_alpha(flux: Path, tmp_path: Path) -> None:
+    config = '{"transformer.lora_alpha": 12, "transformer.r": 3, "transformer.alpha_pattern": {"attn.to_q": 6}}'
+    save_file(diffusers_spelling(None), tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": config})
+    deltas = LoraDeltas(DIMS, [(tmp_path / "lora.safetensors", 1.0)])
+    up, down = UPS[QKV]
+    found = deltas.fused(f"{QKV}.weight", torch.zeros(3 * H, H))
+    assert torch.allclose(found[:H], 2 * up[:H] @ down, atol=1e-5)
+    assert torch.allclose(found[H:], 4 * up[H:] @ down, atol=1e-5)
+
+
+def test_biases_and_norms_of_a_control_lora_are_fused(flux: Path, tmp_path: Path) -> None:
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+    lora = SPELLINGS["BFL"](None) | {f"{QKV}.lora_B.bias": torch.ones(3 * H), norm: torch.full((128,), 3.0)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    deltas = LoraDeltas(DIMS, [(tmp_path / "lora.safetensors", 0.5)])
+    assert torch.equal(deltas.fused(f"{QKV}.bias", torch.zeros(3 * H)), torch.full((3 * H,), 0.5))
+    assert torch.equal(deltas.fused(norm, torch.ones(128)), torch.full((128,), 2.0))
+
+
+def flux1_loras() -> dict[str, dict[str, Tensor]]:
+    """Files at FLUX.1's depth and width, which diffusers' converters want, of rank 2."""
+    h = FLUX_DEV.hidden_size
+    kohya_names: dict[str, Tensor] = {}
+    control: dict[str, Tensor] = {}
+    for name, shape in dense_shapes(FLUX_DEV).items():
+        module = name.rpartition(".")[0]
+        if name.endswith(".scale"):
+            control[name] = torch.rand(shape)
+        elif name.endswith(".weight"):
+            up, down = torch.randn(shape[0], 2), torch.randn(2, shape[1])
+            control |= {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+            if not module.startswith("final_layer"):  # whose alpha diffusers leaves out
+                key = f"lora_unet_{module.replace('.', '_')}"
+                kohya_names |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+                kohya_names[f"{key}.alpha"] = torch.tensor(0.25)
+    processors: dict[str, Tensor] = {}
+    for module, rows, columns in (
+        ("double_blocks.3.processor.qkv_lora1", 3 * h, h),
+        ("double_blocks.3.processor.proj_lora2", h, h),
+        ("single_blocks.5.processor.qkv_lora", 3 * h, h),
+        ("single_blocks.5.processor.proj_lora", h, 5 * h),
+    ):
+        processors |= {f"{module}.up.weight": torch.randn(rows, 2), f"{module}.down.weight": torch.randn(2, columns)}
+    return {"kohya": kohya_names, "BFL control": control, "XLabs": processors}
+
+
+@pytest.mark.parametrize("kind", ["kohya", "BFL control", "XLabs"])
+def test_diffusers_own_converters_agree_where_they_know_the_model(kind: str, tmp_path: Path) -> None:
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    torch.manual_seed(0)
+    lora = flux1_loras()[kind]
+    save_file(lora, tmp_path / "lora.safetensors")
+    deltas = LoraDeltas(FLUX_DEV, [(tmp_path / "lora.safetensors", 1.0)])
+    theirs = {
+        name.removeprefix("transformer."): t for name, t in FluxLoraLoaderMixin.lora_state_dict(dict(lora)).items()
+    }
+    shapes = dense_shapes(FLUX_DEV)
+    for name in ("double_blocks.3.img_attn.qkv", "double_blocks.3.txt_attn.proj", "single_blocks.5.linear1", "img_in"):
+        weight = f"{name}.weight"
+        if weight not in deltas.names:
+            continue
+        found = deltas.fused(weight, torch.zeros(shapes[weight]))
+        parts = {
+            "double_blocks.3.img_attn.qkv": [f"transformer_blocks.3.attn.to_{x}" for x in "qkv"],
+            "double_blocks.3.txt_attn.proj": ["transformer_blocks.3.attn.to_add_out"],
+            "single_blocks.5.linear1": [
+                f"single_transformer_blocks.5.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            ],
+            "img_in": ["x_embedder"],
+        }[name]
+        rows = [diffusers_shapes(FLUX_DEV)[f"{part}.weight"][0] for part in parts]
+        for part, ours in zip(parts, found.split(rows), strict=True):
+            if f"{part}.lora_B.weight" in theirs:
+                expected = theirs[f"{part}.lora_B.weight"] @ theirs[f"{part}.lora_A.weight"]
+                assert torch.allclose(ours, expected), part
+                assert expected.any()
+            else:
+                assert not ours.any(), part
+
+
+WRONG = {
+    "the LoRA of another model": (
+        {"lora_unet_up_blocks_0_attn.lora_down.weight": torch.zeros(1, 4)},
+        "lora_unet_up_blocks_0",
+    ),
+    "DoRA": (kohya(None) | {"lora_unet_img_in.dora_scale": torch.ones(1)}, r"img_in\.dora_scale"),
+    "half a pair": ({f"{QKV}.lora_A.weight": torch.zeros(1, H)}, r"qkv\.lora_A"),
+    "twice in one file": (kohya(None) | diffusers_spelling(None), "twice"),
+    "of a wider FLUX": (
+        {f"{QKV}.lora_A.weight": torch.zeros(1, 256), f"{QKV}.lora_B.weight": torch.zeros(768, 1)},
+        r"qkv\.lora_A\.weight is \[1, 256\]; expected \[1, 128\].*another model",
+    ),
+    "of a deeper FLUX": ({"lora_unet_double_blocks_9_img_mlp_0.lora_up.weight": torch.zeros(1, 1)}, "double_blocks_9"),
+    "nothing but a text encoder's": ({"lora_te1_x.lora_up.weight": torch.zeros(1, 1)}, "nothing for a FLUX"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(what: str, flux: Path, tmp_path: Path) -> None:
+    tensors, message = WRONG[what]
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors"),))
+    with pytest.raises(UserError, match=message):
+        fused_file(section, tmp_path / "fused.safetensors")
+    assert not (tmp_path / "fused.safetensors").exists()
+
+
+def test_a_text_encoders_keys_are_counted_and_said(flux: Path, tmp_path: Path) -> None:
+    lora = kohya(None) | {f"lora_te1_layer.{role}.weight": torch.zeros(1, 1) for role in ("lora_up", "lora_down")}
+    save_file(lora, tmp_path / "lora.safetensors")
+    notes = fusion_notes(TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=0.125),)))
+    assert notes == (
+        "lora.safetensors changes 3 layers at strength 0.125; 2 tensors are a text encoder's and left out.",
+    )
+
+
+def test_a_missing_teacher_or_lora_is_named(flux: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: there is no such file"):
+        open_frozen_teacher(TeacherSection(path=tmp_path / "gone.safetensors"))
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lost.safetensors"),))
+    with pytest.raises(UserError, match=r"lost\.safetensors: there is no such LoRA"):
+        fused_file(section, tmp_path / "fused.safetensors")
+
+
+def test_the_fused_file_is_kept_and_another_teachers_never_replaced(flux: Path, tmp_path: Path) -> None:
+    save_file(kohya(None), tmp_path / "lora.safetensors")
+    target = tmp_path / "run" / "fused.safetensors"
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors"),))
+    fused_file(section, target)
+    before = target.stat()
+    written: list[int] = []
+    fused_file(section, target, written.append)
+    assert (target.stat().st_mtime_ns, target.stat().st_ino, written) == (before.st_mtime_ns, before.st_ino, [])
+    with TensorFile(target) as file:
+        assert file.metadata["modelspec.title"] == f"{METADATA['modelspec.title']} + lora"
+        assert file.metadata["modelspec.license"] == METADATA["modelspec.license"]
+    stronger = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=2.0),))
+    with pytest.raises(UserError, match="made of other loras"):
+        fused_file(stronger, target)
+    save_flux(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="no fused teacher"):
+        fused_file(section, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="this is read"):
+        fused_file(section, flux)
+    assert target.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_teacher_with_loras_is_asked_as_fused(flux: Path, tmp_path: Path) -> None:
+    save_file(kohya(None), tmp_path / "lora.safetensors")
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=0.3),))
+    fused = fused_file(section, tmp_path / "fused.safetensors")
+    teacher = open_frozen_teacher(section, fused=fused)
+    assert torch.equal(ask(teacher), ask(load_transformer(fused)))
+    assert not torch.equal(ask(teacher), ask(load_transformer(flux)))
+
+
+# Quantisation
+
+
+def emoji_velocity(section: TeacherSection) -> Tensor:
+    teacher = open_frozen_teacher(section)
+    batch = EmojiData().batch(0, 4, seed=0)
+    assert batch.tokens_BTC is not None
+    noise = torch.randn(batch.tokens_BTC.shape, generator=torch.Generator().manual_seed(0))
+    t_B = torch.tensor([0.2, 0.5, 0.7, 0.95])
+    with torch.no_grad():
+        return velocity(teacher, batch, noised(batch.tokens_BTC, noise, t_B), t_B, batch.guidance_B, True).float()
+
+
+# Of the velocity at four noise levels. Measured: int8 0.0068, fp8 0.025, nf4 0.091. Each bound would be missed by
+# the next finer format, or none at all, and by the next coarser.
+@pytest.mark.parametrize(("form", "least", "most"), [("int8", 0.003, 0.012), ("fp8", 0.015, 0.04), ("nf4", 0.06, 0.13)])
+def test_quantised_the_teacher_is_off_by_what_the_format_rounds(form: str, least: float, most: float) -> None:
+    exact = emoji_velocity(TeacherSection(path=EMOJI_FILE, dtype="float32"))
+    section = TeacherSection.model_validate({"path": EMOJI_FILE, "dtype": "float32", "quantise": form})
+    error = (emoji_velocity(section) - exact).norm() / exact.norm()
+    assert least < error < most
+
+
+@pytest.mark.parametrize(("form", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4)])
+def test_only_the_blocks_linears_are_quantised_and_they_are_small(form: str, bits: int, flux: Path) -> None:
+    teacher = open_frozen_teacher(TeacherSection.model_validate({"path": flux, "quantise": form}))
+    plain = load_transformer(flux)
+    for name, module in teacher.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        if "transformer_blocks." in name:
+            assert type(weight.data) is not Tensor
+            names, _ = weight.data.__tensor_flatten__()  # type: ignore[attr-defined]
+            held = 8 * sum(
+                tensor.nbytes for tensor in (getattr(weight.data, n) for n in names) if isinstance(tensor, Tensor)
+            )
+            assert held < (bits + 1.5) * weight.numel()
+        else:
+            assert torch.equal(weight, plain.get_submodule(name).weight)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+# Offloading
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu", "stream"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_wherever_its_weights_wait_the_teacher_says_the_same(offload: str, dtype: str, flux: Path) -> None:
+    kind = getattr(torch, dtype)
+    teacher = open_frozen_teacher(TeacherSection.model_validate({"path": flux, "dtype": dtype, "offload": offload}))
+    expected = ask(load_transformer(flux, kind), dtype=kind)
+    assert not teacher.training
+    for _ in range(2):
+        assert torch.equal(ask(teacher, dtype=kind), expected)
+    held = {parameter.is_meta for parameter in teacher.transformer_blocks.parameters()}
+    assert held == {offload == "stream"}
+
+
+def test_a_streamed_teacher_may_be_float8_shards_in_diffusers_names(tmp_path: Path) -> None:
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn).contiguous() for name, tensor in to_diffusers(dense_flux(), DIMS).items()
+    }
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, of in shards.items():
+        save_file({name: tensors[name] for name in of}, tmp_path / file)
+    index = {name: file for file, of in shards.items() for name in of}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    teacher = open_frozen_teacher(TeacherSection(path=tmp_path, offload="stream"))
+    assert torch.equal(ask(teacher), ask(load_transformer(tmp_path)))
+
+
+def test_a_block_that_fails_leaves_no_weights_behind(flux: Path) -> None:
+    teacher = open_frozen_teacher(TeacherSection(path=flux, offload="stream"))
+    with pytest.raises(RuntimeError):
+        teacher.transformer_blocks[0](torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 3))
+    assert all(parameter.is_meta for parameter in teacher.transformer_blocks.parameters())
+
+
+def test_streaming_and_quantising_exclude_each_other(flux: Path) -> None:
+    with pytest.raises(ValueError, match="leave out quantise nf4"):
+        TeacherSection.model_validate({"path": flux, "offload": "stream", "quantise": "nf4"})
+
+
+MEASURE = """
+import json, sys, torch
+from pathlib import Path
+from diffusers import FluxTransformer2DModel
+from d2m_train.run_config import TeacherSection
+from d2m_train.teachers import open_frozen_teacher
+
+def resident():
+    lines = (line.split() for line in open("/proc/self/status"))
+    return {name[:-1]: int(rest[0]) / 1024 for name, *rest in lines if name in ("RssAnon:", "RssFile:")}
+
+def measured(offload, dtype):
+    inputs = dict(
+        hidden_states=torch.zeros(1, 16, 64), encoder_hidden_states=torch.zeros(1, 4, 32),
+        pooled_projections=torch.zeros(1, 48), timestep=torch.ones(1), guidance=torch.ones(1),
+    )
+    inputs = {name: value.to(getattr(torch, dtype)) for name, value in inputs.items()}
+    before = resident()
+    teacher = open_frozen_teacher(TeacherSection(path=Path(sys.argv[1]), offload=offload, dtype=dtype))
+    most = dict.fromkeys(before, 0)
+
+    def look(*_):
+        for kind, now in resident().items():
+            most[kind] = max(most[kind], now - before[kind])
+
+    for block in (*teacher.transformer_blocks, *teacher.single_transformer_blocks):
+        for module in block.modules():
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        teacher(**inputs, img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(4, 3), return_dict=False)
+    return most["RssAnon"], most["RssFile"]
+
+measured("stream", "bfloat16")  # what a first forward loads of the libraries
+print(json.dumps([measured("stream", "bfloat16"), measured("stream", "float32"), measured("none", "bfloat16")]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_streamed_the_memory_is_a_blocks_and_not_the_models(tmp_path: Path) -> None:
+    dims = replace(DIMS, hidden_size=512, double_blocks=3, single_blocks=10)
+    save_file(dense_flux(dims), tmp_path / "large.safetensors")
+    size = (tmp_path / "large.safetensors").stat().st_size / 2**20
+    block = 2 * 36 * 512**2 / 2**20  # MiB of a double block in bfloat16
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large.safetensors")]
+    # What is freed goes back at once, as it does by itself with blocks of a real FLUX's size.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    where_it_is_mapped, copied, held = json.loads(done.stdout)
+    assert size > 6 * block
+    assert where_it_is_mapped[0] < block
+    assert where_it_is_mapped[1] < 4 * block
+    assert 1.5 * block < copied[0] < 3 * block  # in float32
+    assert held[0] > 0.9 * size
