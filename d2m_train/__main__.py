@@ -17,6 +17,7 @@ COMMANDS = {
     "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
     "inspect": ("inspect_file", "say what a file is, and check it"),
     "report": ("report", "parameters and FLOPs of the presets"),
+    "cache": ("cache", "encode a run's data ahead of training"),
     "distill": ("distill", "train a FLUX-MoE to be like its teacher, in stages"),
     "export": ("export", "write a FLUX-MoE in another precision, or for diffusers"),
 }

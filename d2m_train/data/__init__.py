@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from .. import UserError
 from ..run_config import DataSection
 from .batch import GUIDANCE, DataSource, Progress
 from .emoji import EmojiAutoencoder, EmojiData, EmojiTextEncoders
+from .encoded import AbsentEncoders, Encoded
 from .encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
+from .folder import FolderSamples
 from .latents import LatentFile
+from .pictures import PictureSource
+from .prompts import PromptSource
+from .samples import Samples
+from .shards import ShardSamples
+from .store import Store, digest
+from .tables import TableSamples
+
+Encoders = TypeVar("Encoders", TextEncoders, Autoencoder)
 
 
 def open_data(name: str) -> DataSource:
@@ -29,11 +42,26 @@ def open_source(
 
     Raises UserError if the data, or what the section says of them, are not there.
     """
+    store = Store(section.cache or output_dir / "cache")
     if section.source == "emoji":
-        return EmojiData(guidance=guidance)
-    assert section.path is not None  # DataSection has seen to that
-    autoencoder, text_encoders = _autoencoder(section, device), _text_encoders(section, device)
-    return LatentFile(section.path, guidance, autoencoder, text_encoders)
+        return EmojiData(guidance=guidance, pool=section.pool, store=store)
+    path = section.path
+    assert path is not None  # DataSection has seen to that
+    encoded = Encoded(store, _autoencoder(section, store, device), _text_encoders(section, store, device))
+    if section.source == "latents":
+        return LatentFile(path, guidance=guidance, encoded=encoded)
+    if section.source == "prompts":
+        return PromptSource(path, encoded, resolutions=section.resolutions, guidance=guidance)
+    samples: Samples
+    if section.source == "folder":
+        samples = FolderSamples(path)
+    elif section.source == "webdataset":
+        samples = ShardSamples(path, store, section.caption_column)
+    else:
+        samples = TableSamples(path, section.image_column, section.caption_column)
+    return PictureSource(
+        path.name, samples, encoded, resolutions=section.resolutions, enlarge=section.enlarge, guidance=guidance
+    )
 
 
 def prepare(source: DataSource, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
@@ -41,17 +69,34 @@ def prepare(source: DataSource, rank: int = 0, world: int = 1, progress: Progres
     source.prepare(rank, world, progress)
 
 
-def _text_encoders(section: DataSection, device: torch.device | str) -> TextEncoders | None:
-    if section.text_encoders is None:
+def _text_encoders(section: DataSection, store: Store, device: torch.device | str) -> TextEncoders | None:
+    name, tokens, dtype = section.text_encoders, section.text_tokens, getattr(torch, section.encoder_dtype)
+    if name is None:
         return None
-    if section.text_encoders == "emoji":
+    if name == "emoji":
         return EmojiTextEncoders()
-    return FluxTextEncoders(section.text_encoders, section.text_tokens, getattr(torch, section.encoder_dtype), device)
+    return _or_known(store, f"{name} {tokens} {dtype}", lambda: FluxTextEncoders(name, tokens, dtype, device))
 
 
-def _autoencoder(section: DataSection, device: torch.device | str) -> Autoencoder | None:
-    if section.vae is None:
+def _autoencoder(section: DataSection, store: Store, device: torch.device | str) -> Autoencoder | None:
+    name, dtype = section.vae, getattr(torch, section.encoder_dtype)
+    if name is None:
         return None
-    if section.vae == "emoji":
+    if name == "emoji":
         return EmojiAutoencoder()
-    return FluxAutoencoder(section.vae, getattr(torch, section.encoder_dtype), device)
+    return _or_known(store, f"vae {name} {dtype}", lambda: FluxAutoencoder(name, dtype, device))
+
+
+def _or_known(store: Store, label: str, make: Callable[[], Encoders]) -> Encoders | AbsentEncoders:
+    """The encoders, or if they are not there, what the store remembers of them."""
+    place = f"encoders/{digest(label)}"
+    known = store.read_json(place)
+    try:
+        made = make()
+    except UserError as error:
+        if known is None:
+            raise
+        return AbsentEncoders(known, error)
+    if known != made.identity:
+        store.write_json(place, made.identity)
+    return made

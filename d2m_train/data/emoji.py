@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, latents_of
+from .order import places
+from .store import DamagedEntry, Store, digest
+
+log = logging.getLogger(__name__)
+
+POOL_SEED, POOL_PART = 300, 32  # pictures of one entry
 
 
 def asset(name: str, assets: Path | None = None) -> Path:
@@ -26,6 +33,8 @@ def asset(name: str, assets: Path | None = None) -> Path:
 
 class EmojiTextEncoders:
     """The demo's prompt encoder in the place of CLIP and T5."""
+
+    dtype = torch.float32
 
     def __init__(self, assets: Path | None = None) -> None:
         file = asset("prompt-encoder", assets)
@@ -63,23 +72,46 @@ class EmojiAutoencoder:
 
 
 class EmojiData:
-    """Through the demo's autoencoder and prompt encoder: any number of real images."""
+    """Through the demo's autoencoder and prompt encoder: any number of real images, or a pool of so many.
 
-    name = identity = "emoji"
+    New pictures are encoded for every batch. Those of a pool are encoded once and kept in the store, and batches are
+    permutations of them; only captions' wording and guidance are new each time.
+    """
 
-    def __init__(self, assets: Path | None = None, *, guidance: tuple[float, float] = GUIDANCE) -> None:
+    name = "emoji"
+
+    def __init__(
+        self,
+        assets: Path | None = None,
+        *,
+        guidance: tuple[float, float] = GUIDANCE,
+        pool: int | None = None,
+        store: Store | None = None,
+    ) -> None:
+        """`pool` needs a store."""
         self.dataset = _demo("dataset")
         self.guidance = guidance
         self.autoencoder = EmojiAutoencoder(assets)
         self.text_encoders = EmojiTextEncoders(assets)
+        self.pool = None
+        self.identity = "emoji"
+        if pool is not None:
+            assert store is not None
+            self.pool = EmojiPool(self.dataset, self.autoencoder, pool, store)
+            self.identity = f"emoji, {pool} pictures"
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Nothing: pictures are made as they are asked for."""
+        """Encode what is missing of this rank's share of the pool."""
+        if self.pool is not None:
+            self.pool.prepare(rank, world, progress)
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
         generator = np.random.default_rng((seed, index))
-        pictures = [self.dataset.random_picture(generator) for _ in range(size)]
-        latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
+        if self.pool is None:
+            pictures = [self.dataset.random_picture(generator) for _ in range(size)]
+            latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
+        else:
+            pictures, latents = self.pool.chosen(places(self.pool.count, index * size, size, (seed,)))
         templates = generator.integers(len(self.dataset.TEMPLATES), size=size)
         captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
         context, pooled, words = self.encode_prompts(captions)
@@ -92,6 +124,49 @@ class EmojiData:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
         return self.text_encoders.encode(prompts)
+
+
+class EmojiPool:
+    """Always the same training pictures; a larger pool begins with those of a smaller one."""
+
+    def __init__(self, dataset: Any, autoencoder: EmojiAutoencoder, count: int, store: Store) -> None:
+        self.dataset, self.autoencoder, self.count, self.store = dataset, autoencoder, count, store
+        generator = np.random.default_rng(POOL_SEED)
+        whole = -(-count // POOL_PART) * POOL_PART
+        pictures = [dataset.random_picture(generator) for _ in range(whole)]
+        self.parts = [pictures[start : start + POOL_PART] for start in range(0, whole, POOL_PART)]
+        self._latents: Tensor | None = None
+
+    def prepare(self, rank: int, world: int, progress: Progress | None) -> None:
+        share = self.parts[rank::world]
+        for done, pictures in enumerate(share, start=1):
+            self._encoded(pictures)
+            if progress is not None:
+                progress(done * POOL_PART, len(share) * POOL_PART)
+
+    def chosen(self, numbers: Sequence[int]) -> tuple[list[Any], Tensor]:
+        """Pictures and their latents [n, 16, 16, 16]."""
+        if self._latents is None:
+            self._latents = torch.cat([self._encoded(pictures) for pictures in self.parts])
+        pictures = [self.parts[number // POOL_PART][number % POOL_PART] for number in numbers]
+        return pictures, self._latents[torch.tensor(numbers)].float()
+
+    def _encoded(self, pictures: Sequence[Any]) -> Tensor:
+        """From the store, or made and kept; bfloat16, as the autoencoder runs."""
+        key = digest("emoji", self.autoencoder.identity, _hash(self.dataset.render(pictures[0])), *pictures)
+        try:
+            if (found := self.store.get("pool", key)) is not None:
+                return found["latents"]
+        except DamagedEntry as error:
+            log.warning("%s; it is made again.", error)
+        latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
+        self.store.put("pool", key, {"latents": latents.bfloat16()})
+        return latents.bfloat16()
+
+
+def _hash(image: Tensor) -> str:
+    """Of a picture: another one if the sprites, or how they are put together, change."""
+    return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
 def _demo(module: str) -> Any:

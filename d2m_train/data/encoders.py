@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,10 @@ SAMPLE, SAMPLES = 1 << 16, 64  # bytes and pieces of a large file that tell it f
 
 
 class TextEncoders(Protocol):
-    """`identity` tells other weights, or other lengths, from these."""
+    """`identity` tells other weights, or other lengths, from these; `dtype` is theirs, and enough to keep what they give."""
 
     identity: str
+    dtype: torch.dtype
 
     def encode(self, prompts: Sequence[str]) -> Texts: ...
 
@@ -69,6 +71,9 @@ class FluxTextEncoders:
     def encode(self, prompts: Sequence[str]) -> Texts:
         """One by one: what stands beside a prompt shall not change its last bit."""
         pipeline = self._loaded()
+        # It warns of every caption that is too long for CLIP, as most of FLUX's are; T5 reads all of it.
+        logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
+        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
         rows = []
         for prompt in prompts:
             context, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=self.tokens)
@@ -80,8 +85,9 @@ class FluxTextEncoders:
 
     def release(self) -> None:
         """Give back the memory; `encode` loads again."""
-        self._pipeline = None
-        _give_back(self.device)
+        if self._pipeline is not None:
+            self._pipeline = None
+            _give_back(self.device)
 
     def _loaded(self) -> Any:
         if self._pipeline is None:
@@ -124,8 +130,9 @@ class FluxAutoencoder:
 
     def release(self) -> None:
         """Give back the memory; the next call loads again."""
-        self._vae = None
-        _give_back(self.device)
+        if self._vae is not None:
+            self._vae = None
+            _give_back(self.device)
 
     def _loaded(self) -> Any:
         if self._vae is None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance, latents_of
-from .encoders import Autoencoder, TextEncoders, no_text_encoders
+from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance
+from .encoded import Encoded
+from .encoders import no_text_encoders
 from .order import places
 
 FILE_FORMAT = (
@@ -25,18 +26,12 @@ FILE_FORMAT = (
 class LatentFile:
     """Precomputed latents and text features, so that a real FLUX is calibrated without its text encoders.
 
-    Autoencoder and text encoders, where given, serve `decode` and `encode_prompts` alone.
+    `encoded`, where given, serves `decode` and `encode_prompts` alone.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        guidance: tuple[float, float] = GUIDANCE,
-        autoencoder: Autoencoder | None = None,
-        text_encoders: TextEncoders | None = None,
-    ) -> None:
+    def __init__(self, path: Path, *, guidance: tuple[float, float] = GUIDANCE, encoded: Encoded | None = None) -> None:
         self.name = path.name
-        self.guidance, self.autoencoder, self.text_encoders = guidance, autoencoder, text_encoders
+        self.guidance, self.encoded = guidance, encoded
         self.file = TensorFile(path)
         self.identity = f"{path.absolute()}, {self.file.size} bytes, modified {path.stat().st_mtime_ns}"
         shapes = self.file.shapes
@@ -68,12 +63,10 @@ class LatentFile:
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """[B, 3, P, P] in 0..1; None where no autoencoder is given."""
-        if self.autoencoder is None:
-            return None
-        return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+        return None if self.encoded is None else self.encoded.decode(tokens_BTC, image_ids_T3)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
         """Raises UserError where no text encoders are given."""
-        if self.text_encoders is None:
+        if self.encoded is None:
             raise no_text_encoders()
-        return self.text_encoders.encode(prompts)
+        return self.encoded.encode_prompts(prompts)

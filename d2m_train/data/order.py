@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,8 +11,13 @@ import numpy as np
 def places(count: int, start: int, size: int, seed: Sequence[int]) -> list[int]:
     """Samples at places start … start + size of an endless sequence: permutations of `count`, one after the other."""
     turns = range(start // count, (start + size - 1) // count + 1)
-    orders = {turn: np.random.default_rng((*seed, turn)).permutation(count) for turn in turns}
+    orders = {turn: _permutation(count, (*seed, turn)) for turn in turns}
     return [int(orders[place // count][place % count]) for place in range(start, start + size)]
+
+
+@lru_cache(maxsize=128)
+def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
 
 
 class BucketOrder:

@@ -1,0 +1,55 @@
+"""Fill a run's cache: latents and text embeddings of all its data, so that training needs no encoders.
+
+It may be interrupted and begun again. Several processes share the work if each is told which it is, by --rank and
+--world or, as torchrun does, by RANK and WORLD_SIZE: `torchrun --nproc-per-node 8 -m d2m_train cache RUN.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import UserError
+from .data import open_source, prepare
+from .data.pictures import PictureSource
+from .data.samples import described
+from .run_config import load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields of the run, by dotted name")
+    parser.add_argument(
+        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="which process this is, from 0"
+    )
+    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are")
+    parser.add_argument("--device", help="of the encoders (default: cuda if there is one, else cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 0 <= args.rank < args.world:
+        raise UserError(f"--rank {args.rank} of --world {args.world}: expected 0 … {args.world - 1}.")
+    logging.basicConfig(format="%(message)s")
+    config = load(args.file, args.overrides)
+    source = open_source(config.data, config.output_dir, guidance=config.guidance, device=args.device or _device())
+    with tqdm(desc="Cache", unit="sample", disable=None if args.rank == 0 else True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        prepare(source, args.rank, args.world, progress)
+    if isinstance(source, PictureSource) and args.world == 1:
+        for (width, height), count in source.buckets():
+            print(f"{width:>5} × {height:<5} {count:>9,}")
+        print(f"left out: {described(source.left_out)}")
+    return 0
+
+
+def _device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,59 @@
+"""Aspect-ratio buckets: the image sizes that training uses, which of them an image gets, and how it is brought to it."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .batch import PATCH
+
+Size = tuple[int, int]  # width and height in pixels
+
+STEPS = 8  # sizes between a square and the longest bucket, which is four times as long as wide
+SHORTEST = 0.5  # the short side of the longest bucket, as part of the square's
+
+
+@cache
+def buckets(resolution: int) -> tuple[Size, ...]:
+    """Sizes of about resolution² pixels, sides multiples of PATCH: the square, and upright and lying ones up to 1 : 4."""
+    step = max(PATCH, round(resolution * (1 - SHORTEST) / STEPS / PATCH) * PATCH)
+    sizes = set()
+    for short in range(resolution, math.ceil(resolution * SHORTEST) - 1, -step):
+        long = max(PATCH, round(resolution**2 / short / PATCH) * PATCH)
+        sizes |= {(short, long), (long, short)}
+    return tuple(sorted(sizes))
+
+
+@lru_cache(maxsize=1 << 16)
+def bucket_of(width: int, height: int, resolutions: tuple[int, ...], enlarge: float) -> Size | None:
+    """The bucket nearest in aspect ratio, of the largest resolution for which the image need not be enlarged by more than
+    `enlarge`. None: it is too small for all of them."""
+    for resolution in sorted(resolutions, reverse=True):
+        size = min(buckets(resolution), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        if max(size[0] / width, size[1] / height) <= enlarge:
+            return size
+    return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data say, transparent parts white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fitted(image: Image.Image, size: Size) -> Image.Image:
+    """Resized and cropped about its centre to `size`."""
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """[3, height, width] float32 in 0..1."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

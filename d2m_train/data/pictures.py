@@ -1,0 +1,222 @@
+"""Images with captions as a source: found usable or left out, put in buckets, encoded once, and batched by number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import UserError
+from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance
+from .buckets import Size, bucket_of, fitted, pixels, upright
+from .encoded import Encoded
+from .order import BucketOrder
+from .samples import BROKEN_IMAGE, TOO_SMALL, UNREADABLE, LeftOut, Samples, UnusableSample, described, merged
+from .store import digest
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the index
+PART = 64  # samples that are looked at, and kept in the index, together
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Record:
+    """What looking at a sample found: its content, or why it is left out."""
+
+    problem: str | None = None
+    image: str = ""  # hash of the file
+    width: int = 0  # pixels, upright
+    height: int = 0
+    caption: str = ""
+
+
+class PictureSource:
+    """Every sample is looked at once, its record kept in an index of the store, and what encoders make of it with it.
+
+    `prepare` does that for a rank's share. Whatever is still missing when a batch is asked for is made then. Batches
+    depend on the listing, the settings, size and seed alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Samples,
+        encoded: Encoded,
+        *,
+        resolutions: Sequence[int],
+        enlarge: float,
+        guidance: tuple[float, float] = GUIDANCE,
+    ) -> None:
+        """Raises UserError if there are no samples."""
+        self.name, self.samples, self.encoded = name, samples, encoded
+        self.resolutions, self.enlarge, self.guidance = tuple(resolutions), enlarge, guidance
+        if len(samples) == 0:
+            raise self._nothing_usable(samples.left_out)
+        self.identity = digest(samples.identity, self.resolutions, enlarge, encoded.identity)
+        self.left_out: LeftOut = {}  # names by reason; complete once the first batch was asked for
+        self._index = f"index/{digest(VERSION, samples.identity)}"
+        self._rank: int | None = None  # None: not prepared yet
+        self._buckets: list[tuple[Size, list[int]]] | None = None
+        self._order = lru_cache(maxsize=4)(self._new_order)
+        self._part = lru_cache(maxsize=256)(self._read_part)
+
+    # Preparing
+
+    def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
+        """Look at, and encode, what is missing of this rank's share. The others' is not waited for."""
+        places = range(len(self.samples))
+        parts = [places[start : start + PART] for start in range(0, len(places), PART)]
+        done, total = 0, sum(map(len, parts[rank::world]))
+        try:
+            with ThreadPoolExecutor() as pool:
+                for number in range(rank, len(parts), world):
+                    self._prepare_part(number, parts[number], pool)
+                    done += len(parts[number])
+                    if progress is not None:
+                        progress(done, total)
+        finally:
+            self.encoded.release()
+        self._rank = rank
+
+    def _prepare_part(self, number: int, places: range, pool: ThreadPoolExecutor) -> None:
+        looked: list[tuple[Record, Image.Image | None]]
+        records = self._stored_part(number, len(places))
+        if records is not None:
+            looked = [(record, None) for record in records]
+        else:
+            looked = list(pool.map(self._look, places))  # decoded images are kept for encoding
+            self._store_part(number, [record for record, _ in looked])
+        for place, (record, image) in zip(places, looked, strict=True):
+            size = self._size(record)
+            if size is None:
+                continue
+            if not self.encoded.has_latents(record.image, size):
+                give = partial(self._pixels, place, record, size) if image is None else partial(pixels, image)
+                self.encoded.latents(record.image, size, self.samples.name(place), give)
+            if not self.encoded.has_text(record.caption):
+                self.encoded.texts([record.caption])
+
+    def _look(self, place: int) -> tuple[Record, Image.Image | None]:
+        """The record, and the image at its bucket's size."""
+        try:
+            data, caption = self.samples.read(place)
+        except UnusableSample as problem:
+            return Record(problem=str(problem)), None
+        except OSError:
+            return Record(problem=UNREADABLE), None
+        try:
+            image = upright(Image.open(io.BytesIO(data)))
+        except Exception:  # Pillow's plugins raise whatever they stumble over
+            return Record(problem=BROKEN_IMAGE), None
+        record = Record(image=_hash(data), width=image.width, height=image.height, caption=caption)
+        size = self._size(record)
+        return record, None if size is None else fitted(image, size)
+
+    def _pixels(self, place: int, record: Record, size: Size) -> Tensor:
+        """Of a sample that was looked at before. Raises UserError if it is not what it was then."""
+        name = self.samples.name(place)
+        try:
+            data, _ = self.samples.read(place)
+        except (OSError, UnusableSample) as error:
+            raise UserError(f"{name} of {self.name} is not there any more ({error}).") from None
+        if _hash(data) != record.image:
+            raise UserError(f"{name} of {self.name} has another content than when it was listed.")
+        return pixels(fitted(upright(Image.open(io.BytesIO(data))), size))
+
+    def _size(self, record: Record) -> Size | None:
+        if record.problem is not None:
+            return None
+        return bucket_of(record.width, record.height, self.resolutions, self.enlarge)
+
+    # The index
+
+    def _stored_part(self, number: int, count: int) -> list[Record] | None:
+        stored = self.encoded.store.read_json(f"{self._index}/{number:06}")
+        if not isinstance(stored, list) or len(stored) != count:
+            return None
+        return [Record(**fields) for fields in stored]
+
+    def _store_part(self, number: int, records: Sequence[Record]) -> None:
+        self.encoded.store.write_json(f"{self._index}/{number:06}", [asdict(record) for record in records])
+
+    def _read_part(self, number: int) -> list[Record]:
+        """From the index, or looked at now."""
+        places = range(len(self.samples))[number * PART : (number + 1) * PART]
+        records = self._stored_part(number, len(places))
+        if records is None:
+            records = [self._look(place)[0] for place in places]
+            self._store_part(number, records)
+        return records
+
+    def _listed(self) -> list[tuple[Size, list[int]]]:
+        """Samples of every bucket."""
+        if self._buckets is None:
+            if self._rank is None:
+                self.prepare()
+            found: dict[Size, list[int]] = {}
+            problems: LeftOut = {}
+            for place in range(len(self.samples)):
+                record = self._part(place // PART)[place % PART]
+                size = self._size(record)
+                if size is None:
+                    problems.setdefault(record.problem or TOO_SMALL, []).append(self.samples.name(place))
+                else:
+                    found.setdefault(size, []).append(place)
+            self.left_out = merged((self.samples.left_out, problems))
+            if not found:
+                raise self._nothing_usable(self.left_out)
+            if self.left_out and self._rank == 0:
+                log.warning("%s: left out %s.", self.name, described(self.left_out))
+            self._buckets = sorted(found.items())
+        return self._buckets
+
+    def _nothing_usable(self, left_out: LeftOut) -> UserError:
+        return UserError(
+            f"No usable sample. Looked for {self.samples.expected}"
+            f", large enough for resolution {min(self.resolutions)} when enlarged at most {self.enlarge:g} times. "
+            f"Found {described(left_out)}."
+        )
+
+    # Batches
+
+    def buckets(self) -> list[tuple[Size, int]]:
+        """Image sizes, and how many samples come at each. Raises UserError if no sample is usable."""
+        return [(size, len(places)) for size, places in self._listed()]
+
+    def _new_order(self, size: int, seed: int) -> BucketOrder:
+        return BucketOrder([len(places) for _, places in self._listed()], size, seed)
+
+    def batch(self, index: int, size: int, seed: int) -> Batch:
+        """Samples of one bucket; see BucketOrder."""
+        bucket, chosen = self._order(size, seed).batch(index)
+        image_size, places = self._listed()[bucket]
+        latents, captions = [], []
+        for place in (places[number] for number in chosen):
+            record = self._part(place // PART)[place % PART]
+            give = partial(self._pixels, place, record, image_size)
+            latents.append(self.encoded.latents(record.image, image_size, self.samples.name(place), give))
+            captions.append(record.caption)
+        texts = self.encode_prompts(captions)
+        guidance_B = draw_guidance(self.guidance, index, size, seed)
+        return batch_of(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
+
+    def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
+        """[B, 3, P, P] in 0..1; None where no autoencoder is there."""
+        return self.encoded.decode(tokens_BTC, image_ids_T3)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Texts:
+        """From the store, or made and kept."""
+        return self.encoded.encode_prompts(prompts)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,103 @@
+"""Prompts alone as a source: the teacher makes the images itself, along its own trajectories."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .. import UserError
+from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, prompts_of
+from .encoded import Encoded
+from .order import places
+from .samples import described
+from .store import digest
+
+log = logging.getLogger(__name__)
+
+FILE_FORMAT = 'a .txt of prompts, one a line, or a .jsonl of objects with "prompt"'
+NO_PROMPT = "line without a prompt"
+
+
+class PromptSource:
+    """The prompts of a file. Images are squares of the resolutions, one drawn for every batch."""
+
+    def __init__(
+        self,
+        path: Path,
+        encoded: Encoded,
+        *,
+        resolutions: Sequence[int],
+        guidance: tuple[float, float] = GUIDANCE,
+    ) -> None:
+        """Raises UserError if there are no prompts."""
+        self.name, self.encoded = path.name, encoded
+        self.resolutions, self.guidance = tuple(resolutions), guidance
+        self.prompts, self.left_out = _read(path)
+        if not self.prompts:
+            raise UserError(f"{path}: no prompts; expected {FILE_FORMAT}. Found {described(self.left_out)}.")
+        if self.left_out:
+            log.warning("%s: left out %s.", self.name, described(self.left_out))
+        self._prepared = False
+        self.identity = digest(self.resolutions, encoded.identity, *self.prompts)
+
+    def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
+        """Encode what is missing of this rank's share of the prompts."""
+        share = self.prompts[rank::world]
+        try:
+            for done, prompt in enumerate(share, start=1):
+                if not self.encoded.has_text(prompt):
+                    self.encoded.texts([prompt])
+                if progress is not None:
+                    progress(done, len(share))
+        finally:
+            self.encoded.release()
+        self._prepared = True
+
+    def batch(self, index: int, size: int, seed: int) -> Batch:
+        """The prompts in random order, in another one when they run out. There are no images."""
+        if not self._prepared:
+            self.prepare()
+        chosen = [self.prompts[place] for place in places(len(self.prompts), index * size, size, (seed,))]
+        side = int(np.random.default_rng((seed, index, 2)).choice(self.resolutions))
+        return prompts_of(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
+
+    def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
+        """[B, 3, P, P] in 0..1; None where no autoencoder is there."""
+        return self.encoded.decode(tokens_BTC, image_ids_T3)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Texts:
+        """From the store, or made and kept."""
+        return self.encoded.encode_prompts(prompts)
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Prompts, and the lines that are none; empty lines are passed over."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: expected {FILE_FORMAT}.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    prompts, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        prompt = line.strip() if path.suffix == ".txt" else _of_json(line)
+        if prompt:
+            prompts.append(prompt)
+        else:
+            bad.append(f"line {number}")
+    return prompts, {NO_PROMPT: bad} if bad else {}
+
+
+def _of_json(line: str) -> str | None:
+    try:
+        found = json.loads(line)["prompt"]
+        return found.strip() if isinstance(found, str) else None
+    except (ValueError, KeyError, TypeError):
+        return None

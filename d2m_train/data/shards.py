@@ -1,0 +1,162 @@
+"""WebDataset shards: tar files whose members are grouped by name, `key.jpg` with `key.txt` or `key.json`.
+
+Read through an index of where each member lies, and not in sequence: a batch's samples can then be found from its number
+alone, which the webdataset library does not offer.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import UserError
+from .samples import (
+    CAPTION_NAMES,
+    EMPTY_CAPTION,
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    UnusableSample,
+    caption_of,
+    merged,
+    paired,
+)
+from .store import Store, digest
+
+
+class Span(NamedTuple):
+    """A member's bytes, and what kind of file it is."""
+
+    shard: str
+    start: int
+    size: int
+    suffix: str
+
+
+class ShardSamples:
+    """The shards of a folder, or of a pattern such as `data/{0000..0127}.tar` or `data/*.tar`."""
+
+    def __init__(self, path: Path, store: Store, caption_field: str | None = None) -> None:
+        """`store` keeps the indices of shards that do not change. `caption_field`: of .json members."""
+        shards = _shards(path)
+        self.expected = (
+            f"in {path} images ({' '.join(sorted(IMAGE_SUFFIXES))}), each with a .txt of the same name, or a .json with "
+            f"{caption_field or ' or '.join(CAPTION_NAMES)}"
+        )
+        self._fields = (caption_field,) if caption_field else CAPTION_NAMES
+        self._samples: list[tuple[str, Span, Span]] = []
+        seen, alone = [], []
+        for shard in shards:
+            status = shard.stat()
+            seen.append((shard.name, status.st_size, status.st_mtime_ns))
+            images, captions = _indexed(shard, digest(shard.absolute(), *seen[-1]), store)
+            complete, left_out = paired(
+                [(key, f"{shard.name}/{key}", span) for key, span in images.items()],
+                {key: (f"{shard.name}/{key}", span) for key, span in captions.items()},
+            )
+            self._samples += complete
+            alone.append(left_out)
+        self.left_out = merged(alone)
+        self.identity = digest(*seen)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def name(self, place: int) -> str:
+        return self._samples[place][0]
+
+    def read(self, place: int) -> tuple[bytes, str]:
+        _, image, caption = self._samples[place]
+        text = _bytes(caption)
+        return _bytes(image), self._of_json(text) if caption.suffix == ".json" else caption_of(text)
+
+    def _of_json(self, data: bytes) -> str:
+        try:
+            fields = json.loads(data)
+            found = next((fields[field] for field in self._fields if isinstance(fields.get(field), str)), "")
+        except (ValueError, AttributeError):
+            raise UnusableSample(UNREADABLE) from None
+        if not found.strip():
+            raise UnusableSample(EMPTY_CAPTION)
+        return str(found).strip()
+
+
+def _bytes(span: Span) -> bytes:
+    with open(span.shard, "rb") as file:
+        file.seek(span.start)
+        return file.read(span.size)
+
+
+def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, Span], dict[str, Span]]:
+    """Images and captions of a shard by key; read once, and kept."""
+    name = f"shards/{key}"
+    found = store.read_json(name)
+    if found is None:
+        found = _members(shard)
+        store.write_json(name, found)
+    images, captions = ({key: Span(str(shard), *span) for key, span in part.items()} for part in found)
+    return images, captions
+
+
+def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tuple[int, int, str]]]:
+    images: dict[str, tuple[int, int, str]] = {}
+    captions: dict[str, tuple[int, int, str]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                folder, _, file = member.name.rpartition("/")
+                if not member.isreg() or file.startswith("."):
+                    continue
+                # WebDataset's rule: a key goes up to the file name's first point.
+                stem, _, suffix = file.partition(".")
+                key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+                span = (member.offset_data, member.size, suffix)
+                if suffix in IMAGE_SUFFIXES:
+                    images.setdefault(key, span)
+                elif suffix == ".txt" or (suffix == ".json" and key not in captions):
+                    captions[key] = span
+    except (tarfile.TarError, OSError, EOFError) as error:
+        packed = shard.suffix in (".gz", ".tgz", ".zst", ".bz2", ".xz")
+        raise UserError(
+            f"{shard}: {'a packed tar; unpack it to a plain one' if packed else f'not a whole tar file ({error})'}."
+        ) from None
+    return images, captions
+
+
+def _shards(path: Path) -> list[Path]:
+    """Files of a folder or pattern, sorted. Raises UserError if there are none, or some of a range are missing."""
+    if path.is_dir():
+        shards = sorted(path.rglob("*.tar"))
+    else:
+        shards = []
+        for pattern in expand_braces(str(path)):
+            if glob.has_magic(pattern):
+                shards += sorted(map(Path, glob.glob(pattern, recursive=True)))
+            elif Path(pattern).is_file():
+                shards.append(Path(pattern))
+            else:
+                raise UserError(f"{pattern}: there is no such file (of {path}).")
+    if not shards:
+        raise UserError(
+            f"{path}: no tar files. Expected a folder of .tar files, or a pattern: data/{{0000..0127}}.tar."
+        )
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{0..2}.{x,y}` → a0.x, a0.y, a1.x, …; numbers keep their leading zeros."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = []
+    for place, piece in enumerate(pieces):
+        if place % 2 == 0:
+            choices.append([piece])
+        elif ends := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
+            first, last = ends.groups()
+            choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+        else:
+            choices.append(piece.split(","))
+    return ["".join(parts) for parts in itertools.product(*choices)]
