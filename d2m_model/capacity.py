@@ -86,6 +86,15 @@ def route_by_threshold(
     return UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
 
 
+def scaled_threshold(threshold_E: Tensor, factor: float) -> Tensor:
+    """The thresholds, in their dtype, with which `route_by_threshold` at factor 1 does what it does with `threshold_E`
+    at `factor` (but for the rounding of the thresholds themselves). Raises ValueError as `check_factor` does."""
+    check_factor(factor)
+    if factor == 0:
+        return torch.ones_like(threshold_E)
+    return (threshold_E.double().logit() - math.log(factor)).sigmoid().to(threshold_E.dtype)
+
+
 def _weights(alpha_TE: Tensor, scale_1: Tensor, gate: Gate) -> Tensor:
     return torch.ones_like(alpha_TE) if gate.mode == "sum" else scale_1.float() * alpha_TE
 
@@ -220,8 +229,13 @@ def initial_tensors(
         threshold_E=torch.zeros(experts, device=x_TH.device),
         scale_1=mean_gate.reciprocal().view(1),
     )
-    # Between the last that is to pass and the first that is not.
-    sorted_TE = predict(x_TH, tensors).sort(dim=0, descending=True).values
-    first_out = sorted_TE[share] if share < tokens else sorted_TE[-1] - 1
-    tensors.threshold_E = ((sorted_TE[share - 1] + first_out) / 2).sigmoid()
+    tensors.threshold_E = thresholds_of(predict(x_TH, tensors), share)
     return tensors
+
+
+def thresholds_of(predicted_TE: Tensor, share: int) -> Tensor:
+    """float32 [E], probabilities: of these tokens each expert gets the `share` (1 or more) that it is most likely to take."""
+    sorted_TE = predicted_TE.sort(dim=0, descending=True).values
+    # Between the last that is to pass and the first that is not.
+    first_out = sorted_TE[share] if share < len(sorted_TE) else sorted_TE[-1] - 1
+    return ((sorted_TE[share - 1] + first_out) / 2).sigmoid()

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims
+from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
 from .keys import HEAD
 
 TIMESTEP_CHANNELS = 256  # sinusoids fed to the timestep and guidance embedders
@@ -135,6 +135,18 @@ class Conversion:
     adaln_rank: int | None
     top_k: float
     capacity_router: CapacityRouter | None = None
+
+    @classmethod
+    def of(cls, config: FluxMoEConfig, top_k: int | None = None) -> Conversion:
+        """That of a file, at its own top_k (its capacity, if it has a capacity router) or at another."""
+        capacity = config.top_k if config.capacity_router is None else config.capacity_router.capacity
+        return cls(
+            ffns=config.ffns,
+            groups=config.groups,
+            adaln_rank=config.adaln_rank,
+            top_k=capacity if top_k is None else top_k,
+            capacity_router=config.capacity_router,
+        )
 
 
 DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from d2m_model.config import BlockGroup, FluxDims
 from d2m_model.conversion.adaln import VecMoments
-from d2m_model.conversion.block_routers import GroupObservations
+from d2m_model.conversion.block_routers import BlockChange, GroupObservations
 from d2m_model.conversion.groups import block_name, members
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.split import generator_for
@@ -72,16 +72,14 @@ class Calibration:
         """Of silu(vec)."""
         return VecMoments.of(torch.cat(self._parts("silu_vec")))
 
-    def block_mse(self, block: str) -> float:
-        """The mean square of output - input (Fig. 3), over all samples, of double_blocks.i or single_blocks.i."""
-        return float(torch.cat(self._parts(f"change.{block}")).mean())
+    def block_change(self, block: str) -> BlockChange:
+        """Of double_blocks.i or single_blocks.i, over all samples."""
+        all_tokens, image = torch.cat(self._parts(f"change.{block}")).mean(0).tolist()
+        return BlockChange(mse=all_tokens, image_mse=image)
 
     def group(self, group: BlockGroup) -> GroupObservations:
         """What a group's router would see of every sample, and what its blocks did."""
-        changes = [
-            (torch.cat(self._parts(f"change.{block}")) / torch.cat(self._parts(f"size.{block}"))).sqrt()
-            for block in members(group)
-        ]
+        changes = [torch.cat(self._parts(f"change.{block}"))[:, 1].sqrt() for block in members(group)]
         return GroupObservations(
             x_mean_nH=torch.cat(self._parts(f"mean.{block_name(group.kind, group.first)}")),
             vec_nH=torch.cat(self._parts("vec")),
@@ -234,8 +232,8 @@ class Recorder:
 
     @contextmanager
     def _blocks(self) -> Iterator[dict[str, Tensor]]:
-        """Of every block during the `with`, float32: `mean` [B, H] of its input's tokens, mean squares [B] of the input
-        (`size`) and of output - input (`change`), of text and image together; and `vec` [B, H], which all of them get."""
+        """Of every block during the `with`, float32: `mean` [B, H] of its input's tokens; `change` [B, 2], the mean squares
+        of output - input over all tokens and over those of the image; and `vec` [B, H], which all of them get."""
         kept: dict[str, Tensor] = {}
 
         def watch(name: str, block: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -247,11 +245,11 @@ class Recorder:
                     return  # computed again for the backward pass, under gradient checkpointing
                 given = dict(zip(takes, arguments, strict=False)) | keywords
                 # diffusers' blocks give text before image.
-                x = (given["encoder_hidden_states"], given["hidden_states"])
-                changes = [after - before for before, after in zip(x, found, strict=True)]
-                kept[f"mean.{name}"] = mean_tokens(*x).cpu()
-                kept[f"size.{name}"] = _mean_square(x).cpu()
-                kept[f"change.{name}"] = _mean_square(changes).cpu()
+                x = text, image = given["encoder_hidden_states"], given["hidden_states"]
+                text_BT, image_BT = ((new - old).float().square().mean(2) for old, new in zip(x, found, strict=True))
+                both_B = torch.cat([text_BT, image_BT], 1).mean(1)
+                kept[f"mean.{name}"] = mean_tokens(text, image).cpu()
+                kept[f"change.{name}"] = torch.stack([both_B, image_BT.mean(1)], 1).cpu()
                 kept["vec"] = given["temb"].float().cpu()
 
             return block.register_forward_hook(hook, with_kwargs=True)
@@ -278,12 +276,6 @@ class Recorder:
             conditions.append(1000 * (low + (high - low) * torch.rand(len(pooled_nV), generator=generator)))
         vec_nH = self.model.time_text_embed(*(c.to(**place) for c in conditions), pooled_nV.to(**place))
         return torch.nn.functional.silu(vec_nH.float()).cpu()
-
-
-def _mean_square(streams_BTH: Sequence[Tensor]) -> Tensor:
-    """[B]: over the tokens of all streams together, and their channels."""
-    squares = [stream.float().square().mean(dim=2) for stream in streams_BTH]
-    return torch.cat(squares, dim=1).mean(dim=1)
 
 
 def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2m_model.config import FluxMoEConfig
+from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.conversion.adaln import FittedModulations, VecMoments
 from d2m_model.conversion.block_routers import plan_block_routers, random_block_routers_of
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
@@ -22,6 +22,7 @@ from d2m_model.conversion.ffn import FFNReport, plan_with_data, plan_without_dat
 from d2m_model.conversion.groups import auto_groups, block_names, with_choice
 from d2m_model.conversion.importance import weight_norm_importance
 from d2m_model.conversion.plan import FFNPlan, FFNWeights
+from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blocks, teacher_name
 from d2m_model.keys import dense_shapes
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
@@ -29,13 +30,13 @@ from d2m_model.tensor_file import CheckpointError
 from . import UserError
 from .calibrate import Calibration, CalibrationSettings, calibrate
 from .conversion_report import Report, tell, write_report
-from .conversion_settings import ConversionSettings, Importance, config_of, settings_of
+from .conversion_settings import ConversionSettings, config_of, settings_of
 from .data.batch import DataSource
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-__all__ = ["ConversionSettings", "Importance", "LoadTeacher", "convert", "settings_of"]
+__all__ = ["ConversionSettings", "LoadTeacher", "convert", "settings_of"]
 
 LoadTeacher = Callable[[], "FluxTransformer2DModel"]
 
@@ -55,7 +56,11 @@ def convert(
     """
     from tqdm import tqdm
 
-    _check(settings, data)
+    settings = settings.resolved()
+    if data is None:
+        settings.check_data()
+    if not (folder := settings.out.absolute().parent).is_dir():  # before minutes of calibration rather than after
+        raise CheckpointError(f"{folder}: there is no such folder. Create it, or write elsewhere.")
     with open_teacher(settings.teacher) as teacher:
         refuse_same_file(teacher.files, settings.out)
         for note in teacher.notes:
@@ -63,14 +68,25 @@ def convert(
         config = config_of(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
         calibration = None if data is None else _calibration(settings, teacher, config, data, load_teacher)
         found = Report()
-        config, block_routers = _block_routers(settings, config, calibration, found)
-        modulations = _modulations(teacher, config, calibration)
+        if calibration is not None:
+            found.blocks.update({name: calibration.block_change(name) for name in block_names(teacher.dims)})
+        if settings.groups == "auto":
+            placed = auto_groups(settings.preset, teacher.dims, found.blocks)
+            config = replace(config, groups=with_choice(placed, settings.active, settings.selection))
+        kept: TeacherBlocks | None = None
+        source: DenseTeacher | ShallowTeacher = teacher
+        if settings.baseline == "depth_pruning":
+            kept = kept_blocks(teacher.dims, config.groups, found.blocks)
+            source = ShallowTeacher(teacher, kept)
+            config = _shallow(config, source.dims, kept)
+        block_routers = _block_routers(settings, config, calibration, found)
+        modulations = _modulations(source, config, calibration)
         with tqdm(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
             config = convert_file(
-                teacher,
+                source,
                 settings.out,
                 config,
-                _planner(settings, config, calibration, found.ffns),
+                _planner(settings, config, kept, calibration, found.ffns),
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,
@@ -87,16 +103,12 @@ def convert(
     return config
 
 
-def _check(settings: ConversionSettings, data: DataSource | None) -> None:
-    """Before minutes of calibration rather than after."""
-    if data is None and settings.needs_data:
-        raise UserError(
-            "This conversion asks the teacher itself (importance taylor, experts coactivation, routers ridge, mean, refit "
-            "or groups auto): give data."
-        )
-    folder = settings.out.absolute().parent
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder. Create it, or write elsewhere.")
+def _shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxMoEConfig:
+    """The configuration of a student with the kept blocks alone: their FFNs, no groups, and which blocks they were."""
+    ffns = {
+        name: config.ffns[source] for name in all_ffn_names(dims) if (source := teacher_name(name, kept)) in config.ffns
+    }
+    return replace(config, dims=dims, ffns=ffns, groups=(), provenance=config.provenance | {"teacher_blocks": kept})
 
 
 # What is asked of the teacher
@@ -126,7 +138,7 @@ def _calibration(
         batches=settings.batches,
         batch_size=settings.batch_size,
         tokens=settings.tokens,
-        taylor=settings.importance == "taylor",
+        taylor=settings.taylor,
         seed=settings.recipe.seed,
     )
     identity = [
@@ -154,13 +166,8 @@ def _calibration(
 
 def _block_routers(
     settings: ConversionSettings, config: FluxMoEConfig, calibration: Calibration | None, report: Report
-) -> tuple[FluxMoEConfig, dict[str, Tensor]]:
-    """The configuration with its groups in their places, and their routers' tensors. Fills the report's blocks, groups."""
-    if calibration is not None:
-        report.blocks.update({name: calibration.block_mse(name) for name in block_names(config.dims)})
-    if settings.groups == "auto":
-        placed = auto_groups(settings.preset, config.dims, report.blocks)
-        config = replace(config, groups=with_choice(placed, settings.active, settings.selection))
+) -> dict[str, Tensor]:
+    """The tensors of all groups, by their names in the file. Fills the report's groups."""
     tensors: dict[str, Tensor] = {}
     for index, group in enumerate(config.groups):
         name, seed = f"block_groups.{index}", settings.recipe.seed
@@ -174,11 +181,11 @@ def _block_routers(
             except ValueError as error:
                 raise UserError(f"{name}: {error} Calibrate with more batches or larger ones.") from None
         tensors |= {f"{name}.router_x.weight": routers.x_MH, f"{name}.router_y.weight": routers.y_MH}
-    return config, tensors
+    return tensors
 
 
 def _modulations(
-    teacher: DenseTeacher, config: FluxMoEConfig, calibration: Calibration | None
+    teacher: DenseTeacher | ShallowTeacher, config: FluxMoEConfig, calibration: Calibration | None
 ) -> FittedModulations | None:
     if config.adaln_rank is None:
         return None
@@ -190,20 +197,23 @@ def _modulations(
 def _planner(
     settings: ConversionSettings,
     config: FluxMoEConfig,
+    kept: TeacherBlocks | None,
     calibration: Calibration | None,
     reports: dict[str, FFNReport],
 ) -> Callable[[str, FFNWeights], FFNPlan]:
-    def importance(ffn: str, weights: FFNWeights) -> Tensor:
-        if calibration is not None and settings.importance == "taylor":
-            return calibration.importance(ffn)
-        return weight_norm_importance(weights.up_NH, weights.up_bias_N, weights.down_HN)
-
     def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
-        importance_N, recipe = importance(ffn, weights), settings.recipe
+        recipe, layout = settings.recipe, config.ffns[ffn]
+        if config.top_k == 0:
+            recipe = replace(recipe, top_k=0)  # MLP pruning: the refit is of the shared expert alone
+        source = ffn if kept is None else teacher_name(ffn, kept)
+        if calibration is not None and settings.taylor:
+            importance_N = calibration.importance(source)
+        else:
+            importance_N = weight_norm_importance(weights.up_NH, weights.up_bias_N, weights.down_HN)
         if calibration is None:
-            return plan_without_data(ffn, weights, config.ffns[ffn], importance_N, recipe)
-        inputs_TH = calibration.inputs(ffn).to(settings.place)
-        planned, reports[ffn] = plan_with_data(ffn, weights, config.ffns[ffn], importance_N, inputs_TH, recipe)
+            return plan_without_data(ffn, weights, layout, importance_N, recipe)
+        inputs_TH = calibration.inputs(source).to(settings.place)
+        planned, reports[ffn] = plan_with_data(ffn, weights, layout, importance_N, inputs_TH, recipe)
         return planned
 
     return plan

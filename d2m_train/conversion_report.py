@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
 from d2m_model.config import FluxMoEConfig
-from d2m_model.conversion.block_routers import GroupReport
+from d2m_model.conversion.block_routers import BlockChange, GroupReport
 from d2m_model.conversion.ffn import FFNReport
 
 WAYS = ("random", "fixed", "ridge", "oracle")  # of choosing blocks: see GroupReport
@@ -22,30 +22,42 @@ class Report:
 
     ffns         errors of each FFN
     modulations  |found - dense| / |dense| of each modulation's outputs
-    blocks       the mean square of output - input of every block of the teacher (Fig. 3)
+    blocks       what every block of the teacher changes (Fig. 3)
     groups       how each block group's routers choose
     """
 
     ffns: dict[str, FFNReport] = field(default_factory=dict)
     modulations: dict[str, float] = field(default_factory=dict)
-    blocks: dict[str, float] = field(default_factory=dict)
+    blocks: dict[str, BlockChange] = field(default_factory=dict)
     groups: dict[str, GroupReport] = field(default_factory=dict)
 
 
 def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], object]) -> None:
     """The few figures that a user wants to see at once."""
-    layout = next(iter(config.ffns.values()))
-    say(
-        f"{out}: {len(config.ffns)} FFNs, each {layout.shared} shared neurons and {layout.experts} experts of "
-        f"{layout.width}; top-{config.top_k}, {os.path.getsize(out):,} bytes."
-    )
+    bytes_written = f"{os.path.getsize(out):,} bytes"
+    if config.ffns:
+        layout = next(iter(config.ffns.values()))
+        say(
+            f"{out}: {len(config.ffns)} FFNs, each {layout.shared} shared neurons and {layout.experts} experts of "
+            f"{layout.width}; top-{config.top_k}, {bytes_written}."
+        )
+    else:
+        say(f"{out}: FFNs dense, {bytes_written}.")
+    if kept := config.provenance.get("teacher_blocks"):
+        for kind, blocks in kept.items():
+            say(f"Its {len(blocks)} {kind} blocks are the teacher's {', '.join(map(str, blocks))}.")
     if report.ffns:
         errors = {name: ffn.to_dict() for name, ffn in report.ffns.items()}
         averages = {kind: mean(of[kind] for of in errors.values()) for kind in next(iter(errors.values()))}
+        agrees, experts = averages.pop("agrees", None), averages.pop("experts", None)
         say(f"Relative error of the FFNs' outputs at top-{config.top_k}, on tokens that no fit has seen, averaged:")
         say("  " + ", ".join(f"{kind} {value:.3f}" for kind, value in averages.items()))
         worst = max(errors, key=lambda name: errors[name]["converted"])
         say(f"  worst: {worst}, {errors[worst]['converted']:.3f}")
+        if agrees is not None:
+            say(
+                f"  The capacity predictors agree with the experts' selection to {agrees:.1%}; {experts:.2f} experts a token."
+            )
     if report.modulations:
         worst = max(report.modulations, key=report.modulations.__getitem__)
         say(
@@ -85,7 +97,7 @@ def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callabl
         "options": config.provenance,
         "ffns": {name: ffn.to_dict() for name, ffn in report.ffns.items()},
         "modulations": report.modulations,
-        "blocks": report.blocks,
+        "blocks": {name: asdict(change) for name, change in report.blocks.items()},
         "groups": {name: group.to_dict() for name, group in report.groups.items()},
     }
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,8 @@ import torch
 from d2m_model import VERSION
 from d2m_model.config import (
     BlockGroup,
+    CapacityRouter,
+    FFNLayout,
     FluxDims,
     FluxMoEConfig,
     Gate,
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from .run_config import RunConfig
 
 Importance = Literal["taylor", "weight-norm"]
+FFNKind = Literal["moe", "dense"]
+Baseline = Literal["none", "mlp_pruning", "depth_pruning"]
+TokenRouter = Literal["top_k", "capacity"]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,6 +48,10 @@ class ConversionSettings:
                   or these, as groups.SYNTAX says
     active        blocks of a group that run, where `groups` does not say
     block_router  `ridge` needs data
+    ffns          `moe`: those of preset L; `dense`: the teacher's, for block groups or depth pruning alone (Table 3)
+    baseline      `mlp_pruning`: what top_k experts would be is part of the shared expert, and no other expert runs (Table
+                  2); `depth_pruning`: of each group the blocks that change most are kept, no others (Table 3; needs data)
+    router        `capacity`: DiffMoE's, with a predictor of `predictor_width` (needs data)
     importance    `taylor` needs data, as `recipe.needs_inputs` does
     adaln_rank    of the AdaLN compression: `preset` is hidden size / 12, None leaves the modulations dense
     tokens        inputs kept of every FFN in calibration, in all
@@ -59,6 +68,10 @@ class ConversionSettings:
     active: int
     selection: Selection
     block_router: BlockRouterInit
+    ffns: FFNKind
+    baseline: Baseline
+    router: TokenRouter
+    predictor_width: int
     recipe: Recipe
     importance: Importance
     adaln_rank: int | Literal["preset"] | None
@@ -79,13 +92,42 @@ class ConversionSettings:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
-    def needs_data(self) -> bool:
-        return (
-            self.recipe.needs_inputs
-            or self.importance == "taylor"
-            or self.groups == "auto"
-            or self.block_router == "ridge"
-        )
+    def taylor(self) -> bool:
+        return self.importance == "taylor" and self.ffns == "moe"
+
+    def resolved(self) -> ConversionSettings:
+        """With the recipe that the baseline and the router want. Raises UserError for what does not go together."""
+        recipe = self.recipe
+        if self.baseline == "depth_pruning" and self.preset == "L" and not isinstance(self.groups, tuple):
+            raise UserError("Depth pruning leaves blocks of the preset's groups out, and L has none; take M, S or XS.")
+        if self.baseline == "mlp_pruning":
+            if self.ffns == "dense" or self.router == "capacity":
+                what = "dense FFNs" if self.ffns == "dense" else "a capacity router"
+                raise UserError(f"MLP pruning is of FFNs without routers; leave out one of it and {what}.")
+            recipe = replace(recipe, experts="dealt", router="random", mean=False)
+        if self.ffns == "dense":
+            if self.router == "capacity":
+                raise UserError("A capacity router needs experts; the FFNs are to stay dense.")
+            recipe = replace(recipe, experts="dealt", router="random", mean=False, refit=False)
+        if self.router == "capacity":
+            recipe = replace(recipe, predictor_width=self.predictor_width)
+        return replace(self, recipe=recipe)
+
+    def check_data(self) -> None:
+        """Raises UserError naming the first thing that needs data, for settings that are to do without."""
+        needs = {
+            "importance taylor": self.taylor,
+            "experts coactivation": self.recipe.experts == "coactivation",
+            "router ridge": self.recipe.router == "ridge",
+            "mean": self.recipe.mean,
+            "refit": self.recipe.refit,
+            "router capacity": self.router == "capacity",
+            "groups auto": self.groups == "auto",
+            "block router ridge": self.block_router == "ridge",
+            "depth pruning": self.baseline == "depth_pruning",
+        }
+        if wanted := [name for name, needed in needs.items() if needed]:
+            raise UserError(f"This conversion asks the teacher itself ({', '.join(wanted)}): give data.")
 
 
 def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | None) -> ConversionSettings:
@@ -99,6 +141,10 @@ def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | No
         active=student.active,
         selection=student.selection,
         block_router=method.block_router,
+        ffns=student.ffns,
+        baseline=student.baseline,
+        router=student.router,
+        predictor_width=student.predictor_width,
         recipe=Recipe(
             experts=method.experts,
             router=method.router,
@@ -130,34 +176,53 @@ def groups_of(settings: ConversionSettings, dims: FluxDims) -> tuple[BlockGroup,
 
 
 def config_of(settings: ConversionSettings, dims: FluxDims, teacher: Teacher, data_name: str | None) -> FluxMoEConfig:
-    """What the file's configuration will be, but for the teacher's hash. Raises UserError or ConfigError."""
+    """The file's configuration, but for the teacher's hash; of resolved settings. Raises UserError or ConfigError.
+
+    For groups `auto` and depth pruning it is what `dims` and the preset say, until calibration has told which blocks.
+    """
     recipe = settings.recipe
-    experts = paper_layout(dims.hidden_size).experts
-    if not 1 <= recipe.top_k <= experts:
-        raise UserError(f"--top-k is {recipe.top_k}; expected 1 to {experts}, the number of experts.")
+    most = paper_layout(dims.hidden_size).experts - (settings.baseline == "mlp_pruning")
+    if not 1 <= recipe.top_k <= most:
+        raise UserError(f"--top-k is {recipe.top_k}; expected 1 to {most}, the number of experts.")
     rank = adaln_rank_of(dims.hidden_size) if settings.adaln_rank == "preset" else settings.adaln_rank
     if rank is not None and rank > dims.hidden_size:
         raise UserError(f"--adaln-rank is {rank}; expected 1 to {dims.hidden_size}, the hidden size.")
-    groups = groups_of(settings, dims)
-    how: dict[str, object] = {
-        "tool": f"ComfyUI-Dense2MoE {VERSION}",
-        "preset": settings.preset,
-        "importance": settings.importance,
-        **asdict(recipe),
-    }
-    if groups:
-        listed = isinstance(settings.groups, tuple)
-        how |= {"groups": "listed" if listed else settings.groups, "block_router": settings.block_router}
-    if data_name is not None:
-        how["data"] = {"name": data_name, "batches": settings.batches, "batch_size": settings.batch_size}
+    width = settings.recipe.predictor_width
     return FluxMoEConfig(
         dims=dims,
-        ffns=preset_layouts(dims),
-        groups=groups,
+        ffns=_layouts(settings, dims),
+        groups=groups_of(settings, dims),
         gate=Gate(mode="sum", scale=1.0),
-        top_k=recipe.top_k,
+        top_k=0 if settings.baseline == "mlp_pruning" or settings.ffns == "dense" else recipe.top_k,
         adaln_rank=rank,
-        split_only=rank is None and not recipe.refit,
+        split_only=rank is None and not recipe.refit and settings.baseline != "depth_pruning",
         teacher=teacher,
-        provenance=how,
+        capacity_router=None if width is None else CapacityRouter(capacity=float(recipe.top_k), width=width),
+        provenance=_provenance(settings, data_name),
     )
+
+
+def _layouts(settings: ConversionSettings, dims: FluxDims) -> dict[str, FFNLayout]:
+    if settings.ffns == "dense":
+        return {}
+    layouts = preset_layouts(dims)
+    if settings.baseline != "mlp_pruning":
+        return layouts
+    paper, top_k = paper_layout(dims.hidden_size), settings.recipe.top_k
+    # r_a = r_s + k r_n, all of it shared; the rest is in experts that never run, as the file has room for all neurons.
+    pruned = replace(paper, shared=paper.shared + top_k * paper.width, experts=paper.experts - top_k)
+    return dict.fromkeys(layouts, pruned)
+
+
+def _provenance(settings: ConversionSettings, data_name: str | None) -> dict[str, object]:
+    how: dict[str, object] = {"tool": f"ComfyUI-Dense2MoE {VERSION}", "preset": settings.preset}
+    if settings.ffns == "moe":
+        how |= {"importance": settings.importance, **asdict(settings.recipe)}
+    if settings.baseline != "none":
+        how["baseline"] = settings.baseline
+    if settings.preset != "L" or settings.groups != "preset":
+        how["groups"] = list(settings.groups) if isinstance(settings.groups, tuple) else settings.groups
+        how["block_router"] = settings.block_router
+    if data_name is not None:
+        how["data"] = {"name": data_name, "batches": settings.batches, "batch_size": settings.batch_size}
+    return how

@@ -13,13 +13,14 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from d2m_model.config import PresetName, Selection
+from d2m_model.config import PREDICTOR_WIDTH, PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts, Recipe
 from d2m_model.conversion.router_init import RouterInit
 
 from . import UserError
-from .conversion import ConversionSettings, Importance, convert
+from .conversion import convert
+from .conversion_settings import Baseline, ConversionSettings, FFNKind, Importance, TokenRouter
 from .data import open_data
 from .data.latents import FILE_FORMAT
 
@@ -58,6 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Selection),
         default="topk",
         help="of a group, the best blocks (Eq. 5, default) or the best window of neighbours (Eq. 4)",
+    )
+    parser.add_argument(
+        "--router-kind",
+        choices=get_args(TokenRouter),
+        default="top_k",
+        help="top_k: every token has --top-k experts (default); capacity: DiffMoE's, so many on average (needs --data)",
+    )
+    parser.add_argument(
+        "--ffns",
+        choices=get_args(FFNKind),
+        default="moe",
+        help="dense: FFNs stay the teacher's, and only the block groups are new (default: moe)",
+    )
+    parser.add_argument(
+        "--baseline",
+        choices=get_args(Baseline),
+        default="none",
+        help="what the paper compares with: FFNs pruned to what --top-k experts activate (Table 2), or depth to the "
+        "blocks that run of the groups (Table 3; needs --data)",
     )
     parser.add_argument("--data", metavar="emoji|FILE", help=f"calibration data: the demo's dataset, or {FILE_FORMAT}")
     parser.add_argument(
@@ -104,6 +124,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--adaln-rank", type=_positive, metavar="N", help="rank of the AdaLN compression (default: hidden size / 12)"
     )
+    method.add_argument(
+        "--predictor-width",
+        type=_positive,
+        default=PREDICTOR_WIDTH,
+        metavar="N",
+        help=f"of a capacity router (default: {PREDICTOR_WIDTH})",
+    )
     method.add_argument("--top-k", type=_positive, default=TOP_K, help="experts a token (default: 2)")
     method.add_argument("--seed", type=int, default=0)
 
@@ -139,6 +166,10 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
     if split_only and (args.refit or args.adaln_rank):
         wrong = "--refit" if args.refit else "--adaln-rank"
         raise UserError(f"{wrong} changes weights, which --split-only forbids; leave out one of them.")
+    if split_only and args.baseline == "depth_pruning":
+        raise UserError(
+            "--baseline depth_pruning leaves blocks out, which --split-only forbids; leave out one of them."
+        )
     importance: Importance = args.importance or ("taylor" if data else "weight-norm")
     recipe = Recipe(
         experts=args.experts or ("coactivation" if data else "dealt"),
@@ -156,6 +187,8 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
         "--importance taylor": importance == "taylor",
         "--block-router ridge": args.block_router == "ridge",
         "--groups auto": args.groups == "auto",
+        "--router-kind capacity": args.router_kind == "capacity",
+        "--baseline depth_pruning": args.baseline == "depth_pruning",
     }
     if not data and any(needs.values()):
         option = next(option for option, wanted in needs.items() if wanted)
@@ -168,6 +201,10 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
         active=args.active,
         selection=args.selection,
         block_router=args.block_router or ("ridge" if data else "random"),
+        ffns=args.ffns,
+        baseline=args.baseline,
+        router=args.router_kind,
+        predictor_width=args.predictor_width,
         recipe=recipe,
         importance=importance,
         adaln_rank=None if split_only else args.adaln_rank or "preset",

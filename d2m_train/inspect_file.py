@@ -10,11 +10,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from d2m_model.checkpoint import CONFIG_KEY, check_file
+from d2m_model.checkpoint import check_file
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
+
+from .models import is_flux_moe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(path: Path) -> dict[str, Any]:
     """Everything that is known of a FLUX file. Raises CheckpointError for one that is damaged, or no FLUX."""
-    if not _is_moe(path):
+    if not is_flux_moe(path):
         with open_teacher(path) as teacher:
             facts = _facts(path, teacher, teacher.dims) | {"kind": "dense FLUX.1"}
             facts["title"] = teacher.metadata.get("modelspec.title")
@@ -42,19 +44,12 @@ def inspect(path: Path) -> dict[str, Any]:
     config = check_file(path)
     with TensorFile(path) as file:
         facts = _facts(path, file, config.dims) | {"kind": "FLUX-MoE"}
-    conversion = Conversion(ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=config.top_k)
+    conversion = Conversion.of(config)
     cost = flux(config.dims, conversion, Tokens(image=1, text=1))  # parameters do not depend on the tokens
     facts["activated_parameters"] = {"touched": round(cost.touched), "paper": round(cost.paper)}
     facts["moe"] = json.loads(config.to_json())
     del facts["moe"]["dims"]
     return facts
-
-
-def _is_moe(path: Path) -> bool:
-    if path.suffix == ".json" or not path.is_file():
-        return False
-    with TensorFile(path) as file:
-        return CONFIG_KEY in file.shapes
 
 
 def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[str, Any]:
@@ -113,9 +108,13 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
     weights = "changed: needs the pack"
     if config.split_only:
         weights = "the teacher's, reordered: opens as the teacher without the pack"
+    routing = f"top-{config.top_k}"
+    if config.capacity_router is not None:
+        capacity, width = config.capacity_router.capacity, config.capacity_router.width
+        routing = f"by capacity, {capacity:g} experts a token on average, predictor {width} wide"
     return [
         *lines,
-        ("routing", f"top-{config.top_k}, gate {config.gate.mode}, scale {config.gate.scale:g}"),
+        ("routing", f"{routing}, gate {config.gate.mode}, scale {config.gate.scale:g}"),
         ("AdaLN", "dense" if config.adaln_rank is None else f"compressed to rank {config.adaln_rank}"),
         ("weights", weights),
         ("teacher", f"{config.teacher.title}, sha256 {config.teacher.sha256}"),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from d2m_model.config import PresetName, Selection
+from d2m_model.config import PREDICTOR_WIDTH, PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts
 from d2m_model.conversion.router_init import RouterInit
@@ -64,7 +64,11 @@ class StudentSection(Section):
     baseline: Literal["none", "mlp_pruning", "depth_pruning"] = "none"
     """Dense models of the same activated size, for comparison (Tables 2 and 3)."""
     router: Literal["top_k", "capacity"] = "top_k"
+    predictor_width: Count = PREDICTOR_WIDTH
+    """Of a capacity router."""
     top_k: Count = 2
+    ffns: Literal["moe", "dense"] = "moe"
+    """`dense`: block groups or depth pruning alone, as Table 3 compares them."""
     adaln_rank: Count | Literal["preset", "none"] = "preset"
     groups: Literal["preset", "auto"] | tuple[str, ...] = "preset"
     """Blocks of which some run: the preset's groups; as many, placed where blocks change least; or a list of groups

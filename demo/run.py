@@ -138,7 +138,7 @@ def costs() -> dict[int | None, Cost]:
     tokens = Tokens(image=IMAGE_TOKENS, text=TOKENS)
     found: dict[int | None, Cost] = {None: flux(config.dims, DENSE, tokens)}
     for top_k in TOP_K:
-        conversion = Conversion(ffns=config.ffns, groups=config.groups, adaln_rank=config.adaln_rank, top_k=top_k)
+        conversion = Conversion.of(config, top_k)
         found[top_k] = flux(config.dims, conversion, tokens)
     return found
 

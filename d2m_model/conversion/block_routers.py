@@ -5,7 +5,7 @@ Shapes: n observations, H hidden size, M blocks of a group.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,9 +21,22 @@ FEWEST = 2 * REPORTED  # observations
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class BlockChange:
+    """The mean square of a block's output - input (Fig. 3), of all tokens and of the image's alone.
+
+    Blocks are compared by the latter: what a block does to the text counts only through what later blocks take from it.
+    (In the emoji FLUX the last double block changes the text more than all others together, and of its group it is the
+    one that the image misses least.)
+    """
+
+    mse: float
+    image_mse: float
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class GroupObservations:
     """A group in the dense model, of samples over prompts and timesteps: ahead of its first block the mean of all tokens
-    (mob.mean_tokens) and vec; and how much each block changes its input, |B(x) - x| / |x| over all tokens."""
+    (mob.mean_tokens) and vec; and how much each block changes the image: |B(x) - x| over its tokens, absolute."""
 
     x_mean_nH: Tensor
     vec_nH: Tensor
@@ -67,8 +80,10 @@ def plan_block_routers(
 ) -> tuple[BlockRouters, GroupReport]:
     """The group's routers, fitted to all observations, and what routers fitted to most of them do on the others.
 
+    Ridge routers learn each block's share of the group's change, so that every sample counts alike.
     Raises ValueError if there are fewer than FEWEST.
     """
+    seen = replace(seen, change_nM=seen.change_nM / seen.change_nM.sum(dim=1, keepdim=True))
     if len(seen.change_nM) < FEWEST:
         raise ValueError(f"There are {len(seen.change_nM)} calibration samples; expected {FEWEST} or more.")
     kept_n = torch.arange(len(seen.change_nM)) % REPORTED == 0
@@ -110,5 +125,5 @@ def _judge(seen: GroupObservations, group: BlockGroup, routers: BlockRouters) ->
 def _choice(seen: GroupObservations, group: BlockGroup, chosen_nM: Tensor) -> Choice:
     oracle_nM = _best(seen.change_nM, group)
     agreement_n = (chosen_nM & oracle_nM).sum(dim=1) / max(1, group.active)
-    skipped_n = (seen.change_nM * ~chosen_nM).sum(dim=1) / seen.change_nM.sum(dim=1)
+    skipped_n = (seen.change_nM * ~chosen_nM).sum(dim=1)
     return Choice(agreement=float(agreement_n.mean()), skipped=float(skipped_n.mean()))

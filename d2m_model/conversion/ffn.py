@@ -5,17 +5,19 @@ Shapes: T tokens of calibration, H hidden size, N = S + E F neurons, S shared, R
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capacity import CapacityTensors
 from ..config import FFNLayout
 from .coactivation import coactivation_experts
 from .least_squares import Normal
 from .plan import FFNPlan, FFNWeights
+from .predictor_init import fitted_tensors, predicted, selection
 from .router_init import RouterInit, centroid_router, random_router, ridge_router
 from .split import by_importance, generator_for, neuron_order, order_of
 
@@ -35,10 +37,13 @@ class Recipe:
     refit: bool  # W2 and b2 of the shared expert learn, in closed form, what the experts not chosen would have added
     top_k: int  # for which clusters, ridge router and refit are made
     seed: int
+    # Of a capacity router's predictor: experts then take top_k / experts of the tokens each. None: every token top_k experts.
+    predictor_width: int | None = None
 
     @property
     def needs_inputs(self) -> bool:
-        return self.experts == "coactivation" or self.router == "ridge" or self.mean or self.refit
+        fitted = self.mean or self.refit or self.predictor_width is not None
+        return self.experts == "coactivation" or self.router == "ridge" or fitted
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -46,7 +51,8 @@ class FFNReport:
     """Relative error |found - dense| / |dense| of an FFN's output (b2 aside) at the recipe's top_k, on tokens that no fit
     has seen. The first four are this split under four routers, without refit; `converted` is the FFN as converted.
 
-    `oracle` knows the experts' outputs and chooses greedily.
+    `oracle` knows the experts' outputs and chooses greedily. Of a capacity router: how far what its predictor gives the
+    experts `agrees` with what they would take of these tokens (2 |both| / (|one| + |other|)), and `experts` of a token.
     """
 
     random: float
@@ -54,9 +60,11 @@ class FFNReport:
     ridge: float
     oracle: float
     converted: float
+    agrees: float | None = None
+    experts: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def plan_without_data(
@@ -98,13 +106,19 @@ def plan_with_data(
         for router, parameters in routers.items()
     }
     errors["oracle"] = rest.error(rest.missing(rest.best(recipe.top_k)))
-    means = {"expert_mean_EH": fit.expert_means()} if recipe.mean else {}
+    routing = _Routing.of(name, weight_EH, bias_E, fit, rest, recipe)
+    plan = FFNPlan(
+        order_N=order_N,
+        router_EH=weight_EH,
+        router_bias_E=bias_E,
+        expert_mean_EH=fit.expert_means() if recipe.mean else None,
+        capacity=routing.capacity,
+    )
+    missing_TH = rest.missing(routing.rest_TE)
     if not recipe.refit:
-        plan = FFNPlan(order_N=order_N, router_EH=weight_EH, router_bias_E=bias_E, **means)
-        return plan, FFNReport(**errors, converted=errors[recipe.router])
+        return plan, FFNReport(**errors, converted=rest.error(missing_TH), **routing.report)
 
-    missing_TH = rest.missing(rest.chosen(weight_EH, bias_E, recipe.top_k))
-    normal = Normal(fit.shared_TS, fit.missing(fit.chosen(weight_EH, bias_E, recipe.top_k)))
+    normal = Normal(fit.shared_TS, fit.missing(routing.fit_TE))
     judge = torch.arange(len(missing_TH), device=missing_TH.device) % 2 == 0
     best = None
     for ridge in RIDGES:
@@ -115,15 +129,40 @@ def plan_with_data(
             best = judged, reported, weight_SH, bias_H
     assert best is not None
     _, error, weight_SH, bias_H = best
-    plan = FFNPlan(
-        order_N=order_N,
-        router_EH=weight_EH,
-        router_bias_E=bias_E,
-        shared_down_HS=fit.down_HS + weight_SH.T,
-        down_bias_H=dense.down_bias_H + bias_H,
-        **means,
-    )
-    return plan, FFNReport(**errors, converted=error)
+    plan = replace(plan, shared_down_HS=fit.down_HS + weight_SH.T, down_bias_H=dense.down_bias_H + bias_H)
+    return plan, FFNReport(**errors, converted=error, **routing.report)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Routing:
+    """Which experts the file gives the tokens of a fit and the rest, bool [T, E]; its capacity router, if it has one."""
+
+    fit_TE: Tensor
+    rest_TE: Tensor
+    capacity: CapacityTensors | None
+    report: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, name: str, weight_EH: Tensor, bias_E: Tensor | None, fit: _Split, rest: _Split, recipe: Recipe
+    ) -> _Routing:
+        if recipe.predictor_width is None:
+            fit_TE, rest_TE = (split.chosen(weight_EH, bias_E, recipe.top_k) for split in (fit, rest))
+            return cls(fit_TE=fit_TE, rest_TE=rest_TE, capacity=None, report={})
+        weight_EH = weight_EH.to(fit.x_TH)
+        bias_E = None if bias_E is None else bias_E.to(fit.x_TH)
+        capacity = fitted_tensors(
+            fit.x_TH,
+            weight_EH,
+            bias_E,
+            capacity=recipe.top_k,
+            width=recipe.predictor_width,
+            generator=generator_for(recipe.seed, f"{name} predictor"),
+        )
+        found_TE, wanted_TE = predicted(rest.x_TH, capacity), selection(rest.x_TH, weight_EH, bias_E, recipe.top_k)
+        both, either = (found_TE & wanted_TE).sum(), found_TE.sum() + wanted_TE.sum()
+        report = {"agrees": float(2 * both / either.clamp_min(1)), "experts": float(found_TE.sum() / len(found_TE))}
+        return cls(fit_TE=predicted(fit.x_TH, capacity), rest_TE=found_TE, capacity=capacity, report=report)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -214,7 +253,7 @@ class _Split:
         return torch.stack([(hidden_TF @ down_HF.T).norm(dim=1) for hidden_TF, down_HF in experts], 1)
 
     def best(self, top_k: int) -> Tensor:
-        """int64 [T, K]: experts chosen one by one, each time the one without which least is missing."""
+        """bool [T, E]: top_k experts chosen one by one, each time the one without which least is missing."""
         chosen = []
         for part_TR in self.routed_TR.split(MANY // self.layout.experts):
             outputs_TEH = torch.einsum(
@@ -223,25 +262,24 @@ class _Split:
                 self.down_HR.unflatten(1, (self.layout.experts, self.layout.width)),
             )
             missing_TH = outputs_TEH.sum(1)
-            picks: list[Tensor] = []
+            chosen_TE = torch.zeros_like(outputs_TEH[..., 0], dtype=torch.bool)
             for _ in range(top_k):
                 left_TE = (missing_TH[:, None] - outputs_TEH).square().sum(2)
-                for pick_T1 in picks:
-                    left_TE.scatter_(1, pick_T1, torch.inf)
-                picks.append(left_TE.argmin(1, keepdim=True))
-                missing_TH = missing_TH - outputs_TEH.take_along_dim(picks[-1][..., None], 1)[:, 0]
-            chosen.append(torch.cat(picks, 1))
+                pick_T1 = left_TE.masked_fill(chosen_TE, torch.inf).argmin(1, keepdim=True)
+                chosen_TE.scatter_(1, pick_T1, True)
+                missing_TH = missing_TH - outputs_TEH.take_along_dim(pick_T1[..., None], 1)[:, 0]
+            chosen.append(chosen_TE)
         return torch.cat(chosen)
 
     def chosen(self, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
-        """int64 [T, K], as route_top_k chooses."""
+        """bool [T, E], as route_top_k chooses."""
         logits_TE = F.linear(self.x_TH, weight_EH.to(self.x_TH), None if bias_E is None else bias_E.to(self.x_TH))
-        return logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        first_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, first_TK, True)
 
-    def missing(self, chosen_TK: Tensor) -> Tensor:
+    def missing(self, chosen_TE: Tensor) -> Tensor:
         """What the experts not chosen would add beyond their means, [T, H]."""
-        absent_TE = torch.ones(len(self.x_TH), self.layout.experts, device=self.x_TH.device).scatter_(1, chosen_TK, 0)
-        return (self.routed_TR * absent_TE.repeat_interleave(self.layout.width, dim=1)) @ self.down_HR.T
+        return (self.routed_TR * (~chosen_TE).repeat_interleave(self.layout.width, dim=1)) @ self.down_HR.T
 
     def error(self, left_TH: Tensor, tokens: Tensor | slice = slice(None)) -> float:
         """Relative to the dense output: over all the tokens together."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..config import BlockGroup, ConfigError, FluxDims, PresetName, Selection, dense_double_blocks, preset_groups
+from .block_routers import BlockChange
 
 SYNTAX = "kind:first-last/active, such as double:4-6/1 or single:10-14 (active is then the default)"
 
@@ -53,12 +54,11 @@ def parse_groups(texts: Sequence[str], active: int, selection: Selection) -> tup
     return tuple(groups)
 
 
-def auto_groups(preset: PresetName, dims: FluxDims, mse: Mapping[str, float]) -> tuple[BlockGroup, ...]:
+def auto_groups(preset: PresetName, dims: FluxDims, change: Mapping[str, BlockChange]) -> tuple[BlockGroup, ...]:
     """As many groups of each kind and size as the preset has, placed where blocks change least (Fig. 3).
 
-    `mse` is each block's, by name: the mean square of output - input. Of all placements of the groups side by side the
-    one whose blocks have the least in all, so that the blocks with the highest stay out; the preset's dense double
-    blocks stay out too.
+    `change` is each block's, by name. Of all placements of the groups the one whose blocks have the least image_mse in
+    all, so that the blocks with the highest stay out; the preset's dense double blocks stay out too.
     """
     groups: list[BlockGroup] = []
     given = preset_groups(preset, dims)
@@ -69,7 +69,7 @@ def auto_groups(preset: PresetName, dims: FluxDims, mse: Mapping[str, float]) ->
         of_kind = [group for group in given if group.kind == kind]
         if of_kind:
             size = of_kind[0].blocks
-            costs = [mse[block_name(kind, index)] for index in range(first, depth)]
+            costs = [change[block_name(kind, index)].image_mse for index in range(first, depth)]
             places = least_runs(costs, len(of_kind), size)
             groups += [replace(group, first=first + place) for group, place in zip(of_kind, places, strict=True)]
     return tuple(groups)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..capacity import CapacityTensors
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FFNWeights:
@@ -32,6 +34,7 @@ class FFNPlan:
     expert_mean_EH: Tensor | None = None  # float32
     shared_down_HS: Tensor | None = None  # refit: W2 of the shared expert, its neurons in the new order
     down_bias_H: Tensor | None = None  # refit: b2
+    capacity: CapacityTensors | None = None  # of a capacity router
 
 
 # By FFN name. Asked once for each FFN, in the order of the file; what it returns is not kept longer than needed.

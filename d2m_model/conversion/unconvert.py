@@ -86,6 +86,8 @@ def why_not_the_teacher(config: FluxMoEConfig) -> str | None:
     """What keeps the dense FLUX from being the teacher, or None if it is."""
     if config.split_only:
         return None
+    if "teacher_blocks" in config.provenance:
+        return "it has some of its blocks only (depth pruning)"
     if config.adaln_rank is not None:
         return f"its modulations were compressed to rank {config.adaln_rank}"
     return "its weights were changed after the split, by refit or training"
