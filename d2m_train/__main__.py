@@ -20,8 +20,21 @@ COMMANDS = {
     "cache": ("cache", "encode a run's data ahead of training"),
     "distill": ("distill", "train a FLUX-MoE to be like its teacher, in stages"),
     "export": ("export", "write a FLUX-MoE in another precision, or for diffusers"),
+    "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
+    "analyze": ("analyze", "draw what blocks and experts do: the paper's figures 3, 6 and 8"),
 }
-EXTRA = ("diffusers", "accelerate", "transformers", "tqdm", "PIL", "yaml", "matplotlib", "pyarrow")
+EXTRA = (
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "tqdm",
+    "PIL",
+    "yaml",
+    "matplotlib",
+    "pyarrow",
+    "tensorboard",
+    "torchmetrics",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,6 +109,7 @@ class SampleGrid:
         return draw_grid({"teacher": self.teacher, "student": images})
 
 
+@torch.no_grad()
 def new_sample_grid(
     data: DataSource, teacher: FluxTransformer2DModel, section: EyesSection, timesteps: TimestepsSection, seed: int
 ) -> SampleGrid:

@@ -1,0 +1,186 @@
+"""Sample prompts with a FLUX, dense or MoE, and score the images.
+
+Writes images in GenEval's folder layout (OUT/images; the teacher's and the other file's beside it) and OUT/report.json:
+the emoji scores with --data emoji, CLIPScore with --clip, the distance of latents to the teacher's at equal noise with
+--teacher. Every mean comes with its 95 % interval over prompts; --against compares two files prompt by prompt, at the same
+noise. An evaluation that was interrupted keeps the images that it has made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .image_folder import ImageFolder, fill
+from .models import Sparsity, is_flux_moe, load_flux
+from .prompts import (
+    Encoders,
+    Prompt,
+    add_prompt_arguments,
+    add_sampling_arguments,
+    check_counts,
+    dtype_of,
+    encoders_of,
+    read_prompts,
+    shift_for,
+)
+from .scores import LEVEL, Clip, Scores, interval, score
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE, or a dense FLUX")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="default: evaluation/<name of FILE>")
+    parser.add_argument("--teacher", type=Path, metavar="F", help="the dense FLUX to measure the distance to")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="another file, for a paired comparison")
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a local CLIP model with its processor")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="images of a prompt (default: 1; GenEval: 4)")
+    add_prompt_arguments(parser)
+    add_sampling_arguments(parser)
+    sparsity = parser.add_argument_group("sparsity, of FILE and OTHER (default: the files' own)")
+    sparsity.add_argument("--top-k", type=int, metavar="K", help="experts of a token")
+    sparsity.add_argument("--active-blocks", type=int, metavar="N", help="blocks of a group that run")
+    sparsity.add_argument(
+        "--capacity-factor", type=float, metavar="C", help="of a capacity router; 1 is the file's own"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    check_counts(args, "seeds", "every", "steps", "batch", "text_tokens")
+    out = args.out or Path("evaluation") / args.file.stem
+    report = evaluate(args, out)
+    print(as_text(report))
+    print(f"{out / 'report.json'}: written.")
+    return 0
+
+
+def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Sample what is missing, score everything, write and give the report."""
+    prompts, encoders = read_prompts(args.data, args.every), encoders_of(args)
+    clip = None if args.clip is None else Clip(args.clip, args.device)
+    sparsity = Sparsity(top_k=args.top_k, active_blocks=args.active_blocks, capacity_factor=args.capacity_factor)
+    folders: dict[str, ImageFolder] = {}
+    asked = {"images": (args.file, sparsity), "teacher": (args.teacher, Sparsity())}
+    if args.against is not None:
+        asked["against"] = (args.against, sparsity if is_flux_moe(args.against) else Sparsity())
+    for name, (file, own) in asked.items():
+        if file is not None:
+            folders[name] = _sample(args, out / name, file, own, prompts, encoders)
+    reference = folders.get("teacher")
+    scores = {name: score(folder, None if name == "teacher" else reference, clip) for name, folder in folders.items()}
+    report = _report(args, prompts, scores)
+    for name, values in scores.items():
+        _write(out / name / "scores.json", {key: value.tolist() for key, value in values.items()})
+    _write(out / "report.json", report)
+    return report
+
+
+def _sample(
+    args: argparse.Namespace, folder: Path, file: Path, sparsity: Sparsity, prompts: list[Prompt], encoders: Encoders
+) -> ImageFolder:
+    from tqdm import tqdm
+
+    images = ImageFolder(
+        folder,
+        prompts,
+        seeds=args.seeds,
+        keep_latents=args.teacher is not None,
+        made=_made(args, file, sparsity, prompts, encoders),
+    )
+    missing = len(images.missing())
+    total = len(prompts) * args.seeds
+    with tqdm(desc=f"{folder.name}: {file.name}", total=total, initial=total - missing, unit="image") as bar:
+        fill(
+            images,
+            lambda: load_flux(file, dtype_of(args), args.device, sparsity),
+            encoders,
+            steps=args.steps,
+            guidance=args.guidance,
+            shift=lambda guided: shift_for(args, encoders, guided),
+            seed=args.seed,
+            batch=args.batch,
+            progress=bar.update,
+        )
+    return images
+
+
+def _made(
+    args: argparse.Namespace, file: Path, sparsity: Sparsity, prompts: list[Prompt], encoders: Encoders
+) -> dict[str, Any]:
+    """Whatever an image depends on, but for the number of images."""
+    stat = file.stat() if file.is_file() else None
+    texts = "\n".join(f"{prompt.index} {prompt.text}" for prompt in read_prompts(args.data))
+    return {
+        "file": file.name,
+        "bytes": stat and stat.st_size,
+        "modified": stat and stat.st_mtime_ns,
+        "top_k": sparsity.top_k,
+        "active_blocks": sparsity.active_blocks,
+        "capacity_factor": sparsity.capacity_factor,
+        "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "encoders": hashlib.sha256(f"{encoders.texts.identity} {encoders.autoencoder.identity}".encode()).hexdigest()[
+            :16
+        ],
+        "size": list(encoders.size),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "shift": args.shift,
+        "seed": args.seed,
+        "dtype": str(dtype_of(args)),
+    }
+
+
+def _report(args: argparse.Namespace, prompts: list[Prompt], scores: dict[str, Scores]) -> dict[str, Any]:
+    means = {name: {key: interval(values).as_dict() for key, values in found.items()} for name, found in scores.items()}
+    report: dict[str, Any] = {
+        "file": str(args.file),
+        "data": args.data,
+        "prompts": len(prompts),
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "top_k": args.top_k,
+        "active_blocks": args.active_blocks,
+        "capacity_factor": args.capacity_factor,
+        "level": LEVEL,
+        "scores": means["images"],
+    }
+    if "teacher" in scores:
+        report["teacher"] = {"file": str(args.teacher), "scores": means["teacher"]}
+    if "against" in scores:
+        own, other = scores["images"], scores["against"]
+        report["against"] = {
+            "file": str(args.against),
+            "scores": means["against"],
+            "difference": {key: interval(own[key] - other[key]).as_dict() for key in own},
+        }
+    return report
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A table: a line for each score, a column for each file."""
+    columns = {Path(report["file"]).name: report["scores"]}
+    if "against" in report:
+        columns[Path(report["against"]["file"]).name + " (other)"] = report["against"]["scores"]
+        columns["difference"] = report["against"]["difference"]
+    if "teacher" in report:
+        columns[Path(report["teacher"]["file"]).name + " (teacher)"] = report["teacher"]["scores"]
+    width = max(24, *(len(name) + 2 for name in columns))
+    lines = [f"{report['prompts']} prompts, {report['seeds']} images of each, {report['steps']} steps"]
+    lines.append(" " * 18 + "".join(f"{name:>{width}}" for name in columns))
+    for score_name in report["scores"]:
+        cells = [_cell(scores.get(score_name)) for scores in columns.values()]
+        lines.append(f"{score_name:<18}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['mean']:.3f} ({found['low']:.3f} … {found['high']:.3f})"

@@ -1,0 +1,185 @@
+"""Prompts to sample, of the emoji dataset, of GenEval or of a list, and what encodes and decodes for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import UserError
+from .data.batch import PATCH, Batch, latents_of, prompts_of
+from .data.emoji import EmojiAutoencoder, EmojiTextEncoders
+from .data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
+
+EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Prompt:
+    """`index` is its line, or its place among the emoji prompts. `metadata` stands beside its images."""
+
+    index: int
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    picture: Any = None  # demo.dataset.Picture: what the emoji prompt asks for
+
+
+def read_prompts(data: str, every: int = 1) -> list[Prompt]:
+    """`emoji`: the demo's 500 fixed prompts. A .jsonl: one object with `prompt` a line, as GenEval's evaluation_metadata.
+    Another file: a prompt a line. Of these every n-th.
+
+    Raises UserError for a file that cannot be read, or that has no prompts.
+    """
+    if data == "emoji":
+        return [_emoji_prompt(index, picture) for index, picture in enumerate(_emoji_pictures())][::every]
+    path = Path(data)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"{path}: cannot be read ({reason}); expected emoji, or a file of prompts.") from None
+    prompts = [_prompt_of(path, number, line) for number, line in enumerate(line for line in lines if line.strip())]
+    if not prompts:
+        raise UserError(f"{path}: has no prompts; expected one a line.")
+    return prompts[::every]
+
+
+def _prompt_of(path: Path, number: int, line: str) -> Prompt:
+    if path.suffix != ".jsonl":
+        return Prompt(index=number, text=line.strip(), metadata={"prompt": line.strip()})
+    try:
+        metadata = json.loads(line)
+        return Prompt(index=number, text=str(metadata["prompt"]), metadata=metadata)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: line {number + 1} is {line[:60]!r}; expected an object with a field `prompt`."
+        ) from None
+
+
+def _emoji_pictures() -> Sequence[Any]:
+    try:
+        from demo.dataset import prompts
+    except ModuleNotFoundError as error:
+        if error.name != "demo":
+            raise
+        raise UserError("--data emoji is the demo's: run from the repository's root.") from None
+    return prompts()
+
+
+def _emoji_prompt(index: int, picture: Any) -> Prompt:
+    from demo.dataset import COLOURS, POSITIONS, objects
+
+    metadata = {
+        "tag": "emoji",
+        "include": [{"class": objects()[picture.object], "count": 1}],
+        "colour": tuple(COLOURS)[picture.colour],
+        "position": tuple(POSITIONS)[picture.position],
+        "prompt": picture.caption(),
+    }
+    return Prompt(index=index, text=picture.caption(), metadata=metadata, picture=picture)
+
+
+@dataclass(kw_only=True, slots=True)
+class Encoders:
+    """Between words and pictures and what a FLUX sees. `size`: width and height in pixels."""
+
+    texts: TextEncoders
+    autoencoder: Autoencoder
+    size: tuple[int, int]
+
+    @torch.no_grad()
+    def batch(self, prompts: Sequence[str], guidance: float) -> Batch:
+        return prompts_of(self.texts.encode(prompts), torch.full((len(prompts),), guidance), self.size)
+
+    @torch.no_grad()
+    def images(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
+        """[B, 3, height, width] in 0..1."""
+        return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """What read_prompts and encoders_of need."""
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--data", required=True, metavar="emoji|PROMPTS",
+        help="the demo's 500 prompts; GenEval's evaluation_metadata.jsonl; or a file with a prompt a line",
+    )  # fmt: skip
+    prompts.add_argument("--every", type=int, default=1, metavar="N", help="every N-th prompt only")
+    prompts.add_argument(
+        "--text-encoders", metavar="P", help="a diffusers FLUX pipeline, or emoji (default with --data emoji)"
+    )
+    prompts.add_argument("--vae", metavar="P", help="the same or another pipeline, or emoji (default: --text-encoders)")
+    prompts.add_argument("--text-tokens", type=int, default=512, help="of T5 (default: 512)")
+    prompts.add_argument("--encoder-device", metavar="D", help="of text encoders and autoencoder (default: --device)")
+    prompts.add_argument("--size", metavar="WxH", help="pixels (default: 1024x1024; emoji: 128x128)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How images are made."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--steps", type=int, default=20, help="default: 20")
+    sampling.add_argument("--guidance", type=float, default=3.5, help="default: 3.5")
+    sampling.add_argument(
+        "--shift", type=float, metavar="MU",
+        help="time shift (default: FLUX's, by size; 0 for a file without guidance, such as schnell; emoji: 1.15)",
+    )  # fmt: skip
+    sampling.add_argument("--seed", type=int, default=0, help="of prompt 0; prompt i has seed + i (default: 0)")
+    sampling.add_argument("--batch", type=int, default=16, metavar="N", help="images at a time (default: 16)")
+    sampling.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    sampling.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    on_cpu = torch.device(args.device).type == "cpu"
+    found: torch.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
+    return found
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError unless each of these options is 1 or more."""
+    for name in names:
+        value = getattr(args, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
+
+
+def encoders_of(args: argparse.Namespace) -> Encoders:
+    """Raises UserError where none are named, or what is named is not there."""
+    texts = args.text_encoders or ("emoji" if args.data == "emoji" else None)
+    vae = args.vae or texts
+    if texts is None or vae is None:
+        raise UserError(f"--data {args.data} needs --text-encoders, a diffusers FLUX pipeline (or emoji, the demo's).")
+    dtype, device = dtype_of(args), args.encoder_device or args.device
+    return Encoders(
+        texts=EmojiTextEncoders() if texts == "emoji" else FluxTextEncoders(texts, args.text_tokens, dtype, device),
+        autoencoder=EmojiAutoencoder() if vae == "emoji" else FluxAutoencoder(vae, dtype, device),
+        size=_size(args.size, EMOJI_SIZE if vae == "emoji" else 1024),
+    )
+
+
+def _size(text: str | None, default: int) -> tuple[int, int]:
+    width, cross, height = (text or f"{default}x{default}").partition("x")
+    if not (cross and width.isdigit() and height.isdigit()) or int(width) % PATCH or int(height) % PATCH:
+        raise UserError(f"--size is {text}; expected WIDTHxHEIGHT, multiples of {PATCH}, such as 1024x768.")
+    if not int(width) * int(height):
+        raise UserError(f"--size is {text}; expected {PATCH} or more each way.")
+    return int(width), int(height)
+
+
+def shift_for(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
+    """mu: what is asked for, or what the model was made for."""
+    from .noise import shift_of
+    from .run_config import TimestepsSection
+
+    if args.shift is not None:
+        return float(args.shift)
+    if isinstance(encoders.autoencoder, EmojiAutoencoder):
+        return EMOJI_SHIFT
+    tokens = encoders.size[0] * encoders.size[1] // PATCH**2
+    return shift_of(tokens, TimestepsSection()) if guided else 0.0

@@ -1,0 +1,120 @@
+"""Scores of images, prompt by prompt, and how sure one may be of their means.
+
+Every score is a number for each prompt (the mean of its images), so that intervals come from drawing prompts again, and
+two files are compared prompt by prompt at the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import UserError
+from .image_folder import ImageFolder
+from .prompts import Prompt
+
+DRAWS, LEVEL = 10_000, 0.95
+
+Scores = dict[str, np.ndarray]  # by name, one number for each prompt
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Interval:
+    """A mean and its bootstrap interval over prompts, LEVEL wide."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def interval(values: np.ndarray, seed: int = 0) -> Interval:
+    """Of the mean of `values`: percentiles of the means of DRAWS samples of as many, drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    means = np.concatenate(
+        # A hundred draws at a time, so that memory does not grow with the prompts.
+        [values[generator.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(DRAWS // 100)]
+    )
+    low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def score(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None) -> Scores:
+    """`object`, `colour`, `position` and `retrieval` where the prompts are the emoji's; `clip_score`; `teacher_distance`."""
+    parts: list[dict[str, np.ndarray]] = []
+    for number in range(folder.seeds):
+        images = folder.images(number)
+        found: dict[str, np.ndarray] = {}
+        if all(prompt.picture is not None for prompt in folder.prompts):
+            found |= emoji_scores(images, folder.prompts)
+        if clip is not None:
+            texts = [prompt.text for prompt in folder.prompts]
+            found["clip_score"] = np.array([clip(image, text) for image, text in zip(images, texts, strict=True)])
+        if reference is not None:
+            found["teacher_distance"] = distances(folder.latents(number), reference.latents(number))
+        parts.append(found)
+    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
+def emoji_scores(images: Tensor, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Of uint8 images [N, 3, 128, 128], by the demo's scorer: right or not, 1 or 0."""
+    from demo.scorer import Scorer
+
+    scorer, pictures, real = Scorer(), [prompt.picture for prompt in prompts], images.float() / 255
+    hits = scorer.hits(real, pictures) | {"retrieval": scorer.retrieved(real, pictures)}
+    return {name: hit.numpy().astype(float) for name, hit in hits.items()}
+
+
+def distances(latents_BTC: Tensor, reference_BTC: Tensor) -> np.ndarray:
+    """||a - b|| / ||b|| of each: how far images are from the teacher's at the same noise (demo.scorer.latent_distance)."""
+    difference_B = (latents_BTC - reference_BTC).flatten(1).norm(dim=1)
+    found: np.ndarray = (difference_B / reference_BTC.flatten(1).norm(dim=1)).double().numpy()
+    return found
+
+
+class Clip:
+    """torchmetrics' CLIPScore of one image: 100 times the cosine of image and text, not below 0."""
+
+    def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
+        """`folder`: a CLIPModel with its processor, as transformers saves them. Raises UserError if there is none."""
+        from transformers import CLIPModel, CLIPProcessor
+
+        class Features(CLIPModel):
+            """transformers 5 gives an object where torchmetrics expects its pooled features."""
+
+            def get_image_features(self, *arguments: Any, **keywords: Any) -> Tensor:
+                return _pooled(super().get_image_features(*arguments, **keywords))
+
+            def get_text_features(self, *arguments: Any, **keywords: Any) -> Tensor:
+                return _pooled(super().get_text_features(*arguments, **keywords))
+
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--clip {folder}: expected a folder with a CLIP model and its processor (config.json, …).")
+        try:
+            model = Features.from_pretrained(folder, local_files_only=True).to(device).eval()
+            processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--clip {folder}: no CLIP model with its processor ({reason}).") from None
+        self._parts: Callable[[], tuple[Any, Any]] = lambda: (model, processor)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, text: str) -> float:
+        """Of a uint8 image [3, height, width]."""
+        from torchmetrics.functional.multimodal import clip_score
+
+        return float(clip_score(image.to(self.device), text, self._parts))
+
+
+def _pooled(features: Any) -> Tensor:
+    found: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return found
