@@ -60,12 +60,13 @@ def fill(
             setattr(module, attribute, value if attribute in module._buffers else nn.Parameter(value))
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def as_it_is(tensor: Tensor) -> Tensor:
+    """`whole` of a model that is in one piece."""
     return tensor
 
 
 def flux_moe_tensors(
-    model: FluxMoETransformer2DModel, config: FluxMoEConfig, whole: Callable[[Tensor], Tensor] = _whole
+    model: FluxMoETransformer2DModel, config: FluxMoEConfig, whole: Callable[[Tensor], Tensor] = as_it_is
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model's FLUX-MoE file, one at a time, `d2m_config` last.
 
@@ -102,7 +103,7 @@ def save_flux_moe(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    whole: Callable[[Tensor], Tensor] = _whole,
+    whole: Callable[[Tensor], Tensor] = as_it_is,
     write: bool = True,
 ) -> None:
     """The model as a FLUX-MoE v1 file, tensor by tensor and atomically.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from ...moe import FusedFFN, MoEFFN
 from ...tensor_file import TensorFile
 from .blocks import CHOICES, RoutedSingleTransformerBlock, RoutedTransformerBlock
 from .dense import transformer_options
+from .lora_api import FusedLoraMixin
+from .loras import FusedLoras
 from .modules import AdaLNIn, BlockGroupRouter, Choices, CompressedModulation, Member, SingleExpertOut
 from .places import ffn_module
-from .tensors import fill, refuse_quantised
+from .tensors import as_it_is, fill, refuse_quantised, save_flux_moe
 
 
-class FluxMoETransformer2DModel(FluxTransformer2DModel):
+class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     """diffusers' FLUX.1 transformer with MoE FFNs, compressed modulations and block groups, as its configuration says.
 
     flux_moe      its FluxMoEConfig
@@ -40,6 +43,7 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
 
     block_groups: nn.ModuleList
     adaln_in: AdaLNIn | None
+    weights_changed = False  # by LoRAs that were unloaded while fused
 
     def __init__(self, flux_moe: FluxMoEConfig | Mapping[str, Any], optional: Iterable[str] = ()) -> None:
         config = flux_moe if isinstance(flux_moe, FluxMoEConfig) else FluxMoEConfig.from_json(json.dumps(flux_moe))
@@ -129,6 +133,36 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         found: FluxMoETransformer2DModel = model.eval()
         return found
 
+    def save_flux_moe(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        config: FluxMoEConfig | None = None,
+        dtype: torch.dtype | None = None,
+        whole: Callable[[Tensor], Tensor] = as_it_is,
+        write: bool = True,
+    ) -> None:
+        """The model as a FLUX-MoE v1 file: tensors.save_flux_moe. `config` None is the model's own.
+
+        With the LoRAs that are in the weights; such a file is no longer split-only.
+        """
+        config = config or self._config_as_it_runs()
+        save_flux_moe(self, config, path, dtype=dtype, whole=whole, write=write)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' save_pretrained, with the LoRAs that are in the weights."""
+        config = self._config_as_it_runs()
+        self.register_to_config(flux_moe=json.loads(config.to_json()))
+        super().save_pretrained(*args, **kwargs)
+        self.register_to_config(flux_moe=json.loads(self.flux_moe.to_json()))
+
+    def _config_as_it_runs(self) -> FluxMoEConfig:
+        loras: FusedLoras | None = getattr(self, "fused_loras", None)
+        if loras is not None:
+            loras.refresh()
+        changed = self.weights_changed or (loras is not None and loras.changes_weights)
+        return replace(self.flux_moe, split_only=False) if changed else self.flux_moe
+
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         own = {key: config_dict[key] for key in config_dict if key in cls.config_keys or key.startswith("_")}
@@ -163,6 +197,13 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         for router in (*self.moe_ffns().values(), *self.block_groups):
             router.routing = None
 
+    def train(self, mode: bool = True) -> FluxMoETransformer2DModel:
+        """As nn.Module.train. In eval() no choice is kept: a skipped block would not forget its own."""
+        if not mode:
+            self.clear_routings()
+        found: FluxMoETransformer2DModel = super().train(mode)
+        return found
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -179,6 +220,8 @@ class FluxMoETransformer2DModel(FluxTransformer2DModel):
         controlnet_blocks_repeat: bool = False,
     ) -> Any:
         """As FluxTransformer2DModel.forward."""
+        if (loras := getattr(self, "fused_loras", None)) is not None:
+            loras.refresh()
         if self.block_groups:
             joint_attention_kwargs = {**(joint_attention_kwargs or {}), CHOICES: Choices(routers=self.block_groups)}
         return super().forward(

@@ -1,0 +1,242 @@
+"""diffusers' methods for LoRAs, on a FLUX-MoE: the pipeline's load_lora_weights, set_adapters, fuse_lora, ... call them.
+
+They do without PEFT; the pipeline's own methods refuse to run where it is not installed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
+from torch import Tensor
+
+from .loras import FusedLoras, LowRank, changes_of
+
+if TYPE_CHECKING:
+    from .transformer import FluxMoETransformer2DModel
+
+log = logging.get_logger(__name__)
+
+_FETCHING = (
+    *("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies", "token"),
+    *("revision", "subfolder"),
+)
+
+
+class FusedLoraMixin:
+    """In place of diffusers' PeftAdapterMixin, whose methods these are."""
+
+    fused_loras: FusedLoras
+
+    def load_lora_adapter(  # type: ignore[misc]
+        self: FluxMoETransformer2DModel,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """A LoRA of FLUX.1 in diffusers' names (FluxPipeline.lora_state_dict gives them), fused and active at once.
+
+        Keywords as diffusers': adapter_name, network_alphas, metadata, and those of files. Raises ValueError for a name
+        in use, for another kind of adapter than a LoRA, and for one that is not FLUX.1's.
+        """
+        fetching: dict[str, Any] = {key: kwargs.pop(key, None) for key in _FETCHING}
+        state_dict, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            metadata=kwargs.pop("metadata", None),
+            **fetching,
+        )
+        name, alphas = kwargs.pop("adapter_name", None), kwargs.pop("network_alphas", None)
+        dense = dense_changes(state_dict, prefix, alphas, metadata)
+        if not dense:
+            log.warning(f"No LoRA of {prefix!r} in what was loaded.")
+            return
+        loras = getattr(self, "fused_loras", None) or FusedLoras(self)
+        name = f"default_{len(loras.adapters)}" if name is None else name
+        if (name in loras.adapters) != hotswap:
+            raise ValueError(
+                f"There is no LoRA {name!r} to exchange (hotswap)."
+                if hotswap
+                else f"There is a LoRA {name!r} already. Give another adapter_name, or delete that one."
+            )
+        changes, unknown = changes_of(dense, self.flux_moe, self.state_dict())
+        if not changes:
+            raise ValueError(f"This is no LoRA of FLUX.1: it changes {unknown[0]}, which FLUX.1 does not have.")
+        if unknown:
+            log.warning(f"The LoRA changes what FLUX.1 does not have, which is left out: {', '.join(unknown)}.")
+        pipeline = kwargs.pop("_pipeline", None)
+        model_offload, sequential_offload, *_ = self._optionally_disable_offloading(pipeline)
+        loras.add(name, changes)
+        self.fused_loras = loras
+        self._name_adapters()
+        if model_offload:
+            pipeline.enable_model_cpu_offload()
+        elif sequential_offload:
+            pipeline.enable_sequential_cpu_offload()
+
+    def _name_adapters(self) -> None:
+        """`peft_config` is where pipelines look for the adapters' names."""
+        self.peft_config = dict.fromkeys(self._loras().adapters)
+        self._hf_peft_config_loaded = True
+
+    def _loras(self) -> FusedLoras:
+        loras: FusedLoras | None = getattr(self, "fused_loras", None)
+        if loras is None:
+            raise ValueError("No LoRA is loaded.")
+        return loras
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        weights: float | list[float] | list[None] | list[float | None] | None = None,
+    ) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        scales = weights if isinstance(weights, list) else [weights] * len(names)
+        if len(names) != len(scales):
+            raise ValueError(f"There are {len(names)} names of adapters and {len(scales)} weights; expected as many.")
+        loras = self._loras()
+        for scale in scales:
+            if isinstance(scale, Mapping):
+                raise ValueError(f"{dict(scale)}: weights by block; a FLUX-MoE takes one number for each adapter.")
+        loras.scaling |= {
+            name: 1.0 if scale is None else float(scale) for name, scale in zip(names, scales, strict=True)
+        }
+        loras.set_adapter(names)
+
+    def set_adapter(self, adapter_name: str | list[str]) -> None:
+        self._loras().set_adapter(adapter_name)
+
+    def active_adapters(self) -> list[str]:
+        return self._loras().active_adapters
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """The weights have them already; from now on they stay, also when the LoRAs are unloaded, until unfuse_lora."""
+        loras = self._loras()
+        if lora_scale != 1:
+            loras.scale_layer(lora_scale)
+        loras.merge(safe_fusing, adapter_names)
+
+    def unfuse_lora(self) -> None:
+        self._loras().unmerge()
+
+    def disable_lora(self) -> None:
+        self._loras().enable_adapters(False)
+
+    def enable_lora(self) -> None:
+        self._loras().enable_adapters(True)
+
+    disable_adapters, enable_adapters = disable_lora, enable_lora
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._loras().delete_adapter(name)
+        self._name_adapters()
+
+    def unload_lora(self: FluxMoETransformer2DModel) -> None:  # type: ignore[misc]
+        """Forget all LoRAs. Those that were fused stay in the weights, as in diffusers."""
+        if getattr(self, "fused_loras", None) is None:
+            return
+        if self.fused_loras.leave():
+            self.weights_changed = True
+        del self.fused_loras
+        del self.peft_config
+        self._hf_peft_config_loaded = False
+
+    def add_adapter(self, *_: Any, **__: Any) -> None:
+        raise ValueError(
+            "A new adapter cannot be trained on a FLUX-MoE: train it on the dense FLUX.1, and load it here."
+        )
+
+    def save_lora_adapter(self, *_: Any, **__: Any) -> None:
+        raise ValueError("LoRAs of a FLUX-MoE are in its neurons' order; keep the file that they were loaded from.")
+
+
+def dense_changes(
+    state_dict: Mapping[str, Tensor],
+    prefix: str | None,
+    alphas: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, LowRank]:
+    """What a LoRA in diffusers' or PEFT's key names does to the tensors of a dense FLUX.1, by their names.
+
+    Scaled by alpha / rank where there are alphas, or a LoraConfig in `metadata`. Raises ValueError for other adapters.
+    """
+    start = "" if prefix is None else f"{prefix}."
+
+    def own(named: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {key.removeprefix(start): value for key, value in (named or {}).items() if key.startswith(start)}
+
+    tensors, alpha, config = own(state_dict), own(alphas), own(metadata)
+    if tensors and not any("lora_A" in key for key in tensors):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    alpha = {re.split(r"\.alpha$|\.lora_", key)[0]: float(value) for key, value in alpha.items()}
+    usual = Counter(alpha.values()).most_common(1)[0][0] if alpha else None
+    changes = {}
+    for key, tensor in tensors.items():
+        if re.search(r"lora_magnitude_vector|dora_scale|\.lokr_|\.hada_|\.oft_", key):
+            raise ValueError(f"{key}: a DoRA, LoKr, LoHa or OFT; a FLUX-MoE in diffusers takes LoRAs.")
+        module, _, kind = key.rpartition(".lora_B.")
+        if not module:
+            continue
+        down = tensors.get(f"{module}.lora_A.weight")
+        if down is None:
+            raise ValueError(f"{module}.lora_A.weight is missing in the LoRA.")
+        rank = down.shape[0]
+        scale = _config_scale(config, module, rank) if config else 1.0
+        if usual is not None:
+            scale = alpha.get(module, usual) / rank
+        up = tensor.detach().to("cpu", torch.float32) * scale
+        is_weight = kind == "weight"
+        changes[f"{module}.{kind}"] = LowRank(up=up, down=down.detach().to("cpu", torch.float32) if is_weight else None)
+    return changes
+
+
+def _config_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, as PEFT reads its LoraConfig."""
+    patterns = config.get("alpha_pattern") or {}
+    fits = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+    alpha = config.get("lora_alpha", rank) if fits is None else patterns[fits]
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+# Pipelines
+
+
+def _leave_to_transformer(mixin: type, method: str, answer: Callable[[Any], Any]) -> None:
+    """Let pipelines leave a FLUX-MoE's LoRAs to it: of those, `method` gives `answer(lora_state_dict)`.
+
+    Before a pipeline hands a LoRA to its transformer it compares shapes with layers that a FLUX-MoE holds otherwise, and
+    nothing on the transformer could tell it so. Other transformers are treated as before.
+    """
+    original = getattr(mixin, method).__func__
+
+    def method_of_pipelines(cls: type, transformer: Any, lora_state_dict: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(transformer, FusedLoraMixin):
+            return answer(lora_state_dict)
+        return original(cls, transformer, lora_state_dict, *args, **kwargs)
+
+    setattr(mixin, method, classmethod(method_of_pipelines))
+
+
+with suppress(ImportError):  # without transformers there is no FluxPipeline
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    _leave_to_transformer(FluxLoraLoaderMixin, "_maybe_expand_transformer_param_shape_or_error_", lambda _: False)
+    _leave_to_transformer(FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", lambda state_dict: state_dict)
+
+with suppress(ImportError):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    BaseTunerLayer.register(FusedLoras)  # as which pipelines look for it among the model's modules

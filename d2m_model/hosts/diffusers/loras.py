@@ -1,0 +1,262 @@
+"""LoRAs in a FLUX-MoE: permuted and fused into the weights, reversibly.
+
+A LoRA is trained on dense FLUX: its neurons stand in the teacher's order, and beside a thinner layer it would not fit. So
+its factors are brought into the model's order, their product is added to the weights, and what the weights were is kept
+on the CPU: taking a LoRA away gives back every bit.
+
+Shapes: O outputs, I inputs, R rank of a LoRA, A rank of the AdaLN compression, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...adaln import lost_low_rank_change, map_change, pseudo_inverse
+from ...config import FluxMoEConfig
+from ...keys import diffusers_shapes, diffusers_sources
+from ...layout import neuron_axis
+from .places import Place, ffn_module, places
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class LowRank:
+    """A change of one dense tensor: up [O, R] times down [R, I] of a weight, or `up` alone, [O], of a bias. Scaled."""
+
+    up: Tensor
+    down: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.up.shape) if self.down is None else (self.up.shape[0], self.down.shape[1])
+
+    def permuted(self, axis: int, first: int, order: Tensor) -> LowRank:
+        """Of a tensor whose neurons, from index `first` of the axis on, stand in `order`."""
+        index = torch.arange(self.shape[axis])
+        index[first : first + len(order)] = first + order.cpu().long()
+        if axis == 0:
+            return LowRank(up=self.up[index], down=self.down)
+        assert self.down is not None
+        return LowRank(up=self.up, down=self.down[:, index])
+
+    def part(self, axis: int, start: int, size: int) -> LowRank:
+        if axis == 0:
+            return LowRank(up=self.up.narrow(0, start, size), down=self.down)
+        assert self.down is not None
+        return LowRank(up=self.up, down=self.down.narrow(1, start, size))
+
+    def dense(self, device: torch.device) -> Tensor:
+        up = self.up.to(device, torch.float32)
+        return up if self.down is None else up @ self.down.to(device, torch.float32)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Change:
+    """What a LoRA does to one tensor of the model. `place` where that is not simply a part of the dense tensor."""
+
+    change: LowRank
+    place: Place | None = None
+
+    def dense(self, device: torch.device) -> Tensor:
+        dense = self.change.dense(device)
+        return dense if self.place is None else self.place.take(dense, first=self.place.start)
+
+
+def changes_of(
+    dense: Mapping[str, LowRank], config: FluxMoEConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Change]], list[str]]:
+    """Changes of a dense FLUX.1's tensors, by diffusers name, as changes of the model's `tensors`; and names of no FLUX.
+
+    Raises ValueError for a change of another shape than the dense tensor's. What a compressed modulation cannot take up
+    is logged.
+    """
+    shapes, table = diffusers_shapes(config.dims), places(config)
+    origin = {
+        part: (name, sum(source.rows[:index]))
+        for name, source in diffusers_sources(config.dims).items()
+        for index, part in enumerate(source.names)
+    }
+    owner = {parts[-1].name: ffn for ffn in config.ffns for parts in _of_ffn(ffn, table)}
+    found: dict[str, list[Change]] = {}
+    unknown, lost, whole = [], 0.0, 0.0
+    inverse_HA = pseudo_inverse(tensors["adaln_in.weight"].cpu()) if config.adaln_rank is not None else None
+    for name, change in dense.items():
+        if name not in shapes:
+            unknown.append(name)
+            continue
+        if change.shape != shapes[name]:
+            raise ValueError(
+                f"The LoRA changes {name} by {list(change.shape)}; expected {list(shapes[name])}, FLUX.1's. LoRAs that "
+                "widen a layer (control LoRAs) do not fit a FLUX-MoE."
+            )
+        stored, first_row = origin[name]
+        parts = table[stored]
+        if name in tensors:  # as dense FLUX.1 has it, or compressed
+            held = change
+            if inverse_HA is not None and tuple(tensors[name].shape) != shapes[name]:
+                assert change.down is not None
+                down_AH = tensors["adaln_in.weight"].cpu()
+                squares = lost_low_rank_change(change.up, change.down, down_AH, inverse_HA)
+                lost, whole = lost + squares[0], whole + squares[1]
+                held = LowRank(up=change.up, down=map_change(change.down, inverse_HA))
+            found.setdefault(name, []).append(Change(change=held))
+            continue
+        if (ffn := owner.get(parts[-1].name)) is not None:
+            axis_and_first = neuron_axis(stored, ffn, config.dims.hidden_size)
+            if axis_and_first is not None:
+                axis, first = axis_and_first
+                order = tensors[f"{ffn_module(ffn)}.neuron_order"]
+                change = change.permuted(axis, first - first_row if axis == 0 else first, order)
+        for place in parts:
+            start = place.start - first_row if place.axis == 0 else place.start
+            if start >= 0 and start + place.size <= change.shape[place.axis]:
+                part = change.part(place.axis, start, place.size)
+                found.setdefault(place.name, []).append(Change(change=part, place=place))
+    if whole:
+        share = (lost / whole) ** 0.5
+        log.log(
+            logging.WARNING if share > 0.01 else logging.INFO,
+            "%.1f %% of what this LoRA changes in the modulations is lost: they are compressed in this FLUX-MoE.",
+            100 * share,
+        )
+    return found, unknown
+
+
+def _of_ffn(ffn: str, table: Mapping[str, tuple[Place, ...]]) -> Iterable[tuple[Place, ...]]:
+    """The places of every tensor that holds a part of the FFN."""
+    module = f"{ffn_module(ffn)}."
+    return (parts for parts in table.values() if parts[-1].name.startswith(module))
+
+
+class FusedLoras(nn.Module):
+    """The LoRAs of one model, under the names of PEFT's tuner layers, as which diffusers' pipelines see it.
+
+    What runs is `merged_adapters` with the weights they had when merged, if there are any; else the active ones.
+    """
+
+    lora_A: Mapping[str, Tensor] = {}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = (model,)  # not a child
+        self.adapters: dict[str, dict[str, list[Change]]] = {}
+        self.scaling: dict[str, float] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._merged: dict[str, float] = {}
+        self._applied: dict[str, float] = {}
+        self._originals: dict[str, Tensor] = {}
+
+    @property
+    def r(self) -> dict[str, dict[str, list[Change]]]:
+        """By adapter; PEFT's are ranks, of which diffusers wants to know how many there are."""
+        return self.adapters
+
+    @property
+    def changes_weights(self) -> bool:
+        return bool(self._applied)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    def add(self, name: str, changes: dict[str, list[Change]]) -> None:
+        """Load a LoRA, or replace one of that name, and make it the active one as PEFT does."""
+        self.undo()
+        self.adapters[name], self.scaling[name] = changes, 1.0
+        self.set_adapter([name])
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if missing := [name for name in names if name not in self.adapters]:
+            raise ValueError(f"There is no LoRA {missing[0]!r}; expected some of {list(self.adapters)}.")
+        self.active_adapters = names
+        self.refresh()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        self.scaling[adapter] = float(scale)
+        self.refresh()
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self.active_adapters:
+            self.scaling[name] *= scale
+        self.refresh()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """At the next forward: one with the same scale then finds its weights as they are."""
+        for name in self.active_adapters:
+            self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.disable_adapters = not enabled
+        self.refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.adapters and name not in self.merged_adapters:
+                self.merged_adapters.append(name)
+                self._merged[name] = self.scaling[name]
+        self.refresh()
+
+    def unmerge(self) -> None:
+        self.merged_adapters, self._merged = [], {}
+        self.refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.adapters:
+            return
+        self.undo()
+        del self.adapters[adapter_name], self.scaling[adapter_name]
+        self._merged.pop(adapter_name, None)
+        self.merged_adapters = [name for name in self.merged_adapters if name != adapter_name]
+        rest = [name for name in self.active_adapters if name != adapter_name]
+        self.set_adapter(rest or list(self.adapters)[:1])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the weights up to the settings, always from what they were without any LoRA."""
+        wanted = self._merged or {name: self.scaling[name] for name in self.active_adapters}
+        if self.disable_adapters:
+            wanted = {}
+        wanted = {name: scale for name, scale in wanted.items() if scale}
+        if wanted == self._applied:
+            return
+        tensors = dict(self._model[0].named_parameters())
+        touched = {name for adapter in wanted for name in self.adapters[adapter]}
+        if any(tensors[name].is_meta for name in touched | self._originals.keys()):
+            raise ValueError("The model is offloaded module by module; set its LoRAs before that.")
+        for name in sorted(self._originals.keys() - touched):
+            tensors[name].copy_(self._originals.pop(name))
+        for name in sorted(touched):
+            tensor = tensors[name]
+            original = self._originals.setdefault(name, tensor.detach().to("cpu", copy=True))
+            changed = original.to(tensor.device, torch.float32)
+            for adapter, scale in wanted.items():
+                for change in self.adapters[adapter].get(name, ()):
+                    changed = changed + scale * change.dense(tensor.device)
+            tensor.copy_(changed)
+        self._applied = wanted
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The weights as they were, bit for bit; settings stay, for the next `refresh`."""
+        tensors = dict(self._model[0].named_parameters())
+        for name, original in self._originals.items():
+            tensors[name].copy_(original)
+        self._originals, self._applied = {}, {}
+
+    def leave(self) -> bool:
+        """Before this is thrown away: LoRAs that were merged stay in the weights, others go. Whether any stay."""
+        self.disable_adapters = False
+        if not self._merged:
+            self.undo()
+        else:
+            self.refresh()
+        return bool(self._merged)

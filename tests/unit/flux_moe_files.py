@@ -1,0 +1,75 @@
+"""Small FLUX-MoE files of every kind that the format has, and the dense FLUX they were split from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2m_model.config import BlockGroup, CapacityRouter, FluxDims
+from tests.comfyui import files
+
+DIMS = FluxDims(
+    hidden_size=128, double_blocks=4, single_blocks=4, in_channels=64, out_channels=64,
+    context_size=32, vector_size=48, guidance_embed=True,
+)  # fmt: skip
+GROUPS = (
+    BlockGroup(kind="double", first=1, blocks=3, active=1, selection="topk"),
+    BlockGroup(kind="single", first=1, blocks=3, active=2, selection="topk"),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Pair:
+    """Two files: `moe` was split from `dense`."""
+
+    dense: Path
+    moe: Path
+
+
+def save_pair(
+    folder: Path,
+    *,
+    groups: tuple[BlockGroup, ...] = (),
+    capacity: CapacityRouter | None = None,
+    rank: int | None = None,
+    mean: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """`rank`: modulations compressed, of a teacher that loses nothing by it."""
+    dense = files.dense_flux(DIMS)
+    compressed = None
+    if rank is not None:
+        dense, compressed = files.compressible(dense, rank, DIMS)
+    moe = files.split(dense, DIMS, groups=groups, capacity=capacity, mean=mean, compressed=compressed)
+    pair = Pair(dense=folder / "dense.safetensors", moe=folder / "moe.safetensors")
+    save_file({name: tensor.to(dtype).contiguous() for name, tensor in dense.items()}, pair.dense)
+    save_file({name: t.to(dtype if name in dense else t.dtype).contiguous() for name, t in moe.items()}, pair.moe)
+    return pair
+
+
+def inputs(batch: int = 1, seed: int = 0) -> dict[str, Any]:
+    """What a FLUX of these sizes is asked with: 4 image tokens and 3 text tokens, every sample another."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "hidden_states": normal(batch, 4, 64),
+        "encoder_hidden_states": normal(batch, 3, 32),
+        "pooled_projections": normal(batch, 48),
+        "timestep": torch.rand(batch, generator=generator),
+        "guidance": 1.5 + 3 * torch.rand(batch, generator=generator),
+        "img_ids": torch.rand(4, 3, generator=generator).round(),
+        "txt_ids": torch.zeros(3, 3),
+    }
+
+
+def velocity(model: torch.nn.Module, asked: dict[str, Any] | None = None, **more: Any) -> Tensor:
+    found: Tensor = model(**(inputs() if asked is None else asked), **more, return_dict=False)[0]
+    return found

@@ -1,0 +1,205 @@
+"""Block groups in diffusers: of every sample the chosen blocks run, whatever else the model is used with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+pytest.importorskip("diffusers")
+
+from d2m_model.config import Selection
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
+from d2m_model.mob import block_balance_loss, choice_fractions
+
+from .flux_moe_files import GROUPS, Pair, inputs, save_pair, velocity
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return save_pair(tmp_path_factory.mktemp("grouped"), groups=GROUPS)
+
+
+@pytest.fixture
+def model(pair: Pair) -> FluxMoETransformer2DModel:
+    model = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
+    model.set_top_k(12)  # the dense FFNs
+    return model
+
+
+class Skipped(nn.Module):
+    """A block that is not there."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return encoder_hidden_states, hidden_states
+
+
+def dense_without(pair: Pair, double: set[int], single: set[int]) -> nn.Module:
+    """diffusers' own model without some blocks, the others at their index."""
+    dense = load_transformer(pair.dense)
+    for index in double:
+        dense.transformer_blocks[index] = Skipped()
+    for index in single:
+        dense.single_transformer_blocks[index] = Skipped()
+    return dense
+
+
+def of_sample(asked: dict[str, Any], index: int) -> dict[str, Any]:
+    return {key: value if key.endswith("_ids") else value[index : index + 1] for key, value in asked.items()}
+
+
+def choices_of(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> list[Tensor]:
+    """bool [B, M] of every group, as training sees them."""
+    model.train()
+    velocity(model, asked)
+    found = [router.routing.chosen_BM for router in model.block_groups]
+    model.clear_routings()
+    model.eval()
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("active", "skipped"), [(0, {1, 2, 3}), (3, set())])
+def test_no_and_all_active_blocks_are_the_dense_model_without_and_with_them(
+    pair: Pair, model: FluxMoETransformer2DModel, active: int, skipped: set[int]
+) -> None:
+    for router in model.block_groups:
+        router.active = active
+    asked = inputs(2)
+    torch.testing.assert_close(velocity(model, asked), velocity(dense_without(pair, skipped, skipped), asked))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["topk", "window"])
+def test_every_sample_of_a_batch_runs_the_blocks_of_its_own(
+    pair: Pair, model: FluxMoETransformer2DModel, selection: Selection
+) -> None:
+    """As many samples as tokens, so that nothing can mistake one for the other."""
+    for router in model.block_groups:
+        router.selection = selection
+    asked = inputs(7)
+    doubles, singles = choices_of(model, asked)
+    assert len({tuple(row) for row in doubles.tolist()}) > 1
+    assert len({tuple(row) for row in singles.tolist()}) > 1
+    assert doubles.sum(1).tolist() == [1] * 7
+    assert singles.sum(1).tolist() == [2] * 7
+    if selection == "window":
+        assert [True, False, True] not in singles.tolist()
+    together = velocity(model, asked)
+    for index in range(7):
+        alone = velocity(model, of_sample(asked, index))
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-5, atol=1e-5)
+        left_out = [{1 + i for i in range(3) if not chosen[index, i]} for chosen in (doubles, singles)]
+        dense = velocity(dense_without(pair, *left_out), of_sample(asked, index))
+        torch.testing.assert_close(alone, dense, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_residuals_of_a_controlnet_arrive_at_their_block_though_it_is_skipped(
+    pair: Pair, model: FluxMoETransformer2DModel
+) -> None:
+    asked = inputs(2)
+    for router in model.block_groups:
+        router.active = 0
+    generator = torch.Generator().manual_seed(9)
+    residuals = {
+        "controlnet_block_samples": [torch.randn(2, 4, 128, generator=generator) for _ in range(4)],
+        "controlnet_single_block_samples": [torch.randn(2, 4, 128, generator=generator) for _ in range(2)],
+    }
+    dense = dense_without(pair, {1, 2, 3}, {1, 2, 3})
+    expected = velocity(dense, asked, **residuals)
+    torch.testing.assert_close(velocity(model, asked, **residuals), expected)
+    assert (expected - velocity(dense, asked)).norm() > 0.1 * expected.norm()
+
+
+@torch.no_grad()
+def test_training_masks_what_inference_skips_and_keeps_its_choices_until_they_are_cleared(
+    model: FluxMoETransformer2DModel,
+) -> None:
+    asked = inputs(3)
+    skipped = velocity(model, asked)
+    assert all(router.routing is None for router in model.block_groups)
+    assert all(moe.routing is None for moe in model.moe_ffns().values())
+    masked = velocity(model.train(), asked)
+    torch.testing.assert_close(masked, skipped, rtol=1e-5, atol=1e-5)
+    assert all(router.routing is not None for router in model.block_groups)
+    assert all(moe.routing is not None for moe in model.moe_ffns().values())
+    model.clear_routings()
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+    velocity(model, asked)
+    velocity(model.eval(), asked)
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+
+
+def gradients(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> dict[str, Tensor | None]:
+    """Of a loss of everything that training reads: output, token routers, block routers."""
+    model.zero_grad()
+    model.set_top_k(2)
+    output = velocity(model, asked)
+    loss = output.square().mean()
+    routings = [moe.routing for moe in model.moe_ffns().values()]
+    loss = loss + sum(routing.probabilities_TE.square().sum() for routing in routings if routing is not None)
+    for router in model.block_groups:
+        loss = loss + block_balance_loss(router.routing, choice_fractions(router.routing))
+    model.clear_routings()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", ["of diffusers", "around every block"])
+def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DModel, how: str) -> None:
+    asked = inputs(3)
+    model.train()
+    expected = gradients(model, asked)
+    if how == "of diffusers":
+        model.enable_gradient_checkpointing()
+    else:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+        apply_activation_checkpointing(model, check_fn=lambda module: hasattr(module, "member"))
+    found = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(model, asked).items()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    for name in ("block_groups.0.router_x.weight", "block_groups.1.router_y.weight"):
+        assert expected[name].abs().max() > 1e-5  # type: ignore[union-attr]
+    # What the backward pass ran again is not remembered.
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+
+
+def test_a_block_called_by_itself_runs(model: FluxMoETransformer2DModel) -> None:
+    """As blockwise training and other tools do."""
+    block = model.transformer_blocks[2]
+    rotary = model.pos_embed(torch.zeros(7, 3))
+    text, image = block(torch.ones(2, 4, 128), torch.ones(2, 3, 128), torch.ones(2, 128), rotary)
+    assert (text.shape, image.shape) == ((2, 3, 128), (2, 4, 128))
+    assert not torch.equal(image, torch.ones(2, 4, 128))
+
+
+@torch.no_grad()
+def test_groups_come_back_from_the_file_and_from_save_pretrained(
+    pair: Pair, model: FluxMoETransformer2DModel, tmp_path: Path
+) -> None:
+    model.save_flux_moe(tmp_path / "again.safetensors")
+    model.save_pretrained(tmp_path / "folder", max_shard_size="1MB")
+    assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
+    stored, expected = load_file(pair.moe), model.state_dict()
+    written = load_file(tmp_path / "again.safetensors")
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+    again = FluxMoETransformer2DModel.from_pretrained(tmp_path / "folder")
+    found = again.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert again.flux_moe == model.flux_moe
+    assert again.flux_moe.groups == GROUPS
+    again.set_top_k(12)
+    torch.testing.assert_close(velocity(again, inputs(3)), velocity(model, inputs(3)))
