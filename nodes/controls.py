@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .flux_moe import OPTIONS_KEY, FluxMoEModel
+from .flux_moe import FluxMoEModel
+from .settings import OPTIONS_KEY
 
 AS_IN_FILE = "as in the file"
 MOST_EXPERTS = 64  # of the widget; the paper's models have 12
@@ -70,6 +71,11 @@ class TopK(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, top_k: int, gate: str) -> io.NodeOutput:
         config = flux_moe(model, "FLUX-MoE Top-K").diffusion_model.config
+        if config.capacity_router is not None:
+            raise ValueError(
+                "Top-K has no effect on this FLUX-MoE: its capacity routers give every token as many experts as it "
+                "needs. Bypass FLUX-MoE Top-K; what steers the compute of such a file is the setting `capacity`."
+            )
         experts = min(layout.experts for layout in config.ffns.values())
         if not 0 <= top_k <= experts:
             raise ValueError(

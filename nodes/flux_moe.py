@@ -1,207 +1,29 @@
-"""ComfyUI's own FLUX with expert FFNs.
+"""ComfyUI's own FLUX as a FLUX-MoE: the model, and the entries of comfy.supported_models by which loaders find it.
 
-The modules, their names and their weights stay ComfyUI's: a FLUX-MoE's weights are a dense FLUX's, reordered
-(see d2m_model/layout.py), and a router stands beside each pair of them. Only what a block does with the pair
-changes: it runs ComfyUI's own forward on a view of itself (`BlockCall`) whose FFN is the routed one. What a call
-needs to remember lives in that view and dies with it.
-
-Shapes: B batch, T tokens, H hidden size, E experts, F expert width, S neurons of the shared expert.
+What its blocks do is in blocks.py, block_groups.py and compressed.py.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_base
-import comfy.model_management
-import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
-import torch.nn.functional as F
-from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.flux.model import Flux
-from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
-from ..d2m_model.config import FFNLayout, FluxMoEConfig, Gate
-from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ..d2m_model.config import FluxMoEConfig
 from ..d2m_model.layout import neuron_axis
-from ..d2m_model.routers import Routing, route_top_k
 from ..d2m_model.tensor_file import ALIGNMENT
+from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
+from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed import compress_modulations, modulations
-
-OPTIONS_KEY = "d2m"  # of transformer_options: {"top_k": int, "gate": "sum" | "normalised"}, each optional
-
-
-Choice = tuple[int, Gate]  # top_k and gate of one call
-
-
-# Routed FFNs
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class MoE:
-    """How one FFN is routed: its layout, and what the file says of top_k and gate."""
-
-    layout: FFNLayout
-    top_k: int
-    gates: Mapping[str, Gate]  # by mode
-    gate: str  # the file's own mode
-
-    def choice(self, transformer_options: Mapping[str, Any] | None) -> Choice:
-        """That of the sampled clone, or else the file's."""
-        options = (transformer_options or {}).get(OPTIONS_KEY) or {}
-        return options.get("top_k", self.top_k), self.gates[options.get("gate", self.gate)]
-
-
-@dataclass(slots=True)
-class Routed:
-    """What W1's side hands to W2's, within one call."""
-
-    routing: Routing
-    plan: Dispatch
-    hidden_AF: Tensor
-
-
-def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Weight and bias of `linear` as ComfyUI casts them for x (patched, moved, dequantised once), and the token
-    that comfy.ops.uncast_bias_weight wants after their last use."""
-    weight, bias, token = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
-    smoothing = getattr(linear, "pre_quant_scale", None)  # of the layer's input; here of the columns that meet it
-    if smoothing is not None:
-        weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
-    return weight, bias, token
-
-
-class ExpertLayer(nn.Module):
-    """What the owner of a routed FFN has besides the modules of its dense kind."""
-
-    moe: MoE
-    router: nn.Linear
-    neuron_order: Tensor
-    expert_mean: Tensor | None
-
-    def add_router(self, moe: MoE, stored: Mapping[str, Tensor], name: str, device: torch.device | None) -> None:
-        """Make room for the tensors of FFN `name`, in the dtypes of their file: whatever the weights are cast to,
-        the choice of experts does not depend on it."""
-        self.moe = moe
-        weight_EH, bias = stored[f"{name}.router.weight"], f"{name}.router.bias" in stored
-        # Not of the model's own operations, which may want to quantise it.
-        self.router = comfy.ops.manual_cast.Linear(
-            weight_EH.shape[1], weight_EH.shape[0], bias=bias, dtype=weight_EH.dtype, device=device
-        )
-        for buffer in ("neuron_order", "expert_mean"):
-            like = stored.get(f"{name}.{buffer}")
-            self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
-
-    def route(self, x_TH: Tensor, top_k: int, gate: Gate) -> Routing:
-        router, dtype = self.router, self.router.weight.dtype
-        weight_EH, bias_E, token = comfy.ops.cast_bias_weight(
-            router, dtype=dtype, bias_dtype=dtype, device=x_TH.device, offloadable=True
-        )
-        routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=gate)
-        comfy.ops.uncast_bias_weight(router, weight_EH, bias_E, token)
-        return routing
-
-    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
-        """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
-        x_TH = x_BTH.flatten(0, -2)
-        routing = self.route(x_TH, *choice)
-        plan = plan_dispatch(routing, x_TH)
-        weight, bias, token = cast(linear, x_BTH)
-        y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
-        experts = (self.moe.layout.experts, self.moe.layout.width)
-        hidden_AF = expert_up(x_TH, plan, weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts))
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
-        return y_BTN, Routed(routing, plan, hidden_AF)
-
-    def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
-        """W2: its first columns on x, for every token, plus the chosen experts' outputs: [B, T, H]."""
-        columns = x_BTN.shape[-1]
-        weight, bias, token = cast(linear, x_BTN)
-        y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
-        experts = (self.moe.layout.experts, self.moe.layout.width)
-        y_TH = expert_down(routed.hidden_AF, routed.plan, weight[:, columns:].unflatten(1, experts))
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
-        if self.expert_mean is not None:
-            y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
-        return y_BTH + y_TH.view_as(y_BTH)
-
-
-# Blocks
-
-
-class ExpertFFN(ExpertLayer, nn.Sequential):
-    """A double block's img_mlp or txt_mlp. Its children are those of the nn.Sequential it replaces, and a router."""
-
-    def forward(self, x_BTH: Tensor, choice: Choice | None = None) -> Tensor:
-        """`choice`: None is the file's own."""
-        shared_BTS, routed = self.up(self[0], x_BTH, self.moe.layout.shared, choice or self.moe.choice(None))
-        return self.down(self[2], self[1](shared_BTS), routed)
-
-
-class BlockCall:
-    """A block as one call of its forward sees it: the block, but for what a subclass puts in place of it."""
-
-    def __init__(self, block: Any, transformer_options: Mapping[str, Any] | None) -> None:
-        self.block, self.options = block, transformer_options
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-
-class DoubleCall(BlockCall):
-    def img_mlp(self, x: Tensor) -> Tensor:
-        return self.run(self.block.img_mlp, x)
-
-    def txt_mlp(self, x: Tensor) -> Tensor:
-        return self.run(self.block.txt_mlp, x)
-
-    def run(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        found: Tensor = mlp(x, mlp.moe.choice(self.options)) if isinstance(mlp, ExpertFFN) else mlp(x)
-        return found
-
-
-class SingleCall(BlockCall):
-    """linear1 gives qkv and the shared expert's part of the MLP, so FLUX's own block runs with a thinner MLP;
-    linear2 adds the routed experts to it."""
-
-    block: SingleExpertBlock
-
-    @property
-    def mlp_hidden_dim_first(self) -> int:
-        return self.block.moe.layout.shared
-
-    def linear1(self, x: Tensor) -> Tensor:
-        block = self.block
-        rows = 3 * block.hidden_size + block.moe.layout.shared
-        dense, self.routed = block.up(block.linear1, x, rows, block.moe.choice(self.options))
-        return dense
-
-    def linear2(self, x: Tensor) -> Tensor:
-        return self.block.down(self.block.linear2, x, self.routed)
-
-
-class DoubleExpertBlock(DoubleStreamBlock):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return DoubleStreamBlock.forward(DoubleCall(self, kwargs.get("transformer_options")), *args, **kwargs)
-
-
-class SingleExpertBlock(ExpertLayer, SingleStreamBlock):
-    hidden_size: int
-    linear1: nn.Linear
-    linear2: nn.Linear
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return SingleStreamBlock.forward(SingleCall(self, kwargs.get("transformer_options")), *args, **kwargs)
-
+from .settings import OPTIONS_KEY, FileChoice
 
 # The model
 
@@ -218,20 +40,19 @@ class FluxMoE(Flux):
         self.register_buffer(CONFIG_KEY, torch.empty_like(stored[CONFIG_KEY], device=device))
         if config.adaln_rank is not None:
             compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
-        gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
+        file = FileChoice.of(config)
         for name, layout in config.ffns.items():
-            moe = MoE(layout=layout, top_k=config.top_k, gates=gates, gate=config.gate.mode)
             kind, index, *stream = name.split(".")
             block = getattr(self, kind)[int(index)]
             # The block keeps its modules, so its keys and everything that ComfyUI built into it; only forward is new.
             if kind == "double_blocks":
-                block.__class__ = DoubleExpertBlock
+                block.__class__, block.file = DoubleExpertBlock, file
                 mlp = ExpertFFN(*getattr(block, stream[0]))
                 setattr(block, stream[0], mlp)
-                mlp.add_router(moe, stored, name, device)
+                mlp.add_router(layout, file, stored, name, device)
             else:
                 block.__class__ = SingleExpertBlock
-                block.add_router(moe, stored, name, device)
+                block.add_router(layout, file, stored, name, device)
 
     def forward(self, *args: Any, d2m: Mapping[str, Any] | None = None, **kwargs: Any) -> Tensor:
         """`d2m`: see FluxMoEModel._apply_model."""
@@ -255,9 +76,45 @@ class FluxMoE(Flux):
         return found
 
 
+class FluxMoEInParts(FluxMoE):
+    """A FLUX-MoE with block groups or capacity routers, which torch.compile takes block by block: see block_groups.py."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        stored, device, groups = kwargs["stored"], kwargs.get("device"), self.config.groups
+        if groups:
+            routers = (BlockGroupRouter(groups, index, stored, device) for index in range(len(groups)))
+            self.block_groups = nn.ModuleList(routers)
+        for index, group in enumerate(groups):
+            blocks = self.double_blocks if group.kind == "double" else self.single_blocks
+            for position in range(group.blocks):
+                blocks[group.first + position].place = (self.block_groups[index], position)
+        for block in (*self.double_blocks, *self.single_blocks):
+            if hasattr(block, "file") or hasattr(block, "place"):
+                block.__class__ = apart(block.__class__)
+
+    @torch.compiler.disable(recursive=False)
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        guidance: Tensor | None = None,
+        ref_latents: Any = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = {},
+        **kwargs: Any,
+    ) -> Tensor:
+        """One evaluation, with room for what its block groups choose."""
+        options = {**transformer_options, CHOSEN_KEY: {}}
+        return super()._forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
+
+
 class FluxMoEModel(comfy.model_base.Flux):
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
-        unet_model = functools.partial(FluxMoE, config=config, stored=stored)
+        self.in_parts = bool(config.groups) or config.capacity_router is not None
+        unet_model = functools.partial(FluxMoEInParts if self.in_parts else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
@@ -296,9 +153,9 @@ class FluxMoEModel(comfy.model_base.Flux):
         **kwargs: Any,
     ) -> Tensor:
         """Hands the settings on beside transformer_options: TorchCompileModel leaves everything within these out of
-        its guards, and would run the graph of one Top-K for another."""
+        its guards, and would run the graph of one Top-K for another. (Of a model in parts no graph reads them.)"""
         settings = transformer_options.get(OPTIONS_KEY)
-        if settings is not None:
+        if settings is not None and not self.in_parts:
             kwargs["d2m"] = settings
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
@@ -322,11 +179,6 @@ class _Supported:
         """Raises CheckpointError for a file with a missing or misshapen tensor, or one of a newer schema."""
         stored = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         config = check_state_dict(stored)
-        if config.groups or config.capacity_router is not None:
-            raise CheckpointError(
-                f"This FLUX-MoE has {'block groups' if config.groups else 'a capacity router'}, which this version does "
-                "not run yet. Update ComfyUI-Dense2MoE, or convert the teacher with --preset L."
-            )
         return FluxMoEModel(self, config, stored, model_type=self.model_type_of_flux, device=device)
 
 

@@ -23,13 +23,14 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..d2m_model.capacity import scaled_threshold
 from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
 from ..d2m_model.config import FluxMoEConfig
 from ..d2m_model.conversion.convert import metadata_of
 from ..d2m_model.keys import bfl_spelling
 from ..d2m_model.tensor_writer import TensorWriter
 from .controls import flux_moe
-from .flux_moe import OPTIONS_KEY
+from .settings import active_blocks, settings_of
 
 NAME = "Save FLUX-MoE"
 PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches
@@ -62,13 +63,17 @@ def specs_of(patcher: Any) -> Specs:
 
 
 def tensors_of(patcher: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale."""
+    """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale; a capacity
+    that was set goes into the thresholds."""
     written: set[str] = set()
+    capacity = settings_of(patcher.model_options.get("transformer_options")).get("capacity", 1.0)
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         if name in written:
             continue
         pieces: Mapping[str, Tensor] = {name: tensor}
-        if f"{PREFIX}{name}" in patcher.patches:
+        if name.endswith(".threshold") and capacity != 1:
+            pieces = {name: scaled_threshold(tensor, capacity)}
+        elif f"{PREFIX}{name}" in patcher.patches:
             weight = patcher.patch_weight_to_device(
                 f"{PREFIX}{name}", device_to=patcher.load_device, return_weight=True
             )
@@ -84,13 +89,16 @@ def as_loaders_know(tensor: Tensor) -> Tensor:
 
 
 def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
-    """The file's configuration with this MODEL's Top-K and gate, and a note of the patches that go into its weights."""
+    """The file's configuration with this MODEL's Top-K, gate and active blocks, and a note of the patches that go into
+    its weights."""
     config: FluxMoEConfig = patcher.model.diffusion_model.config
-    settings = patcher.model_options.get("transformer_options", {}).get(OPTIONS_KEY, {})
+    settings = settings_of(patcher.model_options.get("transformer_options"))
+    active = active_blocks(settings.get("active_blocks"), config.groups)
     config = replace(
         config,
         top_k=settings.get("top_k", config.top_k),
         gate=replace(config.gate, mode=settings.get("gate", config.gate.mode)),
+        groups=tuple(replace(group, active=count) for group, count in zip(config.groups, active, strict=True)),
     )
     patches = {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
     if not patches:
@@ -162,7 +170,7 @@ class SaveFluxMoE(io.ComfyNode):
             display_name=NAME,
             category="FLUX-MoE",
             description=(
-                "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights and its Top-K and gate as the file's own. "
+                "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights and its settings as the file's own. "
                 "Loaded again it paints the same images."
             ),
             search_aliases=["save flux moe", "export model", "bake lora", "merge lora", "checkpoint save", "dense2moe"],

@@ -57,7 +57,7 @@ def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -
 
     generator, lora = torch.Generator().manual_seed(seed), {}
     for name, weight in model.model.diffusion_model.named_parameters():
-        if not name.startswith(BLOCKS) or weight.ndim != 2 or "router" in name:
+        if not name.startswith(BLOCKS) or weight.ndim != 2 or "router" in name or ".capacity." in name:
             continue
         out, width = weight.shape
         key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2m_model.config import (
+    BlockGroup,
+    CapacityRouter,
     FFNLayout,
     FluxDims,
     FluxMoEConfig,
@@ -97,12 +99,15 @@ def split(
     dense_double_blocks: int = 1,
     seed: int = 1,
     compressed: dict[str, Tensor] | None = None,
+    groups: tuple[BlockGroup, ...] = (),
+    capacity: CapacityRouter | None = None,
 ) -> dict[str, Tensor]:
     """The FLUX-MoE of `dense`: random neuron orders and random routers. The first double blocks stay dense.
 
-    `compressed`: modulations to write in place of the teacher's, see `compressible`.
+    `compressed`: modulations to write in place of the teacher's, see `compressible`. `groups` and `capacity` add tensors
+    and change none of the others.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, extra = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
     skipped = tuple(f"double_blocks.{i}." for i in range(dense_double_blocks))
     ffns = {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
     tensors = dense | (compressed or {})
@@ -117,8 +122,14 @@ def split(
         tensors[f"{name}.router.bias"] = torch.randn(layout.experts, generator=generator) * 0.1
         if mean:
             tensors[f"{name}.expert_mean"] = torch.randn(layout.experts, dims.hidden_size, generator=generator) * 0.1
+        if capacity is not None:
+            tensors |= capacity_tensors(name, dims, layout, capacity, extra)
+    for index, group in enumerate(groups):
+        for router in ("router_x", "router_y"):
+            weight = torch.randn(group.blocks, dims.hidden_size, generator=extra)
+            tensors[f"block_groups.{index}.{router}.weight"] = weight
     config = FluxMoEConfig(
-        dims=dims, ffns=ffns, groups=(), gate=gate, top_k=2,
+        dims=dims, ffns=ffns, groups=groups, gate=gate, top_k=2, capacity_router=capacity,
         adaln_rank=compressed["adaln_in.weight"].shape[0] if compressed else None,
         split_only=not mean and not compressed,
         teacher=Teacher(title="tiny", sha256="0" * 64, licence="none"),
@@ -127,19 +138,38 @@ def split(
     return tensors
 
 
+def capacity_tensors(
+    ffn: str, dims: FluxDims, layout: FFNLayout, router: CapacityRouter, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A predictor whose logits are about normal, and thresholds near which a share of them lies."""
+    h, d, n = dims.hidden_size, router.width, layout.experts
+
+    def random(*shape: int, gain: float) -> Tensor:
+        return torch.randn(*shape, generator=generator) * gain
+
+    passes = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - router.capacity / n))
+    return {
+        f"{ffn}.capacity.in_layer.weight": random(d, h, gain=2 * h**-0.5),
+        f"{ffn}.capacity.in_layer.bias": random(d, gain=0.1),
+        f"{ffn}.capacity.out_layer.weight": random(n, d, gain=d**-0.5),
+        f"{ffn}.capacity.out_layer.bias": random(n, gain=0.1),
+        f"{ffn}.capacity.scale": 1 + torch.rand(1, generator=generator),
+        f"{ffn}.threshold": (passes + random(n, gain=0.1)).sigmoid(),
+    }
+
+
 def config_tensor(json: str) -> Tensor:
     return torch.frombuffer(bytearray(json.encode()), dtype=torch.uint8)
 
 
 def save(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write; floating-point tensors in `dtype`, but routers, means and U in float32."""
-    kept = (".router.weight", ".router.bias", ".expert_mean", "adaln_in.weight")
+    """Write; floating-point tensors in `dtype`, but what routes, means and U in float32."""
+    kept = ("router", ".capacity.", ".threshold", ".expert_mean", "adaln_in")
+
+    def written(key: str, tensor: Tensor) -> Tensor:
+        cast = tensor.is_floating_point() and not any(part in key for part in kept)
+        return (tensor.to(dtype) if cast else tensor).contiguous()
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            key: (tensor if key.endswith(kept) or not tensor.is_floating_point() else tensor.to(dtype)).contiguous()
-            for key, tensor in tensors.items()
-        },
-        file,
-    )
+    save_file({key: written(key, tensor) for key, tensor in tensors.items()}, file)
     return file

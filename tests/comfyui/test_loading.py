@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2m_model.config import BlockGroup
 from tests.comfyui import files
 from tests.comfyui.conftest import Pair
 from tests.comfyui.inside import Comfy, distance
@@ -104,6 +105,7 @@ WRONG = {
     "missing weight": "double_blocks.1.img_mlp.2.weight is missing",
     "wrong shape": "single_blocks.1.linear1.weight has shape [895, 128]; expected [896, 128]",
     "newer schema": "Update ComfyUI-Dense2MoE",
+    "missing block router": "block_groups.0.router_y.weight is missing",
 }
 
 
@@ -125,6 +127,11 @@ def write_wrong(kind: str, dense: dict[str, Tensor], split: dict[str, Tensor], f
             del tensors["double_blocks.1.img_mlp.2.weight"]
         elif kind == "wrong shape":
             tensors["single_blocks.1.linear1.weight"] = tensors["single_blocks.1.linear1.weight"][1:]
+        elif kind == "missing block router":
+            tensors = files.split(
+                dense, groups=(BlockGroup(kind="single", first=0, blocks=3, active=1, selection="topk"),)
+            )
+            del tensors["block_groups.0.router_y.weight"]
         elif kind == "newer schema":
             config = json.loads(bytes(tensors["d2m_config"].numpy()))
             tensors["d2m_config"] = files.config_tensor(json.dumps({**config, "schema_version": 99, "new_field": 1}))
@@ -140,7 +147,9 @@ def test_the_loader_says_what_is_wrong(host: Comfy, pair: Pair, models: Path, ki
     assert file.name in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["missing router", "missing weight", "wrong shape", "newer schema"])
+@pytest.mark.parametrize(
+    "kind", ["missing router", "missing weight", "wrong shape", "newer schema", "missing block router"]
+)
 def test_the_stock_loader_refuses_the_same(host: Comfy, pair: Pair, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "wrong.safetensors"
     write_wrong(kind, pair.dense, pair.split, file)
@@ -158,14 +167,3 @@ def test_top_k_of_a_dense_model_is_refused(host: Comfy, pair: Pair) -> None:
         ValueError, match="FLUX-MoE Top-K works on a FLUX-MoE, but this MODEL is a Flux without experts"
     ):
         host.top_k(pair.teacher, 2)
-
-
-def test_files_of_a_later_version_are_refused(host: Comfy, pair: Pair, tmp_path: Path) -> None:
-    """Block groups are part of schema 1, but this version does not run them."""
-    config = json.loads(bytes(pair.split["d2m_config"].numpy()))
-    group = {"kind": "single", "first": 0, "blocks": 2, "active": 1, "selection": "topk"}
-    tensors = {**pair.split, "d2m_config": files.config_tensor(json.dumps({**config, "groups": [group]}))}
-    for router in ("router_x", "router_y"):
-        tensors[f"block_groups.0.{router}.weight"] = torch.ones(2, files.DIMS.hidden_size)
-    with pytest.raises(ValueError, match="block groups"):
-        host.load(files.save(tensors, tmp_path / "groups.safetensors"))

@@ -42,14 +42,14 @@ def test_all_experts_paint_what_the_teacher_paints_with_a_negative_prompt(host: 
 
 def test_all_experts_go_through_the_grouped_path(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shortcut: every token is routed to every expert in every FFN."""
-    flux_moe, seen = host.module("nodes.flux_moe"), []
+    blocks, seen = host.module("nodes.blocks"), []
 
     def counted(hidden: Tensor, plan: SimpleNamespace, down: Tensor) -> Tensor:
         seen.append(tuple(plan.row_TK.shape))
         return expert_down(hidden, plan, down)
 
-    expert_down = flux_moe.expert_down
-    monkeypatch.setattr(flux_moe, "expert_down", counted)
+    expert_down = blocks.expert_down
+    monkeypatch.setattr(blocks, "expert_down", counted)
     host.sample(host.top_k(pair.moe, ALL), steps=1)
     image, text = 8 * 8, 7
     single = [(image + text, ALL)] * files.DIMS.single_blocks
