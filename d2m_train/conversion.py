@@ -36,23 +36,16 @@ from .data.batch import DataSource
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-__all__ = ["ConversionSettings", "LoadTeacher", "convert", "settings_of"]
-
-LoadTeacher = Callable[[], "FluxTransformer2DModel"]
+__all__ = ["ConversionSettings", "convert", "settings_of"]
 
 
 def convert(
-    settings: ConversionSettings,
-    data: DataSource | None = None,
-    *,
-    load_teacher: LoadTeacher | None = None,
-    report: Callable[[str], object] = print,
+    settings: ConversionSettings, data: DataSource | None = None, *, report: Callable[[str], object] = print
 ) -> FluxMoEConfig:
     """Write `settings.out` and its report; give its configuration. A calibration that was interrupted is continued.
 
-    `data`: for calibration; without, the weights alone decide. `load_teacher`: the dense teacher for calibration,
-    instead of the one in `settings.teacher`. `report` hears sentences for the user. Raises UserError for settings that
-    cannot be met, and CheckpointError for a teacher or a target that cannot be used.
+    `data`: for calibration; without, the weights alone decide. `report` hears sentences for the user.
+    Raises UserError for settings that cannot be met, CheckpointError for a teacher or a target that cannot be used.
     """
     from tqdm import tqdm
 
@@ -66,7 +59,7 @@ def convert(
         for note in teacher.notes:
             report(note)
         config = config_of(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
-        calibration = None if data is None else _calibration(settings, teacher, config, data, load_teacher)
+        calibration = None if data is None else _calibration(settings, teacher, config, data)
         found = Report()
         if calibration is not None:
             found.blocks.update({name: calibration.block_change(name) for name in block_names(teacher.dims)})
@@ -119,7 +112,6 @@ def _calibration(
     teacher: DenseTeacher,
     config: FluxMoEConfig,
     data: DataSource,
-    load_teacher: LoadTeacher | None,
 ) -> Calibration:
     from tqdm import tqdm
 
@@ -129,7 +121,7 @@ def _calibration(
         from d2m_model.hosts.diffusers import load_transformer
 
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = load_transformer(settings.teacher, dtype, device) if load_teacher is None else load_teacher()
+        model = load_transformer(settings.teacher, dtype, device)
         if device.type != "cpu":
             model.enable_gradient_checkpointing()
         return model
@@ -144,8 +136,6 @@ def _calibration(
     identity = [
         f"{file.absolute()}, {file.stat().st_size} bytes, modified {file.stat().st_mtime_ns}" for file in teacher.files
     ]
-    if settings.fused:
-        identity.append(f"with {settings.fused}")
     with tqdm(total=settings.batches, desc="Calibration", unit="batch") as bar:
 
         def progress(loss: float) -> None:

@@ -58,7 +58,6 @@ class ConversionSettings:
     device        of calibration and planning; None: cuda if there is one, else cpu
     folder        where the calibration is kept, and continued; None: beside `out` until that is written
     report_file   the JSON report; None: beside `out`
-    fused         LoRAs in the teacher that `load_teacher` gives, with their strengths: the calibration is of them too
     """
 
     teacher: Path
@@ -81,7 +80,6 @@ class ConversionSettings:
     device: str | None = None
     folder: Path | None = None
     report_file: Path | None = None
-    fused: str = ""
 
     @property
     def calibration_folder(self) -> Path:
@@ -131,7 +129,10 @@ class ConversionSettings:
 
 
 def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | None) -> ConversionSettings:
-    """Of a run's stage `convert`: the file `out` of the teacher at `teacher_path`, its calibration kept in `folder`."""
+    """Of a run's stage `convert`: the file `out` of the teacher at `teacher_path`, its calibration kept in `folder`.
+
+    The teacher's LoRAs are fused in that file already, if it has any.
+    """
     method, student = run.convert, run.student
     return ConversionSettings(
         teacher=teacher_path,
@@ -159,7 +160,6 @@ def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | No
         batch_size=method.batch_size,
         tokens=method.tokens,
         folder=folder,
-        fused=", ".join(f"{lora.path.absolute()} at {lora.strength:g}" for lora in run.teacher.loras),
     )
 
 
