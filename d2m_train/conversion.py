@@ -71,7 +71,7 @@ def convert(
         if settings.baseline == "depth_pruning":
             kept = kept_blocks(teacher.dims, config.groups, found.blocks)
             source = ShallowTeacher(teacher, kept)
-            config = _shallow(config, source.dims, kept)
+            config = shallow(config, source.dims, kept)
         block_routers = _block_routers(settings, config, calibration, found)
         modulations = _modulations(source, config, calibration)
         with tqdm(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
@@ -96,7 +96,7 @@ def convert(
     return config
 
 
-def _shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxMoEConfig:
+def shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxMoEConfig:
     """The configuration of a student with the kept blocks alone: their FFNs, no groups, and which blocks they were."""
     ffns = {
         name: config.ffns[source] for name in all_ffn_names(dims) if (source := teacher_name(name, kept)) in config.ffns

@@ -118,7 +118,7 @@ class _Training:
         self.section: StageSection = getattr(run.stage, stage)
         dtype = getattr(torch, run.student.dtype)
         core = FluxMoETransformer2DModel.from_flux_moe(files.source, dtype)
-        self.config = _with_gate(core, stage)
+        self.config = with_gate(core, stage)
         plan = plan_of(stage, self.config, self.section)
         frozen = run.student.frozen_dtype
         names = set(prepare_student(core, plan, None if frozen is None else getattr(torch, frozen)))
@@ -208,7 +208,7 @@ class _Training:
         self.processes.wait()
 
 
-def _with_gate(core: FluxMoETransformer2DModel, stage: Stage) -> FluxMoEConfig:
+def with_gate(core: FluxMoETransformer2DModel, stage: Stage) -> FluxMoEConfig:
     """From stage `experts` on, gates are normalised, so that routers learn, with the k of training as their scale."""
     config = replace(core.flux_moe, split_only=False)
     if stage != "shared" and config.gate.mode == "sum" and config.top_k > 0:

@@ -20,7 +20,7 @@ from d2m_model.routers import Routing
 from .data.batch import Batch
 from .features import block_outputs, streams_of
 from .losses import balance_loss, distillation_losses
-from .noise import noisy_batch
+from .noise import Noisy, noisy_batch
 from .run_config import RunConfig
 from .stages import Plan
 from .velocity import velocity
@@ -63,6 +63,10 @@ class Distillation:
         """Of batch number `index`, which its noise depends on. The student is left as it is but for its routers' records."""
         noisy = noisy_batch(batch, self.run.timesteps, self.run.seed, index, self.teacher)
         self._set_pools(batch)
+        return self.compare(batch, noisy)
+
+    def compare(self, batch: Batch, noisy: Noisy) -> StepLosses:
+        """`losses` at given noise, for pools of a capacity router that are set."""
         guided = self.teacher.config.guidance_embeds
         inputs = (batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B)
         with torch.no_grad(), block_outputs(self.teacher, [f.teacher for f in self.plan.features]) as teacher_outputs:

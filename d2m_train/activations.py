@@ -1,0 +1,220 @@
+"""What autograd keeps of a training step, counted without weights: the step's own code runs on tensors without values.
+
+So the count follows whatever decides it: what a stage trains, gradient checkpointing, mixed precision, the experts'
+gathered rows, the kind of attention. A GPU's kernels are stood for by the CPU's, which keep the same tensors but for a
+few small ones.
+
+Shapes: B batch, T image and L text tokens, C channels of a token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from d2m_model import experts
+from d2m_model.checkpoint import expected_tensors, optional_tensors
+from d2m_model.config import FluxDims, FluxMoEConfig
+from d2m_model.cost import Tokens
+
+from .data.batch import Batch
+from .loop import with_gate
+from .noise import Noisy
+from .run_config import RunConfig
+from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
+from .step import Distillation
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+OUTSIDE = ""  # the block of what is in none
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Activations:
+    """Bytes that autograd keeps for the backward pass, by block in BFL names, OUTSIDE for the rest (the losses')."""
+
+    by_block: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_block.values())
+
+    @property
+    def largest_block(self) -> int:
+        return max((size for name, size in self.by_block.items() if name != OUTSIDE), default=0)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Tensors that are made during the `with` have shapes and dtypes, and nothing in them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Experts take all rows at once: where chunks begin in an uneven routing only values would tell.
+    with FakeTensorMode(), mock.patch.object(experts, "CHUNK_BYTES_CPU", 1 << 62), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
+
+
+def saved_activations(
+    run: RunConfig, plan: Plan, core: FluxMoETransformer2DModel, teacher: FluxDims, tokens: Tokens
+) -> Activations:
+    """Of one microbatch of a stage, the student's forward pass and all losses: bytes of unique storages, weights left out.
+
+    `core` is a `valueless_student`, of the same `without_values`. No text is taken for padding.
+    """
+    size = run.training.batch_size
+    distillation = Distillation(
+        teacher=cast("FluxTransformer2DModel", _Teacher(teacher, getattr(torch, run.teacher.dtype))),
+        student=_Autocast(core, _AUTOCAST.get(run.training.mixed_precision)),
+        core=core,
+        plan=plan,
+        run=run,
+    )
+    batch = _batch(teacher, tokens, size)
+    assert batch.tokens_BTC is not None
+    noisy = Noisy(tokens_BTC=batch.tokens_BTC, t_B=torch.empty(size), target_BTC=batch.tokens_BTC)
+    core.train()
+    with _saved(core) as found:
+        distillation.compare(batch, noisy)
+    return found[0]
+
+
+def optional_of(run: RunConfig, config: FluxMoEConfig) -> list[str]:
+    """The optional tensors that this run's conversion writes."""
+    kinds = ((".router.bias", run.convert.router == "ridge"), (".expert_mean", run.convert.mean))
+    if run.student.baseline == "mlp_pruning":
+        return []
+    return [name for name in optional_tensors(config) if any(name.endswith(end) for end, wanted in kinds if wanted)]
+
+
+def valueless_student(run: RunConfig, plan: Plan, config: FluxMoEConfig) -> FluxMoETransformer2DModel:
+    """The student as a stage trains it: dtypes, what is frozen, gates, checkpointing. To be made in `without_values`."""
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+    from d2m_model.hosts.diffusers.tensors import fill
+
+    optional = optional_of(run, config)
+    shapes = expected_tensors(config) | optional_tensors(config)
+
+    def empty(name: str) -> Tensor:
+        return torch.empty(shapes[name], dtype=torch.int32 if name.endswith(".neuron_order") else torch.float32)
+
+    with torch.device("meta"):
+        core = FluxMoETransformer2DModel(config, optional)
+    fill(core, config, optional, empty, getattr(torch, run.student.dtype), "cpu")
+    with_gate(core, plan.stage)
+    frozen = run.student.frozen_dtype
+    prepare_student(core, plan, None if frozen is None else getattr(torch, frozen))
+    if run.training.gradient_checkpointing:
+        core.enable_gradient_checkpointing()
+    return core
+
+
+class _Teacher(nn.Module):
+    """What a step sees of a teacher: outputs of the right shapes, of the model and of its blocks."""
+
+    def __init__(self, dims: FluxDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dims, self.config = dims, SimpleNamespace(guidance_embeds=dims.guidance_embed)
+        self.dtype = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
+        self.transformer_blocks = nn.ModuleList(_TeacherBlock() for _ in range(dims.double_blocks))
+        self.single_transformer_blocks = nn.ModuleList(_TeacherBlock() for _ in range(dims.single_blocks))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block(*(x.new_empty(*x.shape[:2], self.dims.hidden_size) for x in (encoder_hidden_states, hidden_states)))
+        return (hidden_states.new_empty(*hidden_states.shape[:2], self.dims.out_channels),)
+
+
+class _TeacherBlock(nn.Module):
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        return text, image
+
+
+def _batch(dims: FluxDims, tokens: Tokens, size: int) -> Batch:
+    return Batch(
+        tokens_BTC=torch.empty(size, tokens.image, dims.out_channels),
+        context_BLD=torch.empty(size, tokens.text, dims.context_size),
+        pooled_BV=torch.empty(size, dims.vector_size),
+        guidance_B=torch.empty(size),
+        image_ids_T3=torch.empty(tokens.image, 3),
+        text_ids_L3=torch.empty(tokens.text, 3),
+        words_BL=torch.ones(size, tokens.text, dtype=torch.bool),
+    )
+
+
+class _Autocast:
+    """A model called as accelerate calls it in mixed precision: outputs come back in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self._model, self._dtype = model, dtype
+        self.parameters = model.parameters
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
+        if self._dtype is None:
+            found: tuple[Tensor, ...] = self._model(**inputs)
+            return found
+        with torch.autocast("cpu", self._dtype):
+            found = self._model(**inputs)
+        return tuple(tensor.float() for tensor in found)
+
+
+@contextmanager
+def _saved(model: FluxMoETransformer2DModel) -> Iterator[list[Activations]]:
+    """What autograd keeps of the forward passes during the `with`: one entry in the list when it has ended."""
+    weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    block = [OUTSIDE]
+    kept: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that no other takes its storage's number
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            kept.setdefault(_storage(tensor), (block[0], tensor))
+        return tensor
+
+    def enter(name: str) -> Any:
+        return lambda *_: block.__setitem__(0, name)
+
+    handles = []
+    for kind, attribute in BLOCKS_OF_DIFFUSERS.items():
+        for index, module in enumerate(getattr(model, attribute)):
+            handles.append(module.register_forward_pre_hook(enter(f"{BLOCKS_OF_FLUX[kind]}.{index}")))
+            handles.append(module.register_forward_hook(enter(OUTSIDE)))
+    found: list[Activations] = []
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_block: dict[str, int] = {}
+    for name, tensor in kept.values():
+        by_block[name] = by_block.get(name, 0) + tensor.untyped_storage().nbytes()
+    found.append(Activations(by_block=by_block))
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def feature_bytes(run: RunConfig, plan: Plan, dims: FluxDims, tokens: Tokens) -> int:
+    """Of the block outputs that a step keeps until its losses are known, besides those that autograd keeps.
+
+    The teacher's all; of the student's those of single blocks, whose two streams are put together for it.
+    """
+    student = _AUTOCAST.get(run.training.mixed_precision, getattr(torch, run.student.dtype))
+    elements = run.training.batch_size * tokens.joint * dims.hidden_size
+    singles = sum(feature.student.startswith("single_blocks.") for feature in plan.features)
+    teacher: torch.dtype = getattr(torch, run.teacher.dtype)
+    return elements * (len(plan.features) * teacher.itemsize + singles * student.itemsize)

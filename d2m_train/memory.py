@@ -1,0 +1,150 @@
+"""What a training stage keeps in the memory of a GPU, by part: weights, gradients, optimizer state, average, teacher.
+
+In bytes, off the student's parameters: each says what it takes, whole or as one of several GPUs holds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from d2m_model.config import FluxDims
+from d2m_model.cost import Tokens
+from d2m_model.keys import dense_shapes
+
+from .activations import Activations
+from .run_config import RunConfig
+from .stages import BLOCKS_OF_DIFFUSERS
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Weight:
+    """A parameter: what is needed of it to say what it takes, whole or sharded."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+
+    @classmethod
+    def of(cls, name: str, parameter: torch.Tensor) -> Weight:
+        return cls(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, trained=parameter.requires_grad)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def shard(self, processes: int) -> Weight:
+        """FSDP2's: the first axis in equal parts, the last ones padded."""
+        return replace(self, shape=(-(-self.shape[0] // processes), *self.shape[1:]))
+
+    @property
+    def block(self) -> str:
+        """transformer_blocks.3, say; the empty string outside of blocks."""
+        first, _, rest = self.name.partition(".")
+        return f"{first}.{rest.split('.')[0]}" if first in BLOCKS_OF_DIFFUSERS.values() else ""
+
+
+def shared_memory(
+    run: RunConfig, weights: Sequence[Weight], buffers: int, processes: int, strategy: Strategy
+) -> dict[str, int]:
+    """What the strategy shares out: weights, gradients, optimizer state, average, and what it takes itself."""
+    whole = list(weights)
+    trained = [weight for weight in whole if weight.trained]
+    parts: list[Weight] = whole
+    if strategy == "fsdp2":
+        parts = [weight.shard(processes) for weight in whole]
+    trained_parts = [weight for weight in parts if weight.trained]
+    size = {"student's weights": sum(weight.nbytes for weight in parts) + buffers}
+    size["gradients"] = sum(weight.nbytes for weight in trained_parts)
+    size["optimizer"] = optimizer_bytes(run, trained_parts)
+    if strategy in ("zero2", "zero3"):
+        share = -(-sum(weight.count for weight in trained) // processes)
+        size["gradients"] = -(-size["gradients"] // processes)
+        size["optimizer"] = 12 * share  # master weights and two moments, float32
+        if strategy == "zero3":
+            size["student's weights"] = -(-size["student's weights"] // processes)
+    if run.training.ema is not None:
+        size["average"] = sum(weight.nbytes for weight in trained_parts)
+    if strategy == "ddp":
+        size["exchanged gradients"] = sum(weight.nbytes for weight in trained)
+    elif strategy in ("fsdp2", "zero3"):
+        blocks: dict[str, int] = {}
+        for weight in whole:
+            blocks[weight.block] = blocks.get(weight.block, 0) + weight.nbytes
+        outside = blocks.pop("", 0)
+        size["weights gathered"] = outside + 2 * max(blocks.values())  # of this block and the next
+    return size
+
+
+def blockwise_memory(
+    run: RunConfig, teacher: FluxDims, weights: Sequence[Weight], working: Activations, tokens: Tokens
+) -> dict[str, int]:
+    """One block at a time: the largest of each."""
+    blocks: dict[str, list[Weight]] = {}
+    for weight in weights:
+        if weight.block:
+            blocks.setdefault(weight.block, []).append(weight)
+
+    def most(of: Iterable[int]) -> int:
+        return max(of, default=0)
+
+    trained = [[weight for weight in block if weight.trained] for block in blocks.values()]
+    elements = run.training.batch_size * tokens.joint * teacher.hidden_size
+    return {
+        "student's weights": most(sum(weight.nbytes for weight in block) for block in blocks.values()),
+        "gradients": most(sum(weight.nbytes for weight in block) for block in trained),
+        "optimizer": most(optimizer_bytes(run, block) for block in trained),
+        "teacher's weights": teacher_bytes(run, teacher, offload="stream")[0],
+        "activations": working.largest_block,
+        "block outputs to compare": 3 * elements * getattr(torch, run.teacher.dtype).itemsize,
+    }
+
+
+def optimizer_bytes(run: RunConfig, trained: Sequence[Weight]) -> int:
+    """AdamW: two moments like the weight, and a float32 step for each. In 8 bits: a byte for each moment and a float32
+    scale for every 256 of them, but for tensors of fewer than 4,096 numbers."""
+    if run.training.optimizer != "adamw_8bit":
+        return sum(2 * weight.nbytes + 4 for weight in trained)
+    small = sum(8 * weight.count for weight in trained if weight.count < 4096)
+    return small + sum(2 * (weight.count + 4 * -(-weight.count // 256)) for weight in trained if weight.count >= 4096)
+
+
+def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) -> tuple[int, int]:
+    """(bytes on the GPU, bytes of the blocks) of the frozen teacher: blocks that are offloaded come one or two at a time."""
+    dtype: torch.dtype = getattr(torch, run.teacher.dtype)
+    outside, blocks = 0, dict[str, int]()
+    for name, shape in dense_shapes(dims).items():
+        size = math.prod(shape) * dtype.itemsize
+        kind, *rest = name.split(".")
+        if kind not in ("double_blocks", "single_blocks"):
+            outside += size
+            continue
+        if len(shape) == 2 and run.teacher.quantise is not None:
+            size = _quantised_bytes(run.teacher.quantise, shape, dtype)
+        block = f"{kind}.{rest[0]}"
+        blocks[block] = blocks.get(block, 0) + size
+    offload = run.teacher.offload if offload is None else offload
+    held = {"none": sum(blocks.values()), "cpu": 2 * max(blocks.values()), "stream": max(blocks.values())}
+    return outside + held[offload], sum(blocks.values())
+
+
+def _quantised_bytes(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """As torchao holds a weight: values, and a scale for each row; nf4 with scales of 8 bits for 64 values, and scales of
+    those for 256."""
+    count = math.prod(shape)
+    if form == "int8":
+        return count + shape[0] * dtype.itemsize
+    if form == "fp8":
+        return count + shape[0] * 4
+    return count // 2 + count // 64 + count // (64 * 256) * dtype.itemsize

@@ -1,0 +1,332 @@
+"""What a run will take, told before it begins (`distill --dry-run`): parameters, FLOPs, memory, disk and tokens.
+
+No weights are read: of the teacher its header is enough, or, where the file is not there, `teacher.dims`. Weights,
+gradients and optimizer state are counted in bytes off the student itself, built without values; activations off its own
+forward pass (activations.py). What the GPU's libraries and the allocator take besides is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from d2m_model.checkpoint import check_file, expected_tensors, optional_tensors
+from d2m_model.config import FluxDims, FluxMoEConfig, Teacher
+from d2m_model.conversion.block_routers import BlockChange
+from d2m_model.conversion.convert import UNHASHED
+from d2m_model.conversion.groups import block_names
+from d2m_model.conversion.shallow import kept_blocks
+from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
+from d2m_model.keys import dense_shapes
+from d2m_model.teacher import open_teacher
+from d2m_model.tensor_file import TensorFile
+
+from . import UserError
+from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
+from .conversion import shallow
+from .conversion_settings import config_of, settings_of
+from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
+from .report import EMOJI, FLUX_DEV
+from .run_config import KnownFlux, RunConfig, Stage
+from .stages import TRAINING, plan_of, stages_of
+
+KNOWN: dict[KnownFlux, FluxDims] = {
+    "flux1-dev": FLUX_DEV,
+    "flux1-schnell": replace(FLUX_DEV, guidance_embed=False),
+    "flux1-lite": replace(FLUX_DEV, double_blocks=8),
+    "flux1-mini": replace(FLUX_DEV, double_blocks=5, single_blocks=10),
+    "emoji": EMOJI,
+}
+GIB = 2**30
+EMOJI_TOKENS = Tokens(image=64, text=12)
+PATCH = 16  # pixels on the side of a token
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StageEstimate:
+    """One training stage. `memory` is bytes of one GPU by part; `flops` of one sample's training step."""
+
+    stage: Stage
+    steps: int
+    trained: int
+    samples: int
+    tokens: int
+    flops: float
+    memory: dict[str, int]
+    checkpoint: int  # bytes of one
+
+    @property
+    def gpu_memory(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Plan:
+    """A run before it has begun. Sizes are bytes; `host` is the memory beside the GPU, `disk` by what is written."""
+
+    title: str
+    processes: int
+    strategy: Strategy
+    tokens: Tokens
+    dense: Cost
+    student: Cost
+    stages: tuple[StageEstimate, ...]
+    host: dict[str, int]
+    disk: dict[str, int]
+    gpu_memory: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """None where it is not known how much memory there is."""
+        if self.gpu_memory is None:
+            return None
+        return all(stage.gpu_memory <= self.gpu_memory for stage in self.stages)
+
+    def text(self) -> str:
+        """For a terminal."""
+        from .plan_text import text_of
+
+        return text_of(self)
+
+
+def plan(
+    run: RunConfig, *, processes: int | None = None, strategy: str | None = None, gpu_memory: str | None = None
+) -> Plan:
+    """The plan of a run on so many GPUs (default: as many as the launcher says, else one), sharing as `strategy` says.
+
+    `gpu_memory`: of each, such as 24GB; by default of the GPU that is here. Raises UserError and CheckpointError for what
+    would stop the run as well, and UserError if the teacher's file is missing and `teacher.dims` does not say what it is.
+    """
+    count = processes or int(os.environ.get("WORLD_SIZE", 1))
+    chosen = strategy_of(strategy, count)
+    teacher, teacher_dtypes = _teacher(run)
+    config = _student(run, teacher)
+    tokens = tokens_of(run)
+    dense, student = flux(teacher, DENSE, tokens), flux(config.dims, _conversion(config), tokens)
+    names = [stage for stage in run.stages if stage in TRAINING and stage in stages_of(config)]
+    setting = _Setting(run=run, config=config, teacher=teacher, tokens=tokens, processes=count, strategy=chosen)
+    stages = tuple(setting.estimate(stage) for stage in names)
+    return Plan(
+        title=f"{_what(run, config)} of {run.teacher.path.name}",
+        processes=count,
+        strategy=chosen,
+        tokens=tokens,
+        dense=dense,
+        student=student,
+        stages=stages,
+        host={"teacher's blocks": teacher_bytes(run, teacher)[1]} if run.teacher.offload == "cpu" else {},
+        disk=_disk(run, config, teacher, teacher_dtypes, stages),
+        gpu_memory=memory_of(gpu_memory),
+        notes=tuple(_notes(run, chosen, stages)),
+    )
+
+
+def strategy_of(name: str | None, processes: int) -> Strategy:
+    """Raises UserError for one that so many processes cannot have."""
+    if processes == 1 and name in (None, "single", "ddp"):
+        return "single"
+    if name in (None, "ddp"):
+        return "ddp"
+    for sharing in ("fsdp2", "zero2", "zero3"):
+        if name == sharing:
+            return sharing
+    raise UserError(f"{name} is no strategy of {processes} processes; expected ddp, fsdp2, zero2 or zero3.")
+
+
+def memory_of(text: str | None) -> int | None:
+    """Bytes of `24GB`, `80GiB` or `24`; of None those of the GPU that is here, if there is one. GB counts as GiB, as
+    GPUs are sold. Raises UserError for anything else."""
+    if text is None:
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"--gpu-memory is {text!r}; expected gigabytes, like 24GB.")
+    return int(float(match[1]) * GIB)
+
+
+# What there will be
+
+
+def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
+    """Dimensions, and the dtype in which each tensor is read: of the file's header, or of what the run says it is."""
+    section = run.teacher
+    if section.path.exists() or section.dims is None:
+        if not section.path.exists():
+            raise UserError(
+                f"{section.path}: there is no such file. Fetch it, or say what it is by teacher.dims "
+                f"({', '.join(KNOWN)}): that is enough for --dry-run."
+            )
+        with open_teacher(section.path) as teacher:
+            return teacher.dims, teacher.dtypes
+    dims = KNOWN[section.dims]
+    return dims, dict.fromkeys(dense_shapes(dims), torch.bfloat16)
+
+
+def _student(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
+    """Of the converted file where there is one, else what conversion would make."""
+    converted = run.output_dir / "convert" / "student.safetensors"
+    if converted.exists():
+        return check_file(converted)
+    settings = settings_of(run, run.teacher.path, converted, None).resolved()
+    about = Teacher(title=run.teacher.path.stem, sha256=UNHASHED, licence="")
+    config = config_of(settings, teacher, about, None)
+    if run.student.baseline == "depth_pruning":
+        # Which of a group's blocks are kept only calibration knows; they are all of one size.
+        alike = dict.fromkeys(block_names(teacher), BlockChange(mse=1, image_mse=1))
+        kept = kept_blocks(teacher, config.groups, alike)
+        dims = replace(teacher, double_blocks=len(kept["double"]), single_blocks=len(kept["single"]))
+        config = shallow(config, dims, kept)
+    return config
+
+
+def _conversion(config: FluxMoEConfig) -> Conversion:
+    router = config.capacity_router
+    return Conversion(
+        ffns=config.ffns,
+        groups=config.groups,
+        adaln_rank=config.adaln_rank,
+        top_k=config.top_k if router is None else router.capacity,
+        capacity_router=router,
+    )
+
+
+def tokens_of(run: RunConfig) -> Tokens:
+    """The longest that a sample gets."""
+    data = run.data
+    if data.source == "emoji":
+        return EMOJI_TOKENS
+    if data.source == "latents" and data.path is not None and data.path.exists():
+        with TensorFile(data.path) as file:
+            height, width = file.shapes["latents"][2:]
+            return Tokens(image=(height // 2) * (width // 2), text=file.shapes["context"][1])
+    return Tokens(image=(max(data.resolutions) // PATCH) ** 2, text=data.text_tokens)
+
+
+def _mean_tokens(run: RunConfig) -> float:
+    """Of a sample, image and text."""
+    longest = tokens_of(run)
+    if run.data.source in ("emoji", "latents"):
+        return longest.joint
+    sides = run.data.resolutions
+    return sum((side // PATCH) ** 2 for side in sides) / len(sides) + longest.text
+
+
+def _what(run: RunConfig, config: FluxMoEConfig) -> str:
+    name = {"none": f"FLUX-MoE {run.student.preset}", "mlp_pruning": "MLP pruning", "depth_pruning": "Depth pruning"}
+    return f"{name[run.student.baseline]} ({config.dims.double_blocks} + {config.dims.single_blocks} blocks)"
+
+
+# A stage
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Setting:
+    """What all stages of a run share. `teacher` are the teacher's dimensions, `config` is the student's."""
+
+    run: RunConfig
+    config: FluxMoEConfig
+    teacher: FluxDims
+    tokens: Tokens
+    processes: int
+    strategy: Strategy
+
+    def estimate(self, stage: Stage) -> StageEstimate:
+        run, section = self.run, getattr(self.run.stage, stage)
+        plan = plan_of(stage, self.config, section)
+        with without_values():
+            core = valueless_student(run, plan, self.config)
+            weights = [Weight.of(name, tensor) for name, tensor in core.named_parameters()]
+            buffers = sum(buffer.nbytes for buffer in core.buffers())
+            activations = saved_activations(run, plan, core, self.teacher, self.tokens)
+            working = activations
+            if run.training.gradient_checkpointing:
+                core.disable_gradient_checkpointing()
+                working = saved_activations(run, plan, core, self.teacher, self.tokens)
+        trained = [weight for weight in weights if weight.trained]
+        samples = section.steps * run.training.accumulation * run.training.batch_size * self.processes
+        if run.training.blockwise:
+            memory = blockwise_memory(run, self.teacher, weights, working, self.tokens)
+        else:
+            memory = shared_memory(run, weights, buffers, self.processes, self.strategy)
+            memory["teacher's weights"] = teacher_bytes(run, self.teacher)[0]
+            memory["activations"] = activations.total
+            if working is not activations:
+                memory["one block's, computed again"] = working.largest_block
+            memory["block outputs to compare"] = feature_bytes(run, plan, self.teacher, self.tokens)
+        copies = 2 if run.training.ema is not None else 1
+        return StageEstimate(
+            stage=stage,
+            steps=section.steps,
+            trained=sum(weight.count for weight in trained),
+            samples=samples,
+            tokens=round(samples * _mean_tokens(run)),
+            flops=self._flops(weights),
+            memory=memory,
+            checkpoint=copies * sum(weight.nbytes for weight in trained) + optimizer_bytes(run, trained),
+        )
+
+    def _flops(self, weights: Sequence[Weight]) -> float:
+        """Of one sample's step: the teacher forward; the student forward, back through what it computes and through the
+        weights that are trained, and forward again under gradient checkpointing. All blocks of a group run, and are masked.
+        """
+        groups = tuple(replace(group, active=group.blocks) for group in self.config.groups)
+        student = flux(self.config.dims, _conversion(replace(self.config, groups=groups)), self.tokens).flops
+        share = sum(weight.count for weight in weights if weight.trained) / sum(weight.count for weight in weights)
+        again = 1 if self.run.training.gradient_checkpointing else 0
+        return flux(self.teacher, DENSE, self.tokens).flops + student * (2 + share + again)
+
+
+# The disk
+
+
+def _disk(
+    run: RunConfig,
+    config: FluxMoEConfig,
+    teacher: FluxDims,
+    teacher_dtypes: dict[str, torch.dtype],
+    stages: Sequence[StageEstimate],
+) -> dict[str, int]:
+    dense = dense_shapes(config.dims)
+    shapes = expected_tensors(config) | {name: optional_tensors(config)[name] for name in optional_of(run, config)}
+
+    def file(dtype: torch.dtype | None) -> int:
+        sizes = (
+            math.prod(shape) * ((dtype or teacher_dtypes.get(name, torch.bfloat16)).itemsize if name in dense else 4)
+            for name, shape in shapes.items()
+        )
+        return sum(sizes)
+
+    disk: dict[str, int] = {}
+    if run.teacher.loras:
+        disk["teacher with its LoRAs"] = sum(
+            math.prod(shape) * teacher_dtypes[name].itemsize for name, shape in dense_shapes(teacher).items()
+        )
+    if "convert" in run.stages:
+        disk["converted student"] = file(None)
+    trained = getattr(torch, run.student.dtype)
+    for stage in stages:
+        disk[f"student after {stage.stage}"] = file(trained)
+        # One more while it is being written.
+        disk[f"checkpoints of {stage.stage}"] = stage.checkpoint * (min(run.checkpoints.keep, stage.steps) + 1)
+    if "export" in run.stages:
+        disk["export"] = file(getattr(torch, run.export.dtype))
+    return disk
+
+
+def _notes(run: RunConfig, strategy: Strategy, stages: Sequence[StageEstimate]) -> list[str]:
+    notes = []
+    if not run.teacher.path.exists():
+        notes.append(f"{run.teacher.path} is not here: taken for {run.teacher.dims}, in bfloat16.")
+    if strategy in ("zero2", "zero3"):
+        notes.append("DeepSpeed's share is estimated, not counted.")
+    if run.training.optimizer == "adamw_8bit":
+        notes.append("The state of 8-bit AdamW is estimated, not counted.")
+    if run.data.source not in ("emoji", "latents") and stages:
+        notes.append("The cache of latents and text embeddings comes on top: see `python -m d2m_train cache`.")
+    return notes
