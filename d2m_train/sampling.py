@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 AT_A_TIME = 16_384  # image tokens: four images of 1024 x 1024
 GAP = 4  # pixels between the images of a grid
+LARGEST = 512  # pixels on the longer side of an image in a grid
 LABEL = 72  # pixels left of a row
 
 
@@ -155,6 +156,7 @@ def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
     """A row of images [B, 3, P, P] for each name, which stands left of it; captions stand above the columns."""
     from PIL import Image, ImageDraw, ImageFont
 
+    rows = {name: _shrunk(images) for name, images in rows.items()}
     first = next(iter(rows.values()))
     count, (height, width) = len(first), first.shape[-2:]
     top = 3 * 14 + GAP if captions else GAP
@@ -169,6 +171,15 @@ def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
         for column, image in enumerate(images):
             picture.paste(to_pil(image), (LABEL + column * (width + GAP), y))
     return picture
+
+
+def _shrunk(images: Tensor) -> Tensor:
+    """No larger than LARGEST, so that a grid of 1024 x 1024 images stays a picture."""
+    factor = LARGEST / max(images.shape[-2:])
+    if factor >= 1:
+        return images
+    height, width = (round(factor * side) for side in images.shape[-2:])
+    return torch.nn.functional.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
 def _wrapped(text: str, length: Callable[[str], float], width: int) -> list[str]:

@@ -1,0 +1,324 @@
+"""Draw what the parts of a FLUX do while it samples, as the paper does.
+
+blocks   Fig. 3: how much each block changes what it is given, by prompt and timestep; of a dense FLUX, as a rule
+experts  Fig. 6: how often experts are selected, by prompt category, timestep and token; of a FLUX-MoE
+top-k    Fig. 8: images with k = 0, 1, 2, 4 experts from the same noise, beside the teacher's
+
+Each writes a PNG into OUT and the numbers beside it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d2m_model.mob import BlockRouting
+from d2m_model.moe import MoEFFN
+from d2m_model.routers import Routing, UnevenRouting
+
+from . import UserError, figures
+from .data.batch import Batch
+from .features import block_of
+from .models import is_flux_moe, load_flux
+from .noise import channels_of, grid, trajectory
+from .prompts import (
+    Encoders,
+    Prompt,
+    add_prompt_arguments,
+    add_sampling_arguments,
+    check_counts,
+    dtype_of,
+    encoders_of,
+    read_prompts,
+    shift_for,
+)
+from .sampling import draw_grid, noise_for, sample, save_png
+from .scores import distances, interval
+from .validation import evaluating
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most so many, evenly spread, where --every does not say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a dense FLUX or a FLUX-MoE")
+    parser.add_argument("--what", required=True, choices=tuple(PROMPTS))
+    parser.add_argument("--out", type=Path, metavar="OUT", help="a folder (default: analysis/<name of FILE>)")
+    parser.add_argument(
+        "--categories", metavar="FIELD",
+        help="experts: the field of the prompts' metadata to sort by (default: colour for emoji, else tag)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", metavar="LIST",
+        help="experts: FFNs by name, with commas (default: the image FFN of the 5th double block, and the 5th single block)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top-k", default="0,1,2,4", metavar="LIST", help="top-k: numbers with commas (default: 0,1,2,4)"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="F", help="top-k: the dense FLUX to stand beside")
+    add_prompt_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.set_defaults(every=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_counts(args, "steps", "batch", "text_tokens", *(["every"] if args.every is not None else []))
+    out = args.out or Path("analysis") / args.file.stem
+    prompts = read_prompts(args.data)
+    prompts = prompts[:: args.every or -(-len(prompts) // PROMPTS[args.what])]
+    draw = {"blocks": draw_blocks, "experts": draw_experts, "top-k": draw_top_k}[args.what]
+    numbers = draw(args, out, prompts, encoders_of(args))
+    (out / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"{out / args.what}.png: {len(prompts)} prompts, {args.steps} steps; the numbers are in {args.what}.json.")
+    return 0
+
+
+# Fig. 3
+
+
+def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
+    """blocks.png, and its numbers."""
+    model = load_flux(args.file, dtype_of(args), args.device)
+    names = [f"double_blocks.{i}" for i in range(len(model.transformer_blocks))]
+    names += [f"single_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
+    change = np.zeros((len(prompts), args.steps, len(names)))
+    for walk in walks(args, model, prompts, encoders):
+        for place, name in enumerate(names):
+
+            def hook(
+                _: nn.Module, arguments: Any, keywords: Any, output: Any, place: int = place, walk: Walk = walk
+            ) -> None:
+                given = [_argument(arguments, keywords, 0, "hidden_states")]
+                given.append(_argument(arguments, keywords, 1, "encoder_hidden_states"))
+                text, image = output
+                change[walk.some, walk.step, place] = mean_square_change((image, text), given).cpu()
+
+            walk.handles.append(block_of(model, name).register_forward_hook(hook, with_kwargs=True))
+        walk.go()
+    by_prompt, by_timestep = change.mean(1), change.mean(0)
+    title = f"How much blocks of {args.file.name} change their input"
+    figures.save(figures.block_change(by_prompt, by_timestep, names, title), out / "blocks.png")
+    return {
+        "file": str(args.file),
+        "blocks": names,
+        "mean": change.mean((0, 1)).tolist(),
+        "prompts": [prompt.text for prompt in prompts],
+        "by_prompt": by_prompt.tolist(),
+        "by_timestep": by_timestep.tolist(),
+    }
+
+
+def mean_square_change(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """[B]: the mean square of output - input over all tokens of both streams, [B, T, H] each."""
+    squares = [(o.float() - i.float()).square().sum((1, 2)) for o, i in zip(outputs, inputs, strict=True)]
+    return torch.stack(squares).sum(0) / sum(output[0].numel() for output in outputs)
+
+
+def _argument(arguments: Any, keywords: Any, place: int, name: str) -> Tensor:
+    found: Tensor = keywords[name] if name in keywords else arguments[place]
+    return found
+
+
+# Fig. 6
+
+
+def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
+    """experts.png, and its numbers: how often each expert is one of a token's, over where its block runs; rows sum to k."""
+    if not is_flux_moe(args.file):
+        raise UserError(f"{args.file} is a dense FLUX; --what experts is of a FLUX-MoE.")
+    fields = args.categories or ("colour" if args.data == "emoji" else "tag")
+    prompts = sorted(prompts, key=lambda prompt: str(prompt.metadata.get(fields, "")))
+    model: FluxMoETransformer2DModel = load_flux(args.file, dtype_of(args), args.device)
+    layers = layers_of(model, args.layers)
+    chosen: dict[str, np.ndarray] = {}  # [prompts, steps, tokens, E]
+    ran = {name: np.ones((len(prompts), args.steps), bool) for name in layers}
+    for walk in walks(args, model, prompts, encoders):
+        for name in layers:
+            _watch_experts(model, name, walk, chosen, ran[name])
+        with evaluating(model, every_block=True):  # blocks see all samples; `ran` knows who chose them
+            walk.go()
+    maps = {name: frequencies(chosen[name], ran[name]) for name in layers}
+    words = len(encoders.batch([prompts[0].text], args.guidance).text_ids_L3)
+    text_tokens = {name: 0 if name.endswith("img_mlp") else words for name in layers}
+    categories = [str(prompt.metadata.get(fields, "")) for prompt in prompts]
+    title = f"Experts selected in {args.file.name}"
+    figures.save(figures.expert_selection(maps, categories, text_tokens, title), out / "experts.png")
+    return {
+        "file": str(args.file),
+        "categories_by": fields,
+        "categories": categories,
+        "prompts": [prompt.text for prompt in prompts],
+        "text_tokens": text_tokens,
+        "layers": {name: {what: _plain(of) for what, of in own.items()} for name, own in maps.items()},
+    }
+
+
+def _watch_experts(
+    model: FluxMoETransformer2DModel, name: str, walk: Walk, chosen: dict[str, np.ndarray], ran: np.ndarray
+) -> None:
+    """Note what a layer selects during the walk, and for which prompts its block, if it is one of a group, is chosen."""
+
+    def route(moe: MoEFFN, arguments: tuple[Tensor]) -> None:
+        x_BTH = arguments[0]
+        found = selected(moe.route(x_BTH.flatten(0, 1))).unflatten(0, x_BTH.shape[:2]).cpu().numpy()
+        if name not in chosen:
+            chosen[name] = np.zeros((*ran.shape, *found.shape[1:]), bool)
+        chosen[name][walk.some, walk.step] = found
+
+    walk.handles.append(model.moe_ffns()[name].register_forward_pre_hook(route))
+    member = getattr(block_of(model, ".".join(name.split(".")[:2])), "member", None)
+    if member is not None:
+
+        def choose(_: nn.Module, arguments: Any, routing: BlockRouting) -> None:
+            ran[walk.some, walk.step] = routing.chosen_BM[:, member.block].cpu().numpy()
+
+        walk.handles.append(model.block_groups[member.group].register_forward_hook(choose))
+
+
+def frequencies(chosen: np.ndarray, ran: np.ndarray) -> dict[str, np.ndarray]:
+    """How often each expert is one of a token's, by prompt, timestep and token; NaN where the layer never ran.
+
+    chosen [prompts, steps, tokens, E], ran [prompts, steps].
+    """
+    counted, tokens = (chosen & ran[..., None, None]).astype(np.float32), chosen.shape[2]
+    with np.errstate(invalid="ignore"):
+        return {
+            "prompt": counted.sum((1, 2)) / (ran.sum(1) * tokens)[:, None],
+            "timestep": counted.sum((0, 2)) / (ran.sum(0) * tokens)[:, None],
+            "token": counted.sum((0, 1)) / ran.sum(),
+        }
+
+
+def selected(routing: Routing | UnevenRouting) -> Tensor:
+    """bool [T, E]: which experts each token goes to, however small their weights."""
+    none_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool)
+    if isinstance(routing, Routing):
+        return none_TE.scatter(1, routing.experts_TK, True)
+    return none_TE.index_put((routing.token_A, routing.expert_A), torch.ones_like(routing.gate_A, dtype=torch.bool))
+
+
+def _plain(values: np.ndarray) -> list[list[float | None]]:
+    """For JSON, which has no NaN."""
+    return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in values]
+
+
+def layers_of(model: FluxMoETransformer2DModel, names: str | None) -> list[str]:
+    """What is asked for, or the paper's: the 5th (or last) converted double block's image FFN, and single block's."""
+    known = list(model.moe_ffns())
+    if names is not None:
+        asked = names.split(",")
+        for name in asked:
+            if name not in known:
+                raise UserError(f"--layers: {name} is no MoE FFN of this file; there are {known[0]} … {known[-1]}.")
+        return asked
+    found = []
+    for kind, ending in (("double_blocks", ".img_mlp"), ("single_blocks", "")):
+        own = [name for name in known if name.startswith(kind) and name.endswith(ending)]
+        fifth = f"{kind}.4{ending}"
+        found += [fifth] if fifth in own else own[-1:]
+    return found
+
+
+# Fig. 8
+
+
+def draw_top_k(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
+    """top-k.png: a row for the teacher and each k, a column for each prompt. Its numbers: the distance to the teacher."""
+    if not is_flux_moe(args.file):
+        raise UserError(f"{args.file} is a dense FLUX; --what top-k is of a FLUX-MoE.")
+    try:
+        ks = [int(k) for k in args.top_k.split(",")]
+    except ValueError:
+        raise UserError(f"--top-k is {args.top_k!r}; expected numbers with commas, such as 0,1,2,4.") from None
+    asked = encoders.batch([prompt.text for prompt in prompts], args.guidance)
+    model: FluxMoETransformer2DModel = load_flux(args.file, dtype_of(args), args.device)
+    if model.flux_moe.capacity_router is not None:
+        raise UserError(f"{args.file} has a capacity router, which has no top-k.")
+    tokens: dict[str, Tensor] = {}
+    for k in ks:
+        try:
+            model.set_top_k(k)
+        except ValueError as error:
+            raise UserError(f"--top-k: {error}") from None
+        tokens[f"k = {k}"] = _sampled(args, model, asked, prompts, encoders)
+    if args.teacher is not None:
+        del model
+        teacher = load_flux(args.teacher, dtype_of(args), args.device)
+        tokens = {"teacher": _sampled(args, teacher, asked, prompts, encoders), **tokens}
+    rows = {name: encoders.images(found, asked.image_ids_T3) for name, found in tokens.items()}
+    save_png(draw_grid(rows, [prompt.text for prompt in prompts]), out / "top-k.png")
+    numbers: dict[str, Any] = {"file": str(args.file), "prompts": [prompt.text for prompt in prompts], "top_k": ks}
+    if "teacher" in tokens:
+        numbers["teacher_distance"] = {
+            str(k): interval(distances(tokens[f"k = {k}"], tokens["teacher"])).as_dict() for k in ks
+        }
+    return numbers
+
+
+def _sampled(
+    args: argparse.Namespace, model: FluxTransformer2DModel, asked: Batch, prompts: Sequence[Prompt], encoders: Encoders
+) -> Tensor:
+    noise_BTC = noise_for([args.seed + prompt.index for prompt in prompts], asked.image_ids_T3, channels_of(model))
+    mu = shift_for(args, encoders, bool(model.config.guidance_embeds))
+    return sample(model, asked, noise_BTC, steps=args.steps, mu=mu, size=args.batch)
+
+
+# Sampling that is watched
+
+
+@dataclass(kw_only=True, slots=True)
+class Walk:
+    """Some prompts on their way from noise to image. Hooks of `handles` see `some` (of the prompts) and `step`, and are
+    taken off after `go`."""
+
+    model: FluxTransformer2DModel
+    batch: Batch
+    noise_BTC: Tensor
+    levels: Tensor
+    some: slice
+    step: int
+    handles: list[Any]
+
+    def go(self) -> None:
+        here_BTC = self.noise_BTC
+        try:
+            for step in range(len(self.levels) - 1):
+                self.step = step
+                here_BTC = trajectory(self.model, self.batch, here_BTC, self.levels[step : step + 2])
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+
+def walks(
+    args: argparse.Namespace, model: FluxTransformer2DModel, prompts: Sequence[Prompt], encoders: Encoders
+) -> Iterator[Walk]:
+    """All prompts, some at a time."""
+    from tqdm import tqdm
+
+    levels = grid(args.steps, shift_for(args, encoders, bool(model.config.guidance_embeds)))
+    for start in tqdm(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
+        some = prompts[start : start + args.batch]
+        batch = encoders.batch([prompt.text for prompt in some], args.guidance)
+        noise_BTC = noise_for([args.seed + prompt.index for prompt in some], batch.image_ids_T3, channels_of(model))
+        yield Walk(
+            model=model,
+            batch=batch,
+            noise_BTC=noise_BTC,
+            levels=levels,
+            some=slice(start, start + len(some)),
+            step=0,
+            handles=[],
+        )
