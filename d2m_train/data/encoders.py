@@ -5,7 +5,6 @@ Shapes: B batch, L text tokens, D context width, V pooled width, P pixels; laten
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import warnings
@@ -71,16 +70,14 @@ class FluxTextEncoders:
     def encode(self, prompts: Sequence[str]) -> Texts:
         """One by one: what stands beside a prompt shall not change its last bit."""
         pipeline = self._loaded()
-        # It warns of every caption that is too long for CLIP, as most of FLUX's are; T5 reads all of it.
-        logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
-        logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
         rows = []
-        for prompt in prompts:
-            context, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=self.tokens)
-            words = pipeline.tokenizer_2(
-                prompt, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
-            ).attention_mask
-            rows.append((context.float().cpu(), pooled.float().cpu(), words.bool()))
+        with _quiet():
+            for prompt in prompts:
+                context, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=self.tokens)
+                words = pipeline.tokenizer_2(
+                    prompt, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
+                ).attention_mask
+                rows.append((context.float().cpu(), pooled.float().cpu(), words.bool()))
         return Texts(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def release(self) -> None:
@@ -201,8 +198,25 @@ def _loading(folder: Path, expected: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # what the libraries stumble over is of every kind
         raise UserError(f"{folder}: cannot be loaded as {expected}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning for every caption that is too long for CLIP, as most of FLUX's are; T5 reads all of it."""
+    loggers = [logging.getLogger(name) for name in _WARN_OF_LENGTH]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_WARN_OF_LENGTH = ("diffusers.pipelines.flux.pipeline_flux", "transformers.tokenization_utils_base")
 
 
 def _first_line(error: Exception) -> str:
@@ -210,6 +224,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _give_back(device: torch.device | str) -> None:
-    gc.collect()
+    """To other processes. The memory itself is free without the collector: nothing in these models refers to itself."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
