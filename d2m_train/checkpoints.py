@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ class Checkpoints:
                 for old in (partial, final):
                     shutil.rmtree(old, ignore_errors=True)
             self.wait()
-            dcp.save(
-                state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=not is_initialized()
-            )
+            with _quiet():
+                dcp.save(
+                    state, storage_writer=dcp.FileSystemWriter(partial, sync_files=True), no_dist=not is_initialized()
+                )
             if self.main:
                 manifest = {"step": step, "identity": self.identity, "extra": dict(extra)}
                 with (partial / MANIFEST).open("w") as file:
@@ -108,7 +110,8 @@ class Checkpoints:
         """Fill `state` in place; the `extra` that was saved with it. Raises UserError for a damaged checkpoint."""
         manifest = self.manifest(step)
         try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
+            with _quiet():
+                dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
         except (OSError, CheckpointException, RuntimeError, ValueError, KeyError, EOFError) as error:
             raise UserError(
                 f"{self.path(step)}: the checkpoint cannot be read ({_reason(error)}); {_older(self.path(step))}"
@@ -122,6 +125,14 @@ class Checkpoints:
             for partial in self.folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(partial, ignore_errors=True)
         self.wait()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A single process has no process group, and wants none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _older(path: Path) -> str:

@@ -21,12 +21,12 @@ from d2m_model.config import FluxMoEConfig
 
 from . import UserError
 from .conversion import convert, settings_of
-from .data import open_source
+from .data import open_source, prepare
 from .data.batch import DataSource
 from .export import export
 from .identity import check_same_run, identity_of
 from .loop import StageFiles, Stopped, train_stage
-from .plan import plan
+
 from .processes import Processes
 from .run_config import STAGES, RunConfig, Stage, load
 from .stages import TRAINING, stages_of
@@ -41,7 +41,12 @@ SIGTERM_STATUS = 128 + 15
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="RUN.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields of the run, by dotted name")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="name=value|MORE.yaml",
+        help="fields of the run, by dotted name, or further YAML files to lay over it",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: parameters, FLOPs, memory, disk, tokens; train nothing"
     )
@@ -53,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if args.dry_run:
+        from .plan import plan
+
         print(plan(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory).text())
         return 0
     return distill(config)
@@ -84,10 +91,13 @@ class Distill:
 
     def run_all(self) -> None:
         run = self.run
-        with self.processes.main_first():
-            prepare_folder(run, main=self.processes.main)
+        if self.processes.main:
+            prepare_folder(run)
+        self.processes.wait()
         path = self._teacher_file()
-        data = open_source(run.data, run.output_dir, guidance=run.guidance)
+        data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.processes.device)
+        prepare(data, self.processes.rank, self.processes.count)
+        self.processes.wait()
         identity = identity_of(run, path, data)
         if "convert" in run.stages:
             self._convert(path, data)
@@ -178,14 +188,12 @@ def latest_student(run: RunConfig, stage: Stage, has: tuple[Stage, ...]) -> Path
     )
 
 
-def prepare_folder(run: RunConfig, *, main: bool) -> None:
+def prepare_folder(run: RunConfig) -> None:
     """Make output_dir and put the resolved run into it. Raises UserError if another run lives there."""
     folder = run.output_dir
     stored = folder / RUN_FILE
     if stored.exists():
         check_same_run(run, stored)
-    if not main:
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if run.restart is not None:

@@ -6,6 +6,7 @@ from .data.batch import Batch, DataSource
 from .eyes import Eyes
 from .processes import Processes
 from .router_statistics import RouterStatistics
+from .router_statistics import RouterStatistics
 from .sampling import new_sample_grid
 from .step import Distillation
 from .validation import Validation
@@ -26,6 +27,7 @@ class Measure:
         self.validation = Validation(
             data, teacher, run.eyes, run.timesteps, batch_size=run.training.batch_size, seed=run.seed
         )
+        self.statistics = RouterStatistics(distillation.core)
         self.grid = new_sample_grid(data, teacher, run.eyes, run.timesteps, run.seed) if run.eyes.samples else None
 
     @property
@@ -35,6 +37,7 @@ class Measure:
 
     def routing(self, batch: Batch) -> None:
         """After each microbatch's forward pass, while the routers remember it."""
+        self.statistics.add(batch)
         self.routers.add(batch)
 
     def after(self, step: int) -> None:
@@ -42,6 +45,8 @@ class Measure:
         section, last = self.distillation.run.eyes, step == self.steps
         if step % section.routers_every == 0 or last:
             self.routers.report(self.eyes, step, self.processes.average)
+        if step % section.routers_every == 0 or last:
+            self.statistics.report(self.eyes, step, self.processes.average)
         if step % section.validate_every == 0 or last:
             losses = self.validation(self.distillation.student, self.every_block)
             self.eyes.scalars(step, losses)

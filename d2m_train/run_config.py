@@ -246,10 +246,24 @@ class RunConfig(Section):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a YAML file, its fields overridden by `dotted.name=value` (values are YAML).
+    """The run of a YAML file, its fields overridden in turn by what `overrides` are: further YAML files, whose sections
+    are laid over those before them, and `dotted.name=value` (values are YAML).
 
     Raises UserError naming the file or override, the field, what was found and what was expected.
     """
+    data = _read(path)
+    for override in overrides:
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            _lay_over(data, _read(Path(override)))
+        else:
+            _set(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _explained(error))) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
@@ -260,12 +274,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: {data!r}; expected fields such as teacher, student and data.")
-    for override in overrides:
-        _set(data, override)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _explained(error))) from None
+    return data
+
+
+def _lay_over(data: dict[str, Any], above: dict[str, Any]) -> None:
+    for name, value in above.items():
+        below = data.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            _lay_over(below, value)
+        else:
+            data[name] = value
 
 
 def _set(data: dict[str, Any], override: str) -> None:

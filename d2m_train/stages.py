@@ -1,7 +1,7 @@
 """The training stages: what each of them trains, what it compares, and how the student runs in it (Sec. 3.2, method.md).
 
 `shared` makes the shared experts a pruned model of their own, with the routed experts off. `experts` leaves them as they
-are and trains what is routed. `blocks` lets groups of blocks choose, and trains nothing outside of the groups.
+are and trains what is routed. `blocks` lets groups of blocks choose, which run whole until then, and trains nothing outside of the groups.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Plan:
     trainable: tuple[str, ...]
     features: tuple[Feature, ...]
     experts_on: bool
+    groups_on: bool
     token_balance: bool
     block_balance: bool
 
@@ -84,6 +85,7 @@ def plan_of(stage: Stage, config: FluxMoEConfig, section: StageSection) -> Plan:
         trainable=trainable if section.trainable is None else section.trainable,
         features=group_features(config) if stage == "blocks" else block_features(config),
         experts_on=routed and stage != "shared",
+        groups_on=stage == "blocks",
         # A pool hands every expert its share; there is nothing to balance.
         token_balance=routed and stage == "experts" and config.capacity_router is None,
         block_balance=stage == "blocks" and bool(config.groups),
@@ -107,7 +109,7 @@ def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
 
 
 def prepare_student(model: FluxMoETransformer2DModel, plan: Plan, frozen_dtype: torch.dtype | None = None) -> list[str]:
-    """Freeze what the stage does not train, and switch the experts. The trainable names, in the model's order.
+    """Freeze what the stage does not train, and switch experts and groups on or off. The trainable names, in the model's order.
 
     `frozen_dtype` is what frozen weights are held in (None: as they are). Routers and means keep theirs.
     """
@@ -117,6 +119,7 @@ def prepare_student(model: FluxMoETransformer2DModel, plan: Plan, frozen_dtype: 
         parameter.requires_grad_(name in trainable)
         if frozen_dtype is not None and name not in trainable and not any(fnmatchcase(name, k) for k in kept):
             parameter.data = parameter.data.to(frozen_dtype)
+    model.groups_on = plan.groups_on
     for moe in model.moe_ffns().values():
         moe.experts_on = plan.experts_on
     return [name for name, _ in model.named_parameters() if name in trainable]

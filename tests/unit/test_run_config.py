@@ -98,3 +98,11 @@ def test_a_file_that_is_none_is_said_so(file: Path, tmp_path: Path) -> None:
     assert "cannot be read (No such file" in complaint(tmp_path / "none.yaml")
     assert "not YAML" in complaint(file, "a: [")
     assert "expected fields such as teacher" in complaint(file, "just words")
+
+
+def test_further_files_are_laid_over_the_first_section_by_section(tmp_path: Path) -> None:
+    first, second = tmp_path / "run.yaml", tmp_path / "hardware.yaml"
+    first.write_text(MINIMAL + "training: {batch_size: 4, ema: 0.9}\n")
+    second.write_text(yaml.safe_dump({"training": {"batch_size": 2}}))
+    run = load(first, [str(second), "training.accumulation=3"])
+    assert (run.training.batch_size, run.training.accumulation, run.training.ema) == (2, 3, 0.9)

@@ -1,0 +1,95 @@
+"""Distillation runs small enough for tests: a random FLUX of a few blocks, a file of latents, and the real command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from d2m_model.config import FluxDims
+from tests.unit.small_flux import dense_flux
+
+ROOT = Path(__file__).resolve().parents[2]
+# As few blocks as preset S needs: one dense, a group of three double, a group of five single.
+DIMS = FluxDims(
+    hidden_size=128,
+    double_blocks=4,
+    single_blocks=6,
+    in_channels=64,
+    out_channels=64,
+    context_size=32,
+    vector_size=48,
+    guidance_embed=True,
+)
+
+
+def write_inputs(folder: Path) -> None:
+    """`teacher.safetensors` and `latents.safetensors`, of which a third of the text tokens are padding."""
+    save_file(dense_flux(DIMS, torch.float32), folder / "teacher.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    samples = 24
+    latents = {
+        "latents": torch.randn(samples, 16, 8, 8, generator=generator),
+        "context": torch.randn(samples, 6, DIMS.context_size, generator=generator),
+        "pooled": torch.randn(samples, DIMS.vector_size, generator=generator),
+        "text_tokens": torch.full((samples,), 4.0),
+    }
+    save_file(latents, folder / "latents.safetensors")
+
+
+def run_file(folder: Path, **sections: Any) -> Path:
+    """run.yaml beside the inputs, its sections updated by `sections`; output_dir is `out` within."""
+    fields: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "teacher": {"path": str(folder / "teacher.safetensors"), "dtype": "float32"},
+        "student": {"preset": "L"},
+        "data": {"source": "latents", "path": str(folder / "latents.safetensors")},
+        "convert": {"batches": 4, "batch_size": 4, "tokens": 512},
+        "stage": {stage: {"steps": 4, "learning_rate": 1e-3} for stage in ("shared", "experts", "blocks")},
+        "training": {"batch_size": 2, "warmup_steps": 1},
+        "checkpoints": {"every": 2},
+        "eyes": {"log_every": 1, "validation_batches": 1, "validation_timesteps": 2, "samples": 0},
+    }
+    for name, value in sections.items():
+        fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
+    path = folder / "run-file.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+# What `accelerate launch` hands to its processes; on a CPU it starts them by MPI, so torchrun does it here.
+DDP = {"ACCELERATE_USE_CPU": "true"}
+FSDP2 = {
+    **DDP,
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def distill(
+    file: Path, *overrides: str, processes: int = 1, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m d2m_train distill` in a process of its own, or in several with DDP or FSDP2 as `env`."""
+    starter = [sys.executable, "-m"]
+    if processes > 1:
+        starter += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    command = [*starter, "d2m_train", "distill", str(file), *overrides]
+    return subprocess.run(command, cwd=ROOT, env={**environment(), **(env or {})}, capture_output=True, text=True)
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    """Its output. Fails with what it said if it did not end well."""
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout + result.stderr
