@@ -74,7 +74,11 @@ class TopK(io.ComfyNode):
         if config.capacity_router is not None:
             raise ValueError(
                 "Top-K has no effect on this FLUX-MoE: its capacity routers give every token as many experts as it "
-                "needs. Bypass FLUX-MoE Top-K; what steers the compute of such a file is the setting `capacity`."
+                "needs. Bypass this node; what steers the compute of such a file is the setting `capacity`."
+            )
+        if not config.ffns:
+            raise ValueError(
+                "Top-K has no effect on this FLUX-MoE, which has block groups and no experts. Bypass this node."
             )
         experts = min(layout.experts for layout in config.ffns.values())
         if not 0 <= top_k <= experts:

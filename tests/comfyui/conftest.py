@@ -14,6 +14,7 @@ from torch import Tensor
 from d2m_model.keys import dense_shapes
 from d2m_model.layout import inverse_order, neuron_axis, permute_neurons
 from tests.comfyui import files
+from tests.comfyui.grouped import grouped, loaded, watched  # noqa: F401 (fixtures)
 from tests.comfyui.inside import Comfy
 
 BLOCKS = ("double_blocks.", "single_blocks.")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2m_model.config import BlockGroup, CapacityRouter
 from tests.comfyui import files
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
 from tests.comfyui.inside import Comfy, distance
@@ -225,6 +226,22 @@ def test_what_is_wrong_with_a_quantised_file_is_said(
     change(stored)
     with pytest.raises(ValueError, match=message):
         load(host, write("float8_e4m3fn", stored, tmp_path / "wrong.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "scaled_fp8", "listed in the header"])
+def test_what_chooses_blocks_and_tokens_is_as_in_the_file(host: Comfy, pair: Pair, tmp_path: Path, kind: str) -> None:
+    group = BlockGroup(kind="single", first=0, blocks=3, active=1, selection="topk")
+    split = files.split(pair.dense, groups=(group,), capacity=CapacityRouter(capacity=2.0, width=16))
+    stored, meant = KINDS[kind](split)
+    moe = load(host, write(kind, stored, tmp_path / "moe.safetensors"))
+    dense = host.load(files.save(in_teachers_order(meant, pair.dense), tmp_path / "dense.safetensors"))
+    everything = host.module("nodes.controls").with_settings(moe, active_blocks=3, capacity=1e9)
+    assert distance(host.sample(everything, steps=1), host.sample(dense, steps=1)) <= 1e-5
+    held = moe.model.diffusion_model.state_dict()
+    routing = [name for name in split if "router" in name or ".capacity." in name or name.endswith(".threshold")]
+    assert all(torch.equal(held[name], split[name]) for name in routing)
+    again = load(host, save(host, moe))
+    assert torch.equal(host.sample(again, (2, 8, 8), steps=1), host.sample(moe, (2, 8, 8), steps=1))
 
 
 def test_routers_stored_in_float8_still_choose(host: Comfy, pair: Pair, tmp_path: Path) -> None:
