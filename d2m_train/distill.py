@@ -26,7 +26,6 @@ from .data.batch import DataSource
 from .export import export
 from .identity import check_same_run, identity_of
 from .loop import StageFiles, Stopped, train_stage
-
 from .processes import Processes
 from .run_config import STAGES, RunConfig, Stage, load
 from .stages import TRAINING, stages_of

@@ -26,7 +26,7 @@ from .guard import find_non_finite, non_finite_error
 from .identity import of_stage
 from .measure import Measure
 from .optimizers import Average, new_optimizer
-from .processes import Processes, whole
+from .processes import Processes, held_share, whole
 from .run_config import RunConfig, Stage, StageSection
 from .stages import plan_of, prepare_student
 from .state import TrainingState
@@ -75,7 +75,7 @@ def train_stage(
     training = _Training(run, stage, files, processes, teacher, data)
     checkpoints = Checkpoints(
         files.checkpoints,
-        of_stage(identity, stage),
+        of_stage(identity, stage) | {"microbatches of a step": run.training.accumulation * processes.count},
         keep=run.checkpoints.keep,
         main=processes.main,
         wait=processes.wait,
@@ -133,6 +133,12 @@ class _Training:
         )
         self.student, self.optimizer = processes.prepare(core, optimizer)
         self.core: FluxMoETransformer2DModel = processes.unwrap(self.student)
+        if processes.count > 1:
+            share = held_share(self.core)
+            processes.say(
+                f"{stage}: {processes.count} processes, {processes.strategy}: "
+                f"each holds {share:.0%} of the student's weights."
+            )
         self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         self.schedule = schedule
         self.average = None if run.training.ema is None else Average(self.trained, run.training.ema)
@@ -150,10 +156,11 @@ class _Training:
         for step in range(start + 1, steps + 1):
             where = f"Stage {self.stage}, step {step}"
             losses, norm, tokens = self._step(batches.of_step(step), where, checkpoints, measure)
-            eyes.step(step, losses, tokens=tokens, learning_rate=self.schedule.get_last_lr()[0], grad_norm=norm)
+            eyes.step(step, losses, tokens=tokens, learning_rate=float(self.schedule.get_last_lr()[0]), grad_norm=norm)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
+            self.distillation.end_step()
             if self.average is not None:
                 self.average.update(step)
             with eyes.paused():

@@ -161,3 +161,9 @@ def whole(tensor: Tensor) -> Tensor:
     """A parameter that may be sharded, as a plain tensor. Every rank calls this alike."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
+
+
+def held_share(model: nn.Module) -> float:
+    """The part of a model's parameters that this rank holds, 0..1."""
+    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+    return held / sum(p.numel() for p in model.parameters())

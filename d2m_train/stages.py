@@ -1,7 +1,8 @@
 """The training stages: what each of them trains, what it compares, and how the student runs in it (Sec. 3.2, method.md).
 
 `shared` makes the shared experts a pruned model of their own, with the routed experts off. `experts` leaves them as they
-are and trains what is routed. `blocks` lets groups of blocks choose, which run whole until then, and trains nothing outside of the groups.
+are and trains what is routed. `blocks` lets groups of blocks choose, which run whole until then, and trains nothing
+outside of the groups.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -55,7 +54,7 @@ class TrainingState:
 
     def _collect(self) -> dict[str, Any]:
         options = StateDictOptions(ignore_frozen_params=True)
-        weights: dict[str, Tensor] = {
+        weights: dict[str, Any] = {
             name: tensor
             for name, tensor in get_model_state_dict(self.model, options=options).items()
             if not name.endswith(FROZEN)

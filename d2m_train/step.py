@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2m_model.capacity import pool_of
-from d2m_model.mob import block_balance_loss, choice_fractions
+from d2m_model.capacity import pool_of, updated_threshold
+from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
 
@@ -58,6 +58,7 @@ class Distillation:
     plan: Plan
     run: RunConfig
     average: Callable[[Tensor], Tensor] = field(default=as_is)
+    thresholds: dict[str, list[Tensor]] = field(default_factory=dict)  # of the step's microbatches so far, by FFN
 
     def losses(self, batch: Batch, index: int) -> StepLosses:
         """Of batch number `index`, which its noise depends on. The student is left as it is but for its routers' records."""
@@ -96,17 +97,31 @@ class Distillation:
         )
 
     def after_backward(self) -> None:
-        """Once a microbatch: capacity thresholds follow what was just routed, on every rank alike."""
-        for moe in self._routed():
-            if moe.capacity is not None and moe.capacity.in_layer.weight.requires_grad:
-                moe.capacity.update_threshold(self.average)
+        """Once a microbatch: what capacity thresholds make of the pool that was just routed."""
+        for name, moe in self._predicting():
+            assert moe.capacity is not None
+            pooled, moe.capacity.pooled = moe.capacity.pooled, None
+            self.thresholds.setdefault(name, []).append(updated_threshold(moe.capacity.threshold, pooled))
+
+    def end_step(self) -> None:
+        """Once a step, on every rank alike: thresholds follow, by the mean over its microbatches and all ranks.
+
+        So how a global batch is dealt to ranks and microbatches does not matter.
+        """
+        for name, moe in self._predicting():
+            assert moe.capacity is not None
+            if found := self.thresholds.pop(name, []):
+                moe.capacity.threshold.copy_(self.average(torch.stack(found).mean(0)))
+
+    def _predicting(self) -> Iterator[tuple[str, MoEFFN]]:
+        """The FFNs whose capacity predictor is being trained."""
+        for name, moe in self.core.moe_ffns().items():
+            if self.plan.experts_on and moe.capacity is not None and moe.capacity.in_layer.weight.requires_grad:
+                yield name, moe
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for feature in self.plan.features:
             yield from zip(streams_of(feature.student), streams_of(feature.teacher), strict=True)
-
-    def _routed(self) -> list[MoEFFN]:
-        return list(self.core.moe_ffns().values()) if self.plan.experts_on else []
 
     def _token_balance(self, batch: Batch, device: torch.device) -> Tensor:
         """The mean over layers of GShard's loss; padding text tokens count only if the run says so."""
@@ -131,18 +146,14 @@ class Distillation:
     def _other_losses(self) -> Iterator[tuple[str, Tensor, float]]:
         """(name, loss, weight): of block routers, and of capacity predictors, which nothing else learns from."""
         if self.plan.block_balance:
-            routings = [group.routing for group in self.core.block_groups]
+            found = [group.routing for group in self.core.block_groups]
+            routings = [routing for routing in found if isinstance(routing, BlockRouting)]
             losses = [block_balance_loss(r, self.average(choice_fractions(r))) for r in routings]
             yield "block_balance", torch.stack(losses).mean(), self.run.losses.balance
-        pools = [
-            moe.capacity.pooled
-            for moe in self._routed()
-            if moe.capacity is not None
-            and moe.capacity.pooled is not None
-            and moe.capacity.in_layer.weight.requires_grad
-        ]
-        if pools:
-            yield "predictor", torch.stack([pool.predictor_loss() for pool in pools]).mean(), 1.0
+        pools = [moe.capacity.pooled for _, moe in self._predicting() if moe.capacity is not None]
+        losses = [pool.predictor_loss() for pool in pools if pool is not None]
+        if losses:
+            yield "predictor", torch.stack(losses).mean(), 1.0
 
     def _set_pools(self, batch: Batch) -> None:
         """Padding text tokens stay out of a capacity router's pool. One mask for each kind of FFN."""

@@ -1,0 +1,118 @@
+"""Two processes on a CPU (gloo) train as one does: DDP and FSDP2, from accelerate's own settings."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2m_train.eyes import read_log
+from tests.train.runs import DDP, FSDP2, distill, run_file, succeed, write_inputs
+
+STAGES = ("shared", "experts", "blocks")
+SHORT = {stage: {"steps": 3, "learning_rate": 1e-3} for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    write_inputs(folder)
+    return folder
+
+
+def losses(out: Path, stage: str) -> list[dict[str, float]]:
+    return [line for line in read_log(out / stage / "log.jsonl") if "loss/total" in line]
+
+
+def run(
+    inputs: Path, name: str, *overrides: str, processes: int = 1, env: dict[str, str] | None = None, **sections: Any
+) -> Path:
+    """A run in a folder of its own; it converts anew, which is the same for all."""
+    out = inputs / name
+    file = run_file(inputs, stage=SHORT, **sections)
+    succeed(distill(file, f"output_dir={out}", *overrides, processes=processes, env=env))
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_process(inputs: Path) -> Path:
+    """The global batch of two processes in two microbatches of one. Of the block routers' balance each process means the
+    choices over all; one process has a microbatch's alone. So it is left out here."""
+    return run(inputs, "one", "training.accumulation=2", "losses.balance=0", student={"preset": "S"})
+
+
+@pytest.mark.parametrize(("name", "env"), [("ddp", DDP), ("fsdp2", FSDP2)])
+def test_two_processes_give_the_losses_and_weights_of_one(
+    inputs: Path, one_process: Path, name: str, env: dict[str, str]
+) -> None:
+    two = run(inputs, name, "losses.balance=0", student={"preset": "S"}, processes=2, env=env)
+    for stage in STAGES:
+        alone, together = losses(one_process, stage), losses(two, stage)
+        assert len(alone) == len(together) == 3
+        for a, b in zip(alone, together, strict=True):
+            for part in ("loss/total", "loss/output", "loss/features", "grad_norm"):
+                assert b[part] == pytest.approx(a[part], rel=1e-4), (stage, a["step"], part)
+        a_student = load_file(one_process / stage / "student.safetensors")
+        b_student = load_file(two / stage / "student.safetensors")
+        for tensor, value in a_student.items():
+            if value.is_floating_point():
+                assert (b_student[tensor] - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), (stage, tensor)
+
+
+def test_fsdp2_shards_and_says_so(inputs: Path) -> None:
+    """A parameter's elements on one rank are half of it, so the two runs above did not do the same."""
+    file = run_file(inputs, stage=SHORT)
+    said = succeed(distill(file, f"output_dir={inputs / 'said'}", "stages=[convert, shared]", processes=2, env=FSDP2))
+    assert "2 processes, fsdp2: each holds 50% of the student's weights" in said
+
+
+def test_block_routers_that_disagree_between_ranks_do_not_stall_a_sharded_run(inputs: Path) -> None:
+    """Batches of one sample, so that a block that half of the samples chose was chosen on one of the two ranks."""
+    options = ("training.batch_size=1", "convert.block_router=random", "eyes.routers_every=1")
+    out = run(inputs, "disagree", *options, student={"preset": "S"}, processes=2, env=FSDP2)
+    chosen = [
+        value
+        for line in read_log(out / "blocks" / "log.jsonl")
+        for name, value in line.items()
+        if name.startswith("router/block_groups.") and "/block_" in name
+    ]
+    assert 0.5 in chosen, "nowhere did the ranks disagree"
+    assert len(losses(out, "blocks")) == 3
+
+
+def test_capacity_routing_of_two_processes_is_that_of_one_with_the_same_microbatch_pools(inputs: Path) -> None:
+    student = {"preset": "L", "router": "capacity"}
+    one = run(inputs, "capacity-one", "training.accumulation=2", "stages=[convert, shared, experts]", student=student)
+    two = run(inputs, "capacity-two", "stages=[convert, shared, experts]", student=student, processes=2, env=DDP)
+    for a, b in zip(losses(one, "experts"), losses(two, "experts"), strict=True):
+        assert b["loss/total"] == pytest.approx(a["loss/total"], rel=1e-4)
+        assert b["loss/predictor"] == pytest.approx(a["loss/predictor"], rel=1e-4)
+    ones, twos = (load_file(out / "experts" / "student.safetensors") for out in (one, two))
+    thresholds = [name for name in ones if name.endswith(".threshold")]
+    assert thresholds
+    start = load_file(one / "shared" / "student.safetensors")
+    for name in thresholds:
+        assert not torch.equal(ones[name], start[name]), "a running mean of what was routed"
+        assert (ones[name] - twos[name]).abs().max() <= 1e-3 * (ones[name] - start[name]).abs().max()
+
+
+def test_a_sharded_run_goes_on_in_one_process(inputs: Path) -> None:
+    """Checkpoints are portable: two processes begin, one ends, at the global batch that it gathers by accumulation."""
+    whole = run(inputs, "whole", "stages=[convert, shared]", processes=2, env=FSDP2)
+    out = inputs / "portable"
+    common = (f"output_dir={out}", "stages=[convert, shared]", "checkpoints.every=1", "checkpoints.keep=9")
+    file = run_file(inputs, stage=SHORT)
+    succeed(distill(file, *common, processes=2, env=FSDP2))
+    (out / "shared" / "student.safetensors").unlink()
+    for step in (2, 3):
+        shutil.rmtree(out / "shared" / "checkpoints" / f"step-{step:06}")
+    said = succeed(distill(file, *common, "resume=latest", "training.accumulation=2"))
+    assert "going on at step-000001" in said
+    for name, value in load_file(whole / "shared" / "student.safetensors").items():
+        if value.is_floating_point():
+            found = load_file(out / "shared" / "student.safetensors")[name]
+            assert (found - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), name
