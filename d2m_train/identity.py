@@ -24,6 +24,7 @@ FREE = (
     "checkpoints.",
     "eyes.",
     "export.",
+    "data.cache",
     "teacher.path",
     "teacher.offload",
 )
