@@ -123,6 +123,13 @@ def recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+class RouterLinear(nn.Linear):
+    """A router's weight and bias. Calling it gives them, since offloading libraries bring a layer in when it is called."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        return self.weight, self.bias
+
+
 class CapacityPredictor(nn.Module):
     """A capacity router's parameters (`in_layer`, `out_layer`) and buffers (`threshold` [E], `scale` [1]) beside W_g.
 
@@ -137,25 +144,26 @@ class CapacityPredictor(nn.Module):
     def __init__(self, tensors: CapacityTensors, *, capacity: float) -> None:
         super().__init__()
         self.capacity, self.factor = capacity, 1.0
-        self.in_layer = _linear(tensors.in_weight_DH, tensors.in_bias_D)
-        self.out_layer = _linear(tensors.out_weight_ED, tensors.out_bias_E)
+        self.in_layer = _linear(tensors.in_weight_DH, tensors.in_bias_D, RouterLinear)
+        self.out_layer = _linear(tensors.out_weight_ED, tensors.out_bias_E, RouterLinear)
         self.register_buffer("threshold", tensors.threshold_E.detach().clone())
         self.register_buffer("scale", tensors.scale_1.detach().clone())
         self.pool_P: Tensor | None = None  # capacity.pool_of the batch's padding mask; None: all tokens
         self.pooled: PoolRouting | None = None
 
-    def tensors(self) -> CapacityTensors:
+    def forward(self) -> CapacityTensors:
+        (in_weight_DH, in_bias_D), (out_weight_ED, out_bias_E) = self.in_layer(), self.out_layer()
         return CapacityTensors(
-            in_weight_DH=self.in_layer.weight,
-            in_bias_D=self.in_layer.bias,
-            out_weight_ED=self.out_layer.weight,
-            out_bias_E=self.out_layer.bias,
+            in_weight_DH=in_weight_DH,
+            in_bias_D=in_bias_D,
+            out_weight_ED=out_weight_ED,
+            out_bias_E=out_bias_E,
             threshold_E=self.threshold,
             scale_1=self.scale,
         )
 
     def copy(self) -> CapacityTensors:
-        tensors = self.tensors()
+        tensors = self()
         return CapacityTensors(**{f.name: getattr(tensors, f.name).detach().clone() for f in fields(tensors)})
 
     def update_threshold(self, average: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -191,7 +199,7 @@ class MoEFFN(nn.Module):
         self.routed_up = _parameter(up_EFH)
         self.routed_up_bias = _parameter(up_bias_EF)
         self.routed_down = _parameter(down_HEF.transpose(0, 1))
-        self.router = _linear(fused.router_weight_EH, fused.router_bias_E)
+        self.router = _linear(fused.router_weight_EH, fused.router_bias_E, RouterLinear)
         mean = fused.expert_mean_EH
         self.expert_mean = None if mean is None else _parameter(mean)
         self.capacity: CapacityPredictor | None = None
@@ -200,10 +208,10 @@ class MoEFFN(nn.Module):
 
     def route(self, x_TH: Tensor) -> Routing | UnevenRouting:
         """The router's choice for x_TH [T, H]. A capacity router in training remembers it as `capacity.pooled`."""
-        weight_EH, bias_E, capacity = self.router.weight, self.router.bias, self.capacity
+        (weight_EH, bias_E), capacity = self.router(), self.capacity
         if capacity is None:
             return route_top_k(x_TH, weight_EH, bias_E, top_k=self.top_k, gate=self.gate)
-        tensors = capacity.tensors()
+        tensors = capacity()
         if not self.training:
             return route_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=self.gate, factor=capacity.factor)
         pooled = route_pool(
@@ -262,8 +270,8 @@ def _parameter(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+def _linear(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = _parameter(weight)
     if bias is not None:
         layer.bias = _parameter(bias)

@@ -14,12 +14,12 @@ from d2m_model.config import BlockGroup, CapacityRouter, FluxDims
 from tests.comfyui import files
 
 DIMS = FluxDims(
-    hidden_size=128, double_blocks=4, single_blocks=4, in_channels=64, out_channels=64,
+    hidden_size=128, double_blocks=3, single_blocks=3, in_channels=64, out_channels=64,
     context_size=32, vector_size=48, guidance_embed=True,
 )  # fmt: skip
 GROUPS = (
-    BlockGroup(kind="double", first=1, blocks=3, active=1, selection="topk"),
-    BlockGroup(kind="single", first=1, blocks=3, active=2, selection="topk"),
+    BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk"),
+    BlockGroup(kind="single", first=0, blocks=3, active=2, selection="topk"),
 )
 
 

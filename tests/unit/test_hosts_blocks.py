@@ -18,6 +18,8 @@ from d2m_model.mob import block_balance_loss, choice_fractions
 
 from .flux_moe_files import GROUPS, Pair, inputs, save_pair, velocity
 
+DOUBLES, SINGLES = ({*range(group.first, group.first + group.blocks)} for group in GROUPS)
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
@@ -58,21 +60,21 @@ def choices_of(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> list[
     """bool [B, M] of every group, as training sees them."""
     model.train()
     velocity(model, asked)
-    found = [router.routing.chosen_BM for router in model.block_groups]
+    found = [router.routing.chosen_BM for router in model.block_routers() if router.routing is not None]
     model.clear_routings()
     model.eval()
     return found
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("active", "skipped"), [(0, {1, 2, 3}), (3, set())])
+@pytest.mark.parametrize("every", [False, True])
 def test_no_and_all_active_blocks_are_the_dense_model_without_and_with_them(
-    pair: Pair, model: FluxMoETransformer2DModel, active: int, skipped: set[int]
+    pair: Pair, model: FluxMoETransformer2DModel, every: bool
 ) -> None:
-    for router in model.block_groups:
-        router.active = active
-    asked = inputs(2)
-    torch.testing.assert_close(velocity(model, asked), velocity(dense_without(pair, skipped, skipped), asked))
+    for router, group in zip(model.block_routers(), GROUPS, strict=True):
+        router.active = group.blocks if every else 0
+    asked, skipped = inputs(2), (set(), set()) if every else (DOUBLES, SINGLES)
+    torch.testing.assert_close(velocity(model, asked), velocity(dense_without(pair, *skipped), asked))
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def test_every_sample_of_a_batch_runs_the_blocks_of_its_own(
     pair: Pair, model: FluxMoETransformer2DModel, selection: Selection
 ) -> None:
     """As many samples as tokens, so that nothing can mistake one for the other."""
-    for router in model.block_groups:
+    for router in model.block_routers():
         router.selection = selection
     asked = inputs(7)
     doubles, singles = choices_of(model, asked)
@@ -95,7 +97,12 @@ def test_every_sample_of_a_batch_runs_the_blocks_of_its_own(
     for index in range(7):
         alone = velocity(model, of_sample(asked, index))
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-5, atol=1e-5)
-        left_out = [{1 + i for i in range(3) if not chosen[index, i]} for chosen in (doubles, singles)]
+        if index > 2:
+            continue
+        left_out = [
+            {g.first + i for i in range(g.blocks) if not c[index, i]}
+            for g, c in zip(GROUPS, (doubles, singles), strict=True)
+        ]
         dense = velocity(dense_without(pair, *left_out), of_sample(asked, index))
         torch.testing.assert_close(alone, dense, rtol=1e-5, atol=1e-5)
 
@@ -105,14 +112,14 @@ def test_residuals_of_a_controlnet_arrive_at_their_block_though_it_is_skipped(
     pair: Pair, model: FluxMoETransformer2DModel
 ) -> None:
     asked = inputs(2)
-    for router in model.block_groups:
+    for router in model.block_routers():
         router.active = 0
     generator = torch.Generator().manual_seed(9)
     residuals = {
-        "controlnet_block_samples": [torch.randn(2, 4, 128, generator=generator) for _ in range(4)],
+        "controlnet_block_samples": [torch.randn(2, 4, 128, generator=generator) for _ in range(3)],
         "controlnet_single_block_samples": [torch.randn(2, 4, 128, generator=generator) for _ in range(2)],
     }
-    dense = dense_without(pair, {1, 2, 3}, {1, 2, 3})
+    dense = dense_without(pair, DOUBLES, SINGLES)
     expected = velocity(dense, asked, **residuals)
     torch.testing.assert_close(velocity(model, asked, **residuals), expected)
     assert (expected - velocity(dense, asked)).norm() > 0.1 * expected.norm()
@@ -124,17 +131,17 @@ def test_training_masks_what_inference_skips_and_keeps_its_choices_until_they_ar
 ) -> None:
     asked = inputs(3)
     skipped = velocity(model, asked)
-    assert all(router.routing is None for router in model.block_groups)
+    assert all(router.routing is None for router in model.block_routers())
     assert all(moe.routing is None for moe in model.moe_ffns().values())
     masked = velocity(model.train(), asked)
     torch.testing.assert_close(masked, skipped, rtol=1e-5, atol=1e-5)
-    assert all(router.routing is not None for router in model.block_groups)
+    assert all(router.routing is not None for router in model.block_routers())
     assert all(moe.routing is not None for moe in model.moe_ffns().values())
     model.clear_routings()
-    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_routers()))
     velocity(model, asked)
     velocity(model.eval(), asked)
-    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_routers()))
 
 
 def gradients(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> dict[str, Tensor | None]:
@@ -145,7 +152,8 @@ def gradients(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> dict[s
     loss = output.square().mean()
     routings = [moe.routing for moe in model.moe_ffns().values()]
     loss = loss + sum(routing.probabilities_TE.square().sum() for routing in routings if routing is not None)
-    for router in model.block_groups:
+    for router in model.block_routers():
+        assert router.routing is not None
         loss = loss + block_balance_loss(router.routing, choice_fractions(router.routing))
     model.clear_routings()
     loss.backward()
@@ -172,7 +180,7 @@ def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DMod
     for name in ("block_groups.0.router_x.weight", "block_groups.1.router_y.weight"):
         assert expected[name].abs().max() > 1e-5  # type: ignore[union-attr]
     # What the backward pass ran again is not remembered.
-    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_groups))
+    assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_routers()))
 
 
 def test_a_block_called_by_itself_runs(model: FluxMoETransformer2DModel) -> None:

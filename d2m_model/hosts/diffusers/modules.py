@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...adaln import compress
 from ...config import BlockGroup
 from ...mob import BlockRouting, Samples, route_blocks, samples_of
-from ...moe import MoEFFN, recomputed
+from ...moe import MoEFFN, RouterLinear, recomputed
 
 
 class SingleExpertOut(nn.Module):
@@ -69,13 +69,12 @@ class BlockGroupRouter(nn.Module):
     def __init__(self, group: BlockGroup, hidden_size: int) -> None:
         super().__init__()
         self.active, self.selection, self.routing = group.active, group.selection, None
-        self.router_x = nn.Linear(hidden_size, group.blocks, bias=False)
-        self.router_y = nn.Linear(hidden_size, group.blocks, bias=False)
+        self.router_x = RouterLinear(hidden_size, group.blocks, bias=False)
+        self.router_y = RouterLinear(hidden_size, group.blocks, bias=False)
 
     def forward(self, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
-        routing = route_blocks(
-            x_mean_BH, vec_BH, self.router_x.weight, self.router_y.weight, self.active, self.selection
-        )
+        (router_x_MH, _), (router_y_MH, _) = self.router_x(), self.router_y()
+        routing = route_blocks(x_mean_BH, vec_BH, router_x_MH, router_y_MH, self.active, self.selection)
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None
         return routing

@@ -9,10 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    ModelMixin,  # noqa: F401 (a pipeline that loads this class looks for its kind in this module)
+)
+from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
+from diffusers.utils import _get_model_file
 from torch import Tensor, nn
 
-from ...checkpoint import check_file, optional_tensors
+from ...checkpoint import check_file, check_state_dict, optional_tensors, strip_prefix
 from ...config import FluxMoEConfig, Gate
 from ...keys import diffusers_sources
 from ...moe import FusedFFN, MoEFFN
@@ -24,6 +29,8 @@ from .loras import FusedLoras
 from .modules import AdaLNIn, BlockGroupRouter, Choices, CompressedModulation, Member, SingleExpertOut
 from .places import ffn_module
 from .tensors import as_it_is, fill, refuse_quantised, save_flux_moe
+
+FETCHING = ("token", "revision", "cache_dir", "proxies", "force_download", "local_files_only")
 
 
 class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
@@ -41,6 +48,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     _keep_in_fp32_modules = ["router", "router_x", "router_y", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
     config_keys = ("flux_moe", "optional")  # of config.json what makes a model; diffusers' own stand beside them
 
+    groups_on: bool = True  # False: every block runs for itself (the stages of training ahead of `blocks`)
     block_groups: nn.ModuleList
     adaln_in: AdaLNIn | None
     weights_changed = False  # by LoRAs that were unloaded while fused
@@ -127,9 +135,43 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         config = check_file(path)
         with TensorFile(path) as file:
             refuse_quantised(file)
-            with torch.device("meta"):
-                model = cls(config, tuple(name for name in optional_tensors(config) if name in file.shapes))
-            fill(model, config, model.optional, file.tensor, dtype, device)
+            return cls._filled(config, file.shapes, file.tensor, dtype, device)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor], **kwargs: Any
+    ) -> FluxMoETransformer2DModel:
+        """As diffusers' from_single_file: a FLUX-MoE by its path, by its address on the Hugging Face hub, or as tensors.
+
+        torch_dtype  as `dtype` of from_flux_moe
+        device       where the weights go; the CPU unless given
+        Of a file on the hub besides: token, revision, cache_dir, proxies, force_download, local_files_only.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device", "cpu")
+        fetching = {key: kwargs.pop(key, None) for key in FETCHING}
+        if kwargs:
+            raise TypeError(f"from_single_file() of a FLUX-MoE does not take {', '.join(kwargs)}.")
+        if isinstance(given, Mapping):
+            tensors = strip_prefix(given)
+            return cls._filled(check_state_dict(tensors), tensors, tensors.__getitem__, dtype, device)
+        if not os.path.exists(given) and (address := _extract_repo_id_and_weights_name(str(given)))[1]:
+            given = _get_model_file(address[0], weights_name=address[1], subfolder=None, user_agent=None, **fetching)
+        return cls.from_flux_moe(given, dtype, device)
+
+    @classmethod
+    def _filled(
+        cls,
+        config: FluxMoEConfig,
+        stored: Iterable[str],
+        tensor: Callable[[str], Tensor],
+        dtype: torch.dtype | None,
+        device: str | torch.device,
+    ) -> FluxMoETransformer2DModel:
+        there = set(stored)
+        with torch.device("meta"):
+            model = cls(config, tuple(name for name in optional_tensors(config) if name in there))
+        fill(model, config, model.optional, tensor, dtype, device)
         found: FluxMoETransformer2DModel = model.eval()
         return found
 
@@ -175,6 +217,10 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         found = {name: self.get_submodule(ffn_module(name)) for name in self.flux_moe.ffns}
         return {name: moe for name, moe in found.items() if isinstance(moe, MoEFFN)}
 
+    def block_routers(self) -> list[BlockGroupRouter]:
+        """`block_groups`, typed."""
+        return [router for router in self.block_groups if isinstance(router, BlockGroupRouter)]
+
     def set_top_k(self, top_k: int) -> None:
         """Experts of a token in every FFN, 0 to all. ValueError for another number."""
         for name, moe in self.moe_ffns().items():
@@ -194,7 +240,9 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
     def clear_routings(self) -> None:
         """Forget what the last forward in training chose."""
-        for router in (*self.moe_ffns().values(), *self.block_groups):
+        for moe in self.moe_ffns().values():
+            moe.routing = None
+        for router in self.block_routers():
             router.routing = None
 
     def train(self, mode: bool = True) -> FluxMoETransformer2DModel:
@@ -222,7 +270,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         """As FluxTransformer2DModel.forward."""
         if (loras := getattr(self, "fused_loras", None)) is not None:
             loras.refresh()
-        if self.block_groups:
+        if self.block_groups and self.groups_on:
             joint_attention_kwargs = {**(joint_attention_kwargs or {}), CHOICES: Choices(routers=self.block_groups)}
         return super().forward(
             hidden_states=hidden_states,
