@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
 
+NAMED = 3  # layers with dead experts that a warning names; all are in its line of the log
+
 
 @dataclass(kw_only=True, slots=True)
 class RouterSummary:
@@ -81,11 +83,14 @@ class RouterStatistics:
             eyes.event("expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in found.load.items()})
         new = {name: experts for name, experts in found.dead.items() if self._warned.get(name) != experts}
         if new:
-            named = "; ".join(f"{name}: {', '.join(map(str, experts))}" for name, experts in new.items())
+            some = list(new)[:NAMED]
+            named = "; ".join(f"{name}: {', '.join(map(str, new[name]))}" for name in some)
+            more = f"; and in {len(new) - NAMED} more layers, see the log" if len(new) > NAMED else ""
             eyes.event(
                 "warning",
                 step=step,
-                message=f"dead experts, no token since the last report ({named}). A higher losses.balance revives them.",
+                message=f"dead experts, no token since the last report ({named}{more}). Where it lasts, raise losses.balance "
+                "in stage experts.",
                 dead=new,
             )
         self._warned = found.dead
