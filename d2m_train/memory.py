@@ -14,11 +14,12 @@ import torch
 
 from d2m_model.config import FluxDims
 from d2m_model.cost import Tokens
-from d2m_model.keys import dense_shapes
+from d2m_model.keys import diffusers_shapes
 
 from .activations import Activations
 from .run_config import RunConfig
 from .stages import BLOCKS_OF_DIFFUSERS
+from .teachers import NF4_BLOCK, NF4_SCALER_BLOCK
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
@@ -80,10 +81,13 @@ def shared_memory(
         size["exchanged gradients"] = sum(weight.nbytes for weight in trained)
     elif strategy in ("fsdp2", "zero3"):
         blocks: dict[str, int] = {}
+        of_gradients: dict[str, int] = {}
         for weight in whole:
             blocks[weight.block] = blocks.get(weight.block, 0) + weight.nbytes
+            of_gradients[weight.block] = of_gradients.get(weight.block, 0) + weight.trained * weight.nbytes
         outside = blocks.pop("", 0)
-        size["weights gathered"] = outside + 2 * max(blocks.values())  # of this block and the next
+        # Of this block and the next; in the backward pass, before they are shared out, this one's gradients.
+        size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(of_gradients.values())
     return size
 
 
@@ -124,10 +128,10 @@ def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) ->
     """(bytes on the GPU, bytes of the blocks) of the frozen teacher: blocks that are offloaded come one or two at a time."""
     dtype: torch.dtype = getattr(torch, run.teacher.dtype)
     outside, blocks = 0, dict[str, int]()
-    for name, shape in dense_shapes(dims).items():
+    for name, shape in diffusers_shapes(dims).items():
         size = math.prod(shape) * dtype.itemsize
         kind, *rest = name.split(".")
-        if kind not in ("double_blocks", "single_blocks"):
+        if kind not in BLOCKS_OF_DIFFUSERS.values():
             outside += size
             continue
         if len(shape) == 2 and run.teacher.quantise is not None:
@@ -140,11 +144,12 @@ def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) ->
 
 
 def _quantised_bytes(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """As torchao holds a weight: values, and a scale for each row; nf4 with scales of 8 bits for 64 values, and scales of
-    those for 256."""
+    """As torchao holds a weight: 8 bits with a float32 scale for each row (int8: and a zero point of a byte); 4 bits with a
+    byte of scale for each block, a scale of those for some of them, their mean and a table of 16 values."""
     count = math.prod(shape)
     if form == "int8":
-        return count + shape[0] * dtype.itemsize
+        return count + 5 * shape[0]
     if form == "fp8":
-        return count + shape[0] * 4
-    return count // 2 + count // 64 + count // (64 * 256) * dtype.itemsize
+        return count + 4 * shape[0]
+    blocks = count // NF4_BLOCK
+    return count // 2 + blocks + (blocks // NF4_SCALER_BLOCK + 17) * dtype.itemsize

@@ -106,7 +106,7 @@ def plan(
     count = processes or int(os.environ.get("WORLD_SIZE", 1))
     chosen = strategy_of(strategy, count)
     teacher, teacher_dtypes = _teacher(run)
-    config = _student(run, teacher)
+    config = student_config(run, teacher)
     tokens = tokens_of(run)
     dense, student = flux(teacher, DENSE, tokens), flux(config.dims, _conversion(config), tokens)
     names = [stage for stage in run.stages if stage in TRAINING and stage in stages_of(config)]
@@ -168,7 +168,7 @@ def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
     return dims, dict.fromkeys(dense_shapes(dims), torch.bfloat16)
 
 
-def _student(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
+def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     """Of the converted file where there is one, else what conversion would make."""
     converted = run.output_dir / "convert" / "student.safetensors"
     if converted.exists():

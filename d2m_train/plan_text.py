@@ -22,7 +22,7 @@ ADVICE = {
     "one block's, computed again": "training.mixed_precision=bf16 or a smaller training.batch_size",
     "block outputs to compare": "training.mixed_precision=bf16 or a smaller training.batch_size",
     "exchanged gradients": "FSDP2 instead of DDP",
-    "weights gathered": "student.frozen_dtype=bfloat16",
+    "gathered blocks": "student.frozen_dtype=bfloat16",
 }
 
 

@@ -1,0 +1,254 @@
+"""The plan of a run, held against the run's own student, gradients, optimizer and saved tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2m_model.config import FluxMoEConfig
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer, save_flux_moe
+from d2m_train import UserError
+from d2m_train.__main__ import main
+from d2m_train.activations import optional_of
+from d2m_train.data.batch import Batch
+from d2m_train.loop import with_gate
+from d2m_train.memory import Weight, shared_memory, teacher_bytes
+from d2m_train.noise import Noisy
+from d2m_train.optimizers import Average, new_optimizer
+from d2m_train.plan import Plan, memory_of, plan, strategy_of, student_config
+from d2m_train.report import EMOJI, EMOJI_FILE
+from d2m_train.run_config import RunConfig, Stage
+from d2m_train.stages import plan_of, prepare_student
+from d2m_train.step import Distillation
+from d2m_train.teachers import open_frozen_teacher
+
+IMAGE, TEXT = 64, 12
+
+
+def run_of(tmp_path: Path, stage: Stage = "experts", **sections: dict[str, Any]) -> RunConfig:
+    fields: dict[str, Any] = {
+        "output_dir": tmp_path / "run",
+        "stages": ["convert", stage, "export"],
+        "teacher": {"path": EMOJI_FILE, "dtype": "float32"},
+        "student": {"preset": "S"},
+        "data": {"source": "emoji"},
+    }
+    for name, values in sections.items():
+        fields[name] = {**fields.get(name, {}), **values}
+    return RunConfig.model_validate(fields)
+
+
+class Real:
+    """The stage's real student, of random weights, after one real step."""
+
+    def __init__(self, run: RunConfig, stage: Stage) -> None:
+        config: FluxMoEConfig = student_config(run, EMOJI)
+        self.core = FluxMoETransformer2DModel(config, optional_of(run, config))
+        with torch.no_grad():
+            for parameter in self.core.parameters():
+                parameter.normal_(std=0.1)
+        section = getattr(run.stage, stage)
+        self.plan = plan_of(stage, with_gate(self.core, stage), section)
+        frozen = run.student.frozen_dtype
+        names = prepare_student(self.core, self.plan, None if frozen is None else getattr(torch, frozen))
+        if run.training.gradient_checkpointing:
+            self.core.enable_gradient_checkpointing()
+        self.core.train()
+        held = dict(self.core.named_parameters())
+        self.trained = {name: held[name] for name in names}
+        self.optimizer, _ = new_optimizer(list(self.trained.values()), section, run.training)
+        self.saved = self._step(run)
+
+    def _step(self, run: RunConfig) -> int:
+        """Forward, losses, backward and update; bytes that saved-tensor hooks see but for the weights."""
+        teacher = new_transformer(EMOJI).requires_grad_(False).eval()
+        student = self.core
+        if run.training.mixed_precision != "no":
+            from accelerate.utils.operations import convert_outputs_to_fp32
+
+            forward = torch.autocast("cpu", torch.bfloat16)(self.core.forward)
+            self.core.forward = convert_outputs_to_fp32(forward)  # type: ignore[method-assign]
+        distillation = Distillation(teacher=teacher, student=student, core=self.core, plan=self.plan, run=run)
+        size = run.training.batch_size
+        batch = Batch(
+            tokens_BTC=torch.randn(size, IMAGE, 64),
+            context_BLD=torch.randn(size, TEXT, 128),
+            pooled_BV=torch.randn(size, 128),
+            guidance_B=torch.full((size,), 3.5),
+            image_ids_T3=torch.rand(IMAGE, 3).round(),
+            text_ids_L3=torch.zeros(TEXT, 3),
+            words_BL=torch.ones(size, TEXT, dtype=torch.bool),
+        )
+        noisy = Noisy(tokens_BTC=torch.randn(size, IMAGE, 64), t_B=torch.rand(size), target_BTC=None)
+        weights = {t.untyped_storage().data_ptr() for t in (*self.core.parameters(), *self.core.buffers())}
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage().data_ptr()
+            if storage not in weights:
+                kept.setdefault(storage, tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = distillation.compare(batch, noisy)
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        losses.total.backward()
+        self.optimizer.step()
+        return saved
+
+    def sizes(self) -> dict[str, int]:
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        everything: list[Tensor] = [*self.core.parameters(), *self.core.buffers()]
+        return {
+            "student's weights": sum(tensor.nbytes for tensor in everything),
+            "gradients": sum(p.grad.nbytes for p in self.core.parameters() if p.grad is not None),
+            "optimizer": sum(value.nbytes for value in states if isinstance(value, Tensor)),
+        }
+
+
+CASES: dict[str, tuple[Stage, dict[str, dict[str, Any]]]] = {
+    "shared": ("shared", {}),
+    "experts": ("experts", {"training": {"batch_size": 4}}),
+    "blocks": ("blocks", {}),
+    "shared, checkpointed": ("shared", {"training": {"gradient_checkpointing": True, "batch_size": 4}}),
+    "experts, checkpointed": ("experts", {"training": {"gradient_checkpointing": True}}),
+    "blocks, checkpointed": ("blocks", {"training": {"gradient_checkpointing": True, "batch_size": 4}}),
+    "experts, mixed precision": (
+        "experts",
+        {"training": {"mixed_precision": "bf16", "batch_size": 4}, "student": {"frozen_dtype": "bfloat16"}},
+    ),
+    "experts, capacity": ("experts", {"student": {"router": "capacity"}, "training": {"batch_size": 4}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_what_the_real_step_takes(case: str, tmp_path: Path) -> None:
+    stage, sections = CASES[case]
+    run = run_of(tmp_path, stage, **sections)
+    (planned,) = plan(run).stages
+    torch.manual_seed(0)
+    real = Real(run, stage)
+    assert {name: planned.memory[name] for name in real.sizes()} == real.sizes()
+    assert planned.trained == sum(parameter.numel() for parameter in real.trained.values())
+    assert planned.memory["activations"] == pytest.approx(real.saved, rel=0.01)
+
+
+def test_the_average_and_the_file_of_a_stage_are_what_they_take(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "experts", training={"ema": 0.99}, data={"source": "emoji"})
+    planned = plan(run)
+    real = Real(run, "experts")
+    average = Average(real.trained, 0.99)
+    assert planned.stages[0].memory["average"] == sum(tensor.nbytes for tensor in average.averages.values())
+    save_flux_moe(real.core, real.core.flux_moe, tmp_path / "student.safetensors", dtype=torch.float32)
+    written = (tmp_path / "student.safetensors").stat().st_size
+    assert planned.disk["student after experts"] == pytest.approx(written, rel=0.01)
+
+
+@pytest.fixture
+def second_of_three() -> Iterator[None]:
+    """A process group without others, which exchanges nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("second_of_three")
+def test_fsdp2_shares_weights_gradients_and_state_as_planned() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))  # 5 rows on 3 processes: 2, 2 and 1
+    model[0].requires_grad_(False)
+    weights = [Weight.of(name, parameter) for name, parameter in model.named_parameters()]
+    run = RunConfig.model_validate({**MINIMAL, "training": {"optimizer": "adamw"}})
+    planned = shared_memory(run, weights, 0, 3, "fsdp2")
+    fully_shard(model)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.step()
+
+    def local(tensor: Tensor) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+    assert planned["student's weights"] == sum(local(parameter) for parameter in model.parameters())
+    assert planned["gradients"] == sum(local(p.grad) for p in model.parameters() if p.grad is not None)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert planned["optimizer"] == sum(map(local, states))
+
+
+@pytest.mark.parametrize("form", [None, "int8", "fp8", "nf4"])
+def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path) -> None:
+    run = run_of(tmp_path, teacher={"quantise": form, "dtype": "bfloat16"})
+
+    def held(tensor: Tensor) -> int:
+        if type(tensor) in (Tensor, nn.Parameter):
+            return tensor.nbytes
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return sum(held(getattr(tensor, name)) for name in names)
+
+    teacher = open_frozen_teacher(run.teacher)
+    found = sum(held(parameter.data) for parameter in teacher.parameters())
+    assert teacher_bytes(run, EMOJI)[0] == found
+
+
+MINIMAL: dict[str, Any] = {
+    "output_dir": "runs/x",
+    "teacher": {"path": "models/flux1-dev.safetensors"},
+    "student": {"preset": "L"},
+    "data": {"source": "prompts", "path": "prompts.txt", "text_encoders": "flux"},
+    "stages": ["convert", "shared", "export"],
+}
+
+
+def dev_plan(gpu_memory: str | None, **training: Any) -> Plan:
+    teacher = {"path": "models/flux1-dev.safetensors", "dims": "flux1-dev"}
+    run = RunConfig.model_validate({**MINIMAL, "teacher": teacher, "training": training})
+    return plan(run, processes=2, strategy="ddp", gpu_memory=gpu_memory)
+
+
+def test_flux1_dev_is_planned_without_its_file_and_what_does_not_fit_is_said() -> None:
+    found = dev_plan("24GB", gradient_checkpointing=True, mixed_precision="bf16", accumulation=4)
+    text = found.text()
+    assert found.student.total == pytest.approx(8.94e9, rel=0.002)
+    assert found.student.paper == pytest.approx(5.13e9, rel=0.002)
+    (stage,) = found.stages
+    assert stage.samples == 1000 * 4 * 2
+    assert stage.tokens == stage.samples * (4096 + 512)
+    assert stage.memory["teacher's weights"] == pytest.approx(2 * 11.90e9, rel=0.001)
+    assert not found.fits
+    assert re.search(r"It does not fit: stage shared needs [\d.]+ GiB on each GPU of 24\.00 GiB\. Most of it is", text)
+    assert "models/flux1-dev.safetensors is not here: taken for flux1-dev" in text
+
+
+def test_a_missing_teacher_without_dims_is_an_error_that_says_how_to_plan_without() -> None:
+    with pytest.raises(UserError, match=r"there is no such file.*teacher\.dims \(flux1-dev, flux1-schnell"):
+        plan(RunConfig.model_validate(MINIMAL))
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24), ("80 GiB", 80), ("1.5", 1.5)])
+def test_gpu_memory_is_given_as_gpus_are_sold(text: str, size: float) -> None:
+    assert memory_of(text) == size * 2**30
+
+
+def test_what_no_run_can_have_is_refused() -> None:
+    with pytest.raises(UserError, match="expected gigabytes"):
+        memory_of("much")
+    with pytest.raises(UserError, match="fsdp3 is no strategy of 4 processes; expected ddp"):
+        strategy_of("fsdp3", 4)
+    assert strategy_of(None, 1) == "single"
+    assert strategy_of(None, 8) == "ddp"
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(run_of(tmp_path, "shared").to_yaml())
+    assert main(["distill", str(tmp_path / "run.yaml"), "--dry-run", "--gpu-memory", "24GB"]) == 0
+    assert "It fits: stage shared needs" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["run.yaml"]
