@@ -55,7 +55,7 @@ PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most so many, evenly s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a dense FLUX or a FLUX-MoE")
     parser.add_argument("--what", required=True, choices=tuple(PROMPTS))
-    parser.add_argument("--out", type=Path, metavar="OUT", help="a folder (default: analysis/<name of FILE>)")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="a folder (default: runs/analysis/<name of FILE>)")
     parser.add_argument(
         "--categories", metavar="FIELD",
         help="experts: the field of the prompts' metadata to sort by (default: colour for emoji, else tag)",
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_counts(args, "steps", "batch", "text_tokens", *(["every"] if args.every is not None else []))
-    out = args.out or Path("analysis") / args.file.stem
+    out = args.out or Path("runs/analysis") / args.file.stem
     prompts = read_prompts(args.data)
     prompts = prompts[:: args.every or -(-len(prompts) // PROMPTS[args.what])]
     draw = {"blocks": draw_blocks, "experts": draw_experts, "top-k": draw_top_k}[args.what]

@@ -32,7 +32,7 @@ from .scores import LEVEL, Clip, Scores, interval, score
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE, or a dense FLUX")
-    parser.add_argument("--out", type=Path, metavar="OUT", help="default: evaluation/<name of FILE>")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="default: runs/evaluation/<name of FILE>")
     parser.add_argument("--teacher", type=Path, metavar="F", help="the dense FLUX to measure the distance to")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="another file, for a paired comparison")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a local CLIP model with its processor")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_counts(args, "seeds", "every", "steps", "batch", "text_tokens")
-    out = args.out or Path("evaluation") / args.file.stem
+    out = args.out or Path("runs/evaluation") / args.file.stem
     report = evaluate(args, out)
     print(as_text(report))
     print(f"{out / 'report.json'}: written.")
