@@ -6,7 +6,6 @@ from .data.batch import Batch, DataSource
 from .eyes import Eyes
 from .processes import Processes
 from .router_statistics import RouterStatistics
-from .router_statistics import RouterStatistics
 from .sampling import new_sample_grid
 from .step import Distillation
 from .validation import Validation
@@ -23,7 +22,6 @@ class Measure:
     ) -> None:
         run, teacher = distillation.run, distillation.teacher
         self.distillation, self.eyes, self.processes, self.steps = distillation, eyes, processes, steps
-        self.routers = RouterStatistics(distillation.core)
         self.validation = Validation(
             data, teacher, run.eyes, run.timesteps, batch_size=run.training.batch_size, seed=run.seed
         )
@@ -38,13 +36,10 @@ class Measure:
     def routing(self, batch: Batch) -> None:
         """After each microbatch's forward pass, while the routers remember it."""
         self.statistics.add(batch)
-        self.routers.add(batch)
 
     def after(self, step: int) -> None:
         """After each step: whatever is due then, and all of it after the last."""
         section, last = self.distillation.run.eyes, step == self.steps
-        if step % section.routers_every == 0 or last:
-            self.routers.report(self.eyes, step, self.processes.average)
         if step % section.routers_every == 0 or last:
             self.statistics.report(self.eyes, step, self.processes.average)
         if step % section.validate_every == 0 or last:

@@ -139,7 +139,8 @@ class TimestepsSection(Section):
     """`teacher_grid`: the noise levels of the teacher's own inference, for few-step teachers."""
     mean: float = 0.0
     std: Rate = 1.0
-    shift: Rate | Literal["resolution"] = "resolution"
+    shift: float | Literal["resolution"] = "resolution"
+    """mu of FLUX's time shift exp(mu); 0 for schnell, 1.15 for ComfyUI's FLUX; `resolution` is dev's, by image tokens."""
     grid_steps: Count = 20
 
 
