@@ -113,9 +113,10 @@ class FluxMoEInParts(FluxMoE):
 
 class FluxMoEModel(comfy.model_base.Flux):
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
-        self.in_parts = bool(config.groups) or config.capacity_router is not None
-        unet_model = functools.partial(FluxMoEInParts if self.in_parts else FluxMoE, config=config, stored=stored)
+        in_parts = bool(config.groups) or config.capacity_router is not None
+        unet_model = functools.partial(FluxMoEInParts if in_parts else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
+        self.in_parts = in_parts
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,23 +88,21 @@ def test_a_pack_may_put_its_own_block_in_place_of_a_grouped_one(
 ) -> None:
     """The others of the group keep to one choice; where it is the first that is left out, to the one that it would have
     made."""
-    expected_choices = (host.sample(grouped.moe, BATCH, steps=1), list(watched))[1]
+    expected = host.sample(grouped.moe, BATCH, steps=1)
+    choices = list(watched)
     watched.clear()
-    skipped, doubled = grouped.moe.clone(), grouped.moe.clone()
-    index = DOUBLES.first + position
-    skipped.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", index)
-    found = host.sample(skipped, BATCH, steps=1)
+    without = grouped.moe.clone()
+    without.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", DOUBLES.first + position)
+    found = host.sample(without, BATCH, steps=1)
     assert len(watched) == len(GROUPS)
-    assert watched[0] == expected_choices[0]
-    # As if this block were never chosen.
-    doubled.set_model_patch_replace(
-        lambda args, extra: {"img": args["img"] * 1.0, "txt": args["txt"] * 1.0}, "dit", "double_block", index
-    )
-    assert torch.equal(host.sample(doubled, BATCH, steps=1), found)
+    assert watched[0] == choices[0]
+    for i in range(BATCH[0]):  # who did not choose this block does not miss it
+        assert (distance(found[i], expected[i]) >= 1e-3) == (i in choices[0][position])
 
 
+@pytest.mark.parametrize("patched", [range(DIMS.single_blocks), [4]], ids=["every block", "one of a group"])
 def test_a_pack_may_run_a_block_on_parts_of_the_batch(
-    host: Comfy, grouped: Grouped, loaded: Callable[[Any], Any]
+    grouped: Grouped, loaded: Callable[[Any], Any], patched: Sequence[int]
 ) -> None:
     """However it deals the samples out, no sample follows the choice of another."""
 
@@ -117,7 +115,7 @@ def test_a_pack_may_run_a_block_on_parts_of_the_batch(
             return {"img": out}
 
         model = grouped.moe.clone()
-        for i in range(DIMS.single_blocks):
+        for i in patched:
             model.set_model_patch_replace(run, "dit", "single_block", i)
         return evaluate(loaded(model), *inputs(4))
 
@@ -141,7 +139,7 @@ def test_blocks_run_without_transformer_options(grouped: Grouped, loaded: Callab
 
 
 def test_attention_patches_see_the_whole_batch(host: Comfy, grouped: Grouped) -> None:
-    """They may tell prompts from negative prompts by their place in it. Results are as if each sample ran alone."""
+    """They may tell prompts from negative prompts by their place in it."""
     seen = []
 
     def halved(q: Tensor, k: Tensor, v: Tensor, extra_options: dict, **rest: Any) -> dict:
