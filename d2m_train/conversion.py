@@ -22,7 +22,7 @@ from d2m_model.conversion.ffn import FFNReport, plan_with_data, plan_without_dat
 from d2m_model.conversion.groups import auto_groups, block_names, with_choice
 from d2m_model.conversion.importance import weight_norm_importance
 from d2m_model.conversion.plan import FFNPlan, FFNWeights
-from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blocks, teacher_name
+from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
 from d2m_model.keys import dense_shapes
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
@@ -97,11 +97,13 @@ def convert(
 
 
 def shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxMoEConfig:
-    """The configuration of a student with the kept blocks alone: their FFNs, no groups, and which blocks they were."""
+    """The configuration of a student with the kept blocks alone: their FFNs, no groups, which blocks they were, and
+    whose outputs they are to give."""
     ffns = {
         name: config.ffns[source] for name in all_ffn_names(dims) if (source := teacher_name(name, kept)) in config.ffns
     }
-    return replace(config, dims=dims, ffns=ffns, groups=(), provenance=config.provenance | {"teacher_blocks": kept})
+    blocks = {"teacher_blocks": kept, "teacher_outputs": outputs_of(config.groups, kept)}
+    return replace(config, dims=dims, ffns=ffns, groups=(), provenance=config.provenance | blocks)
 
 
 # What is asked of the teacher

@@ -31,6 +31,26 @@ def kept_blocks(dims: FluxDims, groups: Sequence[BlockGroup], change: Mapping[st
     }
 
 
+def outputs_of(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBlocks:
+    """Of every kept block the teacher's block whose output it is to give once trained: the last that it stands for.
+
+    In a group that is the one ahead of the next kept block, and of the last kept one the group's last.
+    """
+    outputs: TeacherBlocks = {}
+    for kind, indices in kept.items():
+        last = {
+            index: group.first + group.blocks - 1
+            for group in groups
+            if group.kind == kind
+            for index in range(group.first, group.first + group.blocks)
+        }
+        outputs[kind] = [
+            following - 1 if last.get(index) == last.get(following, -1) else last.get(index, index)
+            for index, following in zip(indices, [*indices[1:], -1], strict=True)
+        ]
+    return outputs
+
+
 def teacher_name(name: str, kept: TeacherBlocks) -> str:
     """The teacher's name of a shallow FLUX's tensor or FFN."""
     found = re.match(r"(double|single)_blocks\.(\d+)(?=\.|$)", name)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter, FluxMoEConfig
 from d2m_model.conversion import predictor_init
+from d2m_model.conversion.shallow import outputs_of
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_train import UserError
 from d2m_train.conversion import ConversionSettings, convert, settings_of
@@ -253,6 +254,7 @@ def test_depth_pruning_is_the_teacher_without_the_blocks_that_change_least(
     assert (config.dims.double_blocks, config.dims.single_blocks, config.groups) == (2, 2, ())
     assert max(change, key=change.__getitem__) in ("double_blocks.2", "single_blocks.3")
     assert kept == {"double": [0, 2], "single": [3, 5]}
+    assert config.provenance["teacher_outputs"] == {"double": [0, 3], "single": [4, 5]}, "of the groups' last blocks"
     assert any("double blocks are the teacher's 0," in line for line in said)
     assert not config.split_only
     why = why_not_the_teacher(config)
@@ -273,6 +275,14 @@ def test_depth_pruning_is_the_teacher_without_the_blocks_that_change_least(
     assert bool(config.ffns) == (ffns == "moe")
     model.set_top_k(12)
     torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_of_several_kept_blocks_of_a_group_each_stands_for_those_up_to_the_next() -> None:
+    group = BlockGroup(kind="single", first=2, blocks=5, active=2, selection="topk")
+    assert outputs_of((group,), {"double": [0, 1], "single": [0, 1, 3, 5, 7]}) == {
+        "double": [0, 1],
+        "single": [0, 1, 4, 6, 7],
+    }
 
 
 @pytest.mark.parametrize(
