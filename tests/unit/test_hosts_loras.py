@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,19 @@ def test_a_permutation_moves_neurons_and_nothing_else() -> None:
     change = fused.LowRank(up=torch.arange(6.0)[:, None], down=torch.ones(1, 2))
     order = torch.tensor([3, 0, 2, 1])
     assert change.permuted(0, 2, order).dense(torch.device("cpu"))[:, 0].tolist() == [0, 1, 5, 2, 4, 3]
+
+
+@torch.no_grad()
+def test_without_peft_the_model_still_takes_what_a_pipeline_would_give_it(
+    pair: Pair, model: FluxMoETransformer2DModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(model)
+    for module in ("diffusers.utils", "diffusers.loaders.peft", "diffusers.loaders.lora_base"):
+        monkeypatch.setattr(f"{module}.USE_PEFT_BACKEND", False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="PEFT backend is required"):
+        pipe.load_lora_weights(lora())
+    model.load_lora_adapter(pipe.lora_state_dict(lora()), adapter_name="style")
+    model.set_adapters("style", 0.5)
+    model.fuse_lora()
+    torch.testing.assert_close(velocity(model), velocity(dense_with(pair, (lora(), 0.5))), rtol=1e-5, atol=1e-5)
