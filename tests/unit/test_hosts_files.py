@@ -137,9 +137,9 @@ def test_tensors_come_one_by_one_and_every_rank_is_asked_for_the_same_parts(ever
         parts.append(tensor.data_ptr())
         return tensor
 
-    seen = 0
+    seen, specs = 0, flux_moe_specs(model, config)
     for name, tensor in flux_moe_tensors(model, config, whole):
-        assert flux_moe_specs(model, config)[name] == (tensor.dtype, tuple(tensor.shape))
+        assert specs[name] == (tensor.dtype, tuple(tensor.shape))
         assert len(parts) - seen <= 5, name  # q, k, v, shared and routed: those of this tensor alone
         seen = len(parts)
     assert sorted(parts) == sorted(tensor.data_ptr() for tensor in model.state_dict().values())
