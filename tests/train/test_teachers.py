@@ -421,7 +421,7 @@ print(json.dumps([measured("stream", "bfloat16"), measured("stream", "float32"),
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_streamed_the_memory_is_a_blocks_and_not_the_models(tmp_path: Path) -> None:
-    dims = replace(DIMS, hidden_size=512, double_blocks=3, single_blocks=10)
+    dims = replace(DIMS, hidden_size=512, double_blocks=2, single_blocks=6)
     save_file(dense_flux(dims), tmp_path / "large.safetensors")
     size = (tmp_path / "large.safetensors").stat().st_size / 2**20
     block = 2 * 36 * 512**2 / 2**20  # MiB of a double block in bfloat16
@@ -430,7 +430,7 @@ def test_streamed_the_memory_is_a_blocks_and_not_the_models(tmp_path: Path) -> N
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     where_it_is_mapped, copied, held = json.loads(done.stdout)
-    assert size > 6 * block
+    assert size > 4 * block
     assert where_it_is_mapped[0] < block
     assert where_it_is_mapped[1] < 4 * block
     assert 1.5 * block < copied[0] < 3 * block  # in float32
