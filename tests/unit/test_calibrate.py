@@ -240,6 +240,15 @@ def test_a_folder_of_another_calibration_is_refused(folder: Path) -> None:
         run(folder, teacher="another")
 
 
+def test_a_folder_of_an_older_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files lack what later versions ask of them."""
+    monkeypatch.setattr("d2m_train.calibrate.FORMAT", 1)
+    run(folder)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="holds another calibration: format differ"):
+        run(folder)
+
+
 def test_a_folder_that_cannot_be_made_is_named(folder: Path) -> None:
     folder.write_text("a file")
     with pytest.raises(UserError, match=r"calibration: cannot be made .*--calibration"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2m_model import VERSION
+from d2m_model.checkpoint import check_file
+from d2m_model.config import CapacityRouter
+from d2m_model.cost import Conversion, Tokens, flux
 from d2m_train.__main__ import main
 
-from .small_flux import save_flux
+from .small_flux import DIMS, dense_flux, save_flux
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,6 +127,62 @@ def test_split_only_leaves_the_weights_the_teachers(teacher: Path, data: Path, t
     assert torch.equal(tensors["double_blocks.1.img_mlp.2.weight"], dense["double_blocks.1.img_mlp.2.weight"][:, order])
 
 
+def test_groups_and_capacity_are_chosen_and_shown(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    teacher, moe = tmp_path / "deep.safetensors", tmp_path / "moe.safetensors"
+    save_file(dense_flux(replace(DIMS, double_blocks=4, single_blocks=5)), teacher)
+    method = ("--experts", "dealt", "--importance", "weight-norm", "--predictor-width", "8", "--top-k", "3")
+    command = [
+        "convert",
+        "--teacher",
+        teacher,
+        "--out",
+        moe,
+        "--data",
+        data,
+        "--batches",
+        4,
+        "--batch-size",
+        2,
+        *method,
+    ]
+    command += [
+        "--preset",
+        "XS",
+        "--groups",
+        "double:1-3,single:0-3/2",
+        "--selection",
+        "window",
+        "--router-kind",
+        "capacity",
+    ]
+    assert main([str(argument) for argument in command]) == 0
+    said = capsys.readouterr().out
+    assert "Of the single blocks 0 to 3 2 run (window)." in said
+    assert "capacity predictors agree" in said
+    assert main(["inspect", str(moe)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "group double blocks 1 to 3, 1 active (window)" in text
+    assert "group single blocks 0 to 3, 2 active (window)" in text
+    assert "routing by capacity, 3 experts a token on average, predictor 8 wide, gate sum" in text
+    assert main(["inspect", str(moe), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["moe"]["capacity_router"] == {"capacity": 3.0, "width": 8}
+    config = check_file(moe)
+    activated = Conversion(
+        ffns=config.ffns,
+        groups=config.groups,
+        adaln_rank=11,
+        top_k=3,
+        capacity_router=CapacityRouter(capacity=3, width=8),
+    )
+    cost = flux(config.dims, activated, Tokens(image=1, text=1))
+    assert facts["activated_parameters"]["touched"] == round(cost.touched)
+    assert facts["parameters"] == round(cost.total)
+
+
 def test_options_change_the_file_and_the_seed_repeats_it(teacher: Path, tmp_path: Path) -> None:
     def order_and_router(*options: str) -> tuple[torch.Tensor, torch.Tensor]:
         main(["convert", "--teacher", str(teacher), "--out", str(tmp_path / "moe.safetensors"), *options])
@@ -143,7 +203,13 @@ def test_mistakes_give_one_clear_line(teacher: Path, tmp_path: Path, capsys: pyt
     assert "no such file" in fails(capsys, "inspect", tmp_path / "none.safetensors")
     assert "no such file" in fails(capsys, "convert", "--teacher", tmp_path / "none", "--out", out)
     assert "Preset XS needs 4 double blocks or more; this FLUX has 2" in fails(capsys, *convert, "--preset", "XS")
-    for option in (("--importance", "taylor"), ("--experts", "coactivation"), ("--router", "ridge"), ("--refit",), ("--groups", "auto")):
+    needs = ("--importance taylor", "--experts coactivation", "--router ridge", "--refit", "--groups auto")
+    for option in (
+        *(tuple(option.split()) for option in needs),
+        ("--block-router", "ridge"),
+        ("--router-kind", "capacity"),
+        ("--baseline", "depth_pruning"),
+    ):
         assert f"{' '.join(option)} needs --data emoji or --data FILE" in fails(capsys, *convert, *option)
     assert "--adaln-rank changes weights, which --split-only forbids" in fails(
         capsys, *convert, "--split-only", "--adaln-rank", "8"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from d2m_model.hosts.diffusers import load_flux_moe, load_transformer
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from d2m_train.__main__ import main
 from demo import dataset, prompt_encoder
 from demo.sample import sample
@@ -32,7 +32,7 @@ def converted(tmp_path: Path, *options: str) -> nn.Module:
     file = tmp_path / "moe.safetensors"
     command = ["convert", "--teacher", str(TEACHER), "--out", str(file), "--data", "emoji", "--batches", "8"]
     assert main([*command, "--calibration", str(tmp_path / "calibration"), *options]) == 0
-    return load_flux_moe(file, torch.float32)[0]
+    return FluxMoETransformer2DModel.from_flux_moe(file, torch.float32)
 
 
 def test_the_default_stays_much_nearer_to_the_teacher_than_the_papers_initialisation(tmp_path: Path) -> None:
@@ -43,3 +43,12 @@ def test_the_default_stays_much_nearer_to_the_teacher_than_the_papers_initialisa
     distances = {"paper": paper, "split only": split_only, "default": default}
     assert default <= 0.75 * paper, distances  # docs/training-free.md: 0.6, with the whole calibration and 20 steps
     assert default < split_only < paper, distances
+
+
+def test_block_routers_from_calibration_stay_much_nearer_than_random_ones(tmp_path: Path) -> None:
+    """Preset XS: one of each three grouped double blocks and one of each five single blocks runs."""
+    method = ("--experts", "dealt", "--importance", "weight-norm", "--preset", "XS")
+    teacher = paint(load_transformer(TEACHER, torch.float32))
+    ridge = latent_distance(paint(converted(tmp_path, *method)), teacher)
+    random = latent_distance(paint(converted(tmp_path, *method, "--block-router", "random")), teacher)
+    assert ridge <= 0.8 * random, {"ridge": ridge, "random": random}
