@@ -193,6 +193,19 @@ def test_a_block_called_by_itself_runs(model: FluxMoETransformer2DModel) -> None
 
 
 @torch.no_grad()
+def test_a_cache_of_blocks_works_on_them(model: FluxMoETransformer2DModel) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    asked, other = inputs(2), inputs(2, seed=1)
+    expected = velocity(model, asked), velocity(model, other)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("cond"):
+        torch.testing.assert_close(velocity(model, asked), expected[0])
+        torch.testing.assert_close(velocity(model, other), expected[1])
+    model.disable_cache()
+
+
+@torch.no_grad()
 def test_groups_come_back_from_the_file_and_from_save_pretrained(
     pair: Pair, model: FluxMoETransformer2DModel, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ CHOICES, and is taken out before diffusers sees them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -83,3 +84,12 @@ def _where_chosen(
     else:
         text, image = run_on(choices.samples_of(member), run, streams, temb=temb_BH, attention=attention)
     return text, image
+
+
+with suppress(ImportError):  # caches of blocks (enable_cache) ask there what a block returns
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    for kind in (RoutedTransformerBlock, RoutedSingleTransformerBlock):
+        TransformerBlockRegistry.register(
+            kind, TransformerBlockMetadata(return_hidden_states_index=1, return_encoder_hidden_states_index=0)
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -44,10 +44,13 @@ def fill(
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype | None,
     device: str | torch.device,
+    only: Container[str] | None = None,
 ) -> None:
-    """Every parameter and buffer, copied from the file's tensors."""
+    """Every parameter and buffer, copied from the file's tensors; of `only` these, where it is given."""
     dense = dense_shapes(config.dims)
     for name, parts in places(config, optional).items():
+        if only is not None and name not in only:
+            continue
         stored = tensor(name)
         target = stored.dtype if stored.dtype not in FLOAT8 else torch.bfloat16
         if dtype is not None and name in dense:
@@ -66,21 +69,27 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 def flux_moe_tensors(
-    model: FluxMoETransformer2DModel, config: FluxMoEConfig, whole: Callable[[Tensor], Tensor] = as_it_is
+    model: FluxMoETransformer2DModel,
+    config: FluxMoEConfig,
+    whole: Callable[[Tensor], Tensor] = as_it_is,
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model's FLUX-MoE file, one at a time, `d2m_config` last.
+    """Every tensor of the model's FLUX-MoE file, one at a time, `d2m_config` last; of `only` these, where it is given.
 
     `whole` turns a parameter or buffer, of which this rank may hold a part, into all of it; it is called for each of them
     once, in the same order on every rank. What is yielded may be the model's own: to be read, not written.
     """
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, parts in places(config, model.optional).items():
+        if only is not None and name not in only:
+            continue
         with torch.no_grad():
             found = [place.give(whole(held[place.name].detach())) for place in parts]
             tensor = found[0] if len(found) == 1 else torch.cat(found, dim=parts[0].axis)
         del found
         yield name, tensor
-    yield CONFIG_KEY, config_tensor(config)
+    if only is None or CONFIG_KEY in only:
+        yield CONFIG_KEY, config_tensor(config)
 
 
 def flux_moe_specs(
