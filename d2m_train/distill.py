@@ -18,8 +18,10 @@ import torch
 
 from d2m_model.checkpoint import check_file
 from d2m_model.config import FluxMoEConfig
+from d2m_model.teacher import open_teacher
 
 from . import UserError
+from .blockwise import check_blockwise, train_blockwise
 from .conversion import convert, settings_of
 from .data import open_source, prepare
 from .data.batch import DataSource
@@ -66,10 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(run: RunConfig) -> int:
     """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
-    if run.training.blockwise:
-        from .blockwise import distill_blockwise
-
-        return distill_blockwise(run)
     processes = Processes(run)
     with processes.stoppable():
         try:
@@ -90,10 +88,15 @@ class Distill:
 
     def run_all(self) -> None:
         run = self.run
+        train = train_stage
+        if run.training.blockwise:
+            check_blockwise(run, self.processes)
+            train = train_blockwise
         if self.processes.main:
             prepare_folder(run)
         self.processes.wait()
         path = self._teacher_file()
+        open_teacher(path).close()  # before data are prepared for one that is not there
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.processes.device)
         prepare(data, self.processes.rank, self.processes.count)
         self.processes.wait()
@@ -107,10 +110,11 @@ class Distill:
                 self.processes.say(f"{stage}: {files.student} is there already.")
                 continue
             if teacher is None:
-                teacher = open_frozen_teacher(
-                    run.teacher, self.processes.device, fused=path if run.teacher.loras else None
+                section = (
+                    run.teacher.model_copy(update={"offload": "stream"}) if run.training.blockwise else run.teacher
                 )
-            train_stage(run, stage, files, self.processes, teacher, data, identity)
+                teacher = open_frozen_teacher(section, self.processes.device, fused=path if section.loras else None)
+            train(run, stage, files, self.processes, teacher, data, identity)
         if "export" in run.stages:
             self._export()
 
@@ -171,19 +175,19 @@ def converted_file(run: RunConfig) -> Path:
 
 
 def latest_student(run: RunConfig, stage: Stage, has: tuple[Stage, ...]) -> Path:
-    """The student that a stage begins with: of the nearest stage before it. Raises UserError if that has not been run.
+    """The student that a stage begins with, of the stage before it. Raises UserError if that has not been run.
 
     `has`: the training stages of this student. One with no steps may be left out of a run.
     """
-    before = [s for s in STAGES[: STAGES.index(stage)] if s == "convert" or s in has]
-    for earlier in reversed(before):
+    for earlier in reversed([s for s in STAGES[: STAGES.index(stage)] if s == "convert" or s in has]):
         found = run.output_dir / earlier / "student.safetensors"
         if found.exists():
             return found
-        if earlier != "convert" and earlier in run.stages:
+        if earlier == "convert" or getattr(run.stage, earlier).steps > 0:
             break
     raise UserError(
-        f"Stage {stage} begins with {found}, which is missing. Run stage {before[-1]} first (stages=[{before[-1]}])."
+        f"Stage {stage} begins with {found}, which is missing. Run stage {earlier} first (stages=[{earlier}])"
+        + ("." if earlier == "convert" else f", or do without it (stage.{earlier}.steps=0).")
     )
 
 

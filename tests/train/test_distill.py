@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from d2m_train.eyes import read_log
 from tests.train.runs import ROOT, distill, environment, run_file, succeed, write_inputs
 
 STAGES = ("shared", "experts", "blocks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the processes of these tests have: sums in another order have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +144,7 @@ def test_stage_blocks_leaves_isolated_blocks_bit_for_bit(finished: Path) -> None
     moved = changed(before, after)
     assert {name for name in moved if not name.startswith((*inside, "block_groups."))} == set()
     assert {"block_groups.0.router_x.weight", "block_groups.1.router_y.weight"} <= moved
-    assert f"{inside[0]}img_attn.qkv.weight" in moved
+    assert [name for name in moved if name.endswith("img_attn.qkv.weight")], "what a group trains is whole blocks"
 
 
 def test_every_step_is_logged_with_its_losses_and_what_the_routers_did(finished: Path) -> None:
@@ -160,9 +169,9 @@ def test_a_stage_alone_begins_with_the_file_of_the_one_before(begun: Callable[..
 def test_a_stage_without_the_one_before_says_so(
     begun: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "stage shared first" in error_of(
-        main([*begun("shared", "experts", "blocks"), "stages=[shared, blocks]", "stages=[blocks]"]), capsys
-    )
+    again = begun("experts", "blocks")
+    assert "Run stage experts first" in error_of(main([*again, "stages=[blocks]"]), capsys)
+    assert main([*again, "stages=[blocks]", "stage.experts.steps=0", "stage.blocks.steps=1"]) == 0
 
 
 def test_restart_makes_a_stage_and_those_behind_it_anew(begun: Callable[..., list[str]], finished: Path) -> None:
