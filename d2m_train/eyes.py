@@ -50,8 +50,10 @@ class Eyes:
         `start`: the step that the stage goes on from; 0 is a new one. Raises UserError where W&B is asked for and missing.
         """
         self.folder, self.section, self.steps, self.main = folder, section, steps, main
+        self._stage = stage
         self._step, self._sums, self._tokens, self._count = start, defaultdict[str, float | Tensor](float), 0, 0
         self._begun = self._since = time.monotonic()
+        self._part: dict[str, str] = {}
         self._wandb: Any = None
         if not main:
             return
@@ -76,6 +78,13 @@ class Eyes:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def begin_part(self, kind: str, name: str) -> None:
+        """What follows is of one part of the stage (kind: block, say), which every line of the log names from here on."""
+        if self.main:
+            self._end_interval()
+            self._part = {kind: name}
+            self._bar.set_description(f"{self._stage} {name}", refresh=False)
 
     def step(
         self,
@@ -178,7 +187,9 @@ class Eyes:
 
     def _write(self, fields: Mapping[str, Any]) -> None:
         # JSON knows no NaN; null says that there was something, and no number.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
+        } | self._part
         self._log.write(json.dumps(plain) + "\n")
 
 

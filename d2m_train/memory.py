@@ -6,9 +6,9 @@ In bytes, off the student's parameters: each says what it takes, whole or as one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,8 +18,11 @@ from d2m_model.keys import diffusers_shapes
 
 from .activations import Activations
 from .run_config import RunConfig
-from .stages import BLOCKS_OF_DIFFUSERS
+from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
 from .teachers import NF4_BLOCK, NF4_SCALER_BLOCK
+
+if TYPE_CHECKING:
+    from .block_training import Part
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
@@ -92,27 +95,44 @@ def shared_memory(
 
 
 def blockwise_memory(
-    run: RunConfig, teacher: FluxDims, weights: Sequence[Weight], working: Activations, tokens: Tokens
+    run: RunConfig,
+    teacher: FluxDims,
+    parts: Sequence[Part],
+    weights: Sequence[Weight],
+    kept: Activations,
+    working: Activations,
+    tokens: Tokens,
 ) -> dict[str, int]:
-    """One block at a time: the largest of each."""
-    blocks: dict[str, list[Weight]] = {}
-    for weight in weights:
-        if weight.block:
-            blocks.setdefault(weight.block, []).append(weight)
+    """One part at a time: the memory of the one that takes most. The teacher's block has gone when it is trained.
 
-    def most(of: Iterable[int]) -> int:
-        return max(of, default=0)
-
-    trained = [[weight for weight in block if weight.trained] for block in blocks.values()]
+    `kept`: what autograd keeps; `working`: without gradient checkpointing, which blockwise mode has in groups alone.
+    """
+    shared = sum(weight.nbytes for weight in weights if weight.name.startswith("adaln_in."))
+    on_gpu, in_blocks = teacher_bytes(run, teacher, offload="none")
     elements = run.training.batch_size * tokens.joint * teacher.hidden_size
-    return {
-        "student's weights": most(sum(weight.nbytes for weight in block) for block in blocks.values()),
-        "gradients": most(sum(weight.nbytes for weight in block) for block in trained),
-        "optimizer": most(optimizer_bytes(run, block) for block in trained),
-        "teacher's weights": teacher_bytes(run, teacher, offload="stream")[0],
-        "activations": working.largest_block,
-        "block outputs to compare": 3 * elements * getattr(torch, run.teacher.dtype).itemsize,
-    }
+    student: torch.dtype = getattr(torch, run.student.dtype)
+    found: list[dict[str, int]] = []
+    for part in parts:
+        own = [weight for weight in weights if part.has(weight.name)]
+        trained = [weight for weight in own if weight.trained and not weight.name.startswith("adaln_in.")]
+        blocks = [f"{BLOCKS_OF_FLUX[part.kind]}.{index}" for index in part.blocks]
+        worked = [working.by_block.get(block, 0) for block in blocks]
+        activations = sum(worked)
+        if run.training.gradient_checkpointing and len(blocks) > 1:
+            activations = sum(kept.by_block.get(block, 0) for block in blocks) + max(worked)
+        size = {
+            "student's weights": shared + sum(weight.nbytes for weight in own),
+            "gradients": sum(weight.nbytes for weight in trained),
+            "optimizer": optimizer_bytes(run, trained),
+            "teacher's weights": on_gpu - in_blocks,
+            "activations": activations,
+            # What is given and what is wanted; all three in float32 to compare them, and the errors.
+            "block outputs to compare": elements * (2 * student.itemsize + 6 * 4),
+        }
+        if run.training.ema is not None:
+            size["average"] = sum(weight.nbytes for weight in trained)
+        found.append(size)
+    return max(found, key=lambda size: sum(size.values()), default={})
 
 
 def optimizer_bytes(run: RunConfig, trained: Sequence[Weight]) -> int:

@@ -28,8 +28,11 @@ from d2m_model.tensor_file import TensorFile
 
 from . import UserError
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
+from .block_training import Part
+from .blockwise import parts_of
 from .conversion import shallow
 from .conversion_settings import config_of, settings_of
+from .feature_store import disk_bytes
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
 from .report import EMOJI, FLUX_DEV
 from .run_config import KnownFlux, RunConfig, Stage
@@ -59,6 +62,7 @@ class StageEstimate:
     flops: float
     memory: dict[str, int]
     checkpoint: int  # bytes of one
+    parts: tuple[int, ...] = ()  # bytes in the file of what blockwise mode trains one by one
 
     @property
     def gpu_memory(self) -> int:
@@ -250,8 +254,14 @@ class _Setting:
                 working = saved_activations(run, plan, core, self.teacher, self.tokens)
         trained = [weight for weight in weights if weight.trained]
         samples = section.steps * run.training.accumulation * run.training.batch_size * self.processes
+        copies = 2 if run.training.ema is not None else 1
+        parts: list[Part] = []
+        saved = [trained]
         if run.training.blockwise:
-            memory = blockwise_memory(run, self.teacher, weights, working, self.tokens)
+            parts = parts_of(self.config, plan, {weight.name for weight in trained}, self.teacher.double_blocks)
+            saved = [[weight for weight in trained if part.has(weight.name)] for part in parts]
+            samples *= len(parts)
+            memory = blockwise_memory(run, self.teacher, parts, weights, activations, working, self.tokens)
         else:
             memory = shared_memory(run, weights, buffers, self.processes, self.strategy)
             memory["teacher's weights"] = teacher_bytes(run, self.teacher)[0]
@@ -259,26 +269,32 @@ class _Setting:
             if working is not activations:
                 memory["one block's, computed again"] = working.largest_block
             memory["block outputs to compare"] = feature_bytes(run, plan, self.teacher, self.tokens)
-        copies = 2 if run.training.ema is not None else 1
         return StageEstimate(
             stage=stage,
             steps=section.steps,
             trained=sum(weight.count for weight in trained),
             samples=samples,
             tokens=round(samples * _mean_tokens(run)),
-            flops=self._flops(weights),
+            flops=self._flops(weights, len(parts)),
             memory=memory,
-            checkpoint=copies * sum(weight.nbytes for weight in trained) + optimizer_bytes(run, trained),
+            checkpoint=max(copies * sum(w.nbytes for w in part) + optimizer_bytes(run, part) for part in saved)
+            if saved
+            else 0,
+            parts=tuple(sum(w.nbytes for w in weights if part.has(w.name)) for part in parts),
         )
 
-    def _flops(self, weights: Sequence[Weight]) -> float:
+    def _flops(self, weights: Sequence[Weight], parts: int) -> float:
         """Of one sample's step: the teacher forward; the student forward, back through what it computes and through the
         weights that are trained, and forward again under gradient checkpointing. All blocks of a group run, and are masked.
+
+        Blockwise, of one of so many parts, and without the teacher.
         """
         groups = tuple(replace(group, active=group.blocks) for group in self.config.groups)
         student = flux(self.config.dims, _conversion(replace(self.config, groups=groups)), self.tokens).flops
         share = sum(weight.count for weight in weights if weight.trained) / sum(weight.count for weight in weights)
         again = 1 if self.run.training.gradient_checkpointing else 0
+        if parts:
+            return student * (2 + share) / parts
         return flux(self.teacher, DENSE, self.tokens).flops + student * (2 + share + again)
 
 
@@ -312,8 +328,15 @@ def _disk(
     trained = getattr(torch, run.student.dtype)
     for stage in stages:
         disk[f"student after {stage.stage}"] = file(trained)
-        # One more while it is being written.
-        disk[f"checkpoints of {stage.stage}"] = stage.checkpoint * (min(run.checkpoints.keep, stage.steps) + 1)
+        if not run.training.blockwise:
+            # One more while it is being written.
+            disk[f"checkpoints of {stage.stage}"] = stage.checkpoint * (min(run.checkpoints.keep, stage.steps) + 1)
+    if run.training.blockwise and stages:
+        # Of one stage after the other.
+        kept = run.checkpoints.keep + 1
+        disk["checkpoints of a block"] = max(stage.checkpoint for stage in stages) * kept
+        disk["trained blocks"] = max(sum(stage.parts) for stage in stages)
+        disk["teacher's features"] = disk_bytes(run, teacher.hidden_size, tokens_of(run).joint)
     if "export" in run.stages:
         disk["export"] = file(getattr(torch, run.export.dtype))
     return disk
@@ -327,6 +350,12 @@ def _notes(run: RunConfig, strategy: Strategy, stages: Sequence[StageEstimate]) 
         notes.append("DeepSpeed's share is estimated, not counted.")
     if run.training.optimizer == "adamw_8bit":
         notes.append("The state of 8-bit AdamW is estimated, not counted.")
+    if run.training.blockwise:
+        parts = ", ".join(f"{stage.stage} {len(stage.parts)}" for stage in stages)
+        notes.append(
+            f"Blockwise: steps are of each block or group ({parts}). Once a stage the teacher makes the features of "
+            f"{run.training.blockwise_samples:,} samples, block by block."
+        )
     if run.data.source not in ("emoji", "latents") and stages:
         notes.append("The cache of latents and text embeddings comes on top: see `python -m d2m_train cache`.")
     return notes

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +19,9 @@ from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing, UnevenRouting
 
-from .data.batch import Batch
 from .eyes import Eyes
 from .losses import balance_loss
-from .step import kept_tokens
-
-if TYPE_CHECKING:
-    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+from .router_training import RoutedModel, Tokens, kept_tokens
 
 PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
 
@@ -50,12 +45,12 @@ class RouterSummary:
 class RouterStatistics:
     """Of a student in training: `add` after every step, `report` at the end of an interval, on every rank alike."""
 
-    model: FluxMoETransformer2DModel
+    model: RoutedModel
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _warned: dict[str, list[int]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, batch: Batch | None = None) -> None:
+    def add(self, batch: Tokens | None = None) -> None:
         """What MoEFFNs and block groups chose in the last forward. `batch` is the one that they saw: it knows the padding."""
         kept: dict[str, Tensor] = {}
         for name, moe in self.model.moe_ffns().items():

@@ -173,7 +173,10 @@ class TrainingSection(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     blockwise: bool = False
-    """One block at a time against the teacher's features: a 12 B conversion on one consumer GPU."""
+    """One block at a time against the teacher's features, which are kept on the disk: a 12 B conversion on one consumer
+    GPU. `steps` of a stage are then of each block. It initialises; end-to-end distillation follows."""
+    blockwise_samples: Count = 512
+    """Of which the teacher's features are kept, for as long as the stage lasts; a block walks through them again and again."""
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: Weight = 0.0

@@ -135,7 +135,7 @@ def block_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
     if config.adaln_rank is None:  # compressed modulations change every block
         changed = [place for place, (kind, index) in enumerate(blocks) if _is_changed(config, kind, index)]
         blocks = blocks[min(changed, default=len(blocks)) :]
-    outputs = _teacher_outputs(config)
+    outputs = teacher_outputs(config)
     return tuple(
         Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
         for kind, index in blocks
@@ -144,7 +144,7 @@ def block_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
 
 def group_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
     """The output of each group's last block, or of the block that stands in for a pruned group."""
-    outputs = _teacher_outputs(config)
+    outputs = teacher_outputs(config)
     last = [(group.kind, group.first + group.blocks - 1) for group in config.groups] + _stand_ins(config)
     return tuple(
         Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
@@ -168,7 +168,7 @@ def _is_changed(config: FluxMoEConfig, kind: str, index: int) -> bool:
     return grouped or any(ffn == name or ffn.startswith(f"{name}.") for ffn in config.ffns)
 
 
-def _teacher_outputs(config: FluxMoEConfig) -> Mapping[str, list[int]]:
+def teacher_outputs(config: FluxMoEConfig) -> Mapping[str, list[int]]:
     """Of every block the teacher's block whose output it is to give: itself, unless depth pruning has renumbered them."""
     depths = {"double": config.dims.double_blocks, "single": config.dims.single_blocks}
     pruned: Mapping[str, list[int]] = config.provenance.get("teacher_outputs") or {}
@@ -178,7 +178,7 @@ def _teacher_outputs(config: FluxMoEConfig) -> Mapping[str, list[int]]:
 def _stand_ins(config: FluxMoEConfig) -> list[tuple[str, int]]:
     """The blocks of a depth-pruned student that stand in for several of the teacher's."""
     found = []
-    for kind, outputs in _teacher_outputs(config).items():
+    for kind, outputs in teacher_outputs(config).items():
         before = [-1, *outputs[:-1]]
         found += [
             (kind, index) for index, (last, now) in enumerate(zip(before, outputs, strict=True)) if now > last + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,17 +216,40 @@ def _offload(model: FluxTransformer2DModel, device: torch.device) -> None:
     )
 
 
+class _Streamed:
+    """A block's weights in a file, which it has during each forward, or as long as a `with` of this lasts."""
+
+    def __init__(
+        self, block: nn.Module, names: Sequence[str], weights: _Weights, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._block, self._names, self._weights = block, names, weights
+        self._device, self._dtype = device, dtype
+        self._entered = 0
+
+    def __enter__(self) -> None:
+        self._entered += 1
+        if self._entered == 1:
+            self._weights.lend(self._block, self._names, self._device, self._dtype, keep=False)
+
+    def __exit__(self, *_: object) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._weights.take_back(self._block, self._names)
+
+
 def _stream(
     block: nn.Module, names: Sequence[str], weights: _Weights, device: torch.device, dtype: torch.dtype
 ) -> None:
-    def before(module: nn.Module, _: object) -> None:
-        weights.lend(module, names, device, dtype, keep=False)
+    streamed = _Streamed(block, names, weights, device, dtype)
+    block.streamed = streamed  # type: ignore[assignment]
+    block.register_forward_pre_hook(lambda *_: streamed.__enter__())
+    block.register_forward_hook(lambda *_: streamed.__exit__(), always_call=True)
 
-    def after(module: nn.Module, _: object, __: object) -> None:
-        weights.take_back(module, names)
 
-    block.register_forward_pre_hook(before)
-    block.register_forward_hook(after, always_call=True)
+def held(block: nn.Module) -> AbstractContextManager[None]:
+    """A block of a teacher with `offload: stream` keeps its weights on the device during the `with`, for many forwards."""
+    streamed: _Streamed = block.streamed  # type: ignore[assignment]
+    return streamed
 
 
 # Quantisation

@@ -1,0 +1,365 @@
+"""A training stage block by block against the teacher's features (method.md, Blockwise mode): a 12 B model on one GPU.
+
+Of the teacher one block is in memory at a time, of the student one block (in stage `blocks` one group of them) with its
+optimizer; both are read from their files, and the features from the disk (feature_store.py). Every part is given the
+teacher's own features, not what the student makes of them, so parts do not depend on each other; and U of the AdaLN
+compression, which all blocks share, stays as it is. So it initialises: end-to-end distillation follows.
+
+A part that is finished is a file. A run that was stopped or killed goes on with the first part that has none, at that
+part's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from d2m_model.checkpoint import CONFIG_KEY, check_file, config_tensor, optional_tensors
+from d2m_model.config import FluxMoEConfig
+from d2m_model.conversion.convert import metadata_of
+from d2m_model.keys import dense_shapes
+from d2m_model.tensor_file import Shape, TensorFile, bytes_of
+from d2m_model.tensor_writer import TensorWriter
+
+from . import UserError
+from .block_training import Part, PartTraining
+from .checkpoints import Checkpoints
+from .data.batch import DataSource
+from .eyes import Eyes
+from .feature_store import FeatureStore, disk_bytes
+from .identity import of_stage
+from .loop import StageFiles, Stopped, with_gate
+from .memory import Weight, optimizer_bytes
+from .processes import Processes
+from .run_config import RunConfig, Stage, StageSection
+from .stages import BLOCKS_OF_FLUX, Plan, blocks_of, members, plan_of, prepare_student, teacher_outputs, trainable_names
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+IDENTITY = "blockwise.json"  # in the stage's folder: whose parts and features these are
+
+
+def check_blockwise(run: RunConfig, processes: Processes) -> None:
+    """Raises UserError for what blockwise mode does not do."""
+    if processes.strategy != "single":
+        raise UserError(
+            f"training.blockwise is for a single process; here are {processes.count} ({processes.strategy}). Start it "
+            "without accelerate launch, or leave out training.blockwise: several GPUs share a student by FSDP2."
+        )
+    if run.teacher.quantise is not None:
+        raise UserError(
+            f"training.blockwise reads the teacher's own weights, block by block; leave out teacher.quantise "
+            f"({run.teacher.quantise})."
+        )
+    if run.losses.feature == 0:
+        raise UserError("training.blockwise trains by the feature loss alone; losses.feature is 0.")
+
+
+def train_blockwise(
+    run: RunConfig,
+    stage: Stage,
+    files: StageFiles,
+    processes: Processes,
+    teacher: FluxTransformer2DModel,
+    data: DataSource,
+    identity: dict[str, Any],
+) -> None:
+    """As loop.train_stage, of a teacher with `offload: stream`.
+
+    Raises Stopped after SIGTERM, and UserError or CheckpointError for whatever the user can put right.
+    """
+    _Blockwise(run, stage, files, processes, teacher, data, of_stage(identity, stage)).train()
+
+
+def parts_of(config: FluxMoEConfig, plan: Plan, trainable: Collection[str], teacher_doubles: int) -> list[Part]:
+    """What a stage trains, in the order in which it runs: blocks, and groups where they choose, that have something to
+    train. `teacher_doubles`: the teacher's double blocks, of which a depth-pruned student has fewer.
+
+    A block's features are those of the teacher's block whose output it is to give, and of the one before.
+    """
+    outputs = teacher_outputs(config)
+    groups: dict[tuple[str, int], int] = {
+        (group.kind, index): number for number, group in enumerate(config.groups) for index in members(group)
+    }
+    parts: list[Part] = []
+    depth = 0
+    for kind, index in blocks_of(config):
+        if (kind, index) == ("single", 0):
+            depth = teacher_doubles
+        start, depth = depth, outputs[kind][index] + 1 + (teacher_doubles if kind == "single" else 0)
+        number = groups.get((kind, index)) if plan.groups_on else None
+        if number is None:
+            name = f"{BLOCKS_OF_FLUX[kind]}.{index}"
+            parts.append(Part(name=name, kind=kind, blocks=(index,), start=start, end=depth, group=None))
+        elif parts and parts[-1].group == number:
+            last = parts.pop()
+            parts.append(
+                Part(
+                    name=last.name,
+                    kind=kind,
+                    blocks=(*last.blocks, index),
+                    start=last.start,
+                    end=depth,
+                    group=number,
+                )
+            )
+        else:
+            name = f"block_groups.{number}"
+            parts.append(Part(name=name, kind=kind, blocks=(index,), start=start, end=depth, group=number))
+    return [part for part in parts if any(part.has(name) for name in trainable)]
+
+
+class _Blockwise:
+    """One stage."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        stage: Stage,
+        files: StageFiles,
+        processes: Processes,
+        teacher: FluxTransformer2DModel,
+        data: DataSource,
+        identity: dict[str, Any],
+    ) -> None:
+        self.run, self.stage, self.files, self.processes = run, stage, files, processes
+        self.section: StageSection = getattr(run.stage, stage)
+        self.identity = identity
+        self.source = check_file(files.source)
+        core = self._core(())
+        self.config = with_gate(core, stage)
+        self.plan = plan_of(stage, self.config, self.section)
+        trainable = trainable_names(core, self.plan)
+        self.parts = parts_of(self.config, self.plan, trainable, len(teacher.transformer_blocks))
+        self._check_outside(trainable)
+        self.specs = self._specs()
+        self.weights = [Weight.of(name, p) for name, p in core.named_parameters() if name in trainable]
+        self.names = {part.name: self._names_of(core, part) for part in self.parts}
+        self.store = FeatureStore(
+            files.folder / "features", teacher, data, run, report=processes.say, check_stop=self._check_stop
+        )
+        self.hidden_size: int = teacher.inner_dim
+        self.eyes: Eyes | None = None
+
+    def train(self) -> None:
+        self._check_identity()
+        done = self._done()
+        self._check_disk()
+        steps, start = self.section.steps, 0
+        if done < len(self.parts):
+            start = (self._checkpoints(self.parts[done]).steps() or [0])[-1]
+        if done or start:
+            at = f"step {start} of {self.parts[done].name}" if done < len(self.parts) else "the end"
+            self.processes.say(f"{self.stage}: going on at {at}, {done} of {len(self.parts)} parts are trained.")
+        with Eyes(
+            self.files.folder,
+            self.files.tensorboard,
+            self.run.eyes,
+            stage=self.stage,
+            steps=steps * len(self.parts),
+            start=done * steps + start,
+            main=self.processes.main,
+            run_name=self.run.output_dir.name,
+        ) as self.eyes:
+            for number in range(done, len(self.parts)):
+                self._train_part(number, self.eyes)
+        self.store.remove()
+        self._write_student()
+        shutil.rmtree(self.files.folder / "parts", ignore_errors=True)
+        shutil.rmtree(self.files.checkpoints, ignore_errors=True)
+
+    def _train_part(self, number: int, eyes: Eyes) -> None:
+        part = self.parts[number]
+        eyes.begin_part("block", part.name)
+        with eyes.paused():
+            self.store.provide(part.start, part.end)
+        core = self._core(self.names[part.name])
+        with_gate(core, self.stage)
+        frozen = self.run.student.frozen_dtype
+        prepare_student(core, self.plan, None if frozen is None else getattr(torch, frozen))
+        if core.adaln_in is not None:
+            core.adaln_in.requires_grad_(False)
+        training = PartTraining(self.run, self.stage, core, part, number, self.plan, self.store, self.processes)
+        checkpoints = self._checkpoints(part)
+        checkpoints.clean()
+        training.run_steps((checkpoints.steps() or [0])[-1], checkpoints, eyes)
+        with training.averaged():
+            self._write_part(core, part)
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        del training
+        self.processes.release()
+
+    def _check_stop(self) -> None:
+        """Between two entries of the features, and so between two parts: what there is of them stays."""
+        if self.processes.stop_asked():
+            if self.eyes is not None:
+                self.eyes.event("stopped", message=f"Stage {self.stage}: stopped; resume=latest goes on there")
+            raise Stopped
+
+    # What is trained
+
+    def _core(self, names: Collection[str]) -> FluxMoETransformer2DModel:
+        """The student without weights but for these tensors of its file, and U."""
+        from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+        from d2m_model.hosts.diffusers.tensors import fill
+
+        config = self.source
+        with TensorFile(self.files.source) as file:
+            optional = tuple(name for name in optional_tensors(config) if name in file.shapes)
+            with torch.device("meta"):
+                core = FluxMoETransformer2DModel(config, optional)
+
+            def tensor(name: str) -> torch.Tensor:
+                return file.tensor(name)
+
+            wanted = {*names, "adaln_in.weight"} if names else set()
+            fill(core, config, optional, tensor, getattr(torch, self.run.student.dtype), self.processes.device, wanted)
+            for name in names:
+                file.release(name)
+        return core
+
+    def _names_of(self, core: FluxMoETransformer2DModel, part: Part) -> list[str]:
+        """The file's tensors of a part."""
+        from d2m_model.hosts.diffusers.places import places
+
+        table = places(self.config, core.optional)
+        return [name for name, found in table.items() if any(part.has(place.name) for place in found)]
+
+    def _check_outside(self, trainable: Collection[str]) -> None:
+        """Raises UserError for patterns of the run that reach outside of blocks."""
+        outside = [name for name in trainable if not any(part.has(name) for part in self.parts)]
+        if others := [name for name in outside if not name.startswith("adaln_in.")]:
+            raise UserError(
+                f"stage.{self.stage}.trainable: {others[0]} is in no block; training.blockwise trains blocks alone. "
+                "Leave it out, or train end to end."
+            )
+        if outside:
+            self.processes.say(f"{self.stage}: U of the AdaLN compression stays as it is; all blocks share it.")
+
+    # Files
+
+    def _specs(self) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Of the student that the stage ends with, as loop.train_stage writes it."""
+        dtype, dense = getattr(torch, self.run.student.dtype), dense_shapes(self.config.dims)
+        with TensorFile(self.files.source) as file:
+            found = {
+                name: (dtype if name in dense else file.dtypes[name], shape) for name, shape in file.shapes.items()
+            }
+        carried = config_tensor(self.config)
+        return found | {CONFIG_KEY: (carried.dtype, tuple(carried.shape))}
+
+    def _file(self, part: Part) -> Path:
+        return self.files.folder / "parts" / f"{part.name}.safetensors"
+
+    def _done(self) -> int:
+        """How many parts are trained."""
+        return next((n for n, part in enumerate(self.parts) if not self._file(part).exists()), len(self.parts))
+
+    def _checkpoints(self, part: Part) -> Checkpoints:
+        return Checkpoints(
+            self.files.checkpoints / part.name,
+            self.identity | {"block": part.name},
+            keep=self.run.checkpoints.keep,
+            main=self.processes.main,
+            wait=self.processes.wait,
+        )
+
+    def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
+        from d2m_model.hosts.diffusers import flux_moe_tensors
+
+        file, metadata = self._file(part), {"d2m_part": part.name}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        specs = {name: self.specs[name] for name in self.names[part.name]}
+        with TensorWriter(file, specs, metadata) as writer:
+            for name, tensor in flux_moe_tensors(core, self.config, only=specs):
+                writer.put(name, tensor.to(specs[name][0]))
+            writer.finish(metadata)
+
+    def _write_student(self) -> None:
+        """Of the parts, and for the rest of the file that the stage began with; tensor by tensor."""
+        metadata = metadata_of(self.config)
+        trained = {name: part for part in self.parts for name in self.names[part.name]}
+        with TensorWriter(self.files.student, self.specs, metadata) as writer:
+            writer.put(CONFIG_KEY, config_tensor(self.config))
+            for path, names in self._origins(trained):
+                with TensorFile(path) as file:
+                    for name in names:
+                        writer.put(name, file.tensor(name).to(self.specs[name][0]))
+                        file.release(name)
+            writer.finish(metadata)
+
+    def _origins(self, trained: dict[str, Part]) -> list[tuple[Path, list[str]]]:
+        others = [name for name in self.specs if name not in trained and name != CONFIG_KEY]
+        return [(self.files.source, others), *((self._file(part), self.names[part.name]) for part in self.parts)]
+
+    def _check_identity(self) -> None:
+        """Raises UserError if the stage's folder holds what another run has begun."""
+        path = self.files.folder / IDENTITY
+        if path.exists():
+            found = json.loads(path.read_text())
+            differs = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
+            if differs:
+                listed = "; ".join(f"{key} was {found.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
+                raise UserError(
+                    f"{self.files.folder} is of another run: {listed}. Give what it was made with, or another output_dir "
+                    f"for a new run; restart={self.stage} begins the stage anew."
+                )
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(self.identity))
+        os.replace(part, path)
+
+    # The disk
+
+    def _check_disk(self) -> None:
+        """Say what the stage will take. Raises UserError if there is not as much."""
+        from .plan import tokens_of
+
+        parts = stage_disk(
+            self.run,
+            self.hidden_size,
+            tokens_of(self.run).joint,
+            self.specs,
+            [(self.names[part.name], [w for w in self.weights if part.has(w.name)]) for part in self.parts],
+        )
+        needed = sum(parts.values())
+        listed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
+        self.processes.say(
+            f"{self.stage}: {len(self.parts)} parts of {self.section.steps} steps each, one by one. Disk: {listed}."
+        )
+        there = sum(file.stat().st_size for file in self.files.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.files.folder).free
+        if free + there < needed:
+            raise UserError(
+                f"{self.files.folder}: stage {self.stage} needs {needed:,} bytes of the disk, {free:,} are free: {listed}. "
+                "Make room, or take fewer training.blockwise_samples."
+            )
+
+
+def stage_disk(
+    run: RunConfig,
+    hidden_size: int,
+    tokens: int,
+    specs: dict[str, tuple[torch.dtype, Shape]],
+    parts: Sequence[tuple[Collection[str], Sequence[Weight]]],
+) -> dict[str, int]:
+    """The most that a stage takes of the disk, in bytes. `specs`: of the student's file; `parts`: names of each part's
+    tensors in it, and what is trained of it; `tokens` of a sample."""
+    copies = 2 if run.training.ema is not None else 1
+    checkpoints = [copies * sum(w.nbytes for w in trained) + optimizer_bytes(run, trained) for _, trained in parts]
+    return {
+        "the teacher's features": disk_bytes(run, hidden_size, tokens),
+        "trained parts": sum(bytes_of(*specs[name]) for names, _ in parts for name in names),
+        "checkpoints": (run.checkpoints.keep + 1) * max(checkpoints, default=0),
+        "student": sum(bytes_of(*spec) for spec in specs.values()),
+    }

@@ -1,0 +1,225 @@
+"""The teacher's features of a run's samples on disk: what each of its blocks is given, and what it makes of it.
+
+An entry is a microbatch at one depth, written whole or not at all, with a checksum. One that is missing or damaged is
+made again: from the nearest sound one before it, at worst from the data. So a run that was killed goes on with what is
+there. Of the teacher one block at a time has its weights; of the features one entry at a time is in memory.
+
+Depth d is what has passed the teacher's first d blocks: 0 is what its embedders make of the data.
+
+Shapes: B batch, T image and L text tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .data.batch import DataSource
+from .data.store import DamagedEntry, Store
+from .noise import noisy_batch
+from .run_config import RunConfig
+from .teachers import held
+from .validation import SEED_APART
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+CONDITIONS = "conditions"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Features:
+    """Both streams at one depth, in the teacher's dtype."""
+
+    image_BTH: Tensor
+    text_BLH: Tensor
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Conditions:
+    """What a block is given beside the streams: the teacher's vec [B, H] and rotary embedding; and what is padding."""
+
+    temb_BH: Tensor
+    rotary: tuple[Tensor, Tensor]
+    image_ids_T3: Tensor
+    words_BL: Tensor
+
+
+class FeatureStore:
+    """Entries 0 … `batches` - 1 are trained on; `held_out` more, of other noise and another order of the data, are not.
+
+    `teacher` is open_frozen_teacher's with `offload: stream`. `report` hears what is made again. `check_stop` is called
+    between two entries, and may raise. Raises UserError for a full disk; what is there stays.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: FluxTransformer2DModel,
+        data: DataSource,
+        run: RunConfig,
+        *,
+        report: Callable[[str], object],
+        check_stop: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.teacher, self.data, self.run, self.report, self.check_stop = teacher, data, run, report, check_stop
+        self.blocks: list[nn.Module] = [*teacher.transformer_blocks, *teacher.single_transformer_blocks]
+        self.batches, self.held_out = entries_of(run)
+        self._store = Store(folder)
+        parameter = next(teacher.x_embedder.parameters())
+        self._place = {"device": parameter.device, "dtype": parameter.dtype}
+        self._depths: list[set[int]] = [self._entries_in(self._kind(depth)) for depth in range(len(self.blocks) + 1)]
+        self._sound: set[tuple[str, int]] = set()  # written or checked by this process
+
+    def provide(self, start: int, end: int) -> None:
+        """All entries of depths `start` and `end`. Other depths are let go of on the way."""
+        for depth in range(start + 1):
+            self._make(depth, until=start, keep=None)
+        for depth in range(start + 1, end + 1):
+            self._make(depth, until=end, keep=start)
+
+    def features(self, depth: int, index: int) -> Features:
+        """One entry, mapped from its file; made again if it has to be."""
+        found = self._read(self._kind(depth), index)
+        if found is None:
+            made = self._walked(depth, index)
+            self._write(depth, index, made)
+            return made
+        return Features(image_BTH=found["image"], text_BLH=found["text"])
+
+    def conditions(self, index: int) -> Conditions:
+        found = self._read(CONDITIONS, index)
+        if found is None:
+            self._embedded(index)
+            return self.conditions(index)
+        ids = torch.cat([found["text_ids"], found["image_ids"]]).to(self._place["device"])
+        return Conditions(
+            temb_BH=found["temb"],
+            rotary=self.teacher.pos_embed(ids),
+            image_ids_T3=found["image_ids"],
+            words_BL=found["words"].bool(),
+        )
+
+    def remove(self) -> None:
+        """All of it."""
+        shutil.rmtree(self._store.folder, ignore_errors=True)
+
+    # Making
+
+    def _make(self, depth: int, *, until: int, keep: int | None) -> None:
+        """Every entry of a depth that is neither there nor, on the way `until` another, was; from those one before."""
+        there = set.union(*self._depths[depth : until + 1])
+        missing = [index for index in range(self.batches + self.held_out) if index not in there]
+        with held(self.blocks[depth - 1]) if missing and depth else nullcontext():
+            for index in missing:
+                self.check_stop()
+                made = self._next(depth, self.features(depth - 1, index), index) if depth else self._embedded(index)
+                self._write(depth, index, made)
+                if depth and depth - 1 != keep:
+                    self._forget(depth - 1, index)
+        if depth and depth - 1 != keep:
+            shutil.rmtree(self._store.folder / self._kind(depth - 1), ignore_errors=True)
+            self._depths[depth - 1].clear()
+
+    def _walked(self, depth: int, index: int) -> Features:
+        """An entry by itself, without those between."""
+        nearest = depth
+        features = None
+        while features is None and nearest:
+            nearest -= 1
+            found = self._read(self._kind(nearest), index) if index in self._depths[nearest] else None
+            features = None if found is None else Features(image_BTH=found["image"], text_BLH=found["text"])
+        features = self._embedded(index) if features is None else features
+        for further in range(nearest + 1, depth + 1):
+            features = self._next(further, features, index)
+        return features
+
+    @torch.no_grad()
+    def _next(self, depth: int, before: Features, index: int) -> Features:
+        """What the teacher's block number `depth`, from 1, makes of the features before it."""
+        conditions = self.conditions(index)
+        text_BLH, image_BTH = self.blocks[depth - 1](
+            hidden_states=before.image_BTH.to(**self._place),
+            encoder_hidden_states=before.text_BLH.to(**self._place),
+            temb=conditions.temb_BH.to(**self._place),
+            image_rotary_emb=conditions.rotary,
+        )
+        return Features(image_BTH=image_BTH, text_BLH=text_BLH)
+
+    @torch.no_grad()
+    def _embedded(self, index: int) -> Features:
+        """Depth 0, as FluxTransformer2DModel.forward begins; and the conditions, which are written."""
+        run, model, place = self.run, self.teacher, self._place
+        # Held-out ones as validation asks them.
+        number, seed = (index, run.seed) if index < self.batches else (index - self.batches, run.seed + SEED_APART)
+        batch = self.data.batch(number, run.training.batch_size, seed)
+        noisy = noisy_batch(batch, run.timesteps, seed, number, model)
+        guidance = (batch.guidance_B.to(**place) * 1000,) if model.config.guidance_embeds else ()
+        temb_BH = model.time_text_embed(noisy.t_B.to(**place) * 1000, *guidance, batch.pooled_BV.to(**place))
+        conditions = {
+            "temb": temb_BH,
+            "image_ids": batch.image_ids_T3,
+            "text_ids": batch.text_ids_L3,
+            "words": batch.words_BL.to(torch.uint8),
+        }
+        self._store.put(CONDITIONS, _key(index), conditions)
+        self._sound.add((CONDITIONS, index))
+        return Features(
+            image_BTH=model.x_embedder(noisy.tokens_BTC.to(**place)),
+            text_BLH=model.context_embedder(batch.context_BLD.to(**place)),
+        )
+
+    # Files
+
+    def _kind(self, depth: int) -> str:
+        return f"depth-{depth:02}"
+
+    def _entries_in(self, kind: str) -> set[int]:
+        return {int(file.stem) for file in (self._store.folder / kind).glob("*/*.safetensors")}
+
+    def _read(self, kind: str, index: int) -> dict[str, Tensor] | None:
+        """None if it is not there, or damaged."""
+        known = (kind, index) in self._sound
+        try:
+            found = self._store.get(kind, _key(index), check=not known)
+        except DamagedEntry as damaged:
+            self.report(f"{damaged}; it is made again.")
+            return None
+        if found is not None:
+            self._sound.add((kind, index))
+        return found
+
+    def _write(self, depth: int, index: int, features: Features) -> None:
+        kind = self._kind(depth)
+        self._store.put(kind, _key(index), {"image": features.image_BTH, "text": features.text_BLH})
+        self._depths[depth].add(index)
+        self._sound.add((kind, index))
+
+    def _forget(self, depth: int, index: int) -> None:
+        kind = self._kind(depth)
+        self._store.file(kind, _key(index)).unlink(missing_ok=True)
+        self._depths[depth].discard(index)
+        self._sound.discard((kind, index))
+
+
+def _key(index: int) -> str:
+    return f"{index:06}"
+
+
+def entries_of(run: RunConfig) -> tuple[int, int]:
+    """Microbatches to train on, and held out."""
+    return math.ceil(run.training.blockwise_samples / run.training.batch_size), run.eyes.validation_batches
+
+
+def disk_bytes(run: RunConfig, hidden_size: int, tokens: int) -> int:
+    """The most that the features take: two depths, and one entry more, of samples of so many tokens."""
+    entry = run.training.batch_size * tokens * hidden_size * getattr(torch, run.teacher.dtype).itemsize
+    return (2 * sum(entries_of(run)) + 1) * entry

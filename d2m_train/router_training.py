@@ -1,0 +1,141 @@
+"""What routers learn from besides the teacher: balance losses, capacity predictors, and thresholds that follow.
+
+Shapes: B batch, T image and L text tokens, E experts, K top_k, M blocks of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d2m_model.capacity import pool_of, updated_threshold
+from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
+from d2m_model.moe import MoEFFN
+from d2m_model.routers import Routing
+
+from .losses import balance_loss
+from .run_config import RunConfig
+from .stages import Plan
+
+
+def as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class Tokens(Protocol):
+    """What routers' losses must know of a batch's tokens: how many the image has, and which of the text's are no padding."""
+
+    @property
+    def image_ids_T3(self) -> Tensor: ...
+
+    @property
+    def words_BL(self) -> Tensor: ...
+
+
+class RoutedModel(Protocol):
+    """A FLUX-MoE in training, or some blocks of one: its FFNs by name, and all block routers."""
+
+    @property
+    def block_groups(self) -> nn.ModuleList: ...
+
+    def moe_ffns(self) -> dict[str, MoEFFN]: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterTraining:
+    """What routers learn from besides the teacher: balance, predictors, and thresholds that follow.
+
+    `core` is the model itself, in no wrapper. `average` means a tensor over the ranks.
+    """
+
+    core: RoutedModel
+    plan: Plan
+    run: RunConfig
+    average: Callable[[Tensor], Tensor] = field(default=as_is)
+    thresholds: dict[str, list[Tensor]] = field(default_factory=dict)  # of the step's microbatches so far, by FFN
+
+    def set_pools(self, tokens: Tokens) -> None:
+        """Padding text tokens stay out of a capacity router's pool. One mask for each kind of FFN."""
+        pools: dict[str, Tensor | None] = {}
+        for name, moe in self.core.moe_ffns().items():
+            if moe.capacity is None:
+                continue
+            kind = _kind(name)
+            if kind not in pools:
+                kept_BT = kept_tokens(name, tokens)
+                device = moe.capacity.threshold.device
+                pools[kind] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
+            moe.capacity.pool_P = pools[kind]
+
+    def router_losses(self, tokens: Tokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
+        """(name, loss, weight), of what the last forward pass chose: of token routers, of block routers, and of capacity
+        predictors, which nothing else learns from."""
+        if self.plan.token_balance:
+            yield "balance", self._token_balance(tokens, device), self.run.losses.balance
+        found = [group.routing for group in self.core.block_groups] if self.plan.block_balance else []
+        routings = [routing for routing in found if isinstance(routing, BlockRouting)]
+        if routings:
+            losses = [block_balance_loss(r, self.average(choice_fractions(r))) for r in routings]
+            yield "block_balance", torch.stack(losses).mean(), self.run.losses.balance
+        pools = [moe.capacity.pooled for _, moe in self._predicting() if moe.capacity is not None]
+        losses = [pool.predictor_loss() for pool in pools if pool is not None]
+        if losses:
+            yield "predictor", torch.stack(losses).mean(), 1.0
+
+    def after_backward(self) -> None:
+        """Once a microbatch: what capacity thresholds make of the pool that was just routed."""
+        for name, moe in self._predicting():
+            assert moe.capacity is not None
+            pooled, moe.capacity.pooled = moe.capacity.pooled, None
+            self.thresholds.setdefault(name, []).append(updated_threshold(moe.capacity.threshold, pooled))
+
+    def end_step(self) -> None:
+        """Once a step, on every rank alike: thresholds follow, by the mean over its microbatches and all ranks.
+
+        So how a global batch is dealt to ranks and microbatches does not matter.
+        """
+        for name, moe in self._predicting():
+            assert moe.capacity is not None
+            if found := self.thresholds.pop(name, []):
+                moe.capacity.threshold.copy_(self.average(torch.stack(found).mean(0)))
+
+    def _predicting(self) -> Iterator[tuple[str, MoEFFN]]:
+        """The FFNs whose capacity predictor is being trained."""
+        for name, moe in self.core.moe_ffns().items():
+            if self.plan.experts_on and moe.capacity is not None and moe.capacity.in_layer.weight.requires_grad:
+                yield name, moe
+
+    def _token_balance(self, tokens: Tokens, device: torch.device) -> Tensor:
+        """The mean over layers of GShard's loss; padding text tokens count only if the run says so."""
+        found = []
+        for name, moe in self.core.moe_ffns().items():
+            routing = moe.routing
+            if not isinstance(routing, Routing) or not moe.router.weight.requires_grad:
+                continue
+            kept_BT = kept_tokens(name, tokens).to(device)
+            if self.run.losses.text_padding:
+                kept_BT = torch.ones_like(kept_BT)
+            samples = len(kept_BT)
+            found.append(
+                balance_loss(
+                    routing.probabilities_TE.unflatten(0, (samples, -1)),
+                    routing.experts_TK.unflatten(0, (samples, -1)),
+                    kept_BT,
+                )
+            )
+        return torch.stack(found).mean() if found else torch.zeros((), device=device)
+
+
+def _kind(ffn: str) -> str:
+    return ffn.rsplit(".", 1)[1] if ffn.startswith("double_blocks.") else "single"
+
+
+def kept_tokens(ffn: str, tokens: Tokens) -> Tensor:
+    """bool [B, tokens]: which of the tokens that an FFN sees are no padding. A single block's begin with the text."""
+    words_BL = tokens.words_BL
+    image_BT = torch.ones(len(words_BL), len(tokens.image_ids_T3), dtype=torch.bool)
+    return {"img_mlp": image_BT, "txt_mlp": words_BL, "single": torch.cat([words_BL, image_BT], 1)}[_kind(ffn)]
