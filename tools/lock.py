@@ -18,7 +18,14 @@ OLDEST_PYTHON = "3.10"
 def lock(target: Path) -> int:
     """Write the pins of all platforms and Pythons to `target`; the exit status of uv."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--upgrade", "--universal", "--no-annotate", "--quiet"]
-    command += ["--python-version", OLDEST_PYTHON, "--custom-compile-command", "make lock", "--output-file", str(target)]
+    command += [
+        "--python-version",
+        OLDEST_PYTHON,
+        "--custom-compile-command",
+        "make lock",
+        "--output-file",
+        str(target),
+    ]
     for extra in EXTRAS:
         command += ["--extra", extra]
     command += [str(ROOT / "pyproject.toml"), str(host_in_use().requirements)]
