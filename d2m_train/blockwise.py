@@ -236,7 +236,7 @@ class _Blockwise:
 
     def _check_outside(self, trainable: Collection[str]) -> None:
         """Raises UserError for patterns of the run that reach outside of blocks."""
-        outside = [name for name in trainable if not any(part.has(name) for part in self.parts)]
+        outside = sorted(name for name in trainable if not any(part.has(name) for part in self.parts))
         if others := [name for name in outside if not name.startswith("adaln_in.")]:
             raise UserError(
                 f"stage.{self.stage}.trainable: {others[0]} is in no block; training.blockwise trains blocks alone. "

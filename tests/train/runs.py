@@ -32,6 +32,11 @@ DIMS = FluxDims(
 def write_inputs(folder: Path) -> None:
     """`teacher.safetensors` and `latents.safetensors`, of which a third of the text tokens are padding."""
     save_file(dense_flux(DIMS, torch.float32), folder / "teacher.safetensors")
+    write_latents(folder)
+
+
+def write_latents(folder: Path) -> None:
+    """`latents.safetensors`, for a FLUX with the widths of DIMS."""
     generator = torch.Generator().manual_seed(3)
     samples = 24
     latents = {

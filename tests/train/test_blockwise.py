@@ -1,0 +1,588 @@
+"""Blockwise mode: parts of a student one after the other against the teacher's features on the disk."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2m_model.checkpoint import check_file
+from d2m_model.config import BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
+from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, outputs_of
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+from d2m_model.teacher import open_teacher
+from d2m_model.tensor_writer import TensorWriter
+from d2m_train import UserError
+from d2m_train.__main__ import main
+from d2m_train.block_training import Blocks, Part, relative_losses
+from d2m_train.blockwise import check_blockwise, parts_of
+from d2m_train.data.latents import LatentFile
+from d2m_train.data.store import Store
+from d2m_train.eyes import Eyes, read_log
+from d2m_train.feature_store import Features, FeatureStore
+from d2m_train.features import block_outputs
+from d2m_train.noise import noisy_batch
+from d2m_train.run_config import RunConfig, StageSection, load
+from d2m_train.stages import plan_of, trainable_names
+from d2m_train.teachers import open_frozen_teacher
+from d2m_train.velocity import velocity
+from tests.comfyui import files
+from tests.train.runs import ROOT, environment, run_file, write_latents
+
+DIMS = FluxDims(
+    hidden_size=128, double_blocks=3, single_blocks=4, in_channels=64, out_channels=64,
+    context_size=32, vector_size=48, guidance_embed=True,
+)  # fmt: skip
+GROUPS = (
+    BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk"),
+    BlockGroup(kind="single", first=1, blocks=2, active=1, selection="topk"),
+)
+STAGES = ("shared", "experts", "blocks")
+SINGLES = tuple(f"single_blocks.{index}" for index in range(4))
+STEPS = 4
+RATES = {"shared": 3e-3, "experts": 3e-3, "blocks": 3e-4}
+TRAINING = {"batch_size": 2, "warmup_steps": 1, "blockwise": True, "blockwise_samples": 10, "ema": 0.9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the processes of these tests have: sums in another order have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # each part ends with a collection, which need not look at all that pytest holds
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+def prepare(folder: Path, student: dict[str, Tensor], dense: dict[str, Tensor], **sections: Any) -> list[str]:
+    """A folder with all that a run needs and the converted student; the command's arguments."""
+    save_file({name: tensor.contiguous() for name, tensor in dense.items()}, folder / "teacher.safetensors")
+    write_latents(folder)
+    (folder / "out" / "convert").mkdir(parents=True)
+    save_file({n: t.contiguous() for n, t in student.items()}, folder / "out" / "convert" / "student.safetensors")
+    defaults: dict[str, Any] = {
+        "stages": [*STAGES, "export"],
+        "training": TRAINING,
+        "stage": {stage: {"steps": STEPS, "learning_rate": rate} for stage, rate in RATES.items()},
+        "checkpoints": {"every": 2},
+        "export": {"dtype": "float32"},
+        "resume": "latest",
+    }
+    return ["distill", str(run_file(folder, **{**defaults, **sections}))]
+
+
+def grouped() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(student, teacher) with two groups, compressed modulations that lose something, and expert means."""
+    dense, compressed = files.compressible(files.dense_flux(DIMS), 11, DIMS)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in compressed.items():
+        if name != "adaln_in.weight":
+            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return files.split(dense, DIMS, mean=True, compressed=compressed, groups=GROUPS), dense
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher, data, the run's file, and the converted student in `out`."""
+    folder = tmp_path_factory.mktemp("blockwise")
+    prepare(folder, *grouped())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(room: Path) -> Path:
+    """The output_dir of a run that nothing has stopped."""
+    out = room / "finished"
+    shutil.copytree(room / "out", out)
+    assert main(arguments(room, out)) == 0
+    return out
+
+
+def arguments(room: Path, out: Path, *overrides: str) -> list[str]:
+    return ["distill", str(room / "run-file.yaml"), f"output_dir={out}", *overrides]
+
+
+@pytest.fixture
+def begun(room: Path, finished: Path, tmp_path: Path) -> Path:
+    """An output_dir in which the stages ahead of `blocks` have been run."""
+    out = tmp_path / "out"
+    for stage in ("convert", "shared", "experts"):
+        (out / stage).mkdir(parents=True)
+        os.link(finished / stage / "student.safetensors", out / stage / "student.safetensors")
+    return out
+
+
+def weights(out: Path, stage: str) -> dict[str, Tensor]:
+    return load_file(out / stage / "student.safetensors")
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if name != "d2m_config" and not torch.equal(before[name], after[name])}
+
+
+def log(out: Path, stage: str) -> list[dict[str, Any]]:
+    return read_log(out / stage / "log.jsonl")
+
+
+def steps(out: Path, stage: str) -> list[dict[str, Any]]:
+    return [line for line in log(out, stage) if "loss/total" in line]
+
+
+def errors(out: Path, stage: str) -> dict[str, tuple[float, float]]:
+    """Of every part before and after its training, on data that it did not see."""
+
+    def measured(name: str) -> dict[str, float]:
+        lines = [line for line in log(out, stage) if name in line]
+        found = {line["block"]: line[name] for line in lines}
+        assert len(found) == len(lines), "once each"
+        return found
+
+    before, after = measured("validation/block_error_before"), measured("validation/block_error")
+    return {name: (before[name], after[name]) for name in before}
+
+
+# The teacher's features
+
+
+def features_of(room: Path, folder: Path, **overrides: Any) -> tuple[FeatureStore, RunConfig, list[str]]:
+    run = load(room / "run-file.yaml", [f"output_dir={folder}"])
+    teacher = open_frozen_teacher(run.teacher.model_copy(update={"offload": "stream"}))
+    said: list[str] = []
+    data = LatentFile(room / "latents.safetensors")
+    return FeatureStore(folder / "features", teacher, data, run, report=said.append, **overrides), run, said
+
+
+def test_the_features_are_the_teachers_own_of_the_batches_that_training_asks(room: Path, tmp_path: Path) -> None:
+    store, run, _ = features_of(room, tmp_path)
+    store.provide(2, 5)
+    teacher = open_frozen_teacher(run.teacher)
+    for index in range(store.batches):
+        batch = LatentFile(room / "latents.safetensors").batch(index, 2, run.seed)
+        noisy = noisy_batch(batch, run.timesteps, run.seed, index, teacher)
+        with torch.no_grad(), block_outputs(teacher, ["double_blocks.1", "single_blocks.1"]) as found:
+            velocity(teacher, batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B, True)
+        double, single = store.features(2, index), store.features(5, index)
+        assert torch.equal(double.image_BTH, found["double_blocks.1.img"])
+        assert torch.equal(double.text_BLH, found["double_blocks.1.txt"])
+        assert torch.equal(torch.cat([single.text_BLH, single.image_BTH], 1), found["single_blocks.1"])
+        assert torch.equal(store.conditions(index).words_BL, batch.words_BL)
+    seen = {float(store.features(2, index).image_BTH.sum()) for index in range(store.batches + store.held_out)}
+    assert len(seen) == store.batches + store.held_out, "what is held out is not trained on"
+
+
+def test_two_depths_are_on_the_disk_and_no_more_than_one_entry_besides(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = features_of(room, tmp_path)
+    most, put = [0], Store.put
+
+    def counting(self: Store, *entry: Any) -> None:
+        put(self, *entry)
+        most.append(len(list((tmp_path / "features").glob("depth-*/*/*.safetensors"))))
+
+    monkeypatch.setattr(Store, "put", counting)
+    entries = store.batches + store.held_out
+    for start, end in ((0, 1), (1, 2), (2, 6), (7, 7)):
+        store.provide(start, end)
+        there = {folder.name for folder in (tmp_path / "features").glob("depth-*")}
+        assert there == {f"depth-{start:02}", f"depth-{end:02}"}
+    assert max(most) == 2 * entries + 1
+
+
+def test_a_damaged_or_missing_entry_is_made_again_as_it_was(room: Path, tmp_path: Path) -> None:
+    store, _, _ = features_of(room, tmp_path)
+    store.provide(3, 4)
+    expected = [store.features(depth, index).image_BTH.clone() for depth in (3, 4) for index in range(store.batches)]
+    entries = sorted((tmp_path / "features").glob("*/*/*.safetensors"))
+    for number, entry in enumerate(entries):
+        if number % 3 == 0:
+            data = bytearray(entry.read_bytes())
+            data[-5] ^= 1
+            entry.write_bytes(data)
+        elif number % 3 == 1:
+            entry.unlink()
+    again, _, said = features_of(room, tmp_path)
+    again.provide(3, 4)
+    found = [again.features(depth, index).image_BTH for depth in (3, 4) for index in range(again.batches)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert any("depth-04" in line and "made again" in line for line in said)
+
+
+# What is trained
+
+
+def parts(stage: str, config: FluxMoEConfig, teacher_doubles: int = 3) -> dict[str, tuple[int, int]]:
+    with torch.device("meta"):
+        core = FluxMoETransformer2DModel(config)
+    plan = plan_of(stage, config, StageSection())  # type: ignore[arg-type]
+    found = parts_of(config, plan, trainable_names(core, plan), teacher_doubles)
+    return {part.name: (part.start, part.end) for part in found}
+
+
+def test_stages_train_block_by_block_and_groups_whole(room: Path) -> None:
+    config = check_file(room / "out" / "convert" / "student.safetensors")
+    assert parts("shared", config) == {
+        **{f"double_blocks.{index}": (index, index + 1) for index in range(3)},
+        **{name: (index + 3, index + 4) for index, name in enumerate(SINGLES)},
+    }
+    assert "double_blocks.0" not in parts("experts", config), "which is dense"
+    assert parts("blocks", config) == {"block_groups.0": (1, 3), "block_groups.1": (4, 6)}
+
+
+def test_every_part_comes_nearer_to_its_teacher(finished: Path) -> None:
+    for stage in STAGES:
+        found = errors(finished, stage)
+        assert len(found) == {"shared": 7, "experts": 6, "blocks": 2}[stage]
+        for name, (before, after) in found.items():
+            assert after < before, (stage, name)
+
+
+def test_nothing_but_what_the_stage_trains_has_changed(finished: Path) -> None:
+    convert, shared, experts, blocks = (weights(finished, stage) for stage in ("convert", *STAGES))
+    moved = changed(convert, shared)
+    allowed = ("*_mlp.[02].*", "single_blocks.*.linear?.*", "*_mod.lin.*", "*.modulation.lin.*")
+    assert not [name for name in moved if not any(fnmatch(name, pattern) for pattern in allowed)]
+    up, linear1, linear2 = (
+        f"{name}.weight" for name in ("double_blocks.1.img_mlp.0", "single_blocks.2.linear1", "single_blocks.2.linear2")
+    )
+    assert (convert[linear1] != shared[linear1]).any(1).tolist() == [384 <= row < 512 for row in range(896)]
+    assert (convert[linear2] != shared[linear2]).any(0).tolist() == [128 <= column < 256 for column in range(640)]
+    assert not any(name.startswith("double_blocks.0.") and "_mod." not in name for name in moved), "a dense block"
+    assert "double_blocks.0.img_mod.lin.weight" in moved
+
+    moved = changed(shared, experts)
+    assert {"double_blocks.2.txt_mlp.router.weight", "single_blocks.3.expert_mean", up} <= moved
+    assert torch.equal(shared[up][:128], experts[up][:128])
+    assert torch.equal(shared[linear2][:, :256], experts[linear2][:, :256])
+    assert not [name for name in moved if "_mod." in name or "modulation" in name or "attn" in name]
+
+    moved = changed(experts, blocks)
+    inside = ("double_blocks.1.", "double_blocks.2.", "single_blocks.1.", "single_blocks.2.", "block_groups.")
+    assert not [name for name in moved if not name.startswith(inside)]
+    assert {"block_groups.0.router_x.weight", "block_groups.1.router_y.weight"} <= moved
+    for stage in (shared, experts, blocks):
+        assert torch.equal(convert["adaln_in.weight"], stage["adaln_in.weight"]), "which all blocks share"
+
+
+def test_it_ends_with_a_student_and_leaves_nothing_of_the_way_there(finished: Path) -> None:
+    config = check_file(finished / "student.safetensors")
+    assert (config.gate.mode, config.gate.scale, config.split_only) == ("normalised", 2.0, False)
+    assert not changed(weights(finished, "blocks"), load_file(finished / "student.safetensors"))
+    for stage in STAGES:
+        assert {path.name for path in (finished / stage).iterdir()} == {
+            "blockwise.json",
+            "log.jsonl",
+            "student.safetensors",
+        }
+
+
+def test_steps_count_over_all_parts_and_every_line_names_its_own(finished: Path) -> None:
+    lines = steps(finished, "experts")
+    assert [line["step"] for line in lines] == list(range(1, 6 * STEPS + 1))
+    names = ["double_blocks.1", "double_blocks.2", *SINGLES]
+    assert [line["block"] for line in lines] == [name for name in names for _ in range(STEPS)]
+    assert {"loss/features", "loss/balance", "learning_rate", "grad_norm"} <= lines[0].keys()
+    routers = {line["block"] for line in log(finished, "experts") if "router/largest_load" in line}
+    assert routers == set(names)
+    assert "loss/block_balance" in steps(finished, "blocks")[0]
+
+
+def test_a_relative_loss_of_one_is_that_of_blocks_that_do_nothing() -> None:
+    def features(value: float) -> Features:
+        return Features(image_BTH=torch.full((2, 3, 4), value), text_BLH=torch.full((2, 5, 4), 2 * value))
+
+    given, wanted = features(1.0), features(3.0)
+    for kind, streams in (("double", {"img", "txt"}), ("single", {"both"})):
+        nothing = relative_losses(kind, given, wanted, given)
+        assert nothing.keys() == streams
+        assert all(float(loss) == pytest.approx(1) for loss in nothing.values())
+        half = relative_losses(kind, given, wanted, features(2.0))
+        assert all(float(loss) == pytest.approx(0.25) for loss in half.values())
+    unchanged = relative_losses("double", given, given, given)
+    assert all(float(loss) == 0 for loss in unchanged.values())
+
+
+def test_a_checkpointed_group_has_the_same_gradients(room: Path) -> None:
+    core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors").train()
+    part = Part(name="block_groups.1", kind="single", blocks=(1, 2), start=4, end=6, group=1)
+    generator = torch.Generator().manual_seed(0)
+    image, text, temb = (torch.randn(*shape, generator=generator) for shape in ((3, 4, 128), (3, 2, 128), (3, 128)))
+    rotary = core.pos_embed(torch.zeros(6, 3))
+    found = []
+    for checkpointing in (False, True):
+        blocks = Blocks(core, part, checkpointing=checkpointing)
+        blocks.zero_grad()
+        image_out, text_out = blocks(image, text, temb, rotary)
+        (image_out.square().mean() + text_out.square().mean()).backward()
+        found.append({n: p.grad.clone() for n, p in blocks.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert found[0]["router.router_x.weight"].abs().max() > 0
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+# Stopping and going on
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int, *, after: bool) -> None:
+    """The run dies at a call of a method, counted from 1, before it has done anything or when it has done all."""
+    real: Callable[..., Any] = getattr(owner, method)
+    calls = [0]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if calls[0] == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, method, dying)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "call", "after"),
+    [
+        pytest.param(Store, "put", 5, False, id="while the data are embedded"),
+        pytest.param(Store, "put", 20, True, id="while the teacher makes the first features"),
+        pytest.param(Eyes, "step", 4, False, id="in the first group, after a checkpoint"),
+        pytest.param(Eyes, "step", STEPS, True, id="at a group's last step"),
+        pytest.param(TensorWriter, "finish", 2, False, id="before a group is written"),
+        pytest.param(TensorWriter, "finish", 1, True, id="when a group has just been written"),
+        pytest.param(TensorWriter, "finish", 3, False, id="before the student is written"),
+    ],
+)
+def test_a_run_killed_anywhere_ends_bit_for_bit_where_the_other_ends(
+    room: Path, begun: Path, finished: Path, monkeypatch: pytest.MonkeyPatch,
+    owner: type, method: str, call: int, after: bool,
+) -> None:  # fmt: skip
+    again = arguments(room, begun, "stages=[blocks]")
+    with monkeypatch.context() as dying:
+        killed_at(dying, owner, method, call, after=after)
+        with pytest.raises(Killed):
+            main(again)
+    assert main(again) == 0
+    assert not changed(weights(finished, "blocks"), weights(begun, "blocks"))
+    timed = ("seconds", "tokens_per_second")
+    alike = [
+        [{k: v for k, v in line.items() if k not in timed} for line in steps(o, "blocks")] for o in (finished, begun)
+    ]
+    assert alike[0] == alike[1]
+    assert errors(begun, "blocks") == errors(finished, "blocks")
+
+
+def test_a_process_that_is_killed_goes_on_at_its_last_checkpoint(room: Path, begun: Path, finished: Path) -> None:
+    again = arguments(room, begun, "stages=[blocks]")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "d2m_train", *again], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not (begun / "blocks" / "checkpoints" / "block_groups.1").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert main(again) == 0
+    assert not changed(weights(finished, "blocks"), weights(begun, "blocks"))
+    resumed = [line["step"] for line in log(begun, "blocks") if line.get("event") == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] >= STEPS
+
+
+def test_sigterm_saves_and_the_run_goes_on_there(
+    room: Path, begun: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = arguments(room, begun, "stages=[blocks]", "checkpoints.every=1000")
+    real = Eyes.step
+
+    def asked(self: Eyes, step: int, *args: Any, **kwargs: Any) -> None:
+        real(self, step, *args, **kwargs)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Eyes, "step", asked)
+        assert main(again) == 143
+    assert [path.name for path in (begun / "blocks" / "checkpoints" / "block_groups.0").iterdir()] == ["step-000003"]
+    assert main(again) == 0
+    assert not changed(weights(finished, "blocks"), weights(begun, "blocks"))
+
+
+def test_a_full_disk_stops_the_run_with_all_that_it_has(
+    room: Path, begun: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = arguments(room, begun, "stages=[blocks]")
+    real, calls = Path.write_bytes, [0]
+
+    def full(path: Path, data: bytes) -> int:
+        calls[0] += 1
+        if calls[0] > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        assert main(again) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert main(again) == 0
+    assert not changed(weights(finished, "blocks"), weights(begun, "blocks"))
+
+
+def test_what_a_stage_takes_of_the_disk_is_said_and_asked_for_ahead(
+    room: Path, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(room)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert main(arguments(room, begun, "stages=[blocks]")) == 2
+    said = capsys.readouterr()
+    assert "2 parts of 4 steps each" in said.out
+    assert "stage blocks needs" in said.err
+    assert "training.blockwise_samples" in said.err
+    assert not list((begun / "blocks").glob("features/depth-*"))
+
+
+# Memory
+
+MEASURE = """
+import gc, json, sys
+from d2m_train.__main__ import main
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+small, large = sys.argv[1:]
+assert main(["distill", small]) == 0  # what a first run loads of the libraries
+gc.freeze()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # VmHWM counts from here
+before = status("VmRSS")
+assert main(["distill", large]) == 0
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_the_memory_is_that_of_a_block_and_its_optimizer(tmp_path: Path) -> None:
+    dims = replace(DIMS, hidden_size=512, double_blocks=1, single_blocks=16)
+    runs, parameters = [], 0
+    for name, size, layout in (
+        ("small", replace(DIMS, double_blocks=1, single_blocks=1), files.LAYOUT),
+        ("large", dims, FFNLayout(shared=512, experts=12, width=128)),
+    ):
+        dense = files.dense_flux(size)
+        student = files.split(dense, size, layout)
+        parameters = sum(tensor.numel() for tensor in dense.values())
+        (tmp_path / name).mkdir()
+        runs += prepare(
+            tmp_path / name,
+            {key: tensor.bfloat16() if tensor.is_floating_point() else tensor for key, tensor in student.items()},
+            {key: tensor.bfloat16() for key, tensor in dense.items()},
+            teacher={"dtype": "bfloat16"},
+            stages=["shared"],
+            stage={"shared": {"steps": 1, "trainable": ["transformer_blocks.*", "single_transformer_blocks.*"]}},
+            training={**TRAINING, "ema": None},
+        )[1:]
+        del dense, student
+    # What is freed goes back at once, as it does by itself with blocks of a real FLUX's size.
+    again = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, *runs], cwd=ROOT, env=again, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    most = json.loads(done.stdout.splitlines()[-1])
+    block = 4 * 36 * 512**2 / 2**20  # MiB of a double block in float32; weights, gradients and AdamW's state are four
+    assert 4 * parameters / 2**20 > 7 * block, "the student's weights alone"
+    assert 3 * block < most < 6 * block
+
+
+# Other students
+
+
+def test_a_block_that_stands_for_a_pruned_group_learns_what_the_group_did(tmp_path: Path) -> None:
+    """Depth pruning blockwise (Lite, Table 3)."""
+    dense = files.dense_flux(DIMS)
+    save_file(dense, tmp_path / "dense.safetensors")
+    kept: TeacherBlocks = {"double": [0, 2], "single": [0, 1, 3]}
+    with open_teacher(tmp_path / "dense.safetensors") as teacher:
+        shallow = ShallowTeacher(teacher, kept)
+        student = {name: shallow.tensor(name).clone() for name in shallow.shapes}
+    moe = FluxMoEConfig.from_json(bytes(files.split(dense, DIMS)["d2m_config"].numpy()))
+    provenance = {"teacher_blocks": kept, "teacher_outputs": outputs_of(GROUPS, kept)}
+    config = replace(moe, dims=shallow.dims, ffns={}, groups=(), provenance=provenance, split_only=False)
+    student["d2m_config"] = files.config_tensor(config.to_json())
+    assert parts("blocks", config) == {"double_blocks.1": (1, 3), "single_blocks.1": (4, 6)}
+    stage = {name: {"steps": 8 if name == "blocks" else 0, "learning_rate": 3e-4} for name in STAGES}
+    assert main(prepare(tmp_path, student, dense, stages=["blocks", "export"], stage=stage)) == 0
+    out = tmp_path / "out"
+    assert all(after < before for before, after in errors(out, "blocks").values())
+    moved = changed(weights(out, "convert"), load_file(out / "student.safetensors"))
+    assert {name.rsplit(".", 3)[0] for name in moved} >= {"double_blocks.1", "single_blocks.1"}
+    assert not [name for name in moved if not name.startswith(("double_blocks.1.", "single_blocks.1."))]
+
+
+def test_a_capacity_router_is_trained_with_its_thresholds(tmp_path: Path) -> None:
+    dense = files.dense_flux(DIMS)
+    student = files.split(dense, DIMS, capacity=CapacityRouter(capacity=2.0, width=16))
+    stages = {stage: {"steps": 0 if stage == "shared" else 2, "learning_rate": 1e-3} for stage in STAGES}
+    assert main(prepare(tmp_path, student, dense, stages=["shared", "experts"], stage=stages)) == 0
+    out = tmp_path / "out"
+    moved = changed(weights(out, "shared"), weights(out, "experts"))
+    assert {"single_blocks.1.threshold", "single_blocks.1.capacity.in_layer.weight"} <= moved
+    assert "double_blocks.1.txt_mlp.threshold" in moved
+    assert all("loss/predictor" in line for line in steps(out, "experts"))
+
+
+# What goes wrong
+
+
+def test_what_blockwise_mode_does_not_do_is_said(room: Path, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Two:
+        strategy, count = "ddp", 2
+
+    run = load(room / "run-file.yaml")
+    with pytest.raises(UserError, match="single process; here are 2"):
+        check_blockwise(run, Two())  # type: ignore[arg-type]
+    for override, said in (
+        ("teacher.quantise=fp8", "leave out teacher.quantise"),
+        ("losses.feature=0", "losses.feature is 0"),
+        ("stage.blocks.trainable=['*.routed_up', 'x_embedder.*']", "x_embedder.bias is in no block"),
+    ):
+        assert main(arguments(room, begun, "stages=[blocks]", override)) == 2
+        assert said in capsys.readouterr().err
+        (begun / "run.yaml").unlink(missing_ok=True)
+
+
+def test_another_teacher_does_not_go_on_with_these_features(
+    room: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as dying:
+        killed_at(dying, Eyes, "step", 3, after=False)
+        with pytest.raises(Killed):
+            main(arguments(room, begun, "stages=[blocks]"))
+    other = load_file(room / "teacher.safetensors")
+    other["img_in.weight"] += 1
+    save_file(other, tmp_path / "other.safetensors")
+    assert main(arguments(room, begun, "stages=[blocks]", f"teacher.path={tmp_path / 'other.safetensors'}")) == 2
+    said = capsys.readouterr().err
+    assert "teacher.fingerprint was" in said
+    assert "restart=blocks" in said
