@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,7 +135,25 @@ class Distill:
                 self.processes.say(f"convert: {target} is there already.")
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
+            if self.run.student.start is not None:
+                self._begin_with(self.run.student.start, path, target)
+                return
             convert(settings_of(self.run, path, target, target.parent / "calibration"), data, report=self.processes.say)
+
+    def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
+        """Copy a student that was made elsewhere. Raises UserError if it is not of such a teacher."""
+        config = check_file(start)
+        with open_teacher(teacher) as opened:
+            dims, expected = config.dims, opened.dims
+        if "teacher_outputs" in config.provenance:  # of pruned depth
+            expected = replace(expected, double_blocks=dims.double_blocks, single_blocks=dims.single_blocks)
+        if dims != expected:
+            raise UserError(
+                f"student.start: {start} is of another teacher: it has {dims}, {teacher} has {expected}. Give a student "
+                "of this teacher, or leave student.start out."
+            )
+        export(start, target, getattr(torch, self.run.student.dtype))
+        self.processes.say(f"convert: begins with {start}.")
 
     def _training(self) -> list[Stage]:
         """The training stages of this run that its student has. Raises UserError if there is no student yet."""

@@ -175,8 +175,9 @@ def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
 def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     """Of the converted file where there is one, else what conversion would make."""
     converted = run.output_dir / "convert" / "student.safetensors"
-    if converted.exists():
-        return check_file(converted)
+    for made in (converted, run.student.start):
+        if made is not None and made.exists():
+            return check_file(made)
     settings = settings_of(run, run.teacher.path, converted, None).resolved()
     about = Teacher(title=run.teacher.path.stem, sha256=UNHASHED, licence="")
     config = config_of(settings, teacher, about, None)

@@ -79,6 +79,9 @@ class StudentSection(Section):
     """Of a block group: Eq. 5's best blocks, or Eq. 4's window."""
     dtype: Dtype = "float32"
     """Of the trained weights; mixed precision is training.mixed_precision."""
+    start: Path | None = None
+    """A FLUX-MoE file to begin with in place of a conversion, a blockwise run's say, to distil it end to end. What it is
+    (preset, groups, routers) is then its own."""
     frozen_dtype: Dtype | None = None
     """Of the weights that a stage leaves as they are (default: dtype); bfloat16 halves them, with mixed precision."""
 

@@ -552,6 +552,23 @@ def test_a_capacity_router_is_trained_with_its_thresholds(tmp_path: Path) -> Non
     assert all("loss/predictor" in line for line in steps(out, "experts"))
 
 
+def test_end_to_end_distillation_begins_with_what_blockwise_mode_has_made(
+    room: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = f"student.start={finished / 'student.safetensors'}"
+    end_to_end = [start, "training.blockwise=false", "stages=[convert, experts]", "stage.shared.steps=0"]
+    out = tmp_path / "out"
+    assert main(arguments(room, out, *end_to_end, "stage.experts.steps=1")) == 0
+    assert not changed(load_file(finished / "student.safetensors"), weights(out, "convert"))
+    assert "loss/output" in steps(out, "experts")[0]
+    assert any("validation/loss" in line for line in log(out, "experts"))
+    other = tmp_path / "other.safetensors"
+    save_file(files.dense_flux(replace(DIMS, single_blocks=5)), other)
+    again = arguments(room, tmp_path / "again", *end_to_end, f"teacher.path={other}")
+    assert main(again) == 2
+    assert "is of another teacher" in capsys.readouterr().err
+
+
 # What goes wrong
 
 
