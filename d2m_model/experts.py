@@ -48,9 +48,8 @@ class Dispatch:
     chunk_rows: list[int]
 
     def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Of every chunk its tokens, its rows and its ends_E. None when nothing is routed."""
-        if self.chunk_rows[-1] == 0:
-            return
+        """Of every chunk its tokens, its rows and its ends_E. There is one at least, if without rows: so weights that
+        nothing was routed to get gradients, of zero, on every rank alike."""
         last = self.ends_CE.shape[0] - 1
         for chunk, ends_E in enumerate(self.ends_CE.unbind()):
             first = chunk * self.chunk_tokens
@@ -122,7 +121,7 @@ def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) 
         pre_AF = grouped_mm(x_AH, up_EFH.transpose(1, 2), ends_E)
         bias_AF = up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
         hidden.append(F.gelu(pre_AF + bias_AF, approximate="tanh"))
-    return _joined(hidden) if hidden else x_TH.new_zeros(0, up_EFH.shape[1])
+    return _joined(hidden)
 
 
 def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
         y_AH = grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E)
         y.append(_SumRows.apply(y_AH, *plan.links(tokens, rows)))
-    return _joined(y) if y else hidden_AF.new_zeros(plan.tokens, down_HEF.shape[0])
+    return _joined(y)
 
 
 def mean_compensation(routing: Routing | UnevenRouting, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,8 +174,8 @@ class _SumRows(torch.autograd.Function):
 
 
 def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
-    if first_T is not None and y_AH.shape[0] == 0:  # of no token of the chunk
-        return y_AH.new_zeros(first_T.shape[0], y_AH.shape[1])
+    if y_AH.shape[0] == 0:  # of no token of the chunk
+        return y_AH.new_zeros((row_TK if first_T is None else first_T).shape[0], y_AH.shape[1])
     if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
         return F.embedding_bag(row_TK, y_AH, first_T, mode="sum")
     if first_T is None:
@@ -216,7 +215,7 @@ def _grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
     if _native(a_AD, b_EDN):
         return torch._grouped_mm(a_AD, b_EDN, offs=ends_E)
     out_AN = a_AD.new_empty(a_AD.shape[0], b_EDN.shape[2])
-    for expert, rows in enumerate(_groups(ends_E)):
+    for expert, rows in enumerate(_groups(ends_E) if a_AD.shape[0] else ()):
         torch.mm(a_AD[rows], b_EDN[expert], out=out_AN[rows])
     return out_AN
 
@@ -229,6 +228,8 @@ def _grouped_mm_weight_grad(grad_AN: Tensor, a_AD: Tensor, ends_E: Tensor) -> Te
         # Kernels of some GPUs leave the gradient of an expert without rows unwritten (pytorch issue 172439).
         without_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
         return grad_END.masked_fill_(without_rows_E[:, None, None], 0)
+    if a_AD.shape[0] == 0:
+        return a_AD.new_zeros(ends_E.shape[0], grad_AN.shape[1], a_AD.shape[1])
     out_END = a_AD.new_empty(ends_E.shape[0], grad_AN.shape[1], a_AD.shape[1])
     for expert, rows in enumerate(_groups(ends_E)):
         torch.mm(grad_AN[rows].t(), a_AD[rows], out=out_END[expert])

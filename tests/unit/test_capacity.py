@@ -251,6 +251,23 @@ def test_training_results_and_gradients_are_the_equations(tokens: int, capacity:
         assert router.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pool_too_small_for_a_share_gives_every_parameter_a_gradient(compiled: bool) -> None:
+    """Ranks with such a pool must exchange the gradients that the others have: zeros, but for what stands apart of experts."""
+    layout = FFNLayout(shared=16, experts=12, width=8)
+    layer = MoEFFN(random_ffn(16, layout, mean=False), layout=layout, gate=NORMALISED, top_k=2).train()
+    forward = torch.compile(layer, backend="aot_eager", dynamic=False) if compiled else layer
+    y = forward(normal(50, 5, 16))
+    assert layer.capacity is not None
+    assert layer.capacity.pooled is not None
+    assert layer.capacity.pooled.share == 0
+    (y.sum() + layer.capacity.pooled.predictor_loss()).backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    zero = {name for name, gradient in gradients.items() if gradient is not None and not gradient.any()}
+    assert zero == {"routed_up", "routed_up_bias", "routed_down", "router.weight", "router.bias"}
+
+
 def test_training_waits_for_nothing_from_the_device() -> None:
     """Fake tensors have no values to wait for."""
     with FakeTensorMode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -167,7 +168,7 @@ def test_the_plan_of_an_uneven_routing_lists_every_assignment_once_and_leads_bac
         assert torch.equal(plan.expert_A[rows], expert_of)
         token_A, row_A, first_T = plan.links(chunk, rows)
         assert first_T is not None
-        for token, (first, last) in enumerate(zip(first_T.tolist(), [*first_T[1:].tolist(), len(row_A)], strict=True)):
+        for token, (first, last) in enumerate(pairwise([*first_T.tolist(), len(row_A)])):
             mine = row_A[first:last]
             assert (token_A[mine] == token).all()
             assert plan.expert_A[rows][mine].tolist() == gates[chunk][token].nonzero().flatten().tolist()
@@ -295,6 +296,19 @@ def test_nothing_routed_is_zero_and_touches_no_weight(tokens: int, top_k: int) -
     for routing in (random_routing(tokens, 4, top_k), random_uneven_routing(tokens, 4, 0.0)):
         y = routed(x, plan_dispatch(routing, x), *nan, layout)
         assert torch.equal(y, torch.zeros(tokens, 8, dtype=torch.bfloat16))
+
+
+def test_weights_that_nothing_was_routed_to_get_gradients_of_zero() -> None:
+    """Not None: ranks that exchange gradients must all have the same ones. As of experts whose share of a pool is no token."""
+    layout = FFNLayout(shared=0, experts=4, width=8)
+    for routing in (random_routing(5, 4, 0), random_uneven_routing(5, 4, 0.0)):
+        weights = [weight.requires_grad_() for weight in random_weights(8, layout, torch.float32)]
+        gates = routing.gates_TK if isinstance(routing, Routing) else routing.gate_A
+        inputs = [*weights, gates.requires_grad_(), torch.randn(5, 8, requires_grad=True)]
+        routed(inputs[-1], plan_dispatch(routing, inputs[-1], 2), *weights, layout).sum().backward()
+        for tensor in inputs:
+            assert tensor.grad is not None
+            assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
 def test_gates_carry_a_gradient() -> None:
