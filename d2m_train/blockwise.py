@@ -195,7 +195,7 @@ class _Blockwise:
         with training.averaged():
             self._write_part(core, part)
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        del training
+        del training, core
         self.processes.release()
 
     def _check_stop(self) -> None:
@@ -335,7 +335,8 @@ class _Blockwise:
         needed = sum(parts.values())
         listed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
         self.processes.say(
-            f"{self.stage}: {len(self.parts)} parts of {self.section.steps} steps each, one by one. Disk: {listed}."
+            f"{self.stage}: {len(self.parts)} parts of {self.section.steps} steps each, one by one. Disk: {listed}. "
+            "Each is measured on held-out features; the whole student is not validated here."
         )
         there = sum(file.stat().st_size for file in self.files.folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.files.folder).free

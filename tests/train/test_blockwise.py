@@ -38,8 +38,9 @@ from d2m_train.eyes import Eyes, read_log
 from d2m_train.feature_store import Features, FeatureStore
 from d2m_train.features import block_outputs
 from d2m_train.noise import noisy_batch
+from d2m_train.plan import plan
 from d2m_train.run_config import RunConfig, StageSection, load
-from d2m_train.stages import plan_of, trainable_names
+from d2m_train.stages import plan_of, prepare_student, trainable_names
 from d2m_train.teachers import open_frozen_teacher
 from d2m_train.velocity import velocity
 from tests.comfyui import files
@@ -463,6 +464,30 @@ def test_what_a_stage_takes_of_the_disk_is_said_and_asked_for_ahead(
 
 
 # Memory
+
+
+def test_the_plan_counts_the_largest_part(room: Path) -> None:
+    run = load(room / "run-file.yaml")
+    core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors")
+    planned: dict[str, Any] = {stage.stage: stage for stage in plan(run).stages}
+    assert core.adaln_in is not None
+    for stage, part in (
+        ("shared", Part(name="", kind="double", blocks=(1,), start=1, end=2, group=None)),
+        ("blocks", Part(name="", kind="double", blocks=(1, 2), start=1, end=3, group=0)),
+    ):
+        chosen = plan_of(stage, core.flux_moe, StageSection())  # type: ignore[arg-type]
+        prepare_student(core, chosen)
+        own = [p for name, p in core.named_parameters() if part.has(name)]
+        trained = [p for p in own if p.requires_grad]
+        memory = planned[stage].memory
+        assert memory["student's weights"] == sum(p.nbytes for p in (*own, core.adaln_in.weight))
+        assert memory["gradients"] == memory["average"] == sum(p.nbytes for p in trained)
+        assert memory["optimizer"] == sum(2 * p.nbytes + 4 for p in trained)
+        assert planned[stage].steps == STEPS
+    assert planned["shared"].samples == 7 * STEPS * run.training.batch_size
+    entry = 2 * (16 + 6) * 128 * 4  # samples, tokens, channels, bytes
+    assert plan(run).disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
+
 
 MEASURE = """
 import gc, json, sys
