@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
     "analyze": ("analyze", "draw what blocks and experts do: the paper's figures 3, 6 and 8"),
 }
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXTRA = (
     "diffusers",
     "accelerate",
@@ -54,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = chosen.run(chosen)
     except (UserError, CheckpointError, ConfigError) as error:
         message = str(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror}{place}. Make room; a run goes on with resume=latest."
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise

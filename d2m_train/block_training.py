@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers.modules import Choices
 from d2m_model.hosts.diffusers.places import ffn_module
 from d2m_model.moe import MoEFFN
@@ -77,6 +78,10 @@ class Blocks(nn.Module):
     def block_groups(self) -> nn.ModuleList:
         """Of the whole student; only this part's is ever asked."""
         return self._core[0].block_groups
+
+    @property
+    def flux_moe(self) -> FluxMoEConfig:
+        return self._core[0].flux_moe
 
     def moe_ffns(self) -> dict[str, MoEFFN]:
         """This part's, by BFL name."""
@@ -152,10 +157,14 @@ class PartTraining:
         optimizer, self.schedule = new_optimizer(list(self.trained.values()), self.section, run.training)
         self.student, self.optimizer = processes.prepare(self.core, optimizer)
         self.average = None if run.training.ema is None else Average(self.trained, run.training.ema)
-        self.state = TrainingState(
-            model=self.student, optimizer=self.optimizer, schedule=self.schedule, average=self.average
-        )
         self.routers = RouterTraining(core=self.core, plan=plan, run=run)
+        self.state = TrainingState(
+            model=self.student,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            average=self.average,
+            routers=self.routers,
+        )
         self.statistics = RouterStatistics(self.core)
         self.place = {"device": processes.device, "dtype": getattr(torch, run.student.dtype)}
 

@@ -52,15 +52,11 @@ class Checkpoints:
         Raises UserError, with the last good checkpoint as it was, if the disk does not take it.
         """
         final = self.path(step)
-        if step in self.steps():
-            return  # of the same run, so the same
         partial = final.with_name(final.name + PARTIAL)
-        self.wait()  # all have looked
         try:
             if self.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for old in (partial, final):
-                    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
             self.wait()
             with _quiet():
                 dcp.save(
@@ -72,6 +68,7 @@ class Checkpoints:
                     json.dump(manifest, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
+                shutil.rmtree(final, ignore_errors=True)  # of an attempt that was begun anew
                 os.rename(partial, final)
                 _sync(self.folder)
         except (OSError, CheckpointException) as error:

@@ -12,7 +12,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,9 +24,9 @@ from . import UserError
 from .blockwise import check_blockwise, train_blockwise
 from .conversion import convert, settings_of
 from .data import open_source, prepare
-from .data.batch import DataSource
+from .data.batch import DataSource, check_fits
 from .export import export
-from .identity import check_same_run, identity_of
+from .identity import check_same_run, check_same_sources, identity_of
 from .loop import StageFiles, Stopped, train_stage
 from .processes import Processes
 from .run_config import STAGES, RunConfig, Stage, load
@@ -36,7 +36,7 @@ from .teachers import fused_file, open_frozen_teacher
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-RUN_FILE = "run.yaml"
+RUN_FILE, SOURCES_FILE = "run.yaml", "sources.json"
 SIGTERM_STATUS = 128 + 15
 
 
@@ -69,13 +69,12 @@ def run(args: argparse.Namespace) -> int:
 def distill(run: RunConfig) -> int:
     """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
     processes = Processes(run)
-    with processes.stoppable():
-        try:
-            Distill(run, processes).run_all()
-        except Stopped:
-            return SIGTERM_STATUS
-        finally:
-            processes.close()
+    try:
+        Distill(run, processes).run_all()
+    except Stopped:
+        return SIGTERM_STATUS
+    finally:
+        processes.close()
     return 0
 
 
@@ -101,22 +100,38 @@ class Distill:
         prepare(data, self.processes.rank, self.processes.count)
         self.processes.wait()
         identity = identity_of(run, path, data)
+        self._begin(identity, data)
         if "convert" in run.stages:
             self._convert(path, data)
         teacher: FluxTransformer2DModel | None = None
         for stage in self._training():
-            files = self._files(stage)
-            if files.student.exists():
-                self.processes.say(f"{stage}: {files.student} is there already.")
+            done = run.output_dir / stage / "student.safetensors"
+            if done.exists():
+                self.processes.say(f"{stage}: {done} is there already.")
                 continue
+            files = self._files(stage)
             if teacher is None:
                 section = (
                     run.teacher.model_copy(update={"offload": "stream"}) if run.training.blockwise else run.teacher
                 )
                 teacher = open_frozen_teacher(section, self.processes.device, fused=path if section.loras else None)
-            train(run, stage, files, self.processes, teacher, data, identity)
+            # All else is made again in no time, or goes on where it was, and may be interrupted at once.
+            with self.processes.stoppable():
+                train(run, stage, files, self.processes, teacher, data, identity)
         if "export" in run.stages:
             self._export()
+
+    def _begin(self, identity: dict[str, Any], data: DataSource) -> None:
+        """Now that the run is known to be one: keep what it is made of, and take away what is to be made anew."""
+        run = self.run
+        with open_teacher(self._teacher_file()) as teacher:
+            check_fits(data.batch(0, 1, run.seed), teacher.dims)
+        if self.processes.main:
+            if run.restart is not None:
+                for stage in STAGES[STAGES.index(run.restart) :]:
+                    shutil.rmtree(run.output_dir / stage, ignore_errors=True)
+            check_same_sources(identity, run.output_dir / SOURCES_FILE)
+        self.processes.wait()
 
     def _teacher_file(self) -> Path:
         """The teacher's own, or with its LoRAs fused the one that is written beside the run."""
@@ -131,6 +146,8 @@ class Distill:
     def _convert(self, path: Path, data: DataSource) -> None:
         target = converted_file(self.run)
         with self.processes.main_first():
+            if not self.processes.main:
+                return
             if target.exists():
                 self.processes.say(f"convert: {target} is there already.")
                 return
@@ -217,12 +234,8 @@ def prepare_folder(run: RunConfig) -> None:
         check_same_run(run, stored)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if run.restart is not None:
-            for stage in STAGES[STAGES.index(run.restart) :]:
-                if stage != "export":
-                    shutil.rmtree(folder / stage, ignore_errors=True)
         part = stored.with_suffix(".part")
-        part.write_text(run.to_yaml())
+        part.write_text(run.model_copy(update={"restart": None}).to_yaml())  # once is enough
         os.replace(part, stored)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); name another output_dir.") from None

@@ -11,22 +11,28 @@ from torch import Tensor, nn
 
 from . import UserError
 
+ELSEWHERE = "it is on another rank, which names the module"
 
-def find_non_finite(model: nn.Module, run_forward: Callable[[], Tensor]) -> str:
+
+def find_non_finite(
+    model: nn.Module, run_forward: Callable[[], Tensor], together: Callable[[bool], bool] = bool
+) -> str:
     """What of `model` is NaN or infinite first, in words: a weight, a module's output, or a gradient.
 
     `run_forward` computes the loss again, of the batch that it happened in; the backward pass follows where the forward
-    pass is in order, so gradients are left in the parameters. In a sharded run every rank calls this.
+    pass is in order, so gradients are left in the parameters. In a run of several ranks every one calls this, and
+    `together` says whether something holds on any of them: a pass that all take part in is not left by one.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not _finite(tensor):
-            return f"{name} itself is not finite ({_which(tensor)})"
+    held = next((item for item in [*model.named_parameters(), *model.named_buffers()] if not _finite(item[1])), None)
+    if together(held is not None):
+        return ELSEWHERE if held is None else f"{held[0]} itself is not finite ({_which(held[1])})"
     with _watched(model) as (forward, backward):
         loss = run_forward()
-        if forward:
-            return forward[0]
-        if not _finite(loss):
-            return f"every module's output is finite, but the loss made of them is not ({_which(loss)})"
+        found = forward[0] if forward else None
+        if found is None and not _finite(loss):
+            found = f"every module's output is finite, but the loss made of them is not ({_which(loss)})"
+        if together(found is not None):
+            return found or ELSEWHERE
         if loss.requires_grad:
             loss.backward()
     if backward:

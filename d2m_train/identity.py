@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from . import UserError
 from .data.batch import DataSource
 from .run_config import STAGES, RunConfig, Stage
 
-# What a run may change when it goes on: where it and its teacher are, what it shows and keeps, which stages it runs.
+# What a run may change when it goes on: where it, its teacher and its data are (they are compared by content), what it shows
+# and keeps, which stages it runs, and how a global batch is gathered (loop.py compares how many microbatches it has).
 FREE = (
     "output_dir",
     "resume",
@@ -25,8 +28,14 @@ FREE = (
     "eyes.",
     "export.",
     "data.cache",
+    "data.path",
+    "data.text_encoders",
+    "data.vae",
     "teacher.path",
     "teacher.offload",
+    "training.accumulation",
+    "training.gradient_checkpointing",
+    "training.compile",
 )
 SLICES, SLICE = 64, 1 << 16  # of a teacher's file, in bytes: 24 GB are not read for a name
 
@@ -68,7 +77,8 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     now = _bound(run.model_dump(mode="json"))
-    begun = tuple(f"stage.{stage}." for stage in STAGES if (stored.parent / stage).is_dir())
+    anew = STAGES[STAGES.index(run.restart) :] if run.restart else ()
+    begun = tuple(f"stage.{stage}." for stage in STAGES if stage not in anew and (stored.parent / stage).is_dir())
     differs = [
         f"{key} was {before.get(key)!r}, is {now[key]!r}"
         for key in now
@@ -79,6 +89,25 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
             f"{stored.parent} holds another run: {'; '.join(differs)}. "
             "Give what it was made with, or another output_dir for a new run."
         )
+
+
+def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
+    """Keep what the teacher and the data are, for stages that begin later. Raises UserError if they were others before."""
+    now = {key: identity[key] for key in ("teacher.fingerprint", "data.identity")}
+    try:
+        before = json.loads(stored.read_text()) if stored.exists() else now
+    except (OSError, ValueError) as error:
+        raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
+    if differs := [
+        f"{key} was {before.get(key)!r}, is {value!r}" for key, value in now.items() if before.get(key) != value
+    ]:
+        raise UserError(
+            f"{stored.parent} was begun with another teacher or other data: {'; '.join(differs)}. "
+            "Give those, or another output_dir for a new run."
+        )
+    part = stored.with_suffix(".part")
+    part.write_text(json.dumps(now, indent=1) + "\n")
+    os.replace(part, stored)
 
 
 def _bound(fields: dict[str, Any]) -> dict[str, Any]:

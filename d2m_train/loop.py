@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from d2m_model.config import FluxMoEConfig, Gate
+from d2m_model.tensor_file import TensorFile
 
 from .checkpoints import Checkpoints
 from .data.batch import Batch, DataSource
@@ -81,7 +82,7 @@ def train_stage(
         wait=processes.wait,
     )
     checkpoints.clean()
-    start = (checkpoints.steps() or [0])[-1]
+    start = processes.of_main((checkpoints.steps() or [0])[-1])
     if start:
         training.state.load(checkpoints, start)
         processes.say(f"{stage}: going on at {checkpoints.path(start).name} of {training.section.steps} steps.")
@@ -96,7 +97,8 @@ def train_stage(
         run_name=run.output_dir.name,
     ) as eyes:
         training.run_steps(start, checkpoints, eyes)
-    training.write(files.student)
+    training.write(files)
+    del training  # before the caches are emptied
     processes.release()
 
 
@@ -117,14 +119,14 @@ class _Training:
         self.run, self.stage, self.processes, self.data = run, stage, processes, data
         self.section: StageSection = getattr(run.stage, stage)
         dtype = getattr(torch, run.student.dtype)
-        core = FluxMoETransformer2DModel.from_flux_moe(files.source, dtype)
+        core = FluxMoETransformer2DModel.from_flux_moe(files.source, dtype, processes.device)
         self.config = with_gate(core, stage)
         plan = plan_of(stage, self.config, self.section)
         frozen = run.student.frozen_dtype
         names = set(prepare_student(core, plan, None if frozen is None else getattr(torch, frozen)))
         if run.training.gradient_checkpointing:
             core.enable_gradient_checkpointing()
-        core.to(processes.device).train()
+        core.train()
         if run.training.compile:
             for block in [*core.transformer_blocks, *core.single_transformer_blocks]:
                 block.forward = torch.compile(block.forward)
@@ -142,15 +144,22 @@ class _Training:
         self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         self.schedule = schedule
         self.average = None if run.training.ema is None else Average(self.trained, run.training.ema)
-        self.state = TrainingState(
-            model=self.student, optimizer=self.optimizer, schedule=schedule, average=self.average
-        )
         self.distillation = Distillation(
             teacher=teacher, student=self.student, core=self.core, plan=plan, run=run, average=processes.average
+        )
+        self.state = TrainingState(
+            model=self.student,
+            optimizer=self.optimizer,
+            schedule=schedule,
+            average=self.average,
+            routers=self.distillation,
+            scaler=processes.accelerator.scaler,
         )
 
     def run_steps(self, start: int, checkpoints: Checkpoints, eyes: Eyes) -> None:
         run, processes, steps = self.run, self.processes, self.section.steps
+        if start == steps:
+            return
         measure = Measure(self.distillation, self.data, eyes, processes, steps)
         batches = _Batches(run, self.data, processes, start, steps)
         for step in range(start + 1, steps + 1):
@@ -158,10 +167,12 @@ class _Training:
             losses, norm, tokens = self._step(batches.of_step(step), where, checkpoints, measure)
             eyes.step(step, losses, tokens=tokens, learning_rate=float(self.schedule.get_last_lr()[0]), grad_norm=norm)
             self.optimizer.step()
-            self.schedule.step()
+            skipped = bool(getattr(self.optimizer, "step_was_skipped", False))  # by fp16's scaler
+            if not skipped:
+                self.schedule.step()
             self.optimizer.zero_grad()
             self.distillation.end_step()
-            if self.average is not None:
+            if self.average is not None and not skipped:
                 self.average.update(step)
             with eyes.paused():
                 stop = processes.stop_asked() and step < steps
@@ -171,8 +182,10 @@ class _Training:
                 if stop:
                     eyes.event("stopped", step=step, message=f"{where}: stopped and saved; resume=latest goes on there")
                     raise Stopped
-                with self._averaged():
-                    measure.after(step)
+                if measure.due(step):
+                    with self._averaged():
+                        measure.after(step)
+                    processes.reshard(self.core)
 
     def _step(
         self, batches: Iterator[tuple[Batch, int]], where: str, checkpoints: Checkpoints, measure: Measure
@@ -198,20 +211,35 @@ class _Training:
         return self.processes.averages(means), norm, tokens
 
     def _not_finite(self, batch: Batch, index: int, where: str, checkpoints: Checkpoints) -> Exception:
-        named = find_non_finite(self.student, lambda: self.distillation.losses(batch, index).total)
+        def again() -> Tensor:
+            return self.distillation.losses(batch, index).total
+
+        named = find_non_finite(self.student, again, self.processes.any)
         saved = checkpoints.steps()
         return non_finite_error(named, where=where, checkpoint=str(checkpoints.path(saved[-1])) if saved else None)
 
     def _averaged(self) -> Any:
         return nullcontext() if self.average is None else self.average.in_place()
 
-    def write(self, target: Path) -> None:
-        """The student, of the averaged weights where there are some; one tensor at a time is whole."""
+    def write(self, files: StageFiles) -> None:
+        """The student, of the averaged weights where there are some; one tensor at a time is whole.
+
+        What the stage has left alone is the source's, bit for bit, in whatever precision it was held.
+        """
         from d2m_model.hosts.diffusers import save_flux_moe
 
-        dtype = getattr(torch, self.run.student.dtype)
-        with self._averaged():
-            save_flux_moe(self.core, self.config, target, dtype=dtype, whole=whole, write=self.processes.main)
+        frozen = {name for name, _ in self.core.named_parameters() if name not in self.trained}
+        with self._averaged(), TensorFile(files.source) as source:
+            save_flux_moe(
+                self.core,
+                self.config,
+                files.student,
+                dtype=getattr(torch, self.run.student.dtype),
+                whole=whole,
+                write=self.processes.main,
+                unchanged=frozen,
+                stored=source.tensor,
+            )
         self.processes.wait()
 
 

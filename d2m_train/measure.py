@@ -37,6 +37,12 @@ class Measure:
         """After each microbatch's forward pass, while the routers remember it."""
         self.statistics.add(batch)
 
+    def due(self, step: int) -> bool:
+        """Whether `after` has anything to do."""
+        section = self.distillation.run.eyes
+        every = (section.routers_every, section.validate_every, section.sample_every)
+        return step == self.steps or any(step % interval == 0 for interval in every)
+
     def after(self, step: int) -> None:
         """After each step: whatever is due then, and all of it after the last."""
         section, last = self.distillation.run.eyes, step == self.steps

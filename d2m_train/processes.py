@@ -6,9 +6,10 @@ How many there are, and how they share the model (DDP, FSDP2, DeepSpeed ZeRO), i
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -29,11 +30,16 @@ class Processes:
 
     def __init__(self, run: RunConfig) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate.utils import GradientAccumulationPlugin
 
+        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=run.training.mixed_precision,
-            gradient_accumulation_steps=run.training.accumulation,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=run.training.accumulation,
+                sync_each_batch=sharded,  # or every GPU would hold whole gradients until the last
+            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         self.count: int = self.accelerator.num_processes
@@ -59,13 +65,35 @@ class Processes:
     # The model
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Wrapped for these processes. Under FSDP2 every block is a unit of its own."""
+        """Wrapped for these processes. Under FSDP2 every block is a unit of its own.
+
+        Mixed precision is autocast's there too, so that routers and U stay as they are; gradients are reduced in float32.
+        """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
             blocks = [block for kind in BLOCKS_OF_DIFFUSERS.values() for block in getattr(model, kind)]
             plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+            if self.accelerator.mixed_precision != "no":
+                policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+                plugin.mixed_precision_policy = policy
+                model.forward = self._autocast(model.forward)
         prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
         return prepared
+
+    def _autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def cast(*arguments: Any, **keywords: Any) -> Any:
+            with self.accelerator.autocast():
+                return forward(*arguments, **keywords)
+
+        return cast
+
+    def reshard(self, model: nn.Module) -> None:
+        """After a pass without gradients FSDP2 keeps parts of the model whole, and would not see that weights change."""
+        for module in model.modules():
+            if callable(found := getattr(module, "reshard", None)):
+                found()
 
     def unwrap(self, model: nn.Module) -> Any:
         """The model itself; FSDP2's is sharded in place."""
@@ -116,6 +144,13 @@ class Processes:
             return dict(values)
         together = self.average(torch.stack([value.detach().float() for value in values.values()]))
         return dict(zip(values, together.unbind(), strict=True))
+
+    def of_main(self, value: int) -> int:
+        """The main rank's: what one rank reads off a folder, another may not see yet."""
+        if self.count == 1:
+            return value
+        mine = float(value) if self.main else 0.0
+        return round(float(self.average(torch.tensor(mine, device=self.device, dtype=torch.float64))) * self.count)
 
     def any(self, mine: bool) -> bool:
         """Whether it holds on any rank."""

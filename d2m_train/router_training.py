@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m_model.capacity import pool_of, updated_threshold
+from d2m_model.config import FluxMoEConfig
 from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
@@ -42,6 +43,9 @@ class RoutedModel(Protocol):
     @property
     def block_groups(self) -> nn.ModuleList: ...
 
+    @property
+    def flux_moe(self) -> FluxMoEConfig: ...
+
     def moe_ffns(self) -> dict[str, MoEFFN]: ...
 
 
@@ -56,7 +60,21 @@ class RouterTraining:
     plan: Plan
     run: RunConfig
     average: Callable[[Tensor], Tensor] = field(default=as_is)
+    fractions: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of each group, how often its blocks ran in the last step
     thresholds: dict[str, list[Tensor]] = field(default_factory=dict)  # of the step's microbatches so far, by FFN
+    chosen: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by group
+
+    def __post_init__(self) -> None:
+        if self.plan.block_balance:
+            for number, (group, config) in enumerate(
+                zip(self.core.block_groups, self.core.flux_moe.groups, strict=True)
+            ):
+                device = next(group.parameters()).device
+                if device.type != "meta":  # of blockwise mode's one part the others' have no weights
+                    share = config.active / config.blocks
+                    self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
 
     def set_pools(self, tokens: Tokens) -> None:
         """Padding text tokens stay out of a capacity router's pool. One mask for each kind of FFN."""
@@ -76,11 +94,14 @@ class RouterTraining:
         predictors, which nothing else learns from."""
         if self.plan.token_balance:
             yield "balance", self._token_balance(tokens, device), self.run.losses.balance
-        found = [group.routing for group in self.core.block_groups] if self.plan.block_balance else []
-        routings = [routing for routing in found if isinstance(routing, BlockRouting)]
-        if routings:
-            losses = [block_balance_loss(r, self.average(choice_fractions(r))) for r in routings]
-            yield "block_balance", torch.stack(losses).mean(), self.run.losses.balance
+        balances = []
+        for number in self.fractions:
+            routing = self.core.block_groups[int(number)].routing
+            if isinstance(routing, BlockRouting):
+                self.chosen.setdefault(number, []).append(choice_fractions(routing))
+                balances.append(block_balance_loss(routing, self.fractions[number].to(device)))
+        if balances:
+            yield "block_balance", torch.stack(balances).mean(), self.run.losses.balance
         pools = [moe.capacity.pooled for _, moe in self._predicting() if moe.capacity is not None]
         losses = [pool.predictor_loss() for pool in pools if pool is not None]
         if losses:
@@ -94,14 +115,19 @@ class RouterTraining:
             self.thresholds.setdefault(name, []).append(updated_threshold(moe.capacity.threshold, pooled))
 
     def end_step(self) -> None:
-        """Once a step, on every rank alike: thresholds follow, by the mean over its microbatches and all ranks.
+        """Once a step, on every rank alike: thresholds and choice fractions follow, by the mean over its microbatches and
+        all ranks.
 
-        So how a global batch is dealt to ranks and microbatches does not matter.
+        So how a global batch is dealt to ranks and microbatches does not matter. What block routers are balanced by is
+        the global batch of the step before, since a step's own is known when its last microbatch has run.
         """
+        for number, found in self.chosen.items():
+            self.fractions[number].copy_(self.average(torch.stack(found).mean(0)))
+        self.chosen.clear()
         for name, moe in self._predicting():
             assert moe.capacity is not None
-            if found := self.thresholds.pop(name, []):
-                moe.capacity.threshold.copy_(self.average(torch.stack(found).mean(0)))
+            if thresholds := self.thresholds.pop(name, []):
+                moe.capacity.threshold.copy_(self.average(torch.stack(thresholds).mean(0)))
 
     def _predicting(self) -> Iterator[tuple[str, MoEFFN]]:
         """The FFNs whose capacity predictor is being trained."""

@@ -241,6 +241,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> RunConfig:
+        if self.restart is not None and self.restart not in self.stages:
+            raise ValueError(f"restart is {self.restart}, which is not among the stages {', '.join(self.stages)}")
+        if self.student.frozen_dtype not in (None, self.student.dtype) and self.training.mixed_precision == "no":
+            raise ValueError(
+                f"student.frozen_dtype {self.student.frozen_dtype} beside {self.student.dtype} needs "
+                "training.mixed_precision (bf16)"
+            )
         if list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ValueError(
                 f"stages are {', '.join(self.stages)}; expected each at most once, in the order {', '.join(STAGES)}"

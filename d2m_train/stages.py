@@ -60,8 +60,9 @@ class Plan:
 
 
 def stages_of(config: FluxMoEConfig) -> tuple[Stage, ...]:
-    """The training stages that have something to train: no experts without a top_k, no blocks without groups."""
-    found: list[Stage] = ["shared"]
+    """The training stages that have something to train: no experts without a top_k, no blocks without groups, and nothing
+    shared where neither FFNs nor modulations are converted."""
+    found: list[Stage] = ["shared"] if config.ffns or config.adaln_rank is not None else []
     if config.capacity_router is not None or config.top_k > 0:
         found.append("experts")
     if config.groups or _stand_ins(config):
@@ -99,11 +100,13 @@ def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
     found: set[str] = set()
     for pattern in plan.trainable:
         matching = {name for name in names if fnmatchcase(name, pattern)}
-        if not matching and pattern not in (*MODULATIONS, *ROUTED, "block_groups.*"):
+        if not matching and pattern not in (*MODULATIONS, *SHARED, *ROUTED, "block_groups.*"):
             raise UserError(
                 f"stage.{plan.stage}.trainable: {pattern!r} is no parameter of this student; names are such as {names[0]}."
             )
         found |= matching
+    if plan.stage == "blocks" and not plan.experts_on:  # of pruned FFNs, in which they never run
+        found = {name for name in found if not any(fnmatchcase(name, pattern) for pattern in ROUTED)}
     if not found:
         raise UserError(f"Stage {plan.stage} has nothing to train; leave it out of `stages`, or give it patterns.")
     return found
@@ -112,10 +115,10 @@ def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
 def prepare_student(model: FluxMoETransformer2DModel, plan: Plan, frozen_dtype: torch.dtype | None = None) -> list[str]:
     """Freeze what the stage does not train, and switch experts and groups on or off. The trainable names, in the model's order.
 
-    `frozen_dtype` is what frozen weights are held in (None: as they are). Routers and means keep theirs.
+    `frozen_dtype` is what frozen weights are held in (None: as they are). Routers, means and U keep theirs.
     """
     trainable = trainable_names(model, plan)
-    kept = tuple(pattern for pattern in (*ROUTED, "block_groups.*") if pattern != "*.routed_*")
+    kept = tuple(pattern for pattern in (*ROUTED, "block_groups.*", "adaln_in.*") if pattern != "*.routed_*")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
         if frozen_dtype is not None and name not in trainable and not any(fnmatchcase(name, k) for k in kept):

@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a stage: trained weights, thresholds, optimizer, schedule and averages.
+"""What a checkpoint holds of a stage: trained weights, thresholds, optimizer, schedule, averages
+and how often blocks were chosen.
 
 By parameter name, sharded or not, so that another number of processes can read it (torch.distributed.checkpoint).
 Frozen weights are in the file that the stage began with. There is no generator to keep: see loop.py.
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import Checkpoints
 from .optimizers import Average
+from .router_training import RouterTraining
 
 FROZEN = (".neuron_order",)  # buffers that no training changes
 
@@ -32,9 +34,14 @@ class TrainingState:
     optimizer: Any
     schedule: LambdaLR
     average: Average | None
+    routers: RouterTraining
+    scaler: Any = None  # of fp16
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        checkpoints.save(step, self._collect(), {"schedule": {"last_epoch": self.schedule.last_epoch}})
+        extra: dict[str, Any] = {"schedule": {"last_epoch": self.schedule.last_epoch}}
+        if self.scaler is not None:
+            extra["scaler"] = self.scaler.state_dict()
+        checkpoints.save(step, self._collect(), extra)
 
     def load(self, checkpoints: Checkpoints, step: int) -> None:
         state = self._collect()
@@ -45,6 +52,10 @@ class TrainingState:
         if self.average is not None:
             for name, tensor in self.average.averages.items():
                 tensor.copy_(state["average"][name])
+        for number, tensor in self.routers.fractions.items():
+            tensor.copy_(state["fractions"][number])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(extra["scaler"])
         self.schedule.last_epoch = extra["schedule"]["last_epoch"] - 1
         self.schedule.step()
 
@@ -65,4 +76,6 @@ class TrainingState:
         }
         if self.average is not None:
             state["average"] = dict(self.average.averages)
+        if self.routers.fractions:
+            state["fractions"] = dict(self.routers.fractions)
         return state

@@ -40,16 +40,15 @@ def run(
 
 @pytest.fixture(scope="module")
 def one_process(inputs: Path) -> Path:
-    """The global batch of two processes in two microbatches of one. Of the block routers' balance each process means the
-    choices over all; one process has a microbatch's alone. So it is left out here."""
-    return run(inputs, "one", "training.accumulation=2", "losses.balance=0", student={"preset": "S"})
+    """The global batch of two processes in two microbatches of one."""
+    return run(inputs, "one", "training.accumulation=2", "losses.balance=1", student={"preset": "S"})
 
 
 @pytest.mark.parametrize(("name", "env"), [("ddp", DDP), ("fsdp2", FSDP2)])
 def test_two_processes_give_the_losses_and_weights_of_one(
     inputs: Path, one_process: Path, name: str, env: dict[str, str]
 ) -> None:
-    two = run(inputs, name, "losses.balance=0", student={"preset": "S"}, processes=2, env=env)
+    two = run(inputs, name, "losses.balance=1", student={"preset": "S"}, processes=2, env=env)
     for stage in STAGES:
         alone, together = losses(one_process, stage), losses(two, stage)
         assert len(alone) == len(together) == 3
@@ -68,6 +67,25 @@ def test_fsdp2_shards_and_says_so(inputs: Path) -> None:
     file = run_file(inputs, stage=SHORT)
     said = succeed(distill(file, f"output_dir={inputs / 'said'}", "stages=[convert, shared]", processes=2, env=FSDP2))
     assert "2 processes, fsdp2: each holds 50% of the student's weights" in said
+
+
+def test_a_sharded_run_in_mixed_precision_with_averages_goes_through_every_stage(inputs: Path) -> None:
+    """bf16 by autocast, frozen weights in bf16, and averages that validation puts in place: what is frozen stays the
+    file's own bits, and what is trained goes on from the trained weights, not from their averages."""
+    options = ("training.mixed_precision=bf16", "student.frozen_dtype=bfloat16", "eyes.validate_every=1")
+    plain = run(inputs, "bf16", *options, student={"preset": "S"}, processes=2, env=FSDP2)
+    averaged = run(inputs, "bf16-ema", *options, "training.ema=0.5", student={"preset": "S"}, processes=2, env=FSDP2)
+    for stage in STAGES:
+        # Where a run stands does not depend on averages; the next stage begins with them.
+        if stage == "shared":
+            for a, b in zip(losses(plain, stage), losses(averaged, stage), strict=True):
+                assert b["loss/total"] == pytest.approx(a["loss/total"], rel=1e-5)
+        assert len(losses(averaged, stage)) == 3
+    before, after = (load_file(plain / stage / "student.safetensors") for stage in ("shared", "experts"))
+    up = "double_blocks.1.img_mlp.0.weight"
+    assert not torch.equal(before[up], before[up].bfloat16().float()), "trained in float32"
+    assert torch.equal(before[up][:128], after[up][:128])
+    assert not torch.equal(before[up][128:], after[up][128:])
 
 
 def test_block_routers_that_disagree_between_ranks_do_not_stall_a_sharded_run(inputs: Path) -> None:

@@ -5,7 +5,7 @@ Shapes: B batch, H hidden size, A rank of the compression, O modulation outputs,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,13 +88,16 @@ class Member:
     block: int
 
 
-@dataclass(kw_only=True, slots=True)
 class Choices:
-    """What the groups' routers chose in one forward of the model. Handed to every block, kept by nobody."""
+    """What the groups' routers chose in one forward of the model. Handed to every block, kept by nobody.
 
-    routers: nn.ModuleList
-    routings: dict[int, BlockRouting] = field(default_factory=dict)
-    samples: dict[int, list[Samples]] = field(default_factory=dict)  # in eval()
+    No dataclass: FSDP2 copies those that it finds among a block's arguments, and every block would have its own.
+    """
+
+    def __init__(self, routers: nn.ModuleList) -> None:
+        self.routers = routers
+        self.routings: dict[int, BlockRouting] = {}
+        self.samples: dict[int, list[Samples]] = {}  # in eval()
 
     def route(self, group: int, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
         """The choice ahead of a group's first block.

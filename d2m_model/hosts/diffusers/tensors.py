@@ -73,18 +73,27 @@ def flux_moe_tensors(
     config: FluxMoEConfig,
     whole: Callable[[Tensor], Tensor] = as_it_is,
     only: Container[str] | None = None,
+    unchanged: Container[str] = (),
+    stored: Callable[[str], Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model's FLUX-MoE file, one at a time, `d2m_config` last; of `only` these, where it is given.
 
     `whole` turns a parameter or buffer, of which this rank may hold a part, into all of it; it is called for each of them
     once, in the same order on every rank. What is yielded may be the model's own: to be read, not written.
+    Of the parameters in `unchanged` the values are those of `stored`, a file's tensors by name: the model may hold them in
+    less precision.
     """
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, parts in places(config, model.optional).items():
         if only is not None and name not in only:
             continue
         with torch.no_grad():
-            found = [place.give(whole(held[place.name].detach())) for place in parts]
+            found = []
+            for place in parts:
+                if stored is not None and place.name in unchanged:
+                    found.append(place.give(place.take(stored(name))))
+                else:
+                    found.append(place.give(whole(held[place.name].detach())))
             tensor = found[0] if len(found) == 1 else torch.cat(found, dim=parts[0].axis)
         del found
         yield name, tensor
@@ -114,13 +123,16 @@ def save_flux_moe(
     dtype: torch.dtype | None = None,
     whole: Callable[[Tensor], Tensor] = as_it_is,
     write: bool = True,
+    unchanged: Container[str] = (),
+    stored: Callable[[str], Tensor] | None = None,
 ) -> None:
     """The model as a FLUX-MoE v1 file, tensor by tensor and atomically.
 
     `dtype`: of what a dense FLUX.1 has too; None keeps the model's. Of several ranks all call it, with `whole`, and all
-    but one pass `write` False. Raises CheckpointError if the file cannot be written.
+    but one pass `write` False. `unchanged` and `stored` as in flux_moe_tensors. Raises CheckpointError if the file cannot
+    be written.
     """
-    tensors = flux_moe_tensors(model, config, whole)
+    tensors = flux_moe_tensors(model, config, whole, unchanged=unchanged, stored=stored)
     if not write:
         for _ in tensors:
             pass
