@@ -85,9 +85,12 @@ def shared_memory(
     elif strategy in ("fsdp2", "zero3"):
         blocks: dict[str, int] = {}
         of_gradients: dict[str, int] = {}
+        reduced = None if run.training.mixed_precision == "no" else torch.float32
         for weight in whole:
             blocks[weight.block] = blocks.get(weight.block, 0) + weight.nbytes
-            of_gradients[weight.block] = of_gradients.get(weight.block, 0) + weight.trained * weight.nbytes
+            # Once as the backward pass gives them, and once in the buffer from which they are reduced.
+            gradient = weight.nbytes + weight.count * (reduced or weight.dtype).itemsize
+            of_gradients[weight.block] = of_gradients.get(weight.block, 0) + weight.trained * gradient
         outside = blocks.pop("", 0)
         # Of this block and the next; in the backward pass, before they are shared out, this one's gradients.
         size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(of_gradients.values())

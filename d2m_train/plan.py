@@ -347,6 +347,11 @@ def _notes(run: RunConfig, strategy: Strategy, stages: Sequence[StageEstimate]) 
     notes = []
     if not run.teacher.path.exists():
         notes.append(f"{run.teacher.path} is not here: taken for {run.teacher.dims}, in bfloat16.")
+    if strategy == "fsdp2" and run.training.accumulation > 1:
+        notes.append(
+            f"FSDP2: gradients are reduced at each of a step's {run.training.accumulation} microbatches, so that they "
+            "stay shared out between them."
+        )
     if strategy in ("zero2", "zero3"):
         notes.append("DeepSpeed's share is estimated, not counted.")
     if run.training.optimizer == "adamw_8bit":

@@ -252,3 +252,21 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["distill", str(tmp_path / "run.yaml"), "--dry-run", "--gpu-memory", "24GB"]) == 0
     assert "It fits: stage shared needs" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(tmp_path: Path) -> None:
+    run = run_of(tmp_path, training={"accumulation": 4})
+    said = "gradients are reduced at each of a step's 4 microbatches"
+    assert any(said in note for note in plan(run, processes=2, strategy="fsdp2").notes)
+    assert not any(said in note for note in plan(run, processes=2, strategy="ddp").notes)
+    assert not plan(run_of(tmp_path), processes=2, strategy="fsdp2").notes
+
+
+def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(tmp_path: Path) -> None:
+    """Under mixed precision; weights are gathered in the dtype in which they are stored."""
+    linear = Weight(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.bfloat16, trained=True)
+    frozen = Weight(name="transformer_blocks.0.frozen.weight", shape=(8, 4), dtype=torch.bfloat16, trained=False)
+    for precision, gradients in (("no", 64 + 64), ("bf16", 64 + 128)):
+        run = run_of(tmp_path, training={"mixed_precision": precision})
+        planned = shared_memory(run, [linear, frozen], 0, 2, "fsdp2")
+        assert planned["gathered blocks"] == 2 * (64 + 64) + gradients
