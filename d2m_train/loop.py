@@ -130,6 +130,7 @@ class _Training:
         if run.training.compile:
             for block in [*core.transformer_blocks, *core.single_transformer_blocks]:
                 block.forward = torch.compile(block.forward)
+        processes.shard(core)
         optimizer, schedule = new_optimizer(
             [parameter for name, parameter in core.named_parameters() if name in names], self.section, run.training
         )

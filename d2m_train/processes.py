@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import UserError
+from .deepspeed import UNTESTED, check_deepspeed
 from .run_config import RunConfig
 from .stages import BLOCKS_OF_DIFFUSERS
 
@@ -29,19 +31,30 @@ class Processes:
     """This process among its fellows. All methods are called on every rank alike, unless they say otherwise."""
 
     def __init__(self, run: RunConfig) -> None:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-        from accelerate.utils import GradientAccumulationPlugin
+        from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+        from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
 
-        sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+        if self.sharded and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+            raise UserError(f"accelerate's configuration asks for FSDP {version}; expected fsdp_version: 2.")
+        if self.sharded and run.training.mixed_precision == "fp16":
+            raise UserError("training.mixed_precision is fp16, which FSDP2 does not do here; expected bf16 or no.")
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=run.training.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=run.training.accumulation,
-                sync_each_batch=sharded,  # or every GPU would hold whole gradients until the last
+                sync_each_batch=self.sharded,  # or every GPU would hold whole gradients until the last
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),
+                # A cached copy of every trained weight would outlive its block, checkpointed and sharded or not.
+                AutocastKwargs(cache_enabled=False),
+            ],
         )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config, run)
+            raise UserError(f"accelerate's DeepSpeed configuration fits the run. {UNTESTED}")
         self.count: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process
@@ -50,13 +63,10 @@ class Processes:
 
     @property
     def strategy(self) -> str:
-        """`single`, `ddp`, `fsdp2` or `deepspeed`."""
-        if self.count == 1 and not self.accelerator.is_fsdp2:
-            return "single"
-        kind = str(self.accelerator.distributed_type.value).lower()
-        if kind == "fsdp":
-            return "fsdp2" if self.accelerator.is_fsdp2 else "fsdp1"
-        return kind if kind == "deepspeed" else "ddp"
+        """`single`, `ddp` or `fsdp2`."""
+        if self.sharded:
+            return "fsdp2"
+        return "single" if self.count == 1 else "ddp"
 
     def say(self, text: str) -> None:
         if self.main:
@@ -64,21 +74,33 @@ class Processes:
 
     # The model
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Wrapped for these processes. Under FSDP2 every block is a unit of its own.
+    def shard(self, model: nn.Module) -> None:
+        """Under FSDP2, in place and ahead of the optimizer: every block is a unit of its own, the rest is another.
 
-        Mixed precision is autocast's there too, so that routers and U stay as they are; gradients are reduced in float32.
+        By torch's fully_shard itself, so that a CPU, where accelerate knows no FSDP, runs what a GPU runs. Mixed precision
+        is autocast's here too, so that routers and U stay as they are; gradients are reduced in float32.
         """
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            blocks = [block for kind in BLOCKS_OF_DIFFUSERS.values() for block in getattr(model, kind)]
-            plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
-            if self.accelerator.mixed_precision != "no":
-                policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-                plugin.mixed_precision_policy = policy
-                model.forward = self._autocast(model.forward)
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.count,)),
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        }
+        again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1", "full_shard")
+        for kind in BLOCKS_OF_DIFFUSERS.values():
+            for block in getattr(model, kind):
+                fully_shard(block, reshard_after_forward=again, **options)
+        fully_shard(model, **options)
+        if self.accelerator.mixed_precision != "no":
+            model.forward = self._autocast(model.forward)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Wrapped for these processes, where they do not share the model by `shard`."""
+        if self.sharded:
+            return model, optimizer
         prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
         return prepared
 
@@ -118,7 +140,8 @@ class Processes:
 
     def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> float:
         """Scale the gradients to at most this norm; the norm that they had."""
-        norm = self.accelerator.clip_grad_norm_(parameters, float("inf") if maximum is None else maximum)
+        clip = nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
+        norm = clip(parameters, float("inf") if maximum is None else maximum)
         return float("nan") if norm is None else float(whole(norm))
 
     def release(self) -> None:
