@@ -54,7 +54,10 @@ class Processes:
         )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config, run)
-            raise UserError(f"accelerate's DeepSpeed configuration fits the run. {UNTESTED}")
+            raise UserError(
+                f"accelerate's DeepSpeed configuration fits the run, but nothing is trained with it. {UNTESTED} "
+                "FSDP2 (configs/accelerate/fsdp2.yaml) shares the same memory."
+            )
         self.count: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process

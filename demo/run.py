@@ -38,13 +38,18 @@ DENSE_ROW = Painter(label="teacher", file=TEACHER)
 IMAGE_TOKENS = (IMAGE // 16) ** 2
 
 
-def convert(base: Path) -> None:
-    """Lay out ComfyUI's model folders and convert the teacher, by the same command that a user types."""
+def lay_out(base: Path) -> None:
+    """ComfyUI's model folders with the teacher and the autoencoder."""
     models = base / "models"
     for folder in ("diffusion_models", "vae"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ASSETS / TEACHER, models / "diffusion_models" / TEACHER)
     shutil.copyfile(ASSETS / "autoencoder.safetensors", models / "vae" / AUTOENCODER)
+
+
+def convert(base: Path) -> None:
+    """Convert the teacher by the same command that a user types, into ComfyUI's folder."""
+    lay_out(base)
     converted = OUT / CONVERTED
     command = [
         sys.executable,
@@ -57,7 +62,7 @@ def convert(base: Path) -> None:
         str(converted),
     ]
     subprocess.run([*command, "--preset", "L", "--data", "emoji"], cwd=ROOT, check=True)
-    shutil.copyfile(converted, models / "diffusion_models" / CONVERTED)
+    shutil.copyfile(converted, base / "models" / "diffusion_models" / CONVERTED)
 
 
 def distil_presets(base: Path) -> tuple[list[Painter], list[dict[str, Any]]]:
@@ -67,6 +72,9 @@ def distil_presets(base: Path) -> tuple[list[Painter], list[dict[str, Any]]]:
         print(f"\nDistilling preset {preset} ...", flush=True)
         files = distil(preset, OUT / "distil")
         comparisons.append({"preset": preset, **compare(files, ASSETS / TEACHER, OUT / "distil" / f"{preset}-scores")})
+        if preset == "L":  # what stage `convert` made is what the command makes
+            for target in (OUT / CONVERTED, base / "models" / "diffusion_models" / CONVERTED):
+                shutil.copyfile(files.before, target)
         for label, file in (("converted", files.before), ("distilled", files.after)):
             name = f"emoji-flux-moe-{preset}-{label}.safetensors"
             shutil.copyfile(file, base / "models" / "diffusion_models" / name)
@@ -109,7 +117,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def demo() -> None:
     base = OUT / "comfyui"
-    convert(base)
+    lay_out(base)
     top_k_rows = [DENSE_ROW, *(Painter(label=f"k = {k}", file=CONVERTED, top_k=k) for k in TOP_K)]
     distilled_rows, comparisons = distil_presets(base)
     print("\nStarting ComfyUI ...", flush=True)
