@@ -370,3 +370,21 @@ def test_other_students_and_ways_to_train_run_from_teacher_to_file(
         if "loss/total" in line
     ]
     assert len(losses) == 2
+
+
+def test_a_student_is_exported_in_other_precisions_and_for_diffusers(finished: Path, tmp_path: Path) -> None:
+    source = finished / "experts" / "student.safetensors"
+    half, folder = tmp_path / "half.safetensors", tmp_path / "diffusers"
+    assert main(["export", str(source), "--out", str(half), "--dtype", "float16"]) == 0
+    before, after = load_file(source), load_file(half)
+    assert after["img_in.weight"].dtype == torch.float16
+    assert torch.equal(after["single_blocks.0.linear1.weight"], before["single_blocks.0.linear1.weight"].half())
+    assert torch.equal(after["single_blocks.0.router.weight"], before["single_blocks.0.router.weight"]), "as it was"
+    assert main(["export", str(source), "--out", str(folder), "--dtype", "float32", "--diffusers"]) == 0
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+    read = FluxMoETransformer2DModel.from_pretrained(folder)
+    written = FluxMoETransformer2DModel.from_flux_moe(source)
+    states = read.state_dict(), written.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
