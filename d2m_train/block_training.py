@@ -164,6 +164,7 @@ class PartTraining:
             schedule=self.schedule,
             average=self.average,
             routers=self.routers,
+            scaler=processes.accelerator.scaler,
         )
         self.statistics = RouterStatistics(self.core)
         self.place = {"device": processes.device, "dtype": getattr(torch, run.student.dtype)}
@@ -182,10 +183,12 @@ class PartTraining:
             rate = float(self.schedule.get_last_lr()[0])
             eyes.step(first + step, losses, tokens=tokens, learning_rate=rate, grad_norm=norm)
             self.optimizer.step()
-            self.schedule.step()
+            skipped = bool(getattr(self.optimizer, "step_was_skipped", False))  # by fp16's scaler
+            if not skipped:
+                self.schedule.step()
             self.optimizer.zero_grad()
             self.routers.end_step()
-            if self.average is not None:
+            if self.average is not None and not skipped:
                 self.average.update(step)
             with eyes.paused():
                 if step == steps:  # what is written of the part stands for its last checkpoint

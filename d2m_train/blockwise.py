@@ -11,8 +11,6 @@ part's last checkpoint.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-
-IDENTITY = "blockwise.json"  # in the stage's folder: whose parts and features these are
 
 
 def check_blockwise(run: RunConfig, processes: Processes) -> None:
@@ -151,7 +147,7 @@ class _Blockwise:
         self.eyes: Eyes | None = None
 
     def train(self) -> None:
-        self._check_identity()
+        self.files.folder.mkdir(parents=True, exist_ok=True)
         done = self._done()
         self._check_disk()
         steps, start = self.section.steps, 0
@@ -274,13 +270,15 @@ class _Blockwise:
         )
 
     def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
+        """What the stage has left alone is the source's, bit for bit, in whatever precision it was held."""
         from d2m_model.hosts.diffusers import flux_moe_tensors
 
         file, metadata = self._file(part), {"d2m_part": part.name}
         file.parent.mkdir(parents=True, exist_ok=True)
         specs = {name: self.specs[name] for name in self.names[part.name]}
-        with TensorWriter(file, specs, metadata) as writer:
-            for name, tensor in flux_moe_tensors(core, self.config, only=specs):
+        frozen = {name for name, parameter in core.named_parameters() if not parameter.requires_grad}
+        with TensorWriter(file, specs, metadata) as writer, TensorFile(self.files.source) as source:
+            for name, tensor in flux_moe_tensors(core, self.config, only=specs, unchanged=frozen, stored=source.tensor):
                 writer.put(name, tensor.to(specs[name][0]))
             writer.finish(metadata)
 
@@ -300,24 +298,6 @@ class _Blockwise:
     def _origins(self, trained: dict[str, Part]) -> list[tuple[Path, list[str]]]:
         others = [name for name in self.specs if name not in trained and name != CONFIG_KEY]
         return [(self.files.source, others), *((self._file(part), self.names[part.name]) for part in self.parts)]
-
-    def _check_identity(self) -> None:
-        """Raises UserError if the stage's folder holds what another run has begun."""
-        path = self.files.folder / IDENTITY
-        if path.exists():
-            found = json.loads(path.read_text())
-            differs = [key for key in {**found, **self.identity} if found.get(key) != self.identity.get(key)]
-            if differs:
-                listed = "; ".join(f"{key} was {found.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
-                raise UserError(
-                    f"{self.files.folder} is of another run: {listed}. Give what it was made with, or another output_dir "
-                    f"for a new run; restart={self.stage} begins the stage anew."
-                )
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.identity))
-        os.replace(part, path)
 
     # The disk
 

@@ -288,7 +288,6 @@ def test_it_ends_with_a_student_and_leaves_nothing_of_the_way_there(finished: Pa
     assert not changed(weights(finished, "blocks"), load_file(finished / "student.safetensors"))
     for stage in STAGES:
         assert {path.name for path in (finished / stage).iterdir()} == {
-            "blockwise.json",
             "log.jsonl",
             "student.safetensors",
         }
@@ -612,19 +611,3 @@ def test_what_blockwise_mode_does_not_do_is_said(room: Path, begun: Path, capsys
         assert main(arguments(room, begun, "stages=[blocks]", override)) == 2
         assert said in capsys.readouterr().err
         (begun / "run.yaml").unlink(missing_ok=True)
-
-
-def test_another_teacher_does_not_go_on_with_these_features(
-    room: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as dying:
-        killed_at(dying, Eyes, "step", 3, after=False)
-        with pytest.raises(Killed):
-            main(arguments(room, begun, "stages=[blocks]"))
-    other = load_file(room / "teacher.safetensors")
-    other["img_in.weight"] += 1
-    save_file(other, tmp_path / "other.safetensors")
-    assert main(arguments(room, begun, "stages=[blocks]", f"teacher.path={tmp_path / 'other.safetensors'}")) == 2
-    said = capsys.readouterr().err
-    assert "teacher.fingerprint was" in said
-    assert "restart=blocks" in said
