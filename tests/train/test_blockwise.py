@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import os
 import shutil
 import signal
@@ -20,10 +19,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
+from d2m_model.config import CapacityRouter, FluxMoEConfig
 from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, outputs_of
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_model.teacher import open_teacher
@@ -32,33 +30,28 @@ from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.block_training import Blocks, Part, relative_losses
 from d2m_train.blockwise import check_blockwise, parts_of
-from d2m_train.data.latents import LatentFile
 from d2m_train.data.store import Store
-from d2m_train.eyes import Eyes, read_log
-from d2m_train.feature_store import Features, FeatureStore
-from d2m_train.features import block_outputs
-from d2m_train.noise import noisy_batch
-from d2m_train.plan import plan
-from d2m_train.run_config import RunConfig, StageSection, load
-from d2m_train.stages import plan_of, prepare_student, trainable_names
-from d2m_train.teachers import open_frozen_teacher
-from d2m_train.velocity import velocity
+from d2m_train.eyes import Eyes
+from d2m_train.feature_store import Features
+from d2m_train.run_config import StageSection, load
+from d2m_train.stages import plan_of, trainable_names
 from tests.comfyui import files
-from tests.train.runs import ROOT, environment, run_file, write_latents
-
-DIMS = FluxDims(
-    hidden_size=128, double_blocks=3, single_blocks=4, in_channels=64, out_channels=64,
-    context_size=32, vector_size=48, guidance_embed=True,
-)  # fmt: skip
-GROUPS = (
-    BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk"),
-    BlockGroup(kind="single", first=1, blocks=2, active=1, selection="topk"),
+from tests.train.blockwise_runs import (
+    DIMS,
+    GROUPS,
+    SINGLES,
+    STAGES,
+    STEPS,
+    arguments,
+    changed,
+    errors,
+    grouped,
+    log,
+    prepare,
+    steps,
+    weights,
 )
-STAGES = ("shared", "experts", "blocks")
-SINGLES = tuple(f"single_blocks.{index}" for index in range(4))
-STEPS = 4
-RATES = {"shared": 3e-3, "experts": 3e-3, "blocks": 3e-4}
-TRAINING = {"batch_size": 2, "warmup_steps": 1, "blockwise": True, "blockwise_samples": 10, "ema": 0.9}
+from tests.train.runs import ROOT, environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,33 +63,6 @@ def one_thread() -> Iterator[None]:
     yield
     gc.unfreeze()
     torch.set_num_threads(before)
-
-
-def prepare(folder: Path, student: dict[str, Tensor], dense: dict[str, Tensor], **sections: Any) -> list[str]:
-    """A folder with all that a run needs and the converted student; the command's arguments."""
-    save_file({name: tensor.contiguous() for name, tensor in dense.items()}, folder / "teacher.safetensors")
-    write_latents(folder)
-    (folder / "out" / "convert").mkdir(parents=True)
-    save_file({n: t.contiguous() for n, t in student.items()}, folder / "out" / "convert" / "student.safetensors")
-    defaults: dict[str, Any] = {
-        "stages": [*STAGES, "export"],
-        "training": TRAINING,
-        "stage": {stage: {"steps": STEPS, "learning_rate": rate} for stage, rate in RATES.items()},
-        "checkpoints": {"every": 2},
-        "export": {"dtype": "float32"},
-        "resume": "latest",
-    }
-    return ["distill", str(run_file(folder, **{**defaults, **sections}))]
-
-
-def grouped() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(student, teacher) with two groups, compressed modulations that lose something, and expert means."""
-    dense, compressed = files.compressible(files.dense_flux(DIMS), 11, DIMS)
-    generator = torch.Generator().manual_seed(5)
-    for name, weight in compressed.items():
-        if name != "adaln_in.weight":
-            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
-    return files.split(dense, DIMS, mean=True, compressed=compressed, groups=GROUPS), dense
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +82,6 @@ def finished(room: Path) -> Path:
     return out
 
 
-def arguments(room: Path, out: Path, *overrides: str) -> list[str]:
-    return ["distill", str(room / "run-file.yaml"), f"output_dir={out}", *overrides]
-
-
 @pytest.fixture
 def begun(room: Path, finished: Path, tmp_path: Path) -> Path:
     """An output_dir in which the stages ahead of `blocks` have been run."""
@@ -128,102 +90,6 @@ def begun(room: Path, finished: Path, tmp_path: Path) -> Path:
         (out / stage).mkdir(parents=True)
         os.link(finished / stage / "student.safetensors", out / stage / "student.safetensors")
     return out
-
-
-def weights(out: Path, stage: str) -> dict[str, Tensor]:
-    return load_file(out / stage / "student.safetensors")
-
-
-def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if name != "d2m_config" and not torch.equal(before[name], after[name])}
-
-
-def log(out: Path, stage: str) -> list[dict[str, Any]]:
-    return read_log(out / stage / "log.jsonl")
-
-
-def steps(out: Path, stage: str) -> list[dict[str, Any]]:
-    return [line for line in log(out, stage) if "loss/total" in line]
-
-
-def errors(out: Path, stage: str) -> dict[str, tuple[float, float]]:
-    """Of every part before and after its training, on data that it did not see."""
-
-    def measured(name: str) -> dict[str, float]:
-        lines = [line for line in log(out, stage) if name in line]
-        found = {line["block"]: line[name] for line in lines}
-        assert len(found) == len(lines), "once each"
-        return found
-
-    before, after = measured("validation/block_error_before"), measured("validation/block_error")
-    return {name: (before[name], after[name]) for name in before}
-
-
-# The teacher's features
-
-
-def features_of(room: Path, folder: Path, **overrides: Any) -> tuple[FeatureStore, RunConfig, list[str]]:
-    run = load(room / "run-file.yaml", [f"output_dir={folder}"])
-    teacher = open_frozen_teacher(run.teacher.model_copy(update={"offload": "stream"}))
-    said: list[str] = []
-    data = LatentFile(room / "latents.safetensors")
-    return FeatureStore(folder / "features", teacher, data, run, report=said.append, **overrides), run, said
-
-
-def test_the_features_are_the_teachers_own_of_the_batches_that_training_asks(room: Path, tmp_path: Path) -> None:
-    store, run, _ = features_of(room, tmp_path)
-    store.provide(2, 5)
-    teacher = open_frozen_teacher(run.teacher)
-    for index in range(store.batches):
-        batch = LatentFile(room / "latents.safetensors").batch(index, 2, run.seed)
-        noisy = noisy_batch(batch, run.timesteps, run.seed, index, teacher)
-        with torch.no_grad(), block_outputs(teacher, ["double_blocks.1", "single_blocks.1"]) as found:
-            velocity(teacher, batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B, True)
-        double, single = store.features(2, index), store.features(5, index)
-        assert torch.equal(double.image_BTH, found["double_blocks.1.img"])
-        assert torch.equal(double.text_BLH, found["double_blocks.1.txt"])
-        assert torch.equal(torch.cat([single.text_BLH, single.image_BTH], 1), found["single_blocks.1"])
-        assert torch.equal(store.conditions(index).words_BL, batch.words_BL)
-    seen = {float(store.features(2, index).image_BTH.sum()) for index in range(store.batches + store.held_out)}
-    assert len(seen) == store.batches + store.held_out, "what is held out is not trained on"
-
-
-def test_two_depths_are_on_the_disk_and_no_more_than_one_entry_besides(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, _, _ = features_of(room, tmp_path)
-    most, put = [0], Store.put
-
-    def counting(self: Store, *entry: Any) -> None:
-        put(self, *entry)
-        most.append(len(list((tmp_path / "features").glob("depth-*/*/*.safetensors"))))
-
-    monkeypatch.setattr(Store, "put", counting)
-    entries = store.batches + store.held_out
-    for start, end in ((0, 1), (1, 2), (2, 6), (7, 7)):
-        store.provide(start, end)
-        there = {folder.name for folder in (tmp_path / "features").glob("depth-*")}
-        assert there == {f"depth-{start:02}", f"depth-{end:02}"}
-    assert max(most) == 2 * entries + 1
-
-
-def test_a_damaged_or_missing_entry_is_made_again_as_it_was(room: Path, tmp_path: Path) -> None:
-    store, _, _ = features_of(room, tmp_path)
-    store.provide(3, 4)
-    expected = [store.features(depth, index).image_BTH.clone() for depth in (3, 4) for index in range(store.batches)]
-    entries = sorted((tmp_path / "features").glob("*/*/*.safetensors"))
-    for number, entry in enumerate(entries):
-        if number % 3 == 0:
-            data = bytearray(entry.read_bytes())
-            data[-5] ^= 1
-            entry.write_bytes(data)
-        elif number % 3 == 1:
-            entry.unlink()
-    again, _, said = features_of(room, tmp_path)
-    again.provide(3, 4)
-    found = [again.features(depth, index).image_BTH for depth in (3, 4) for index in range(again.batches)]
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert any("depth-04" in line and "made again" in line for line in said)
 
 
 # What is trained
@@ -460,83 +326,6 @@ def test_what_a_stage_takes_of_the_disk_is_said_and_asked_for_ahead(
     assert "stage blocks needs" in said.err
     assert "training.blockwise_samples" in said.err
     assert not list((begun / "blocks").glob("features/depth-*"))
-
-
-# Memory
-
-
-def test_the_plan_counts_the_largest_part(room: Path) -> None:
-    run = load(room / "run-file.yaml")
-    core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors")
-    planned: dict[str, Any] = {stage.stage: stage for stage in plan(run).stages}
-    assert core.adaln_in is not None
-    for stage, part in (
-        ("shared", Part(name="", kind="double", blocks=(1,), start=1, end=2, group=None)),
-        ("blocks", Part(name="", kind="double", blocks=(1, 2), start=1, end=3, group=0)),
-    ):
-        chosen = plan_of(stage, core.flux_moe, StageSection())  # type: ignore[arg-type]
-        prepare_student(core, chosen)
-        own = [p for name, p in core.named_parameters() if part.has(name)]
-        trained = [p for p in own if p.requires_grad]
-        memory = planned[stage].memory
-        assert memory["student's weights"] == sum(p.nbytes for p in (*own, core.adaln_in.weight))
-        assert memory["gradients"] == memory["average"] == sum(p.nbytes for p in trained)
-        assert memory["optimizer"] == sum(2 * p.nbytes + 4 for p in trained)
-        assert planned[stage].steps == STEPS
-    assert planned["shared"].samples == 7 * STEPS * run.training.batch_size
-    entry = 2 * (16 + 6) * 128 * 4  # samples, tokens, channels, bytes
-    assert plan(run).disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
-
-
-MEASURE = """
-import gc, json, sys
-from d2m_train.__main__ import main
-
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-small, large = sys.argv[1:]
-assert main(["distill", small]) == 0  # what a first run loads of the libraries
-gc.freeze()
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # VmHWM counts from here
-before = status("VmRSS")
-assert main(["distill", large]) == 0
-print(json.dumps(status("VmHWM") - before))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_the_memory_is_that_of_a_block_and_its_optimizer(tmp_path: Path) -> None:
-    dims = replace(DIMS, hidden_size=512, double_blocks=1, single_blocks=16)
-    runs, parameters = [], 0
-    for name, size, layout in (
-        ("small", replace(DIMS, double_blocks=1, single_blocks=1), files.LAYOUT),
-        ("large", dims, FFNLayout(shared=512, experts=12, width=128)),
-    ):
-        dense = files.dense_flux(size)
-        student = files.split(dense, size, layout)
-        parameters = sum(tensor.numel() for tensor in dense.values())
-        (tmp_path / name).mkdir()
-        runs += prepare(
-            tmp_path / name,
-            {key: tensor.bfloat16() if tensor.is_floating_point() else tensor for key, tensor in student.items()},
-            {key: tensor.bfloat16() for key, tensor in dense.items()},
-            teacher={"dtype": "bfloat16"},
-            stages=["shared"],
-            stage={"shared": {"steps": 1, "trainable": ["transformer_blocks.*", "single_transformer_blocks.*"]}},
-            training={**TRAINING, "ema": None},
-        )[1:]
-        del dense, student
-    # What is freed goes back at once, as it does by itself with blocks of a real FLUX's size.
-    again = environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", MEASURE, *runs], cwd=ROOT, env=again, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    most = json.loads(done.stdout.splitlines()[-1])
-    block = 4 * 36 * 512**2 / 2**20  # MiB of a double block in float32; weights, gradients and AdamW's state are four
-    assert 4 * parameters / 2**20 > 7 * block, "the student's weights alone"
-    assert 3 * block < most < 6 * block
 
 
 # Other students
