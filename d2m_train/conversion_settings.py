@@ -159,6 +159,7 @@ def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | No
         batches=method.batches,
         batch_size=method.batch_size,
         tokens=method.tokens,
+        device=method.device,
         folder=folder,
     )
 

@@ -96,6 +96,8 @@ class ConvertSection(Section):
     batches: Count = 32
     batch_size: Count = 8
     tokens: Count = 8192
+    device: Literal["cpu"] | None = None
+    """Where the teacher is calibrated, whole: the GPU if there is one. `cpu` takes 4 bytes a parameter of the host's memory."""
 
 
 class DataSection(Section):
