@@ -100,7 +100,7 @@ class Distill:
         prepare(data, self.processes.rank, self.processes.count)
         self.processes.wait()
         identity = identity_of(run, path, data)
-        self._begin(identity, data)
+        self._begin(identity, path, data)
         if "convert" in run.stages:
             self._convert(path, data)
         teacher: FluxTransformer2DModel | None = None
@@ -121,10 +121,10 @@ class Distill:
         if "export" in run.stages:
             self._export()
 
-    def _begin(self, identity: dict[str, Any], data: DataSource) -> None:
+    def _begin(self, identity: dict[str, Any], path: Path, data: DataSource) -> None:
         """Now that the run is known to be one: keep what it is made of, and take away what is to be made anew."""
         run = self.run
-        with open_teacher(self._teacher_file()) as teacher:
+        with open_teacher(path) as teacher:
             check_fits(data.batch(0, 1, run.seed), teacher.dims)
         if self.processes.main:
             if run.restart is not None:

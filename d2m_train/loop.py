@@ -162,7 +162,7 @@ class _Training:
         if start == steps:
             return
         measure = Measure(self.distillation, self.data, eyes, processes, steps)
-        batches = _Batches(run, self.data, processes, start, steps)
+        batches = _Batches(run, self.data, processes, steps)
         for step in range(start + 1, steps + 1):
             where = f"Stage {self.stage}, step {step}"
             losses, norm, tokens = self._step(batches.of_step(step), where, checkpoints, measure)
@@ -257,7 +257,7 @@ def with_gate(core: FluxMoETransformer2DModel, stage: Stage) -> FluxMoEConfig:
 class _Batches:
     """This rank's microbatches, and their numbers in the run. On a GPU the next one is made meanwhile."""
 
-    def __init__(self, run: RunConfig, data: DataSource, processes: Processes, start: int, steps: int) -> None:
+    def __init__(self, run: RunConfig, data: DataSource, processes: Processes, steps: int) -> None:
         self.run, self.data, self.processes = run, data, processes
         self.end = self._index(steps * run.training.accumulation)
         # A CPU trains with all its cores already.
