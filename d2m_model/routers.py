@@ -6,7 +6,7 @@ capacity.py has the other router, DiffMoE's. Shapes: T tokens, H hidden size, E 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,10 @@ class Routing:
         """Every expert's weight, float32 [T, E]: 0 where it is not chosen."""
         return torch.zeros_like(self.logits_TE).scatter(1, self.experts_TK, self.gates_TK)
 
+    def weighed(self, weights_E: Tensor) -> Routing:
+        """The same choice with the gates multiplied by their experts' weights: 0 mutes an expert, as if not chosen."""
+        return replace(self, gates_TK=self.gates_TK * weights_E[self.experts_TK])
+
 
 @dataclass(kw_only=True, slots=True)
 class UnevenRouting:
@@ -58,6 +62,10 @@ class UnevenRouting:
     def gates_TE(self) -> Tensor:
         """Every expert's weight, float32 [T, E]: 0 where it is not chosen."""
         return torch.zeros_like(self.logits_TE).index_put((self.token_A, self.expert_A), self.gate_A)
+
+    def weighed(self, weights_E: Tensor) -> UnevenRouting:
+        """As Routing.weighed."""
+        return replace(self, gate_A=self.gate_A * weights_E[self.expert_A])
 
 
 def check_top_k(top_k: int, experts: int) -> None:

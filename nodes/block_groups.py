@@ -81,6 +81,8 @@ class BlockGroupRouter(nn.Module):
         active = active_blocks(settings_of(options).get("active_blocks"), self.groups)[self.index]
         selection = self.groups[self.index].selection
         routing = route_blocks(mean_tokens(*streams), vec_BH, x_MH, y_MH, active, selection)
+        if (trace := settings_of(options).get("trace")) is not None:
+            trace.blocks(self.index, routing)
         comfy.ops.uncast_bias_weight(self.router_x, x_MH, None, x_token)
         comfy.ops.uncast_bias_weight(self.router_y, y_MH, None, y_token)
         return routing

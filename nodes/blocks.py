@@ -108,6 +108,7 @@ class CapacityRouter(nn.Module):
 class ExpertLayer(nn.Module):
     """What the owner of a routed FFN has besides the modules of its dense kind."""
 
+    name: str  # of the FFN, in the file
     layout: FFNLayout
     file: FileChoice
     router: nn.Linear
@@ -120,14 +121,15 @@ class ExpertLayer(nn.Module):
         self, layout: FFNLayout, file: FileChoice, stored: Mapping[str, Tensor], name: str, device: torch.device | None
     ) -> None:
         """Make room for the tensors of FFN `name`, in the dtypes of their file."""
-        self.layout, self.file = layout, file
+        self.name, self.layout, self.file = name, layout, file
         self.router = router_linear(stored[f"{name}.router.weight"], f"{name}.router.bias" in stored, device)
         self.capacity = CapacityRouter(stored, name, device) if f"{name}.threshold" in stored else None
         for buffer in ("neuron_order", "expert_mean", "threshold"):
             like = stored.get(f"{name}.{buffer}")
             self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
 
-    def route(self, x_TH: Tensor, choice: Choice) -> Routing | UnevenRouting:
+    def route(self, x_BTH: Tensor, choice: Choice) -> Routing | UnevenRouting:
+        x_TH = x_BTH.flatten(0, -2)
         weight_EH, bias_E, token = cast_router(self.router, x_TH.device)
         routing: Routing | UnevenRouting
         if self.capacity is not None:
@@ -136,6 +138,10 @@ class ExpertLayer(nn.Module):
         else:
             routing = route_top_k(x_TH, weight_EH, bias_E, top_k=choice.top_k, gate=choice.gate)
         comfy.ops.uncast_bias_weight(self.router, weight_EH, bias_E, token)
+        if choice.trace is not None:
+            choice.trace.experts(self.name, routing, batch=x_BTH.shape[0])
+        if choice.mask is not None and self.name in choice.mask:
+            routing = routing.weighed(choice.mask[self.name].to(x_TH.device))
         return routing
 
     # The number of a capacity router's assignments is data: torch.compile would trace each number anew.
@@ -150,7 +156,7 @@ class ExpertLayer(nn.Module):
 
     def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
-        routing = self.route(x_TH, choice)
+        routing = self.route(x_BTH, choice)
         plan = plan_dispatch(routing, x_TH)
         weight, bias, token = cast(linear, x_BTH)
         y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])

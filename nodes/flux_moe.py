@@ -23,7 +23,7 @@ from ..d2m_model.tensor_file import ALIGNMENT
 from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed import compress_modulations, modulations
-from .settings import OPTIONS_KEY, FileChoice
+from .settings import OPTIONS_KEY, READ_BY_MODEL, FileChoice
 
 # The model
 
@@ -157,7 +157,7 @@ class FluxMoEModel(comfy.model_base.Flux):
         its guards, and would run the graph of one Top-K for another. (Of a model in parts no graph reads them.)"""
         settings = transformer_options.get(OPTIONS_KEY)
         if settings is not None and not self.in_parts:
-            kwargs["d2m"] = settings
+            kwargs["d2m"] = {key: settings[key] for key in READ_BY_MODEL if key in settings}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 

@@ -5,17 +5,27 @@
 - `capacity` (number): of a file with a capacity router, the compute of its experts; 1 is the file's own, 0 is none.
 - `active_blocks`: of a file with block groups, how many blocks run. One int for all of them (a group that has fewer
   blocks runs all it has), or a list with one int for each group, in the file's order.
+- `mask`: weights of experts, {FFN: float32 [E]}: 0 mutes one, 1 leaves it. They multiply the gates of the experts chosen.
+- `trace` (d2m_model.trace.Recorder): hears what every router chooses.
+
+`controls` (tuple) is for live.py: the nodes whose folded values these are. The model does not read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
 
 from ..d2m_model.config import BlockGroup, FluxMoEConfig, Gate
 
+if TYPE_CHECKING:
+    from ..d2m_model.trace import Recorder
+
 OPTIONS_KEY = "d2m"
+READ_BY_MODEL = ("top_k", "gate", "capacity", "active_blocks", "mask", "trace")
 
 
 def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -28,6 +38,8 @@ class Choice(NamedTuple):
     top_k: int
     gate: Gate
     capacity: float  # factor, in place of top_k where the router is a capacity router
+    mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
+    trace: Recorder | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -47,7 +59,13 @@ class FileChoice:
         """The sampled clone's settings, or else the file's."""
         settings = settings_of(transformer_options)
         gate = self.gates[settings.get("gate", self.gate)]
-        return Choice(settings.get("top_k", self.top_k), gate, settings.get("capacity", 1.0))
+        return Choice(
+            top_k=settings.get("top_k", self.top_k),
+            gate=gate,
+            capacity=settings.get("capacity", 1.0),
+            mask=settings.get("mask"),
+            trace=settings.get("trace"),
+        )
 
 
 def active_blocks(setting: int | Sequence[int] | None, groups: Sequence[BlockGroup]) -> list[int]:
