@@ -1,0 +1,107 @@
+"""A ComfyUI with this pack, and a real browser on it: every test that asks for `comfy` runs in both renderers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from demo.server import ComfyServer
+from tests.browser.driver import Comfy
+from tests.comfyui import files
+from tools import browser as chromium
+from tools.host import ROOT
+
+EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
+RENDERERS = {"canvas": False, "nodes-2": True}
+
+# A model behind this node stops before evaluation `stop_at` until the test opens the gate: what the test does meanwhile
+# falls between two known evaluations, on a machine of any speed.
+GATE = """
+import pathlib, time
+
+class Gate:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "stop_at": ("INT", {"default": 3})}}
+
+    def patch(self, model, stop_at):
+        base, seen = pathlib.Path(__file__).parent.parent, 0
+
+        def wrapper(apply, arguments):
+            nonlocal seen
+            seen += 1
+            if seen == stop_at:
+                (base / "waiting").touch()
+                deadline = time.monotonic() + 60
+                while not (base / "open").exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                (base / "open").unlink(missing_ok=True)
+            return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+        clone = model.clone()
+        clone.set_model_unet_function_wrapper(wrapper)
+        return (clone,)
+
+NODE_CLASS_MAPPINGS = {"TestGate": Gate}
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("browser-server")
+    models = base / "models" / "diffusion_models"
+    dense = files.dense_flux(EMOJI)
+    files.save(dense, models / "teacher.safetensors")
+    files.save(files.split(dense, EMOJI), models / "emoji-flux-moe.safetensors")
+    assets = ROOT / "demo" / "assets"
+    shutil.copyfile(assets / "emoji-flux.safetensors", models / "emoji-flux.safetensors")
+    (base / "models" / "vae").mkdir()
+    shutil.copyfile(assets / "autoencoder.safetensors", base / "models" / "vae" / "emoji-autoencoder.safetensors")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "gate.py").write_text(GATE)
+    with ComfyServer(base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    program = chromium.needed()
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not work for root, nor in many containers; what is opened here is ours.
+        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture(params=RENDERERS.values(), ids=RENDERERS)
+def comfy(request: pytest.FixtureRequest, server: ComfyServer, browser: Browser, tmp_path: Path) -> Iterator[Comfy]:
+    """ComfyUI's page with an empty workflow; a console message of our files that is no plain log fails the test."""
+    context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+    opened = Comfy(server, context.new_page(), vue=request.param)
+    try:
+        opened.open()
+        yield opened
+        if request.node.stash.get(FAILED, False):
+            opened.page.screenshot(path=tmp_path / "failed.png")
+            print(f"screenshot: {tmp_path / 'failed.png'}")
+    finally:
+        opened.open_gate_for_good()
+        context.close()
+    assert opened.complaints == []

@@ -1,0 +1,35 @@
+/** The pack's part of the frontend: the only file here that ComfyUI loads by itself. */
+
+import { app } from "../../scripts/app.js";
+import { watchCosts } from "./cost.mjs";
+import { CONTROLS, onLive, watchLiveValues } from "./live.mjs";
+import { addReadout, addStyle, hasReadout, showLive } from "./readout.mjs";
+import { loadTexts, text } from "./text.mjs";
+
+const WITH_READOUT = new Set([...CONTROLS, "D2MLoadFluxMoE", "D2MConvertFlux"]);
+
+app.registerExtension({
+  name: "dense2moe",
+
+  async setup() {
+    addStyle();
+    await loadTexts();
+    watchLiveValues();
+    watchCosts();
+    const shown = new Set();
+    onLive((place, values) => {
+      if (place && hasReadout(place.node)) {
+        const settings = Object.entries(values).map((entry) => entry.join(" = "));
+        showLive(place.node, text("live.label"), text("live.title", { settings: settings.join(", ") }));
+        shown.add(place.node);
+      } else {
+        for (const node of shown) showLive(node, "");
+        shown.clear();
+      }
+    });
+  },
+
+  nodeCreated(node) {
+    if (WITH_READOUT.has(node.comfyClass)) addReadout(node);
+  },
+});
