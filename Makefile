@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup host demo comfy test test-hosts lint format bench lock clean
+.PHONY: help setup host browser demo comfy test test-hosts lint format bench lock clean
 
 PYTHON = python3
 # Set here, so that a HOST in the environment (some shells set it) does not choose a ComfyUI.
@@ -25,6 +25,9 @@ setup: ## virtual environment, pinned packages and a ComfyUI; again at any time
 
 host: setup ## print where the ComfyUI in use stands
 	@$(PYTHON) -m tools.host
+
+browser: ## print where the Chromium of the browser tests stands; installs Debian's if it may
+	@$(PYTHON) -m tools.browser
 
 demo: setup ## convert the emoji FLUX and paint with it in ComfyUI; results in demo/out/
 	@$(RUN) demo.run

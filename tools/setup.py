@@ -1,4 +1,4 @@
-"""`make setup`: a virtual environment, pinned packages and a ComfyUI, in the project's folder.
+"""`make setup`: a virtual environment, pinned packages and a ComfyUI, in the project's folder; a Chromium if need be.
 
 Running it again costs next to nothing when nothing has changed, and heals what an interrupted run left.
 Runs at the same time wait for each other. Everything is said on stderr.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools import environment, host
+from tools import browser, environment, host
 from tools.errors import SetupError
 
 
@@ -57,6 +57,7 @@ def main() -> int:
         wanted = host.host_in_use()
         if prepare(host.ROOT, wanted):
             print(f"Ready: {wanted.venv.name}, ComfyUI at {wanted.path}", file=sys.stderr)
+        browser.prepare(host.ROOT)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

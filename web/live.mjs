@@ -127,7 +127,7 @@ async function send(current, changes) {
     const response = await api.fetchApi("/d2m/live", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ nodes: changes.map(({ id }) => id), values }),
+      body: JSON.stringify({ prompt_id: current.prompt, nodes: changes.map(({ id }) => id), values }),
     });
     answer = await response.json();
     if (!response.ok) throw new Error(answer.error ?? response.statusText);

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import environment, host, on_hosts, setup
+from tools import browser, environment, host, on_hosts, setup
 from tools.errors import SetupError
 from tools.packages import constraints
 
@@ -311,3 +311,99 @@ def test_a_release_that_cannot_be_set_up_fails_without_hiding_the_other(
     assert "no network" in said.err
     assert "FAILED: it could not be set up" in said.out
     assert f"ComfyUI {host.RELEASES[1].comfyui}: passed: 3 passed" in said.out
+
+
+CHMOD = shutil.which("chmod")
+
+
+def a_program(path: Path, text: str = "#!/bin/sh\nexit 0\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def no_chromium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a Chromium; the folder that its PATH names."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(browser, "MAC_PLACES", ())
+    for name in ("CHROMIUM_PATH", "PLAYWRIGHT_BROWSERS_PATH", *browser.WINDOWS_ROOTS):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+@pytest.fixture
+def debian(no_chromium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root shell on a Debian whose apt-get writes down what it is asked for, and installs; the file of its words."""
+    said = tmp_path / "apt-said"
+    a_program(
+        no_chromium / "apt-get",
+        f'#!/bin/sh\necho "$*" >> {said}\n'
+        f"[ $1 = update ] || {{ echo > {no_chromium}/chromium; {CHMOD} +x {no_chromium}/chromium; }}\n",
+    )
+    release = tmp_path / "os-release"
+    release.write_text('PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n')
+    monkeypatch.setattr(browser, "OS_RELEASE", release)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return said
+
+
+def test_a_chromium_is_found_where_they_stand(no_chromium: Path, tmp_path: Path) -> None:
+    assert browser.find() is None
+    downloaded = a_program(tmp_path / ".cache/ms-playwright/chromium-1234/chrome-linux64/chrome")
+    assert browser.find() == downloaded
+    a_program(no_chromium / "chromium-browser", "#!/bin/sh\necho 'requires the chromium snap: snap install chromium'\n")
+    assert browser.find() == downloaded
+    installed = a_program(no_chromium / "google-chrome")
+    assert browser.find() == installed
+    own = a_program(tmp_path / "own" / "chrome")
+    assert browser.find({"CHROMIUM_PATH": str(own), "PATH": str(no_chromium)}) == own
+
+
+def test_a_chromium_path_that_names_nothing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"CHROMIUM_PATH is .*gone, but there is no such file"):
+        browser.find({"CHROMIUM_PATH": str(tmp_path / "gone")})
+
+
+def test_without_a_chromium_the_browser_tests_say_what_to_install(no_chromium: Path) -> None:
+    with pytest.raises(SetupError) as refused:
+        browser.needed()
+    for said in ("apt-get install chromium", "Google Chrome", "playwright install", "CHROMIUM_PATH"):
+        assert said in str(refused.value)
+
+
+def test_on_a_debian_the_set_up_installs_debians_chromium(debian: Path, no_chromium: Path, tmp_path: Path) -> None:
+    assert browser.prepare(tmp_path)
+    assert browser.needed() == no_chromium / "chromium"
+    update, install = debian.read_text().splitlines()
+    assert update.startswith("update")
+    assert install.endswith("chromium")
+    assert browser.prepare(tmp_path)
+    assert len(debian.read_text().splitlines()) == 2  # found: not installed again
+
+
+@pytest.mark.parametrize("why", ["not root", "another system", "no network"])
+def test_a_chromium_that_cannot_be_installed_is_said_once_and_is_no_failure(
+    why: str,
+    debian: Path,
+    no_chromium: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if why == "not root":
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    elif why == "another system":
+        browser.OS_RELEASE.write_text('ID="fedora"\n')
+    else:
+        a_program(no_chromium / "apt-get", "#!/bin/sh\nexit 100\n")
+    assert not browser.prepare(tmp_path)
+    assert "need a Chromium" in capsys.readouterr().err
+    monkeypatch.setattr(subprocess, "run", None)
+    assert not browser.prepare(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert not debian.exists()
