@@ -88,7 +88,8 @@ class BlockGroup:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Teacher:
-    """Where the dense weights came from. `sha256` is of the file (of the index and shards in order, if sharded)."""
+    """Where the dense weights came from. `sha256` is of the file (of the index and shards in order, if sharded); of a model
+    that was in memory, with LoRAs in its weights say, of its tensors (conversion.digest.TensorDigest)."""
 
     title: str
     sha256: str

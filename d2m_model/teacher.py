@@ -69,7 +69,7 @@ class _Stored:
         if tensor.dtype not in FLOAT8:
             return tensor
         scale = None if self.scale is None else _per_row(self.file.tensor(self.scale).float(), self.shape)
-        return _from_float8(tensor, scale)
+        return from_float8(tensor, scale)
 
 
 class DenseTeacher:
@@ -284,7 +284,7 @@ def _per_row(scale: Tensor, shape: Shape) -> Tensor:
     )
 
 
-def _from_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
+def from_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
     """bfloat16, which holds every float8; times `scale` in float32, rounded once."""
     if scale is None:
         return tensor.to(torch.bfloat16)

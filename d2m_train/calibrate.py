@@ -10,7 +10,6 @@ Shapes: B batch, T image tokens, L text tokens, C channels of a token, H hidden 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,25 +19,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, FluxDims
-from d2m_model.conversion.adaln import VecMoments
-from d2m_model.conversion.block_routers import BlockChange, GroupObservations
-from d2m_model.conversion.groups import block_name, members
+from d2m_model.config import FluxDims
+from d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, metadata_of, write_part
+from d2m_model.conversion.groups import block_name
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.split import generator_for
 from d2m_model.mob import mean_tokens
-from d2m_model.tensor_file import CheckpointError, TensorFile
-from d2m_model.tensor_writer import write
+from d2m_model.tensor_file import CheckpointError
 
 from . import UserError
-from .data.batch import GUIDANCE, Batch, DataSource, check_fits
+from .data.batch import Batch, DataSource, check_fits
 from .velocity import noised, velocity
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
-KEY = "calibration"  # of a batch file's metadata: whose it is
 FORMAT = 2  # of a batch file: another one is another calibration
 
 
@@ -51,47 +46,6 @@ class CalibrationSettings:
     tokens: int
     taylor: bool
     seed: int
-
-
-class Calibration:
-    """A finished calibration in its folder; tensors are read when they are asked for."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        self.losses = [_metadata(file)["loss"] for file in files]
-
-    def importance(self, ffn: str) -> Tensor:
-        """Eq. 6 summed over the batches, float32 [N]."""
-        return torch.stack(self._parts(f"importance.{ffn}")).double().sum(0).float()
-
-    def inputs(self, ffn: str) -> Tensor:
-        """[n, H] inputs of an FFN, padding left out."""
-        return torch.cat(self._parts(f"inputs.{ffn}"))
-
-    def moments(self) -> VecMoments:
-        """Of silu(vec)."""
-        return VecMoments.of(torch.cat(self._parts("silu_vec")))
-
-    def block_change(self, block: str) -> BlockChange:
-        """Of double_blocks.i or single_blocks.i, over all samples."""
-        all_tokens, image = torch.cat(self._parts(f"change.{block}")).mean(0).tolist()
-        return BlockChange(mse=all_tokens, image_mse=image)
-
-    def group(self, group: BlockGroup) -> GroupObservations:
-        """What a group's router would see of every sample, and what its blocks did."""
-        changes = [torch.cat(self._parts(f"change.{block}"))[:, 1].sqrt() for block in members(group)]
-        return GroupObservations(
-            x_mean_nH=torch.cat(self._parts(f"mean.{block_name(group.kind, group.first)}")),
-            vec_nH=torch.cat(self._parts("vec")),
-            change_nM=torch.stack(changes, dim=1),
-        )
-
-    def _parts(self, name: str) -> list[Tensor]:
-        parts = []
-        for file in self.files:
-            with TensorFile(file) as stored:
-                parts.append(stored.tensor(name).clone())
-        return parts
 
 
 def calibrate(
@@ -113,7 +67,7 @@ def calibrate(
     files = [folder / f"batch-{index:05}.safetensors" for index in range(settings.batches)]
     missing = [index for index, file in enumerate(files) if not _is_ours(file, identity)]
     for index in sorted(set(range(len(files))) - set(missing)):
-        progress(_metadata(files[index])["loss"])
+        progress(metadata_of(files[index])["loss"])
     if missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,17 +80,9 @@ def calibrate(
             batch = data.batch(index, settings.batch_size, settings.seed)
             check_fits(batch, dims)
             tensors, loss = recorder.record(index, batch)
-            metadata = {KEY: json.dumps({"identity": identity, "loss": loss})}
-            announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            write(files[index], announced, tensors.__getitem__, metadata)
+            write_part(files[index], tensors, {"identity": identity, "loss": loss})
             progress(loss)
     return Calibration(files)
-
-
-def _metadata(file: Path) -> dict:
-    with TensorFile(file) as stored:
-        found: dict = json.loads(stored.metadata.get(KEY, "null")) or {}
-        return found
 
 
 def _is_ours(file: Path, identity: dict[str, object]) -> bool:
@@ -144,7 +90,7 @@ def _is_ours(file: Path, identity: dict[str, object]) -> bool:
     if not file.exists():
         return False
     try:
-        found = _metadata(file).get("identity")
+        found = metadata_of(file).get("identity")
     except CheckpointError:
         return False  # damaged: made again
     if found == identity:

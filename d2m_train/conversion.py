@@ -12,23 +12,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
-from d2m_model.conversion.adaln import FittedModulations, VecMoments
-from d2m_model.conversion.block_routers import plan_block_routers, random_block_routers_of
+from d2m_model.conversion.calibration import Calibration
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
-from d2m_model.conversion.ffn import FFNReport, plan_with_data, plan_without_data
+from d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
 from d2m_model.conversion.groups import auto_groups, block_names, with_choice
-from d2m_model.conversion.importance import weight_norm_importance
-from d2m_model.conversion.plan import FFNPlan, FFNWeights
+from d2m_model.conversion.method import MethodError
 from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
-from d2m_model.keys import dense_shapes
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
 
 from . import UserError
-from .calibrate import Calibration, CalibrationSettings, calibrate
+from .calibrate import CalibrationSettings, calibrate
 from .conversion_report import Report, tell, write_report
 from .conversion_settings import ConversionSettings, config_of, settings_of
 from .data.batch import DataSource
@@ -72,18 +68,21 @@ def convert(
             kept = kept_blocks(teacher.dims, config.groups, found.blocks)
             source = ShallowTeacher(teacher, kept)
             config = shallow(config, source.dims, kept)
-        block_routers = _block_routers(settings, config, calibration, found)
-        modulations = _modulations(source, config, calibration)
+        try:
+            routers = block_routers(settings, config, calibration, found.groups)
+        except MethodError as error:
+            raise UserError(f"{error} Calibrate with more batches or larger ones.") from None
+        modulations = fitted_modulations(source.tensor, config, calibration)
         with tqdm(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
             config = convert_file(
                 source,
                 settings.out,
                 config,
-                _planner(settings, config, kept, calibration, found.ffns),
+                planner(settings, config, calibration, found.ffns, place=settings.place, kept=kept),
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,
-                block_routers=block_routers,
+                block_routers=routers,
                 progress=bar.update,
             )
     if calibration is not None and settings.folder is None:
@@ -154,58 +153,3 @@ def _calibration(
             "; ".join(identity),
             progress,
         )
-
-
-def _block_routers(
-    settings: ConversionSettings, config: FluxMoEConfig, calibration: Calibration | None, report: Report
-) -> dict[str, Tensor]:
-    """The tensors of all groups, by their names in the file. Fills the report's groups."""
-    tensors: dict[str, Tensor] = {}
-    for index, group in enumerate(config.groups):
-        name, seed = f"block_groups.{index}", settings.recipe.seed
-        if calibration is None:
-            routers = random_block_routers_of(name, group, config.dims.hidden_size, seed)
-        else:
-            try:
-                routers, report.groups[name] = plan_block_routers(
-                    name, group, calibration.group(group), settings.block_router, seed
-                )
-            except ValueError as error:
-                raise UserError(f"{name}: {error} Calibrate with more batches or larger ones.") from None
-        tensors |= {f"{name}.router_x.weight": routers.x_MH, f"{name}.router_y.weight": routers.y_MH}
-    return tensors
-
-
-def _modulations(
-    teacher: DenseTeacher | ShallowTeacher, config: FluxMoEConfig, calibration: Calibration | None
-) -> FittedModulations | None:
-    if config.adaln_rank is None:
-        return None
-    names = [name for name in dense_shapes(config.dims) if name.endswith(("_mod.lin.weight", ".modulation.lin.weight"))]
-    moments = VecMoments.unknown(config.dims.hidden_size) if calibration is None else calibration.moments()
-    return FittedModulations(moments, map(teacher.tensor, names), config.adaln_rank)
-
-
-def _planner(
-    settings: ConversionSettings,
-    config: FluxMoEConfig,
-    kept: TeacherBlocks | None,
-    calibration: Calibration | None,
-    reports: dict[str, FFNReport],
-) -> Callable[[str, FFNWeights], FFNPlan]:
-    def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
-        recipe, layout = settings.recipe, config.ffns[ffn]
-        if config.top_k == 0:
-            recipe = replace(recipe, top_k=0)  # MLP pruning: the refit is of the shared expert alone
-        source = ffn if kept is None else teacher_name(ffn, kept)
-        if calibration is not None and settings.taylor:
-            importance_N = calibration.importance(source)
-        else:
-            importance_N = weight_norm_importance(weights.up_NH, weights.up_bias_N, weights.down_HN)
-        if calibration is None:
-            return plan_without_data(ffn, weights, layout, importance_N, recipe)
-        inputs_TH = calibration.inputs(source).to(settings.place)
-        planned, reports[ffn] = plan_with_data(ffn, weights, layout, importance_N, inputs_TH, recipe)
-        return planned
-
-    return plan

@@ -184,7 +184,7 @@ def settings_of(args: argparse.Namespace) -> ConversionSettings:
         "--router ridge": recipe.router == "ridge",
         "--mean": recipe.mean,
         "--refit": recipe.refit,
-        "--importance taylor": importance == "taylor",
+        f"--importance {importance}": importance != "weight-norm",
         "--block-router ridge": args.block_router == "ridge",
         "--groups auto": args.groups == "auto",
         "--router-kind capacity": args.router_kind == "capacity",

@@ -16,10 +16,9 @@ from ..layout import ffn_tensors
 from ..teacher import DenseTeacher
 from ..tensor_file import CheckpointError, Shape
 from ..tensor_writer import TensorWriter
-from .digest import PacedDigest
+from .digest import Digest, PacedDigest, TensorDigest
 from .permute import permuted_pieces
-from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN
-from .shallow import ShallowTeacher
+from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN, TeacherTensors
 
 UNKNOWN_LICENCE = "not stated in the teacher's file"
 ARCHITECTURE = "modelspec.architecture"
@@ -52,7 +51,7 @@ def refuse_same_file(
 
 
 def convert_file(
-    teacher: DenseTeacher | ShallowTeacher,
+    teacher: TeacherTensors,
     target: str | os.PathLike[str],
     config: FluxMoEConfig,
     plan: PlanFFN,
@@ -80,7 +79,8 @@ def convert_file(
     config = replace(config, teacher=replace(config.teacher, sha256=UNHASHED))
     tensors = _announce(teacher, config, router_bias=router_bias, expert_mean=expert_mean)
     metadata = metadata_of(config, teacher.metadata)
-    with PacedDigest(teacher.files) as digest, TensorWriter(target, tensors, metadata) as writer:
+    hashing = PacedDigest(teacher.files) if teacher.files else TensorDigest()
+    with hashing as digest, TensorWriter(target, tensors, metadata) as writer:
         for name, tensor in (block_routers or {}).items():
             writer.put(name, tensor.float())
         if modulations is not None:
@@ -94,7 +94,7 @@ def convert_file(
 
 
 def _announce(
-    teacher: DenseTeacher | ShallowTeacher, config: FluxMoEConfig, *, router_bias: bool, expert_mean: bool
+    teacher: TeacherTensors, config: FluxMoEConfig, *, router_bias: bool, expert_mean: bool
 ) -> dict[str, tuple[torch.dtype, Shape]]:
     """Every tensor of the file: first the teacher's in its order, so that writing goes forward as reading does."""
     shapes = expected_tensors(config)
@@ -114,12 +114,12 @@ class _Conversion:
 
     def __init__(
         self,
-        teacher: DenseTeacher | ShallowTeacher,
+        teacher: TeacherTensors,
         config: FluxMoEConfig,
         plan: PlanFFN,
         modulations: Modulations | None,
         writer: TensorWriter,
-        digest: PacedDigest,
+        digest: Digest,
         progress: Progress,
     ) -> None:
         self.teacher, self.config, self.plan, self.modulations = teacher, config, plan, modulations
@@ -149,7 +149,9 @@ class _Conversion:
         if end > self.told:
             self.progress(end - self.told)
             self.told = end
-        return self.teacher.tensor(name)
+        tensor = self.teacher.tensor(name)
+        self.digest.take(name, tensor)
+        return tensor
 
     def _tensor(self, name: str) -> None:
         module, _, kind = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The hash of large files, taken while they are being read for something else."""
+"""The hash of a teacher, taken while it is being read for something else: of its files, or of tensors in memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,48 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from ..tensor_file import CheckpointError
 
 CHUNK = 4 << 20  # bytes
 LEAD = 512 << 20  # bytes
+
+
+class Digest(Protocol):
+    """Told what is read, before and after; `result` is asked when all has been."""
+
+    def reach(self, position: int) -> None: ...
+    def take(self, name: str, tensor: Tensor) -> None: ...
+    def result(self) -> str: ...
+
+
+class TensorDigest:
+    """sha256 of tensors in the order in which they are read: of each name, dtype and shape, and its bytes."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def reach(self, position: int) -> None:
+        pass
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        self._digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        self._digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def result(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> TensorDigest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
 
 class PacedDigest:
@@ -38,6 +75,9 @@ class PacedDigest:
             self._moved.notify_all()
             self._moved.wait_for(lambda: self.hashed + LEAD >= position or not self._working)
             self._check()
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """The files say it all."""
 
     def result(self) -> str:
         """The whole hash, in hexadecimal. Waits for it."""

@@ -1,6 +1,7 @@
 """How much each hidden neuron of an FFN matters: one number per neuron, float32 [N].
 
-Taylor (Eq. 6) needs a loss on calibration data; the weight norm needs nothing but the weights.
+Taylor (Eq. 6) needs a loss on calibration data and a backward pass; the activation needs inputs of the FFN; the weight
+norm needs nothing but the weights.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 1 << 18  # elements taken to float32 at a time: they stay in the cache
+NEURONS = 1024  # whose activations are taken at a time
 
 
 def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) -> Tensor:
@@ -22,6 +25,20 @@ def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) ->
     for part in down_HN.split(max(1, CHUNK // down_HN.shape[1])):
         written_N += part.float().square().sum(0)
     return (read_N * written_N).sqrt()
+
+
+def activation_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor, inputs_TH: Tensor) -> Tensor:
+    """Root mean square of what a neuron writes, |h_n(x)| |W2 column|, over the inputs. On their device, then on the CPU.
+
+    Forward only, and as good as Taylor's where it was measured (docs/training-free.md).
+    """
+    place = {"device": inputs_TH.device, "dtype": torch.float32}
+    energies = []
+    for rows, bias in zip(up_NH.split(NEURONS), up_bias_N.split(NEURONS), strict=True):
+        hidden_TN = F.linear(inputs_TH.float(), rows.to(**place), bias.to(**place))
+        energies.append(F.gelu(hidden_TN, approximate="tanh").square_().mean(0))
+    written_N = torch.cat([part.to(**place).square().sum(0) for part in down_HN.split(NEURONS, 1)])
+    return (torch.cat(energies) * written_N).sqrt().cpu()
 
 
 @dataclass

@@ -5,13 +5,37 @@ Shapes: H hidden size, N = S + E F neurons, S shared neurons, E experts, F exper
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..capacity import CapacityTensors
+from ..tensor_file import Shape
+
+
+class TeacherTensors(Protocol):
+    """A dense FLUX.1 as a conversion reads it: by BFL names, each tensor about once. See teacher.DenseTeacher.
+
+    `files` is empty of a teacher that is in memory; `size` counts the bytes that `span` speaks of.
+    """
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def span(self, name: str) -> tuple[int, int]: ...
+    def release(self, name: str) -> None: ...
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

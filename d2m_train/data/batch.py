@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from d2m_model.config import FluxDims
+from d2m_model.conversion.calibration import GUIDANCE as GUIDANCE
 
 from .. import UserError
 
-GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
 PATCH = 16  # pixels on the side of a token: 8 of the autoencoder times 2 of FLUX's patches
 
 Progress = Callable[[int, int], object]  # hears how many samples are done, and of how many

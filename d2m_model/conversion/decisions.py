@@ -1,0 +1,88 @@
+"""What is decided by a method of a dense FLUX before and while its file is written: with a calibration or without.
+
+`found` fills with what was measured on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..config import FluxMoEConfig
+from ..keys import dense_shapes
+from .adaln import FittedModulations, VecMoments
+from .block_routers import GroupReport, plan_block_routers, random_block_routers_of
+from .calibration import Calibration
+from .ffn import FFNReport, plan_with_data, plan_without_data
+from .importance import activation_importance, weight_norm_importance
+from .method import Method, MethodError
+from .plan import FFNPlan, FFNWeights
+from .shallow import TeacherBlocks, teacher_name
+
+
+def block_routers(
+    method: Method, config: FluxMoEConfig, calibration: Calibration | None, found: dict[str, GroupReport]
+) -> dict[str, Tensor]:
+    """The tensors of all groups, by their names in the file. Raises MethodError for too small a calibration."""
+    tensors: dict[str, Tensor] = {}
+    for index, group in enumerate(config.groups):
+        name, seed = f"block_groups.{index}", method.recipe.seed
+        if calibration is None:
+            routers = random_block_routers_of(name, group, config.dims.hidden_size, seed)
+        else:
+            try:
+                seen = calibration.group(group)
+                routers, found[name] = plan_block_routers(name, group, seen, method.block_router, seed)
+            except ValueError as error:
+                raise MethodError(f"{name}: {error}") from None
+        tensors |= {f"{name}.router_x.weight": routers.x_MH, f"{name}.router_y.weight": routers.y_MH}
+    return tensors
+
+
+def fitted_modulations(
+    tensor: Callable[[str], Tensor], config: FluxMoEConfig, calibration: Calibration | None
+) -> FittedModulations | None:
+    """The AdaLN compression of `config`, of the teacher's tensors by their names."""
+    if config.adaln_rank is None:
+        return None
+    names = [name for name in dense_shapes(config.dims) if name.endswith(("_mod.lin.weight", ".modulation.lin.weight"))]
+    moments = VecMoments.unknown(config.dims.hidden_size) if calibration is None else calibration.moments()
+    return FittedModulations(moments, map(tensor, names), config.adaln_rank)
+
+
+def planner(
+    method: Method,
+    config: FluxMoEConfig,
+    calibration: Calibration | None,
+    found: dict[str, FFNReport],
+    *,
+    place: torch.device,
+    kept: TeacherBlocks | None = None,
+) -> Callable[[str, FFNWeights], FFNPlan]:
+    """See plan.PlanFFN. `place`: where FFNs are fitted to a calibration; `kept`: blocks of a teacher that is pruned."""
+
+    def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
+        recipe, layout = method.recipe, config.ffns[ffn]
+        if config.top_k == 0:
+            recipe = replace(recipe, top_k=0)  # MLP pruning: the refit is of the shared expert alone
+        source = ffn if kept is None else teacher_name(ffn, kept)
+        if calibration is None:
+            return plan_without_data(ffn, weights, layout, weight_norm_importance(*_parts(weights)), recipe)
+        inputs_TH = calibration.inputs(source).to(place)
+        if method.taylor:
+            importance_N = calibration.importance(source)
+        elif method.importance == "activation":
+            importance_N = activation_importance(*_parts(weights), inputs_TH)
+        else:
+            importance_N = weight_norm_importance(*_parts(weights))
+        planned, found[ffn] = plan_with_data(ffn, weights, layout, importance_N, inputs_TH, recipe)
+        return planned
+
+    return plan
+
+
+def _parts(weights: FFNWeights) -> tuple[Tensor, Tensor, Tensor]:
+    return weights.up_NH, weights.up_bias_N, weights.down_HN
