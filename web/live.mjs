@@ -12,6 +12,7 @@ import { executionId, places, promptWidgets, valueOf } from "./graph.mjs";
 import { text } from "./text.mjs";
 
 export const CONTROLS = new Set(["D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask"]);
+const TYPING = 600; // ms that a text must stand
 const INTERVAL = 100; // ms between two looks; one request at a time, and the next look sends what is newest then
 
 let run = null; // of the prompt that runs: what begin() makes
@@ -51,6 +52,7 @@ function begin(prompt) {
     graph: app.rootGraph.id, // on the screen
     seen: values(),
     sending: false,
+    typed: new Map(), // texts that have changed
     failures: new Set(),
     timer: setInterval(() => look(run), INTERVAL),
   };
@@ -80,17 +82,18 @@ function values() {
 async function look(current) {
   if (current.sending) return;
   const now = values();
-  const before = current.seen;
-  current.seen = now;
   if (app.rootGraph.id !== current.graph) {
-    current.graph = app.rootGraph.id; // another workflow is shown
+    [current.graph, current.seen] = [app.rootGraph.id, now]; // another workflow is shown
     return;
   }
   const changes = [];
   for (const [id, { place, values }] of now) {
-    const old = before.get(id)?.values;
-    const changed = Object.entries(values).filter(([name, value]) => old && name in old && old[name] !== value);
+    const seen = current.seen.get(id)?.values;
+    const changed = Object.entries(values).filter(
+      ([name, value]) => seen && name in seen && seen[name] !== value && isSettled(current, `${id} ${name}`, value),
+    );
     if (changed.length) changes.push({ id, place, values: Object.fromEntries(changed) });
+    current.seen.set(id, { place, values: { ...values, ...seen, ...Object.fromEntries(changed) } });
   }
   if (!changes.length) return;
   current.sending = true;
@@ -99,6 +102,14 @@ async function look(current) {
   } finally {
     current.sending = false;
   }
+}
+
+/** Numbers are always; a text is when it has stood for a while, so that no half-written rule is sent. */
+function isSettled(current, key, value) {
+  if (typeof value !== "string") return true;
+  const looks = current.typed.get(key)?.value === value ? current.typed.get(key).looks + 1 : 0;
+  current.typed.set(key, { value, looks });
+  return looks >= TYPING / INTERVAL;
 }
 
 /** Whether the graph on the screen is the one that runs, as far as its workflow tells. */

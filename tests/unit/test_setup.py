@@ -393,7 +393,7 @@ def test_a_chromium_that_cannot_be_installed_is_said_once_and_is_no_failure(
     no_chromium: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     if why == "not root":
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -402,8 +402,8 @@ def test_a_chromium_that_cannot_be_installed_is_said_once_and_is_no_failure(
     else:
         a_program(no_chromium / "apt-get", "#!/bin/sh\nexit 100\n")
     assert not browser.prepare(tmp_path)
-    assert "need a Chromium" in capsys.readouterr().err
+    assert "need a Chromium" in capfd.readouterr().err
     monkeypatch.setattr(subprocess, "run", None)
     assert not browser.prepare(tmp_path)
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
     assert not debian.exists()
