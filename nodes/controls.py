@@ -7,17 +7,33 @@ from typing import Any
 from comfy_api.latest import io
 
 from .flux_moe import FluxMoEModel
+from .folds import AS_IN_FILE, FOLDED, GATES, MOST_BLOCKS, MOST_CAPACITY, MOST_EXPERTS
+from .latch import at_rest, attach
+from .live import LIVE
 from .settings import OPTIONS_KEY
 
-AS_IN_FILE = "as in the file"
-MOST_EXPERTS = 64  # of the widget; the paper's models have 12
+MODEL_TOOLTIP = "From Load FLUX-MoE, or from another FLUX-MoE control."
 
 
 def with_settings(model: Any, **settings: Any) -> Any:
-    """A clone of the ModelPatcher `model` with these settings besides those it has."""
+    """A clone of the ModelPatcher `model` with these settings over those it has."""
+    return _with(model, {"node": None, "kind": "settings", "values": settings})
+
+
+def with_control(model: Any, kind: str, node: str | None, values: dict[str, Any]) -> Any:
+    """A clone with one more control: what node `node` of a prompt says. Raises ValueError if the file cannot follow."""
+    clone = _with(model, {"node": node, "kind": kind, "values": values})
+    attach(clone)
+    return clone
+
+
+def _with(model: Any, control: dict[str, Any]) -> Any:
     clone = model.clone()
     options = clone.model_options.get("transformer_options", {})
-    clone.model_options["transformer_options"] = {**options, OPTIONS_KEY: {**options.get(OPTIONS_KEY, {}), **settings}}
+    before = {key: value for key, value in options.get(OPTIONS_KEY, {}).items() if key not in FOLDED}
+    controls = (*before.get("controls", ()), control)
+    settings = {**before, **at_rest(controls, model.model.diffusion_model.config), "controls": controls}
+    clone.model_options["transformer_options"] = {**options, OPTIONS_KEY: settings}
     return clone
 
 
@@ -32,7 +48,25 @@ def flux_moe(model: Any, node: str) -> FluxMoEModel:
     return found
 
 
-class TopK(io.ComfyNode):
+class Control(io.ComfyNode):
+    """A node that sets something of the MODEL that passes through it, live while it is sampled."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> Any:
+        return LIVE.fingerprint(str(cls.hidden.unique_id))
+
+    @classmethod
+    def set(cls, model: Any, **values: Any) -> io.NodeOutput:
+        schema, node = cls.GET_SCHEMA(), cls.hidden.unique_id
+        flux_moe(model, schema.display_name)
+        return io.NodeOutput(with_control(model, schema.node_id, None if node is None else str(node), values))
+
+
+def model_output() -> io.Model.Output:
+    return io.Model.Output(display_name="MODEL", tooltip="The same weights with this setting.")
+
+
+class TopK(Control):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -40,23 +74,27 @@ class TopK(io.ComfyNode):
             display_name="FLUX-MoE Top-K",
             category="FLUX-MoE",
             description=(
-                "Sets how many experts every token is sent to. More experts cost more time and add detail; "
-                "all of them give a converted file its dense teacher's images."
+                "Sets how many experts every token is sent to, or how much compute a file with capacity routers spends. "
+                "More experts cost more time and add detail; all of them give a converted file its dense teacher's images. "
+                "Move the slider while it samples: the next step follows."
             ),
-            search_aliases=["experts", "top k", "mixture of experts", "dense2moe", "flux moe speed"],
+            search_aliases=["experts", "top k", "capacity", "mixture of experts", "dense2moe", "flux moe speed"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load FLUX-MoE."),
+                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
                 io.Int.Input(
                     "top_k",
                     default=2,
                     min=0,
                     max=MOST_EXPERTS,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="Experts per token, 0 (the shared expert alone) up to as many as the file has (12 in the paper).",
+                    tooltip=(
+                        "Experts per token, 0 (the shared expert alone) up to as many as the file has (12 in the paper). "
+                        "Not used by files with capacity routers."
+                    ),
                 ),
                 io.Combo.Input(
                     "gate",
-                    options=[AS_IN_FILE, "sum", "normalised"],
+                    options=[AS_IN_FILE, *GATES],
                     default=AS_IN_FILE,
                     tooltip=(
                         "sum: every chosen expert counts whole, as in a file that was converted without training. "
@@ -64,28 +102,69 @@ class TopK(io.ComfyNode):
                     ),
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "capacity",
+                    default=1.0,
+                    min=0.0,
+                    max=MOST_CAPACITY,
+                    step=0.05,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=(
+                        "Of files with capacity routers (which give every token as many experts as it needs), in place of "
+                        "top_k: 1 is the file's own, 0 no experts, 2 about twice as many. Other files do not use it."
+                    ),
+                    optional=True,  # workflows that were saved before there was one
+                    advanced=True,
+                ),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="The same weights with this setting.")],
+            outputs=[model_output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, top_k: int, gate: str) -> io.NodeOutput:
-        config = flux_moe(model, "FLUX-MoE Top-K").diffusion_model.config
-        if config.capacity_router is not None:
-            raise ValueError(
-                "Top-K has no effect on this FLUX-MoE: its capacity routers give every token as many experts as it "
-                "needs. Bypass this node; what steers the compute of such a file is the setting `capacity`."
-            )
-        if not config.ffns:
-            raise ValueError(
-                "Top-K has no effect on this FLUX-MoE, which has block groups and no experts. Bypass this node."
-            )
-        experts = min(layout.experts for layout in config.ffns.values())
-        if not 0 <= top_k <= experts:
-            raise ValueError(
-                f"Top-K is {top_k}, but this FLUX-MoE has {experts} experts per FFN. Choose 0 to {experts}."
-            )
-        settings: dict[str, Any] = {"top_k": top_k}
-        if gate != AS_IN_FILE:
-            settings["gate"] = gate
-        return io.NodeOutput(with_settings(model, **settings))
+    def execute(cls, model: Any, top_k: int, gate: str, capacity: float = 1.0) -> io.NodeOutput:
+        return cls.set(model, top_k=top_k, gate=gate, capacity=capacity)
+
+
+class ActiveBlocks(Control):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D2MActiveBlocks",
+            display_name="FLUX-MoE Active blocks",
+            category="FLUX-MoE",
+            description=(
+                "Sets how many blocks of every block group run (Mixture of Blocks: presets M, S and XS). Each sample's "
+                "router chooses which; the others are skipped. Move the slider while it samples: the next step follows."
+            ),
+            search_aliases=["mixture of blocks", "skip blocks", "block groups", "depth", "dense2moe", "flux moe speed"],
+            inputs=[
+                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+                io.Int.Input(
+                    "active_blocks",
+                    default=1,
+                    min=0,
+                    max=MOST_BLOCKS,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=(
+                        "Blocks that run in each group, 0 (none) up to as many as the largest group has. A smaller group "
+                        "runs all of its own."
+                    ),
+                ),
+                io.String.Input(
+                    "per_group",
+                    default="",
+                    tooltip=(
+                        "In place of active_blocks one number for each group, in the file's order, such as 1,0,2. Empty: "
+                        "active_blocks holds for all."
+                    ),
+                    advanced=True,
+                ),
+            ],
+            outputs=[model_output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, active_blocks: int, per_group: str = "") -> io.NodeOutput:
+        return cls.set(model, active_blocks=active_blocks, per_group=per_group)

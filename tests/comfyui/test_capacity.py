@@ -131,9 +131,14 @@ def test_it_goes_with_block_groups(host: Comfy, pair: Pair, uneven: Capacity, tm
 # What is said
 
 
-def test_top_k_says_that_it_has_no_effect(host: Comfy, uneven: Capacity) -> None:
-    with pytest.raises(ValueError, match=r"Top-K has no effect on this FLUX-MoE: its capacity routers .* `capacity`"):
-        host.top_k(uneven.moe, 2)
+def test_top_ks_capacity_steers_it_and_top_k_is_not_used(host: Comfy, uneven: Capacity) -> None:
+    def sample(top_k: int, capacity: float) -> Tensor:
+        model = host.run("D2MTopK", model=uneven.moe, top_k=top_k, gate="as in the file", capacity=capacity)
+        return host.sample(model, (1, 8, 8))
+
+    expected = host.sample(under(host, uneven.moe, capacity=0.5), (1, 8, 8))
+    assert torch.equal(sample(64, 0.5), expected)
+    assert torch.equal(sample(0, 1.0), host.sample(uneven.moe, (1, 8, 8)))
 
 
 @pytest.mark.parametrize("factor", [-0.5, float("inf"), float("nan")])

@@ -1,0 +1,51 @@
+"""The Expert mask node: mute or boost experts, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .controls import MODEL_TOOLTIP, Control, model_output
+
+
+class ExpertMask(Control):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D2MExpertMask",
+            display_name="FLUX-MoE Expert mask",
+            category="FLUX-MoE",
+            description=(
+                "Mutes or boosts single experts in the blocks that you name, to hear what each of them paints. Tokens are "
+                "routed as before; a chosen expert's output is multiplied by its weight. Can be rewritten while it samples."
+            ),
+            search_aliases=[
+                "mute expert",
+                "boost expert",
+                "ablate",
+                "disable experts",
+                "dense2moe",
+                "mixture of experts",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+                io.String.Input(
+                    "mask",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "One BLOCKS: EXPERT=WEIGHT[, EXPERT=WEIGHT…] to a line. BLOCKS is double_blocks.3.img_mlp, "
+                        "double_blocks.3.txt_mlp or single_blocks.3, or a pattern such as single_blocks.*; EXPERT is a "
+                        "number from 0, or *; WEIGHT is 0 (mute), 1 (leave) or any other, such as 2. Later lines win. "
+                        "# begins a comment."
+                    ),
+                ),
+            ],
+            outputs=[model_output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, mask: str) -> io.NodeOutput:
+        return cls.set(model, mask=mask)
