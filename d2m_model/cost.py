@@ -137,16 +137,42 @@ class Conversion:
     capacity_router: CapacityRouter | None = None
 
     @classmethod
-    def of(cls, config: FluxMoEConfig, top_k: int | None = None) -> Conversion:
-        """That of a file, at its own top_k (its capacity, if it has a capacity router) or at another."""
-        capacity = config.top_k if config.capacity_router is None else config.capacity_router.capacity
+    def of(
+        cls,
+        config: FluxMoEConfig,
+        top_k: int | None = None,
+        *,
+        active_blocks: Sequence[int] | None = None,
+        capacity: float = 1.0,
+    ) -> Conversion:
+        """That of a file as it says itself, or at another top_k, with so many active blocks of each group, or, of a file with
+        a capacity router, at another capacity factor (see experts_at)."""
+        if config.capacity_router is not None and top_k is None:
+            mean = experts_at(capacity, config)
+        else:
+            mean = config.top_k if top_k is None else top_k
+        active = [group.active for group in config.groups] if active_blocks is None else active_blocks
         return cls(
             ffns=config.ffns,
-            groups=config.groups,
+            groups=[dataclasses.replace(group, active=n) for group, n in zip(config.groups, active, strict=True)],
             adaln_rank=config.adaln_rank,
-            top_k=capacity if top_k is None else top_k,
+            top_k=mean,
             capacity_router=config.capacity_router,
         )
+
+
+def experts_at(capacity: float, config: FluxMoEConfig) -> float:
+    """A token's mean number of experts at a capacity factor: at 1 the router's own capacity, at 0 none.
+
+    At other factors it is data, and this is an estimate: the factor multiplies the odds with which predictions pass their
+    thresholds, here those of an expert to take a token.
+    """
+    assert config.capacity_router is not None
+    experts = min((layout.experts for layout in config.ffns.values()), default=0)
+    if capacity == 1 or not experts:
+        return config.capacity_router.capacity
+    share = config.capacity_router.capacity / experts
+    return experts * capacity * share / (1 - share + capacity * share)
 
 
 DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)

@@ -21,6 +21,7 @@ from comfy_api.latest import io
 from ..d2m_model.checkpoint import check_file, check_opened
 from ..d2m_model.quantised import HEADER_KEY, layers_of
 from ..d2m_model.tensor_file import TensorFile
+from .cost import remember
 
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -73,11 +74,13 @@ class LoadFluxMoE(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[io.Model.Output(display_name="MODEL")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The FLUX-MoE.")],
         )
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         dtype = WEIGHT_DTYPES[weight_dtype]
-        return io.NodeOutput(load_flux_moe(path, {} if dtype is None else {"dtype": dtype}))
+        model = load_flux_moe(path, {} if dtype is None else {"dtype": dtype})
+        remember(model.model.diffusion_model.config)
+        return io.NodeOutput(model)

@@ -88,6 +88,17 @@ def as_loaders_know(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float8_e8m0fnu", None) else tensor
 
 
+def patches_of(patcher: Any) -> dict[str, list]:
+    """Of this MODEL's transformer, by its tensors' names in a MODEL."""
+    return {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
+
+
+def note_of(patches: Mapping[str, list]) -> dict[str, Any]:
+    """What a file's provenance says of patches that were baked in."""
+    strengths = sorted({float(patch[0]) for found in patches.values() for patch in found})
+    return {"tensors": len(patches), "strengths": strengths}
+
+
 def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
     """The file's configuration with this MODEL's Top-K, gate and active blocks, and a note of the patches that go into
     its weights."""
@@ -100,11 +111,10 @@ def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
         gate=replace(config.gate, mode=settings.get("gate", config.gate.mode)),
         groups=tuple(replace(group, active=count) for group, count in zip(config.groups, active, strict=True)),
     )
-    patches = {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
+    patches = patches_of(patcher)
     if not patches:
         return config
-    strengths = sorted({float(patch[0]) for found in patches.values() for patch in found})
-    baked = [*config.provenance.get("baked", ()), {"tensors": len(patches), "strengths": strengths}]
+    baked = [*config.provenance.get("baked", ()), note_of(patches)]
     dims = config.dims
     if f"{PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
         dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # which some LoRAs (Depth, Canny) raise

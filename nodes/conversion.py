@@ -1,0 +1,344 @@
+"""Convert FLUX to MoE: the dense FLUX.1 in a MODEL becomes a FLUX-MoE, without training.
+
+It is written to a file in ComfyUI's temporary folder, tensor by tensor, and mapped from there: at no time are there two
+copies of the weights in memory. The file goes with the last MODEL that uses it; Save FLUX-MoE keeps it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..d2m_model.checkpoint import CheckpointError
+from ..d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
+from ..d2m_model.conversion.calibration import Calibration
+from ..d2m_model.conversion.convert import convert_file
+from ..d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
+from ..d2m_model.conversion.ffn import Recipe
+from ..d2m_model.conversion.method import Method, config_of, resolved
+from ..d2m_model.teacher import FLOAT8
+from .calibration import TOKENS, CalibrationSettings, calibrate, prompts_of, sampling_patches
+from .cost import remember
+from .dense_teacher import open_dense, refuse_others
+from .loading import load_flux_moe
+from .saving import note_of, patches_of, unload
+
+NAME = "Convert FLUX to MoE"
+FITTED, RANDOM = "fitted to the prompts", "random"
+PERCENT = 100  # of the progress bar: half of it calibration, if there is one
+GUIDANCE_HOOKS = "sampler_"  # how the entries of model_options begin by which nodes steer guidance
+ROOM = 1.03  # a FLUX-MoE's routers and means, and the file's header
+
+
+def method_of(
+    *, preset: str, split_only: bool, router: str, routers_of_blocks: str, top_k: int, seed: int, calibrated: bool
+) -> Method:
+    """As `python -m d2m_train convert` chooses with data and without; importance is the activation's in place of Taylor's."""
+    recipe = Recipe(
+        experts="coactivation" if calibrated else "dealt",
+        router="ridge" if calibrated else "centroid",
+        mean=calibrated,
+        refit=calibrated and not split_only,
+        top_k=top_k,
+        seed=seed,
+    )
+    method = Method(
+        preset=preset,  # type: ignore[arg-type]
+        groups="preset",
+        active=1,
+        selection="topk",
+        block_router="ridge" if calibrated and routers_of_blocks == FITTED else "random",
+        ffns="moe",
+        baseline="none",
+        router=router,  # type: ignore[arg-type]
+        predictor_width=PREDICTOR_WIDTH,
+        recipe=recipe,
+        importance="activation" if calibrated else "weight-norm",
+        adaln_rank=None if split_only else "preset",
+    )
+    if not calibrated and method.router == "capacity":
+        raise ValueError(
+            f"{NAME}: capacity routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
+        )
+    if not calibrated and preset != "L" and routers_of_blocks == FITTED:
+        raise ValueError(
+            f"{NAME}: the block routers of preset {preset} are fitted to what the model does. Connect calibration prompts "
+            f"(a CONDITIONING; a dozen combined ones do well), take preset L, or set block_routers to {RANDOM}, which has "
+            "to be trained before it paints well."
+        )
+    return resolved(method)
+
+
+class Progress:
+    """A node's progress bar, in percent; wherever it is told of progress, the user's Cancel is heard too."""
+
+    def __init__(self, evaluations: int) -> None:
+        self._bar = comfy.utils.ProgressBar(PERCENT)
+        self._per_evaluation = PERCENT / 2 / evaluations if evaluations else 0.0
+        self._left = PERCENT / 2 if evaluations else PERCENT
+        self._done = 0.0
+
+    def evaluated(self) -> None:
+        self._add(self._per_evaluation)
+
+    def converted(self, part: float) -> None:
+        self._add(part * self._left)
+
+    def _add(self, percent: float) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._done += percent
+        self._bar.update_absolute(round(self._done))
+
+
+def convert(
+    model: Any, method: Method, conditioning: Any | None, settings: CalibrationSettings, target: Path
+) -> FluxMoEConfig:
+    """Write the FLUX-MoE of `model` to `target`; without a conditioning the weights alone decide.
+
+    Raises ValueError (CheckpointError) for models and disks that will not do, InterruptProcessingException when the user
+    stops it. Nothing half-written stays.
+    """
+    with open_dense(model) as (teacher, about), calibration_folder(target) as folder:
+        data, prompts = None, None
+        if conditioning is not None:
+            prompts = prompts_of(conditioning)
+            data = {"name": f"{len(prompts)} prompts in ComfyUI", "samples": settings.samples, "steps": settings.steps}
+        dims = teacher.dims
+        config = config_of(method, dims, about, data)
+        if patches := patches_of(model):
+            config = replace(config, provenance=config.provenance | {"baked": [note_of(patches)]})
+        kept = 0 if prompts is None else 4 * TOKENS * dims.hidden_size * len(config.ffns)
+        check_space(target.parent, round(ROOM * teacher.size) + kept)
+        progress = Progress(0 if prompts is None else settings.evaluations)
+        calibration: Calibration | None = None
+        if prompts is not None:
+            calibration = calibrate(model, config, prompts, settings, folder, progress.evaluated)
+        unload(model)  # its patches are to be out of the weights, and fits want the device's memory
+        modulations = fitted_modulations(teacher.tensor, config, calibration)
+        return convert_file(
+            teacher,
+            target,
+            config,
+            planner(method, config, calibration, {}, place=comfy.model_management.get_torch_device()),
+            modulations=modulations,
+            router_bias=method.recipe.router == "ridge",
+            expert_mean=method.recipe.mean,
+            block_routers=block_routers(method, config, calibration, {}),
+            progress=lambda done: progress.converted(done / teacher.size),
+        )
+
+
+@contextmanager
+def calibration_folder(target: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Before minutes of calibration rather than after. Raises CheckpointError."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CheckpointError(
+            f"{NAME} writes the FLUX-MoE to ComfyUI's temporary folder {folder}: {needed:,} bytes are needed, {free:,} are "
+            "free. Make room, or start ComfyUI with --temp-directory on another disk."
+        )
+
+
+# The result
+
+
+class TemporaryFile:
+    """A file that is deleted when the last MODEL that is, or may be, loaded from it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, remove, path)
+
+
+def remove(path: Path) -> None:
+    with suppress(OSError):  # Windows keeps what is mapped; ComfyUI clears the folder when it ends
+        os.unlink(path)
+
+
+def load(file: TemporaryFile, model_options: dict[str, Any], disable_dynamic: bool = False) -> Any:
+    """As loading.load_flux_moe; ComfyUI may load it again, so that the file stays as long as the MODEL and its clones."""
+    model = load_flux_moe(str(file.path), model_options, disable_dynamic)
+    model.cached_patcher_init = (load, (file, model_options))
+    return model
+
+
+def like(model: Any, converted: Any) -> Any:
+    """`converted` with what `model` carries beside its weights and is as right for a FLUX-MoE: the patch of ModelSamplingFlux
+    and its kind, and hooks on guidance. What patches or compiles the dense model's blocks stays with it."""
+    for key, patch in sampling_patches(model).items():
+        converted.add_object_patch(key, patch)
+    for key, value in model.model_options.items():
+        if key.startswith(GUIDANCE_HOOKS) or key == "disable_cfg1_optimization":
+            converted.model_options[key] = list(value) if isinstance(value, list) else value
+    return converted
+
+
+class ConvertFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D2MConvertFlux",
+            display_name=NAME,
+            category="FLUX-MoE",
+            description=(
+                "Turns a dense FLUX.1 into a FLUX-MoE without training: a shared expert and twelve routed ones in every "
+                "feed-forward network. With calibration prompts the model itself is asked what matters, and two of the "
+                "twelve experts come much closer to it. LoRAs on the MODEL become part of the weights. Save FLUX-MoE keeps "
+                "the result."
+            ),
+            search_aliases=[
+                "convert",
+                "dense2moe",
+                "flux moe",
+                "mixture of experts",
+                "dense to moe",
+                "prune",
+                "speed up",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A dense FLUX.1 from any loader, in bfloat16, float16, float32 or float8; with LoRAs or without.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=["L", "M", "S", "XS"],
+                    default="L",
+                    tooltip=(
+                        "L: experts in all blocks but the first. M: of groups of double blocks one runs at a time; S and XS: "
+                        "of single blocks too. Smaller is faster, and further from the dense model."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "split_only",
+                    default=False,
+                    tooltip=(
+                        "Leave the weights as they are, reordered: with all experts it is the dense model, bit for bit in its "
+                        "weights. Off, two experts come closer, and the modulations are compressed."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip=(
+                        "Prompts that the model paints to find out what matters: a dozen or more that differ, joined by "
+                        "Conditioning (Combine). Without them the weights alone decide."
+                    ),
+                ),
+                io.Int.Input(
+                    "samples",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Images that are painted for calibration, prompt after prompt. More fit better and take longer.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=10,
+                    min=1,
+                    max=100,
+                    tooltip="Sampling steps of each of these images; 4 are right for schnell.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=2048,
+                    step=16,
+                    tooltip="Pixels on the side of these images. Smaller is quicker; 128 is right for the emoji FLUX.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFF_FFFF,
+                    control_after_generate=False,
+                    tooltip="Of the calibration's noise and of all that is drawn in converting.",
+                ),
+                io.Int.Input(
+                    "top_k",
+                    default=2,
+                    min=1,
+                    max=12,
+                    tooltip="Experts of a token for which routers and weights are fitted. FLUX-MoE Top-K runs any other.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "router",
+                    options=["top_k", "capacity"],
+                    default="top_k",
+                    tooltip=(
+                        "top_k: every token has as many experts. capacity (DiffMoE): tokens that need more get more, so many "
+                        "on average; needs calibration prompts."
+                    ),
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "block_routers",
+                    options=[FITTED, RANDOM],
+                    default=FITTED,
+                    tooltip="How presets M, S and XS choose blocks: as calibration says, or at random, to be trained.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="The FLUX-MoE. It lies in a temporary file until Save FLUX-MoE keeps it.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        preset: str,
+        split_only: bool,
+        samples: int,
+        steps: int,
+        size: int,
+        seed: int,
+        top_k: int,
+        router: str,
+        block_routers: str,
+        calibration: Any = None,
+    ) -> io.NodeOutput:
+        method = method_of(
+            preset=preset,
+            split_only=split_only,
+            router=router,
+            routers_of_blocks=block_routers,
+            top_k=top_k,
+            seed=seed,
+            calibrated=calibration is not None,
+        )
+        refuse_others(model, NAME)
+        settings = CalibrationSettings(samples=samples, steps=steps, size=size // 16 * 16, seed=seed)
+        folder = Path(folder_paths.get_temp_directory())
+        folder.mkdir(parents=True, exist_ok=True)
+        file = TemporaryFile(folder / f"flux-moe-{uuid.uuid4().hex}.safetensors")
+        remember(convert(model, method, calibration, settings, file.path))
+        held = model.model.diffusion_model.dtype
+        converted = load(file, {"dtype": held} if held in FLOAT8 else {})
+        return io.NodeOutput(like(model, converted))

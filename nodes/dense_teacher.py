@@ -1,0 +1,163 @@
+"""The dense FLUX.1 in a MODEL as a conversion reads it: from the file that it was loaded from where the two are the same,
+else out of memory, tensor by tensor, with its patches (LoRAs) in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor
+
+from ..d2m_model.checkpoint import CheckpointError, check_dense
+from ..d2m_model.config import FluxDims, Teacher
+from ..d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
+from ..d2m_model.keys import bfl_spelling
+from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
+from ..d2m_model.tensor_file import Shape, bytes_of
+from .flux_moe import FluxMoEModel
+from .saving import PREFIX, patches_of
+
+FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
+
+
+def refuse_others(model: Any, node: str) -> None:
+    """Raises ValueError unless there is a dense FLUX.1 in this MODEL, whose neurons can be put in another order."""
+    base = model.model
+    if isinstance(base, FluxMoEModel):
+        raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect the dense FLUX that is to become one.")
+    if not isinstance(getattr(base, "diffusion_model", None), Flux):
+        raise ValueError(
+            f"{node} works on a dense FLUX.1 (dev, schnell, Fill, Kontext …), but this MODEL is a {type(base).__name__}."
+        )
+    for name, module in base.diffusion_model.named_modules():
+        weight, found = getattr(module, "weight", None), None
+        if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(FLOAT8_LAYOUTS):
+            found = str(weight._layout_cls)
+        elif isinstance(weight, Tensor) and not weight.dtype.is_floating_point:
+            found = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+        elif getattr(module, "pre_quant_scale", None) is not None:
+            found = "smoothed (pre_quant_scale)"
+        if found is not None:
+            raise ValueError(
+                f"{node}: this FLUX is quantised ({found}, {name}.weight), and its neurons cannot be put in another order "
+                "without loss. Load its bfloat16, float16 or float8 version."
+            )
+    dims_of_model(model)
+
+
+def dims_of_model(model: Any) -> FluxDims:
+    """With what patches make of its shapes. Raises CheckpointError for what is no FLUX.1."""
+    teacher = LoadedTeacher(model)
+    try:
+        return check_dense(teacher.shapes, teacher.dtypes)
+    except CheckpointError as error:
+        raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
+
+
+@contextmanager
+def open_dense(model: Any) -> Iterator[tuple[DenseTeacher | LoadedTeacher, Teacher]]:
+    """What is converted, and what is said of it."""
+    with _opened(_file_of(model)) as file:
+        about = Teacher(title=type(model.model).__name__, sha256=UNHASHED, licence=UNKNOWN_LICENCE)
+        if file is not None:
+            about = describe_teacher(file)
+        if file is not None and not patches_of(model) and _same(file, model):
+            yield file, about
+        else:
+            yield LoadedTeacher(model), about
+
+
+def _file_of(model: Any) -> Path | None:
+    """Where ComfyUI's loaders say that they have it from."""
+    _, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    path = arguments[0] if arguments else None
+    return Path(path) if isinstance(path, str) and Path(path).is_file() else None
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[DenseTeacher | None]:
+    teacher = None
+    if path is not None:
+        try:
+            teacher = open_teacher(path)
+        except CheckpointError:  # a .ckpt, say
+            teacher = None
+    if teacher is None:
+        yield None
+    else:
+        with teacher:
+            yield teacher
+
+
+def _same(file: DenseTeacher, model: Any) -> bool:
+    """Whether the file still is what was loaded, and nobody has changed the weights since: by a row of every tensor."""
+    loaded = _parameters(model)
+    if {name: tuple(tensor.shape) for name, tensor in loaded.items()} != dict(file.shapes):
+        return False
+    for name, tensor in loaded.items():
+        if isinstance(tensor, QuantizedTensor):
+            continue
+        row = file.tensor(name)[:1].to(tensor.dtype)
+        file.release(name)
+        if not torch.equal(row.float(), tensor[:1].detach().cpu().float()):
+            return False
+    return True
+
+
+def _parameters(model: Any) -> dict[str, Tensor]:
+    """By BFL names."""
+    return {bfl_spelling(name): tensor for name, tensor in model.model.diffusion_model.named_parameters()}
+
+
+class LoadedTeacher:
+    """See d2m_model.conversion.plan.TeacherTensors. float8 is given as bfloat16; other types as the MODEL holds them, which
+    on a CPU is float32 where the file has bfloat16. The MODEL has to be unloaded (saving.unload)."""
+
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, model: Any) -> None:
+        self._patcher = model
+        self._names = {bfl_spelling(name): name for name, _ in model.model.diffusion_model.named_parameters()}
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        self.size = 0
+        for name, tensor in _parameters(model).items():
+            key, shape = self._key(name), tuple(tensor.shape)
+            if key in model.patches and not isinstance(tensor, QuantizedTensor):
+                shape = tuple(comfy.lora.calculate_shape(model.patches[key], tensor, key))
+            coarse = isinstance(tensor, QuantizedTensor) or tensor.dtype in FLOAT8
+            self.shapes[name], self.dtypes[name] = shape, torch.bfloat16 if coarse else tensor.dtype
+            begin, self.size = self.size, self.size + bytes_of(self.dtypes[name], shape)
+            self._spans[name] = begin, self.size
+
+    def _key(self, name: str) -> str:
+        return f"{PREFIX}{self._names[name]}"
+
+    def tensor(self, name: str) -> Tensor:
+        """As ComfyUI would sample with it, on the CPU."""
+        key = self._key(name)
+        if key in self._patcher.patches:
+            device = self._patcher.load_device
+            weight = self._patcher.patch_weight_to_device(key, device_to=device, return_weight=True)
+        else:
+            weight = comfy.utils.get_attr(self._patcher.model, key)
+        if isinstance(weight, QuantizedTensor):
+            scale = weight.params.scale.detach().float().cpu().reshape(-1, 1)
+            return from_float8(weight._qdata.detach().cpu(), scale)
+        found: Tensor = weight.detach().cpu()
+        return from_float8(found, None) if found.dtype in FLOAT8 else found
+
+    def span(self, name: str) -> tuple[int, int]:
+        return self._spans[name]
+
+    def release(self, name: str) -> None:
+        """Nothing is kept."""
