@@ -1,18 +1,292 @@
-"""What was routed where in one sampling run, recorded compactly."""
+"""What was routed where in one sampling run, recorded compactly.
+
+Routers hand what they chose to a Recorder, one for each call of the transformer (a pass): that keeps the tensors and
+computes nothing, so within the blocks the same operators run with a trace as without. At the end of an evaluation (all
+its passes: prompts, and negative prompts) everything becomes bytes in one buffer, which leaves the device once.
+
+trace_record.py reads them. Shapes: B batch, S samples of a block, T tokens of all samples of a call, H hidden size,
+E experts, K top_k, A assignments, L layers of one shape, M blocks of a group.
+"""
 
 from __future__ import annotations
 
-from .mob import BlockRouting
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import FluxMoEConfig, Gate
+from .mob import BlockRouting, Samples
 from .routers import Routing, UnevenRouting
+from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace, stream_of
+
+LIMIT = 256 * 2**20  # bytes of one run
+
+# Hearing
+
+
+class Heard(NamedTuple):
+    """A router's choice. Even: experts [T, K], gates [T, K]. Uneven: tokens [A], experts [A]."""
+
+    ffn: str
+    choice: Tensor
+    second: Tensor
+    logits_TE: Tensor
+    largest: float | None  # weight of one expert; None: the chosen count whole
+    batch: int
+    index_S: Tensor | None  # the rows of the pass that count; None: all
+    whole: bool  # the others' choice is in it too
 
 
 class Recorder:
-    """Hears what the routers of one run choose."""
+    """Hears what the routers choose in one pass. It is called outside of graphs of torch.compile: hosts run a traced
+    model without them."""
 
-    def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int) -> None:
+    def __init__(self) -> None:
+        self.heard: list[Heard] = []
+        self.chosen: list[tuple[int, Tensor]] = []
+
+    def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
         """The choice of `ffn`'s router for the tokens of `batch` samples, sample by sample."""
-        raise NotImplementedError
+        self.heard.append(_heard(ffn, routing, batch, gate, None, False))
 
     def blocks(self, group: int, routing: BlockRouting) -> None:
         """The choice of block group `group`, for every sample."""
-        raise NotImplementedError
+        self.chosen.append((group, routing.chosen_BM))
+
+    def part(self, samples: Samples, whole: bool) -> Recorder:
+        """For a block that runs on these samples of the batch; `whole`: that is shown the others too."""
+        return _Part(self, samples, whole)
+
+
+class _Part(Recorder):
+    def __init__(self, recorder: Recorder, samples: Samples, whole: bool) -> None:
+        self.recorder, self.samples, self.whole = recorder, samples, whole
+
+    def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
+        self.recorder.heard.append(_heard(ffn, routing, batch, gate, self.samples.index_S, self.whole))
+
+
+def _heard(
+    ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate, index_S: Tensor | None, whole: bool
+) -> Heard:
+    normalised = gate.mode == "normalised"
+    if isinstance(routing, UnevenRouting):  # whose weights are the FFN's own scale times alpha
+        tensors, largest = (routing.token_A, routing.expert_A, routing.logits_TE), 1.0
+    else:
+        tensors, largest = (routing.experts_TK, routing.gates_TK, routing.logits_TE), gate.scale
+    return Heard(ffn, *tensors, largest if normalised else None, batch, index_S, whole)
+
+
+# Packing
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """A buffer in the making: pieces of uint8, and how long they are."""
+
+    pieces: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, piece: Tensor) -> int:
+        """Returns where it will begin."""
+        at = self.length
+        self.pieces.append(piece.reshape(-1))
+        self.length += piece.numel()
+        return at
+
+
+def _bytes(part: Tensor) -> Tensor:
+    """255 times a number from 0 to 1, uint8."""
+    return (part * 255).round_().to(torch.uint8)
+
+
+def _margins(logits_LTE: Tensor, best_LTK: Tensor | None) -> Tensor:
+    """Probability of the best expert less that of the second best, uint8 [L, T]. best_LTK: the order, if it is known."""
+    probabilities_LTE = logits_LTE.softmax(dim=-1)
+    if best_LTK is None or best_LTK.shape[-1] < 2:
+        best_LT2 = probabilities_LTE.topk(min(2, logits_LTE.shape[-1]), dim=-1).values
+    else:
+        best_LT2 = probabilities_LTE.gather(-1, best_LTK[..., :2])
+    return _bytes(best_LT2[..., 0] - best_LT2[..., 1] if best_LT2.shape[-1] == 2 else best_LT2[..., 0])
+
+
+def pack(recorders: Sequence[Recorder], sigma: Tensor) -> tuple[Tensor, list[Entry], list[GroupEntry]]:
+    """uint8: sigma (float32) and all that was heard, on sigma's device; where each FFN's choice lies in it, and each
+    block group's, with the pass and the group. FFNs of one shape are packed by the same few operators."""
+    pieces = _Pieces()
+    pieces.add(sigma.reshape(-1)[:1].float().view(torch.uint8))
+    alike: dict[tuple[Any, ...], list[tuple[int, Heard]]] = {}
+    groups = []
+    for number, recorder in enumerate(recorders):
+        for heard in recorder.heard:
+            key = (heard.choice.dim(), heard.choice.shape[1:], heard.logits_TE.shape, heard.largest)
+            alike.setdefault(key, []).append((number, heard))
+        for group, chosen_BM in recorder.chosen:
+            at = pieces.add(chosen_BM.to(sigma.device, torch.uint8))
+            batch, blocks = chosen_BM.shape
+            groups.append(GroupEntry(number, group, batch, blocks, at))
+    entries: list[Entry] = []
+    for layers in alike.values():
+        even = layers[0][1].choice.dim() == 2
+        entries += (_pack_even if even else _pack_uneven)(pieces, layers)
+    return torch.cat([piece.to(sigma.device) for piece in pieces.pieces]), entries, groups
+
+
+def _entry(pieces: _Pieces, number: int, heard: Heard, **places: Any) -> Entry:
+    rows = None
+    if heard.index_S is not None:
+        rows = (pieces.add(heard.index_S.to(torch.int32).view(torch.uint8)), heard.index_S.shape[0])
+    tokens = heard.logits_TE.shape[0] // heard.batch
+    return Entry(
+        ffn=heard.ffn, number=number, batch=heard.batch, tokens=tokens, rows=rows, whole=heard.whole, **places
+    )  # fmt: skip
+
+
+def _pack_even(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[Entry]:
+    largest = layers[0][1].largest
+    experts_LTK = torch.stack([heard.choice for _, heard in layers])
+    logits_LTE = torch.stack([heard.logits_TE for _, heard in layers])
+    margins = pieces.add(_margins(logits_LTE, experts_LTK))
+    experts = pieces.add(experts_LTK.to(torch.uint8))
+    gates = None
+    if largest is not None:
+        gates = pieces.add(_bytes(torch.stack([heard.second for _, heard in layers]) / largest))
+    tokens, slots = experts_LTK.shape[1:]
+    return [
+        _entry(
+            pieces, number, heard, slots=slots, experts=experts + i * tokens * slots,
+            gates=None if gates is None else gates + i * tokens * slots, margin=margins + i * tokens,
+        )
+        for i, (number, heard) in enumerate(layers)
+    ]  # fmt: skip
+
+
+def _pack_uneven(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[Entry]:
+    largest = layers[0][1].largest
+    logits_LTE = torch.stack([heard.logits_TE for _, heard in layers])
+    margins = pieces.add(_margins(logits_LTE, None))
+    count, tokens, experts = logits_LTE.shape
+    lengths = [heard.choice.shape[0] for _, heard in layers]
+    place_A = torch.cat([heard.choice + i * tokens for i, (_, heard) in enumerate(layers)])
+    expert_A = torch.cat([heard.second for _, heard in layers])
+    flat_A = place_A * experts + expert_A
+    # By token as they come; among a token's experts the best first. Two stable sorts: no host has to wait.
+    by_logit_A = logits_LTE.flatten().index_select(0, flat_A).argsort(descending=True, stable=True)
+    order_A = by_logit_A.index_select(0, place_A.index_select(0, by_logit_A).argsort(stable=True))
+    counts_LT = torch.zeros(count * tokens, dtype=torch.int32, device=logits_LTE.device)
+    counts_LT = counts_LT.scatter_add(0, place_A, torch.ones_like(place_A, dtype=torch.int32))
+    counts = pieces.add(counts_LT.to(torch.uint8))
+    chosen = pieces.add(expert_A.index_select(0, order_A).to(torch.uint8))
+    gates = None
+    if largest is not None:
+        alpha_A = logits_LTE.softmax(dim=-1).flatten().index_select(0, flat_A)
+        gates = pieces.add(_bytes(alpha_A.index_select(0, order_A)))
+    entries, first = [], 0
+    for i, ((number, heard), length) in enumerate(zip(layers, lengths, strict=True)):
+        entries.append(
+            _entry(
+                pieces, number, heard, slots=None, assigned=length, experts=chosen + first,
+                gates=None if gates is None else gates + first, margin=margins + i * tokens, counts=counts + i * tokens,
+            )
+        )  # fmt: skip
+        first += length
+    return entries
+
+
+# A run
+
+
+@dataclass(slots=True)
+class Pass:
+    """One call of the transformer: what it hears, and of whom. Rows of its batch are `samples`, in that order."""
+
+    samples: list[SampleKey]
+    text_tokens: int
+    reference_tokens: int
+    recorder: Recorder = field(default_factory=Recorder)
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One evaluation of the model. `sigma` is a tensor, which stays where it is until the end."""
+
+    sigma: Tensor
+    settings: dict[str, Any] | None = None  # as JSON, of the first pass
+    passes: list[Pass] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A buffer on its way to the host."""
+
+    step: Step
+    buffer: Tensor
+    landed: torch.Event | None
+
+
+class Run:
+    """The recording of one sampling run, as it grows. Nothing here fails a run that samples: past `limit` bytes it
+    stops recording, and says so in the trace."""
+
+    def __init__(self, config: FluxMoEConfig, grid: tuple[int, int], limit: int = LIMIT) -> None:
+        self.config, self.grid, self.limit = config, grid, limit
+        self.steps: list[Step] = []
+        self.notes: dict[str, None] = {}  # a set in order
+        self.bytes, self.full = 0, False
+        self.conditions: tuple[str, ...] = ()  # the order of samples' kinds
+        self.pieces: dict[SampleKey, list[str]] = {}  # of samples' prompts, one for each text token
+        self._flight: _Flight | None = None
+
+    def note(self, text: str) -> None:
+        self.notes[text] = None
+
+    def end(self, evaluation: Evaluation) -> None:
+        """Take in what an evaluation's passes have heard."""
+        buffer, entries, groups = pack([it.recorder for it in evaluation.passes], evaluation.sigma)
+        if self.bytes + buffer.numel() > self.limit:
+            self.full = True
+            self.note(
+                f"Recording stopped at evaluation {len(self.steps)}: a trace is at most {self.limit / 2**20:g} MiB. "
+                "Sample fewer images, steps or pixels at a time."
+            )
+            return
+        self.bytes += buffer.numel()
+        passes = [self._record(number, it, entries) for number, it in enumerate(evaluation.passes)]
+        step = Step(settings=evaluation.settings or {}, passes=passes, entries=entries, groups=groups)
+        self._land()
+        # The host does not wait here: by the end of the next evaluation the copy is long there.
+        landed = None
+        if not buffer.is_cpu:
+            buffer = buffer.to("cpu", non_blocking=True)
+            landed = torch.Event(evaluation.sigma.device)
+            landed.record()
+        self._flight = _Flight(step=step, buffer=buffer, landed=landed)
+        self.steps.append(step)
+
+    def _record(self, number: int, it: Pass, entries: Sequence[Entry]) -> PassRecord:
+        """With the lengths that routers saw: other packs may add tokens on the way to the blocks."""
+        image, text, references = self.grid[0] * self.grid[1], it.text_tokens, it.reference_tokens
+        seen = {stream_of(entry.ffn): entry.tokens for entry in entries if entry.number == number}
+        text = seen.get("txt", text)
+        if "img" in seen:
+            references = seen["img"] - image
+        elif "joint" in seen:
+            references = seen["joint"] - image - text
+        return PassRecord(it.samples, text, max(0, references))
+
+    def _land(self) -> None:
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            if flight.landed is not None:
+                flight.landed.synchronize()
+            flight.step.buffer = flight.buffer.numpy().copy() if flight.landed is not None else flight.buffer.numpy()
+
+    def finish(self) -> Trace:
+        self._land()
+        return Trace(
+            config=self.config, grid=self.grid, steps=self.steps, notes=list(self.notes), size=self.bytes,
+            pieces=self.pieces, conditions=self.conditions,
+        )  # fmt: skip

@@ -158,7 +158,7 @@ class Trace:
     grid: tuple[int, int]
     steps: list[Step]
     notes: list[str]
-    bytes: int
+    size: int  # of what was recorded, in bytes
     pieces: dict[SampleKey, list[str]]
     conditions: tuple[str, ...]
 

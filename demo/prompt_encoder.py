@@ -24,6 +24,12 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+|,", text.lower())
 
 
+def pieces_of(text: str) -> list[str]:
+    """The word of each of the TOKENS; "" is padding."""
+    words = words_of(text)[:TOKENS]
+    return words + [""] * (TOKENS - len(words))
+
+
 class PromptEncoder(nn.Module):
     """Word embeddings and two transformer layers. Words that it does not know become one `unknown` word."""
 

@@ -139,6 +139,8 @@ class ApartBlock:
         if options is not None:
             arguments["transformer_options"] = options
         choice = None if self.file is None else self.file.under(options)
+        if choice is not None and choice.trace is not None:
+            choice = choice._replace(trace=choice.trace.part(samples, whole))
         return Call(streams=streams, samples=samples, choice=choice, arguments=arguments, whole=whole)
 
     @torch.compiler.disable

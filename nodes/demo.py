@@ -6,6 +6,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from .tracing import PIECES_KEY
+
 ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
 
 
@@ -41,9 +43,10 @@ class EmojiPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str, guidance: float) -> io.NodeOutput:
-        from ..demo.prompt_encoder import load
+        from ..demo.prompt_encoder import load, pieces_of
 
         if not ENCODER.is_file():
             raise FileNotFoundError(f"{ENCODER} is missing. It comes with ComfyUI-Dense2MoE: install the pack again.")
         context, pooled = load(ENCODER).encode([text])
-        return io.NodeOutput([[context, {"pooled_output": pooled, "guidance": guidance}]])
+        rest = {"pooled_output": pooled, "guidance": guidance, PIECES_KEY: pieces_of(text)}
+        return io.NodeOutput([[context, rest]])
