@@ -36,7 +36,8 @@ class Heard(NamedTuple):
     logits_TE: Tensor
     largest: float | None  # weight of one expert; None: the chosen count whole
     batch: int
-    index_S: Tensor | None  # the rows of the pass that count; None: all
+    of: int  # the batch that the block was called with
+    index_S: Tensor | None  # those of it that count; None: all
     whole: bool  # the others' choice is in it too
 
 
@@ -50,7 +51,7 @@ class Recorder:
 
     def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
         """The choice of `ffn`'s router for the tokens of `batch` samples, sample by sample."""
-        self.heard.append(_heard(ffn, routing, batch, gate, None, False))
+        self.heard.append(_heard(ffn, routing, gate, batch))
 
     def blocks(self, group: int, routing: BlockRouting) -> None:
         """The choice of block group `group`, for every sample."""
@@ -66,18 +67,18 @@ class _Part(Recorder):
         self.recorder, self.samples, self.whole = recorder, samples, whole
 
     def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
-        self.recorder.heard.append(_heard(ffn, routing, batch, gate, self.samples.index_S, self.whole))
+        heard = _heard(ffn, routing, gate, batch)
+        heard = heard._replace(of=self.samples.batch, index_S=self.samples.index_S, whole=self.whole)
+        self.recorder.heard.append(heard)
 
 
-def _heard(
-    ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate, index_S: Tensor | None, whole: bool
-) -> Heard:
+def _heard(ffn: str, routing: Routing | UnevenRouting, gate: Gate, batch: int) -> Heard:
     normalised = gate.mode == "normalised"
     if isinstance(routing, UnevenRouting):  # whose weights are the FFN's own scale times alpha
         tensors, largest = (routing.token_A, routing.expert_A, routing.logits_TE), 1.0
     else:
         tensors, largest = (routing.experts_TK, routing.gates_TK, routing.logits_TE), gate.scale
-    return Heard(ffn, *tensors, largest if normalised else None, batch, index_S, whole)
+    return Heard(ffn, *tensors, largest if normalised else None, batch, batch, None, False)
 
 
 # Packing
@@ -141,7 +142,7 @@ def _entry(pieces: _Pieces, number: int, heard: Heard, **places: Any) -> Entry:
         rows = (pieces.add(heard.index_S.to(torch.int32).view(torch.uint8)), heard.index_S.shape[0])
     tokens = heard.logits_TE.shape[0] // heard.batch
     return Entry(
-        ffn=heard.ffn, number=number, batch=heard.batch, tokens=tokens, rows=rows, whole=heard.whole, **places
+        ffn=heard.ffn, number=number, batch=heard.batch, of=heard.of, tokens=tokens, rows=rows, whole=heard.whole, **places
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ class Entry:
     ffn: str
     number: int  # of the pass
     batch: int
+    of: int  # the batch that the block was called with
     tokens: int
     experts: int
     slots: int | None = 0  # None: as many for each token as `counts` says, `assigned` in all
@@ -44,7 +45,7 @@ class Entry:
     margin: int = 0
     counts: int = 0
     assigned: int = 0
-    rows: tuple[int, int] | None = None  # where the rows (int32) of the samples that count lie, and how many
+    rows: tuple[int, int] | None = None  # where those of it that count (int32) lie, and how many; None: all
     whole: bool = False  # the samples are all of the batch, whatever `rows` says
 
 
@@ -117,14 +118,16 @@ class Step:
 
     def _position(self, entry: Entry, row: int) -> int | None:
         """Which of the entry's samples a row of its pass is."""
+        # A block that another pack calls with a part of the batch does not say with which.
+        if entry.of != len(self.passes[entry.number].samples):
+            return None
         if entry.rows is not None:
             at, count = entry.rows
             rows = self.buffer[at : at + 4 * count].copy().view(np.int32).tolist()
             if row not in rows:
                 return None
             return row if entry.whole else int(rows.index(row))
-        # A block that another pack calls with a part of the batch does not say with which.
-        return row if entry.batch == len(self.passes[entry.number].samples) else None
+        return row
 
     def _layer(self, entry: Entry, at: int) -> Layer:
         tokens, first = entry.tokens, at * entry.tokens
