@@ -46,11 +46,7 @@ async function readOut(node, query) {
   if (asked.get(node) !== query) return; // something has changed meanwhile
   if (answer.error) return showCost(node, { label: answer.error });
   limitSliders(node, answer);
-  const values = {
-    active: billions(answer.touched),
-    dense: billions(answer.dense.touched),
-    percent: Math.round(answer.flops_ratio * 100),
-  };
+  const values = { ...inUnit(answer), percent: Math.round(answer.flops_ratio * 100) };
   showCost(node, { label: text("cost.line", values), title: answer.text, share: answer.flops_ratio });
 }
 
@@ -65,8 +61,9 @@ async function ask(query) {
   }
 }
 
-function billions(parameters) {
-  return parameters >= 1e9 ? `${(parameters / 1e9).toFixed(1)} B` : `${(parameters / 1e6).toPrecision(3)} M`;
+function inUnit({ touched, dense }) {
+  const [size, unit] = dense.touched >= 1e9 ? [1e9, "B"] : [1e6, "M"];
+  return { active: (touched / size).toPrecision(3), dense: (dense.touched / size).toPrecision(3), unit };
 }
 
 /** Let sliders end where the file does. */
@@ -74,7 +71,9 @@ function limitSliders(node, { experts, groups }) {
   const largest = { top_k: experts, active_blocks: groups?.length ? Math.max(...groups) : undefined };
   for (const widget of node.widgets ?? []) {
     const most = largest[widget.name];
-    if (most && widget.options) widget.options.max = most;
+    if (!most || widget.options.max === most) continue;
+    widget.options.max = most;
+    app.canvas.setDirty(true);
   }
 }
 

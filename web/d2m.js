@@ -1,12 +1,16 @@
 /** The pack's part of the frontend: the only file here that ComfyUI loads by itself. */
 
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { watchCosts } from "./cost.mjs";
+import { setup as setUpExpertMaps } from "./expert_map/index.mjs";
 import { CONTROLS, onLive, watchLiveValues } from "./live.mjs";
 import { addReadout, addStyle, hasReadout, showLive } from "./readout.mjs";
 import { loadTexts, text } from "./text.mjs";
 
 const WITH_READOUT = new Set([...CONTROLS, "D2MLoadFluxMoE", "D2MConvertFlux"]);
+
+setUpExpertMaps(app, api);
 
 app.registerExtension({
   name: "dense2moe",
