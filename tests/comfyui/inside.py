@@ -82,8 +82,22 @@ class Comfy:
     def top_k(self, model: Any, top_k: int, gate: str = "as in the file") -> Any:
         return self.run("D2MTopK", model=model, top_k=top_k, gate=gate)
 
+    def control(self, node_id: str, model: Any, *, node: str | None = None, **inputs: Any) -> Any:
+        """The MODEL that leaves a control, which is node `node` of a prompt."""
+        from comfy_api.latest import io
+
+        return self.execute(node_id, hidden={io.Hidden.unique_id: node}, model=model, **inputs).result[0]
+
     def sample(
-        self, model: Any, size: tuple[int, int, int] = (1, 16, 16), *, seed: int = 0, cfg: float = 1.0, steps: int = 3
+        self,
+        model: Any,
+        size: tuple[int, int, int] = (1, 16, 16),
+        *,
+        seed: int = 0,
+        cfg: float = 1.0,
+        steps: int = 3,
+        sampler: str = "euler",
+        callback: Any = None,
     ) -> Tensor:
         """Latents from noise, as KSampler makes them. `size` is batch, height, width."""
         import comfy.sample
@@ -92,8 +106,9 @@ class Comfy:
         noise = torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(seed))
         positive, negative = self.conditioning(model, 1), self.conditioning(model, 2)
         return comfy.sample.sample(
-            model, noise, steps, cfg, "euler", "simple", positive, negative, torch.zeros_like(noise), seed=seed
-        )
+            model, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise), seed=seed,
+            callback=callback,
+        )  # fmt: skip
 
     def conditioning(self, model: Any, seed: int) -> list:
         params = model.model.diffusion_model.params
