@@ -22,8 +22,6 @@ from .mob import BlockRouting, Samples
 from .routers import Routing, UnevenRouting
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace, stream_of
 
-LIMIT = 256 * 2**20  # bytes of one run
-
 # Hearing
 
 
@@ -232,7 +230,7 @@ class Run:
     """The recording of one sampling run, as it grows. Nothing here fails a run that samples: past `limit` bytes it
     stops recording, and says so in the trace."""
 
-    def __init__(self, config: FluxMoEConfig, grid: tuple[int, int], limit: int = LIMIT) -> None:
+    def __init__(self, config: FluxMoEConfig, grid: tuple[int, int], limit: int) -> None:
         self.config, self.grid, self.limit = config, grid, limit
         self.steps: list[Step] = []
         self.notes: dict[str, None] = {}  # a set in order

@@ -24,6 +24,7 @@ from .trace_store import STORE, TraceHandle
 
 KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_options
 PIECES_KEY = "d2m_prompt_pieces"  # of a conditioning: the text of each of its tokens
+MOST_BYTES = 256 * 2**20  # of one run
 PATCH = 2  # FLUX's, in latents
 AREAS = "Prompts with an area of their own are not in the trace."
 
@@ -49,7 +50,7 @@ class Tracer:
 
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         guider = executor.class_obj
-        run = Run(self.config, grid_of(noise))
+        run = Run(self.config, grid_of(noise), MOST_BYTES)
         options = guider.model_options.setdefault("transformer_options", {})
         options[KEY] = run
         found: Tensor = executor(noise, *args, **kwargs)

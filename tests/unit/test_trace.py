@@ -65,7 +65,7 @@ def margins(logits_TE: Tensor) -> np.ndarray:
 
 
 def traced(made: FluxMoEConfig, *passes: Pass, sigma: float = 0.75) -> Trace:
-    run = Run(made, GRID)
+    run = Run(made, GRID, 2**20)
     run.end(Evaluation(torch.tensor([sigma]), {"top_k": 2}, list(passes)))
     return run.finish()
 
@@ -261,7 +261,7 @@ def test_an_evaluation_leaves_the_device_in_one_copy(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "Event", Event)
     made = config(groups=(GROUP,), capacity_router=CapacityRouter(capacity=2.0) if router == "capacity" else None)
-    run = Run(made, GRID)
+    run = Run(made, GRID, 2**20)
     with Leaving() as leaving:
         for evaluation in range(3):
             passes = []
