@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.ops
@@ -26,6 +26,7 @@ from ..d2m_model.capacity import CapacityTensors, route_by_threshold
 from ..d2m_model.config import FFNLayout
 from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ..d2m_model.routers import Routing, UnevenRouting, route_top_k
+from .graph import GraphChoice, Handed, down_in_graph, up_in_graph
 from .settings import Choice, FileChoice
 
 # Weights
@@ -73,6 +74,15 @@ class Routed:
     hidden_AF: Tensor
 
 
+class CastRouter(NamedTuple):
+    """What a FFN's router computes with, cast for one call; `casts` are what `ExpertLayer.uncast_router` wants."""
+
+    weight_EH: Tensor
+    bias_E: Tensor | None
+    capacity: CapacityTensors | None
+    casts: list[tuple[nn.Linear, Tensor, Tensor | None, Any]]
+
+
 class CapacityRouter(nn.Module):
     """What a capacity router has beside W_g; `threshold` is its FFN's, by the file's names."""
 
@@ -84,31 +94,12 @@ class CapacityRouter(nn.Module):
         self.out_layer = router_linear(stored[f"{name}.capacity.out_layer.weight"], True, device)
         self.register_buffer("scale", torch.empty_like(stored[f"{name}.capacity.scale"], device=device))
 
-    def route(
-        self, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, threshold_E: Tensor, choice: Choice
-    ) -> UnevenRouting:
-        in_weight_DH, in_bias_D, in_token = cast_router(self.in_layer, x_TH.device)
-        out_weight_ED, out_bias_E, out_token = cast_router(self.out_layer, x_TH.device)
-        assert in_bias_D is not None
-        assert out_bias_E is not None
-        tensors = CapacityTensors(
-            in_weight_DH=in_weight_DH,
-            in_bias_D=in_bias_D,
-            out_weight_ED=out_weight_ED,
-            out_bias_E=out_bias_E,
-            threshold_E=threshold_E.to(x_TH.device),
-            scale_1=self.scale.to(x_TH.device),
-        )
-        routing = route_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=choice.gate, factor=choice.capacity)
-        comfy.ops.uncast_bias_weight(self.in_layer, in_weight_DH, in_bias_D, in_token)
-        comfy.ops.uncast_bias_weight(self.out_layer, out_weight_ED, out_bias_E, out_token)
-        return routing
-
 
 class ExpertLayer(nn.Module):
     """What the owner of a routed FFN has besides the modules of its dense kind."""
 
     name: str  # of the FFN, in the file
+    row: Tensor  # its place among the file's FFNs; a tensor, for graphs that serve several blocks. Always on the host.
     layout: FFNLayout
     file: FileChoice
     router: nn.Linear
@@ -118,41 +109,76 @@ class ExpertLayer(nn.Module):
     threshold: Tensor | None
 
     def add_router(
-        self, layout: FFNLayout, file: FileChoice, stored: Mapping[str, Tensor], name: str, device: torch.device | None
+        self,
+        layout: FFNLayout,
+        file: FileChoice,
+        stored: Mapping[str, Tensor],
+        name: str,
+        row: int,
+        device: torch.device | None,
     ) -> None:
-        """Make room for the tensors of FFN `name`, in the dtypes of their file."""
+        """Make room for the tensors of FFN `name`, the row-th of the file, in the dtypes of their file."""
         self.name, self.layout, self.file = name, layout, file
+        self.row = torch.tensor(row, device="cpu")
         self.router = router_linear(stored[f"{name}.router.weight"], f"{name}.router.bias" in stored, device)
         self.capacity = CapacityRouter(stored, name, device) if f"{name}.threshold" in stored else None
         for buffer in ("neuron_order", "expert_mean", "threshold"):
             like = stored.get(f"{name}.{buffer}")
             self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
 
+    def cast_router(self, device: torch.device) -> CastRouter:
+        capacity = self.capacity
+        layers = [self.router, *((capacity.in_layer, capacity.out_layer) if capacity is not None else ())]
+        casts = [(layer, *cast_router(layer, device)) for layer in layers]
+        tensors = None
+        if capacity is not None:
+            (_, in_weight_DH, in_bias_D, _), (_, out_weight_ED, out_bias_E, _) = casts[1:]
+            assert in_bias_D is not None
+            assert out_bias_E is not None
+            assert self.threshold is not None
+            tensors = CapacityTensors(
+                in_weight_DH=in_weight_DH,
+                in_bias_D=in_bias_D,
+                out_weight_ED=out_weight_ED,
+                out_bias_E=out_bias_E,
+                threshold_E=self.threshold.to(device),
+                scale_1=capacity.scale.to(device),
+            )
+        _, weight_EH, bias_E, _ = casts[0]
+        return CastRouter(weight_EH, bias_E, tensors, casts)
+
+    def uncast_router(self, router: CastRouter) -> None:
+        for layer, weight, bias, token in router.casts:
+            comfy.ops.uncast_bias_weight(layer, weight, bias, token)
+
     def route(self, x_BTH: Tensor, choice: Choice) -> Routing | UnevenRouting:
         x_TH = x_BTH.flatten(0, -2)
-        weight_EH, bias_E, token = cast_router(self.router, x_TH.device)
+        router = self.cast_router(x_TH.device)
+        weights = (router.weight_EH, router.bias_E)
         routing: Routing | UnevenRouting
-        if self.capacity is not None:
-            assert self.threshold is not None
-            routing = self.capacity.route(x_TH, weight_EH, bias_E, self.threshold, choice)
+        if router.capacity is not None:
+            routing = route_by_threshold(x_TH, *weights, router.capacity, gate=choice.gate, factor=choice.capacity)
         else:
-            routing = route_top_k(x_TH, weight_EH, bias_E, top_k=choice.top_k, gate=choice.gate)
-        comfy.ops.uncast_bias_weight(self.router, weight_EH, bias_E, token)
+            routing = route_top_k(x_TH, *weights, top_k=choice.top_k, gate=choice.gate)
+        self.uncast_router(router)
         if choice.trace is not None:
-            choice.trace.experts(self.name, routing, batch=x_BTH.shape[0])
+            choice.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=choice.gate)
         if choice.mask is not None and self.name in choice.mask:
             routing = routing.weighed(choice.mask[self.name].to(x_TH.device))
         return routing
 
-    # The number of a capacity router's assignments is data: torch.compile would trace each number anew.
-
-    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
+    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed | Handed]:
         """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
-        return (self._up if self.capacity is None else self._up_apart)(linear, x_BTH, rows, choice)
+        # Without gradients alone: the operators of graph.py have none.
+        if choice.graph is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self._up_in_graph(linear, x_BTH, rows, choice.graph)
+        return self._up(linear, x_BTH, rows, choice)
 
-    def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
+    def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed | Handed) -> Tensor:
         """W2: its first columns on x, for every token, plus the chosen experts' outputs: [B, T, H]."""
-        return (self._down if self.capacity is None else self._down_apart)(linear, x_BTN, routed)
+        if isinstance(routed, Handed):
+            return self._down_in_graph(linear, x_BTN, routed)
+        return self._down(linear, x_BTN, routed)
 
     def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
@@ -176,7 +202,29 @@ class ExpertLayer(nn.Module):
             y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
         return y_BTH + y_TH.view_as(y_BTH)
 
-    _up_apart, _down_apart = torch.compiler.disable(_up), torch.compiler.disable(_down)
+    def _up_in_graph(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: GraphChoice) -> tuple[Tensor, Handed]:
+        router = self.cast_router(x_BTH.device)
+        weight, bias, token = cast(linear, x_BTH)
+        y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
+        experts = (self.layout.experts, self.layout.width)
+        up_EFH, up_bias_EF = weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts)
+        x_TH = x_BTH.flatten(0, -2)
+        handed = up_in_graph(
+            x_TH, router.weight_EH, router.bias_E, router.capacity, choice, self.row, up_EFH, up_bias_EF
+        )
+        self.uncast_router(router)
+        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        return y_BTN, handed
+
+    def _down_in_graph(self, linear: nn.Module, x_BTN: Tensor, handed: Handed) -> Tensor:
+        columns = x_BTN.shape[-1]
+        weight, bias, token = cast(linear, x_BTN)
+        y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
+        experts = (self.layout.experts, self.layout.width)
+        mean_EH = None if self.expert_mean is None else self.expert_mean.to(x_BTN.device)
+        y_TH = down_in_graph(handed, weight[:, columns:].unflatten(1, experts), mean_EH)
+        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        return y_BTH + y_TH.view_as(y_BTH)
 
 
 class ExpertFFN(ExpertLayer, nn.Sequential):

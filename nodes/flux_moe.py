@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.model_base
@@ -23,7 +24,8 @@ from ..d2m_model.tensor_file import ALIGNMENT
 from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed import compress_modulations, modulations
-from .settings import OPTIONS_KEY, READ_BY_MODEL, FileChoice
+from .graph import graph_choice, without_graphs
+from .settings import GRAPH_KEY, FileChoice, settings_of
 
 # The model
 
@@ -41,7 +43,7 @@ class FluxMoE(Flux):
         if config.adaln_rank is not None:
             compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
         file = FileChoice.of(config)
-        for name, layout in config.ffns.items():
+        for row, (name, layout) in enumerate(config.ffns.items()):
             kind, index, *stream = name.split(".")
             block = getattr(self, kind)[int(index)]
             # The block keeps its modules, so its keys and everything that ComfyUI built into it; only forward is new.
@@ -49,16 +51,10 @@ class FluxMoE(Flux):
                 block.__class__, block.file = DoubleExpertBlock, file
                 mlp = ExpertFFN(*getattr(block, stream[0]))
                 setattr(block, stream[0], mlp)
-                mlp.add_router(layout, file, stored, name, device)
+                mlp.add_router(layout, file, stored, name, row, device)
             else:
                 block.__class__ = SingleExpertBlock
-                block.add_router(layout, file, stored, name, device)
-
-    def forward(self, *args: Any, d2m: Mapping[str, Any] | None = None, **kwargs: Any) -> Tensor:
-        """`d2m`: see FluxMoEModel._apply_model."""
-        if d2m is not None:
-            kwargs["transformer_options"] = {**kwargs.get("transformer_options", {}), OPTIONS_KEY: d2m}
-        return super().forward(*args, **kwargs)
+                block.add_router(layout, file, stored, name, row, device)
 
     def compressed(self) -> set[str]:
         """The weights that are behind U in a file with AdaLN compression, by their names in this model."""
@@ -77,14 +73,13 @@ class FluxMoE(Flux):
 
 
 class FluxMoEInParts(FluxMoE):
-    """A FLUX-MoE with block groups or capacity routers, which torch.compile takes block by block: see block_groups.py."""
+    """A FLUX-MoE with block groups, which torch.compile takes block by block: see block_groups.py."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         stored, device, groups = kwargs["stored"], kwargs.get("device"), self.config.groups
-        if groups:
-            routers = (BlockGroupRouter(groups, index, stored, device) for index in range(len(groups)))
-            self.block_groups = nn.ModuleList(routers)
+        routers = (BlockGroupRouter(groups, index, stored, device) for index in range(len(groups)))
+        self.block_groups = nn.ModuleList(routers)
         for index, group in enumerate(groups):
             blocks = self.double_blocks if group.kind == "double" else self.single_blocks
             for position in range(group.blocks):
@@ -113,10 +108,8 @@ class FluxMoEInParts(FluxMoE):
 
 class FluxMoEModel(comfy.model_base.Flux):
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
-        in_parts = bool(config.groups) or config.capacity_router is not None
-        unet_model = functools.partial(FluxMoEInParts if in_parts else FluxMoE, config=config, stored=stored)
+        unet_model = functools.partial(FluxMoEInParts if config.groups else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
-        self.in_parts = in_parts
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
@@ -153,12 +146,13 @@ class FluxMoEModel(comfy.model_base.Flux):
         transformer_options: Mapping[str, Any] = {},
         **kwargs: Any,
     ) -> Tensor:
-        """Hands the settings on beside transformer_options: TorchCompileModel leaves everything within these out of
-        its guards, and would run the graph of one Top-K for another. (Of a model in parts no graph reads them.)"""
-        settings = transformer_options.get(OPTIONS_KEY)
-        if settings is not None and not self.in_parts:
-            kwargs["d2m"] = {key: settings[key] for key in READ_BY_MODEL if key in settings}
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        """Hands the settings on for graphs of torch.compile, too. Traced runs are not compiled: a graph would hold the
+        trace that it was made with."""
+        settings = settings_of(transformer_options)
+        graph = graph_choice(self.diffusion_model.config, settings, x.device)
+        with without_graphs(self) if settings.get("trace") is not None else nullcontext():
+            options = {**transformer_options, GRAPH_KEY: graph}
+            return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 # Entries of comfy.supported_models

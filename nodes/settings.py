@@ -8,7 +8,9 @@
 - `mask`: weights of experts, {FFN: float32 [E]}: 0 mutes one, 1 leaves it. They multiply the gates of the experts chosen.
 - `trace` (d2m_model.trace.Recorder): hears what every router chooses.
 
-`controls` (tuple) is for live.py: the nodes whose folded values these are. The model does not read it.
+`controls` is not for the model: a tuple of records {"node": execution id, "kind": node id, "values": by widget}, in the
+order of the chain, of which these settings are the fold (folds.py) so far as it does not depend on the moment. While
+sampling latch.py folds them anew for every evaluation, with live values in place of widgets' (live.py).
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..d2m_model.config import BlockGroup, FluxMoEConfig, Gate
 
 if TYPE_CHECKING:
     from ..d2m_model.trace import Recorder
+    from .graph import GraphChoice
 
 OPTIONS_KEY = "d2m"
+GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see graph.py
 READ_BY_MODEL = ("top_k", "gate", "capacity", "active_blocks", "mask", "trace")
 
 
@@ -40,6 +45,7 @@ class Choice(NamedTuple):
     capacity: float  # factor, in place of top_k where the router is a capacity router
     mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
     trace: Recorder | None = None
+    graph: GraphChoice | None = None  # the same for a graph of torch.compile, which is to read nothing else
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -57,6 +63,9 @@ class FileChoice:
 
     def under(self, transformer_options: Mapping[str, Any] | None) -> Choice:
         """The sampled clone's settings, or else the file's."""
+        graph = (transformer_options or {}).get(GRAPH_KEY)
+        if graph is not None and torch.compiler.is_compiling():
+            return Choice(top_k=self.top_k, gate=self.gates[self.gate], capacity=1.0, graph=graph)
         settings = settings_of(transformer_options)
         gate = self.gates[settings.get("gate", self.gate)]
         return Choice(
@@ -65,6 +74,7 @@ class FileChoice:
             capacity=settings.get("capacity", 1.0),
             mask=settings.get("mask"),
             trace=settings.get("trace"),
+            graph=graph,
         )
 
 

@@ -1,0 +1,245 @@
+"""Routed experts inside a graph of torch.compile.
+
+A graph is made for what it reads: one that read Top-K would be made anew for Top-K 0, 1, 2, … and all, for each gate
+mode and for a mask, and past eight graphs torch compiles no more and runs as if it had never been asked to. What packs
+leave out of their graphs' guards (TorchCompileModel: everything in transformer_options) would even go on with the
+values that the graph was traced with. So in a graph the settings are data: they come to it in tensors, and the two
+operators below read them. Shapes in a graph therefore do not depend on them either: what one operator hands to the
+other has room for every expert.
+
+Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A = T K assignments, R = T E rows, L routed FFNs,
+C chunks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..d2m_model.capacity import CapacityTensors, route_by_threshold
+from ..d2m_model.config import FluxMoEConfig, Gate
+from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ..d2m_model.routers import Routing, UnevenRouting, route_top_k
+
+
+class GraphChoice(NamedTuple):
+    """The settings of one evaluation: choice_5 (float64, on the host) is Top-K, whether gates are normalised, their
+    scale, the factor of capacity routers and whether there is a mask; weights_LE (float32) are the mask's, one row for
+    every routed FFN."""
+
+    choice_5: Tensor
+    weights_LE: Tensor
+
+
+def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphChoice:
+    """Of the settings of a clone. FFNs have their rows in the order of config.ffns."""
+    mask: Mapping[str, Tensor] = settings.get("mask") or {}
+    normalised = settings.get("gate", config.gate.mode) == "normalised"
+    capacity = settings.get("capacity", 1.0)
+    values = [settings.get("top_k", config.top_k), normalised, config.gate.scale, capacity, bool(mask)]
+    widest = max((layout.experts for layout in config.ffns.values()), default=0)
+    weights_LE = torch.ones(len(config.ffns), widest, device=device)
+    for row, ffn in enumerate(config.ffns if mask else ()):
+        if ffn in mask:
+            weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
+    return GraphChoice(torch.tensor(values, dtype=torch.float64), weights_LE)
+
+
+def without_graphs(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs what is compiled of `model` as if it were not. Raises RuntimeError if this torch cannot."""
+    if "torch._dynamo" not in sys.modules:  # so nothing is, and its import takes seconds
+        return nullcontext()
+    if hasattr(torch.compiler, "set_stance"):
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
+    if any(hasattr(part, "_orig_mod") for part in model.modules()):
+        raise RuntimeError(
+            f"Tracing runs a model without torch.compile, which torch {torch.__version__} cannot set aside. "
+            "Bypass the node that compiles, or update torch to 2.6 or later."
+        )
+    return nullcontext()
+
+
+class Handed(NamedTuple):
+    """From W1's side to W2's. Of what ends in R the first A rows are in use, of ends_TE the first C. host_N (int64, on
+    the host, N = T + 4) is A, K (-1 if uneven), C and the chunks' C + 1 first rows. first_T is of an uneven routing."""
+
+    hidden_RF: Tensor
+    gate_R: Tensor
+    token_R: Tensor
+    expert_R: Tensor
+    row_R: Tensor
+    first_T: Tensor
+    ends_TE: Tensor
+    host_N: Tensor
+
+
+def up_in_graph(
+    x_TH: Tensor,
+    router_EH: Tensor,
+    bias_E: Tensor | None,
+    capacity: CapacityTensors | None,
+    choice: GraphChoice,
+    row: Tensor,
+    up_EFH: Tensor,
+    up_bias_EF: Tensor,
+) -> Handed:
+    """Routing, and W1's side of the chosen experts. `row` (on the host) is the FFN's row of weights_LE."""
+    of_capacity = None if capacity is None else [getattr(capacity, name) for name in OF_CAPACITY]
+    found: list[Tensor] = torch.ops.d2m.routed_up(
+        x_TH, router_EH, bias_E, of_capacity, *choice, row, up_EFH, up_bias_EF
+    )
+    return Handed(*found)
+
+
+def down_in_graph(handed: Handed, down_HEF: Tensor, expert_mean_EH: Tensor | None) -> Tensor:
+    """W2's side of the chosen experts, for every token: [T, H]."""
+    found: Tensor = torch.ops.d2m.routed_down(*handed, down_HEF, expert_mean_EH)
+    return found
+
+
+# The operators
+
+OF_CAPACITY = tuple(field.name for field in fields(CapacityTensors))
+
+
+def _room(values: Tensor, rows: int) -> Tensor:
+    """`values`, with room for as many rows."""
+    room = values.new_empty(rows, *values.shape[1:])
+    room[: values.shape[0]] = values
+    return room
+
+
+def _up(
+    x_TH: Tensor,
+    router_EH: Tensor,
+    bias_E: Tensor | None,
+    of_capacity: list[Tensor] | None,
+    choice_5: Tensor,
+    weights_LE: Tensor,
+    row: Tensor,
+    up_EFH: Tensor,
+    up_bias_EF: Tensor,
+) -> Handed:
+    top_k, normalised, scale, factor, masked = choice_5.tolist()
+    gate = Gate(mode="normalised" if normalised else "sum", scale=scale)
+    routing: Routing | UnevenRouting
+    if of_capacity is None:
+        routing = route_top_k(x_TH, router_EH, bias_E, top_k=int(top_k), gate=gate)
+    else:
+        capacity = CapacityTensors(**dict(zip(OF_CAPACITY, of_capacity, strict=True)))
+        routing = route_by_threshold(x_TH, router_EH, bias_E, capacity, gate=gate, factor=factor)
+    tokens, experts = routing.logits_TE.shape
+    if masked:
+        routing = routing.weighed(weights_LE[int(row), :experts])
+    plan = plan_dispatch(routing, x_TH)
+    rows, chunks = tokens * experts, plan.ends_CE.shape[0]
+    host = [plan.chunk_rows[-1], int(top_k) if plan.first_T is None else -1, chunks, *plan.chunk_rows]
+    return Handed(
+        hidden_RF=_room(expert_up(x_TH, plan, up_EFH, up_bias_EF), rows),
+        gate_R=_room(plan.gate_A, rows),
+        token_R=_room(plan.token_A, rows),
+        expert_R=_room(plan.expert_A, rows),
+        row_R=_room(plan.row_TK.flatten(), rows),
+        first_T=plan.token_A.new_empty(tokens) if plan.first_T is None else plan.first_T,
+        ends_TE=_room(plan.ends_CE, tokens),
+        host_N=_room(torch.tensor(host), tokens + 4),
+    )
+
+
+def _up_shapes(
+    x_TH: Tensor,
+    router_EH: Tensor,
+    bias_E: Tensor | None,
+    of_capacity: list[Tensor] | None,
+    choice_5: Tensor,
+    weights_LE: Tensor,
+    row: Tensor,
+    up_EFH: Tensor,
+    up_bias_EF: Tensor,
+) -> Handed:
+    tokens, (experts, width, _) = x_TH.shape[0], up_EFH.shape
+    rows = tokens * experts
+    return Handed(
+        hidden_RF=x_TH.new_empty(rows, width),
+        gate_R=x_TH.new_empty(rows, dtype=torch.float32),
+        token_R=x_TH.new_empty(rows, dtype=torch.int64),
+        expert_R=x_TH.new_empty(rows, dtype=torch.int64),
+        row_R=x_TH.new_empty(rows, dtype=torch.int64),
+        first_T=x_TH.new_empty(tokens, dtype=torch.int64),
+        ends_TE=x_TH.new_empty(tokens, experts, dtype=torch.int32),
+        host_N=x_TH.new_empty(tokens + 4, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _down(
+    hidden_RF: Tensor,
+    gate_R: Tensor,
+    token_R: Tensor,
+    expert_R: Tensor,
+    row_R: Tensor,
+    first_T: Tensor,
+    ends_TE: Tensor,
+    host_N: Tensor,
+    down_HEF: Tensor,
+    expert_mean_EH: Tensor | None,
+) -> Tensor:
+    (rows, top_k, chunks), (tokens, experts) = host_N[:3].tolist(), ends_TE.shape
+    uneven = top_k < 0
+    gate_A, token_A, expert_A, row_A = gate_R[:rows], token_R[:rows], expert_R[:rows], row_R[:rows]
+    plan = Dispatch(
+        tokens=tokens,
+        token_A=token_A,
+        expert_A=expert_A,
+        gate_A=gate_A,
+        row_TK=row_A if uneven else row_A.view(tokens, top_k),
+        first_T=first_T if uneven else None,
+        ends_CE=ends_TE[:chunks],
+        chunk_tokens=-(-tokens // chunks),
+        chunk_rows=host_N[3 : 4 + chunks].tolist(),
+    )
+    y_TH = expert_down(hidden_RF[:rows], plan, down_HEF)
+    if expert_mean_EH is None:
+        return y_TH
+    logits_TE = gate_A.new_empty(tokens, experts)  # of which only the shape is read
+    routing = UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
+    return y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)
+
+
+def _down_shapes(
+    hidden_RF: Tensor,
+    gate_R: Tensor,
+    token_R: Tensor,
+    expert_R: Tensor,
+    row_R: Tensor,
+    first_T: Tensor,
+    ends_TE: Tensor,
+    host_N: Tensor,
+    down_HEF: Tensor,
+    expert_mean_EH: Tensor | None,
+) -> Tensor:
+    return hidden_RF.new_empty(ends_TE.shape[0], down_HEF.shape[0])
+
+
+_HANDED = ", ".join(f"Tensor {name}" for name in Handed._fields)
+torch.library.custom_op(
+    "d2m::routed_up",
+    _up,
+    mutates_args=(),
+    schema=(
+        "(Tensor x_TH, Tensor router_EH, Tensor? bias_E, Tensor[]? of_capacity, Tensor choice_5, Tensor weights_LE, "
+        f"Tensor row, Tensor up_EFH, Tensor up_bias_EF) -> ({', '.join('Tensor' for _ in Handed._fields)})"
+    ),
+).register_fake(_up_shapes)
+torch.library.custom_op(
+    "d2m::routed_down",
+    _down,
+    mutates_args=(),
+    schema=f"({_HANDED}, Tensor down_HEF, Tensor? expert_mean_EH) -> Tensor",
+).register_fake(_down_shapes)
