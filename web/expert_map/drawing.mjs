@@ -139,8 +139,8 @@ export function drawMap(ctx, rect, { image, layer, labels, grid, theme }) {
   ctx.lineJoin = "round";
   for (const { expert, x, y, radius } of labels) {
     const room = cell * (2 * radius - 1);
-    if (room < 11) continue;
-    const size = Math.min(22, Math.max(10, room * 0.55));
+    if (room < (radius > 1 ? 12 : 22)) continue; // single patches only where they are large: dust is not worth a number
+    const size = Math.min(22, Math.max(10, room * 0.5));
     ctx.font = `600 ${size}px ${FONT}`;
     const at = [rect.x + (x + 0.5) * cell, rect.y + ((y + 0.5) * rect.height) / grid.height];
     ctx.lineWidth = size / 4;

@@ -44,9 +44,7 @@ export function legend(state, { app, node, announce }) {
   const target = h("span", { class: "d2m-quiet" });
   const insert = h("button", { type: "button", "data-action": "insert", onclick: () => add() }, t("map.rules.insert"));
   const rules = h("div", { class: "d2m-rules", role: "group", "aria-label": t("map.rules.title") },
-    h("div", { class: "d2m-rules-row" }, ...buttons),
-    h("div", { class: "d2m-rules-row" }, scope),
-    h("div", { class: "d2m-rules-row" }, target, insert));
+    h("div", { class: "d2m-actions" }, ...buttons), scope, target, insert);
 
   /** The glob of the layers that a rule is for. */
   function glob() {

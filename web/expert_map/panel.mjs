@@ -27,6 +27,16 @@ function rgbOf(colour) {
   return [...ctx.getImageData(0, 0, 1, 1).data.slice(0, 3)];
 }
 
+/** What the samples of a trace are called: which image, which prompt. */
+function sampleNames({ samples }) {
+  const several = samples.some(({ prompt }) => prompt > 0);
+  return samples.map(({ index, image, cond, prompt }) => {
+    const known = cond === "positive" || cond === "negative";
+    const name = t(known ? `map.sample_${cond}` : "map.sample_other", { number: (image ?? index) + 1, cond });
+    return several ? `${name} ${prompt + 1}` : name;
+  });
+}
+
 export class Panel {
   /** `onview(view)` is told what is worth keeping of the view. */
   constructor({ app, api, node, store, onview }) {
@@ -41,16 +51,17 @@ export class Panel {
       this.status.textContent = text;
       say(this.said, text);
     };
-    this.said = h("div", { class: "d2m-said d2m-quiet", "aria-hidden": "true" });
+    this.said = h("div", { class: "d2m-said d2m-quiet", "aria-hidden": "true" }, t("map.how_to_read"));
     this.stage = stages(state, api);
     this.legend = legend(state, { app, node, announce });
     this.scrub = scrubbers(state);
     this.path = pathStrip(state);
     this.tabs = { load: loadCharts(state), blocks: blockPaths(state), text: tokenList(state) };
+    this.notes = h("div", { class: "d2m-quiet", role: "note" });
     this.message = h("div", { class: "d2m-message" });
     this.body = h("div", { class: "d2m-body" },
       this.toolbar(), h("div", { class: "d2m-main" }, this.stage.element, this.legend.element),
-      this.scrub.element, this.path.element, this.tabbed(), this.said);
+      this.scrub.element, this.path.element, this.tabbed(), this.notes, this.said);
     this.element = h("div", {
       class: "d2m-map",
       role: "group",
@@ -169,6 +180,7 @@ export class Panel {
       return;
     }
     this.renderToolbar();
+    this.renderNotes();
     this.legend.render();
     this.scrub.render();
     for (const [name, panel] of Object.entries(this.tabPanels)) show(panel, name === this.shownTab());
@@ -183,7 +195,7 @@ export class Panel {
     show(this.compare.element, traces.length > 1);
     this.compare.render(view.compare);
     set(this.element, "data-compare", view.compare === "side" ? "side" : null);
-    const samples = main.samples.map(({ index, cond }) => t(`map.sample_${cond}`, { number: index + 1 }));
+    const samples = sampleNames(main);
     const key = samples.join("|");
     if (this.samplesShown !== key) {
       this.sample.replaceChildren(...samples.map((name, value) => h("option", { value }, name)));
@@ -200,6 +212,12 @@ export class Panel {
     const buttons = Object.values(this.tabButtons);
     for (const button of buttons) set(button, "aria-selected", String(button.dataset.tab === this.shownTab()));
     tabStop(buttons, this.tabButtons[this.shownTab()]);
+  }
+
+  renderNotes() {
+    const notes = this.state.traces.flatMap(({ meta }) => meta.notes ?? []);
+    say(this.notes, [...new Set(notes)].join(" "));
+    show(this.notes, notes.length > 0);
   }
 
   /** The chosen tab, if this trace has something for it. */

@@ -6,8 +6,9 @@ import { text as t } from "../text.mjs";
 const FRAME = 180; // ms a step, when played
 
 function slider(label, oninput) {
-  const input = h("input", { type: "range", min: "0", step: "1", "aria-label": label, oninput: () => oninput(Number(input.value)) });
-  return input;
+  return h("input", {
+    type: "range", min: "0", step: "1", "aria-label": label, oninput: (event) => oninput(Number(event.target.value)),
+  });
 }
 
 export function scrubbers(state) {
@@ -67,7 +68,7 @@ export function scrubbers(state) {
   }
 
   const element = h("div", { class: "d2m-scrub" },
-    play, h("span", { class: "d2m-label" }, t("map.step")), step, stepText, h("span"),
-    h("span"), h("span", { class: "d2m-label" }, t("map.block")), block, blockText, stream.element);
+    h("div", {}, play, h("span", { class: "d2m-label" }, t("map.step")), step, stepText),
+    h("div", {}, h("span"), h("span", { class: "d2m-label" }, t("map.block")), block, blockText, stream.element));
   return { element, render, stop };
 }

@@ -19,7 +19,7 @@ export const STYLE = `
 .d2m-map[data-dark] { --d2m-accent: #6cb6ff; --d2m-on-accent: #06192c; --d2m-empty: #2b2d31; }
 .d2m-map *, .d2m-map *::before { box-sizing: border-box; }
 .d2m-map [hidden] { display: none !important; }
-.d2m-map .d2m-body { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: 8px; padding: 10px; }
+.d2m-map .d2m-body { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: 8px; padding: 10px; overflow-y: auto; }
 .d2m-map .d2m-message { flex: 1; display: grid; place-content: center; justify-items: center; padding: 24px;
   max-width: 46em; margin: auto; font-size: 13px; line-height: 1.6; text-align: center; white-space: pre-line; }
 .d2m-map .d2m-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -45,8 +45,8 @@ export const STYLE = `
 .d2m-map .d2m-bar input[type="range"] { width: 84px; }
 .d2m-map .d2m-space { flex: 1; }
 
-.d2m-map .d2m-main { flex: 1 1 0; min-height: 140px; display: flex; gap: 12px; }
-.d2m-map .d2m-stages { flex: 1; min-width: 0; display: flex; gap: 8px; }
+.d2m-map .d2m-main { flex: 1 0 200px; min-height: 200px; display: flex; gap: 12px; }
+.d2m-map .d2m-stages { flex: 1 0 160px; min-width: 0; min-height: 160px; display: flex; gap: 8px; }
 .d2m-map .d2m-pane { position: relative; flex: 1; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
 .d2m-map .d2m-pane-title { font-weight: 600; text-align: center; }
 .d2m-map .d2m-note { position: absolute; left: 50%; bottom: 8px; transform: translateX(-50%); padding: 3px 10px;
@@ -59,9 +59,9 @@ export const STYLE = `
 
 .d2m-map .d2m-legend { flex: 0 0 190px; min-height: 0; display: flex; flex-direction: column; gap: 6px; }
 .d2m-map .d2m-heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; min-height: 17px; font-weight: 600; }
-.d2m-map .d2m-experts { flex: 0 1 auto; min-height: 40px; overflow-y: auto; display: flex; flex-direction: column; gap: 1px; padding: 2px; }
+.d2m-map .d2m-experts { flex: 0 1 auto; min-height: 40px; overflow-y: auto; display: flex; flex-direction: column; padding: 2px; }
 .d2m-map .d2m-expert { display: grid; grid-template-columns: 28px 1fr auto 46px; align-items: center; gap: 6px;
-  padding: 2px 4px; border-radius: 5px; cursor: pointer; border: 1px solid transparent; }
+  padding: 1px 4px; border-radius: 5px; cursor: pointer; border: 1px solid transparent; }
 .d2m-map .d2m-expert:hover { background: var(--d2m-field); }
 .d2m-map .d2m-expert[aria-selected="true"] { border-color: var(--d2m-accent); background: var(--d2m-field); }
 .d2m-map .d2m-expert:focus-visible { outline-offset: -1px; }
@@ -71,27 +71,32 @@ export const STYLE = `
 .d2m-map .d2m-share { text-align: right; font-variant-numeric: tabular-nums; }
 .d2m-map .d2m-weight { font-weight: 700; }
 .d2m-map .d2m-rules { display: flex; flex-direction: column; gap: 5px; padding-top: 6px; border-top: 1px solid var(--d2m-line); }
-.d2m-map .d2m-rules-row { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
-.d2m-map .d2m-rules select { width: 100%; }
-.d2m-map .d2m-rules button { flex: 1 0 auto; padding: 2px 6px; }
+.d2m-map .d2m-actions { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; }
 
-.d2m-map .d2m-scrub { display: grid; grid-template-columns: 30px auto minmax(80px, 1fr) minmax(150px, auto) auto; gap: 6px 8px; align-items: center; }
-.d2m-map .d2m-scrub .d2m-play { padding: 0; width: 30px; }
-.d2m-map .d2m-label { font-weight: 600; }
+.d2m-map .d2m-scrub { display: flex; flex-direction: column; gap: 6px; }
+.d2m-map .d2m-scrub > div { display: flex; align-items: center; gap: 4px 8px; }
+.d2m-map .d2m-scrub > div > :first-child { flex: 0 0 34px; }
+.d2m-map .d2m-scrub input { flex: 1 1 80px; }
+.d2m-map .d2m-scrub .d2m-value { flex: 0 0 174px; }
+.d2m-map .d2m-scrub > div > :last-child { flex: 0 0 auto; justify-content: flex-end; }
+.d2m-map .d2m-scrub .d2m-play { padding: 0; width: 34px; }
+.d2m-map .d2m-label { flex: 0 0 34px; font-weight: 600; }
 .d2m-map .d2m-value { font-variant-numeric: tabular-nums; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 
 .d2m-map .d2m-path-part { display: flex; flex-direction: column; gap: 3px; }
 .d2m-map .d2m-path { height: 44px; }
-.d2m-map .d2m-path-chosen { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; font-weight: 400; max-height: 20px; overflow: hidden; }
+.d2m-map .d2m-path-part .d2m-heading { height: 22px; flex-wrap: nowrap; align-items: center; white-space: nowrap; overflow: hidden; }
+.d2m-map .d2m-path-chosen { display: flex; gap: 8px; align-items: center; min-width: 0; overflow: hidden; font-weight: 400; }
+.d2m-map .d2m-path-title { min-width: 0; overflow: hidden; text-overflow: ellipsis; }
 .d2m-map .d2m-gate { display: inline-flex; gap: 4px; align-items: center; }
 .d2m-map .d2m-axis { display: grid; gap: 2px; padding: 0 2px; font-size: 10px; color: var(--d2m-quiet); text-align: center; }
 .d2m-map .d2m-axis span { border-top: 1px solid var(--d2m-line); }
 
-.d2m-map .d2m-tabbed { display: flex; flex-direction: column; gap: 6px; }
+.d2m-map .d2m-tabbed { flex: 0 1 300px; min-height: 150px; display: flex; flex-direction: column; gap: 6px; }
 .d2m-map .d2m-tabs { display: flex; gap: 2px; border-bottom: 1px solid var(--d2m-line); }
 .d2m-map .d2m-tabs button { border: 0; border-radius: 5px 5px 0 0; background: none; border-bottom: 2px solid transparent; }
 .d2m-map .d2m-tabs button[aria-selected="true"] { border-bottom-color: var(--d2m-accent); font-weight: 600; }
-.d2m-map .d2m-tab { height: 268px; }
+.d2m-map .d2m-tab { flex: 1 1 auto; min-height: 0; }
 .d2m-map .d2m-charts { height: 100%; display: flex; flex-direction: column; gap: 6px; }
 .d2m-map .d2m-chart { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: 2px; }
 .d2m-map .d2m-chart .d2m-cells { flex: 1; min-height: 24px; }
@@ -109,13 +114,28 @@ export const STYLE = `
 
 @container d2m-map (max-width: 520px) {
   .d2m-main { flex-direction: column; }
-  .d2m-legend { flex: 0 0 auto; }
-  .d2m-experts { flex-direction: row; flex-wrap: wrap; }
-  .d2m-expert { grid-template-columns: auto auto auto; }
-  .d2m-track { display: none; }
-  .d2m-scrub { grid-template-columns: 30px auto minmax(60px, 1fr) auto; }
-  .d2m-scrub > :nth-child(5), .d2m-scrub > :nth-child(6) { display: none; }
-  .d2m-scrub > .d2m-choice { grid-column: 1 / -1; }
+  .d2m-map .d2m-legend { flex: 0 0 auto; }
+  .d2m-map .d2m-experts { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); max-height: 110px; }
+  .d2m-map .d2m-expert { grid-template-columns: auto auto 1fr; }
+  .d2m-map .d2m-track { display: none; }
+  .d2m-map .d2m-scrub > div { flex-wrap: wrap; }
+  .d2m-map .d2m-path-part .d2m-heading { height: 44px; flex-wrap: wrap; align-content: center; }
+  .d2m-map .d2m-path-title, .d2m-map .d2m-path-chosen { flex: 0 0 100%; }
+  .d2m-map .d2m-scrub .d2m-value { flex: 1 0 100%; }
 }
-.d2m-map[data-compare="side"] .d2m-legend { flex-basis: 158px; }
+/* A wide node has the charts beside the map. */
+@container d2m-map (min-width: 880px) {
+  .d2m-map .d2m-body { display: grid; grid-template: auto minmax(200px, 1fr) auto auto auto auto / minmax(0, 11fr) minmax(0, 9fr); gap: 8px 16px; }
+  .d2m-map .d2m-bar, .d2m-map .d2m-body > .d2m-quiet { grid-column: 1 / -1; }
+  .d2m-map .d2m-main, .d2m-map .d2m-scrub, .d2m-map .d2m-path-part { grid-column: 1; }
+  .d2m-map .d2m-tabbed { grid-column: 2; grid-row: 2 / 5; }
+}
+/* Two maps want the width. */
+.d2m-map[data-compare="side"] .d2m-main { flex-direction: column; }
+.d2m-map[data-compare="side"] .d2m-legend { flex: 0 0 auto; }
+.d2m-map[data-compare="side"] .d2m-experts { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); max-height: 84px; }
+.d2m-map[data-compare="side"] .d2m-expert { grid-template-columns: auto auto 1fr; }
+.d2m-map[data-compare="side"] .d2m-track { display: none; }
+.d2m-map[data-compare="side"] .d2m-rules { flex-direction: row; flex-wrap: wrap; align-items: center; }
+.d2m-map[data-compare="side"] .d2m-actions { grid-template-columns: repeat(4, auto); }
 `;

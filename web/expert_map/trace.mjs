@@ -153,7 +153,7 @@ export class TraceStore {
   }
 
   async get(path) {
-    const response = await this.api.fetchApi(path, { cache: "no-store" });
+    const response = await this.api.fetchApi(path, { cache: "no-cache" });
     if (response.status === 404) throw new FreedTrace(path);
     if (!response.ok) {
       const text = await response.text();
