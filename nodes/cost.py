@@ -27,6 +27,7 @@ from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, config_of, dims_
 from ..d2m_model.config import FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
+from .prompt_server import prompt_server
 from .settings import active_blocks
 
 PATCH = 16  # pixels on the side of an image token
@@ -219,8 +220,6 @@ async def get_cost(request: web.Request) -> web.Response:
 
 def register() -> None:
     """The route, where there is a server."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    server = prompt_server()
     if server is not None:
         server.routes.get("/d2m/cost")(get_cost)

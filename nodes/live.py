@@ -20,6 +20,7 @@ from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
 from .folds import KINDS
+from .prompt_server import prompt_server
 from .run_log import Graph, computed_from, plant, planted
 
 LAST_RUNS = 32
@@ -189,9 +190,7 @@ LIVE = Live()
 
 def register() -> None:
     """Routes and queue of the server, where there is one."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    server = prompt_server()
     if server is None:
         return
     LIVE.running = lambda: server.prompt_queue.get_current_queue_volatile()[0]

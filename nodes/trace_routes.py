@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from ..d2m_model.trace_record import Trace
+from .prompt_server import prompt_server
 from .trace_store import STORE
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")
@@ -108,7 +109,5 @@ def add(routes: Any) -> None:
 
 def register() -> None:
     """Where ComfyUI runs a server."""
-    from server import PromptServer
-
-    if (server := getattr(PromptServer, "instance", None)) is not None:
+    if (server := prompt_server()) is not None:
         add(server.routes)

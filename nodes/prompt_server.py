@@ -1,0 +1,12 @@
+"""ComfyUI's server, where there is one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def prompt_server() -> Any | None:
+    """Not imported here: a ComfyUI with a server has done so long before it loads packs, and one without may not be able
+    to (`server` imports a `utils`, of which ComfyUI has two)."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
