@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
@@ -51,15 +51,19 @@ def flux_moe(model: Any, node: str) -> FluxMoEModel:
 class Control(io.ComfyNode):
     """A node that sets something of the MODEL that passes through it, live while it is sampled."""
 
+    node_id: ClassVar[str]
+    title: ClassVar[str]
+
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> Any:
         return LIVE.fingerprint(str(cls.hidden.unique_id))
 
     @classmethod
-    def set(cls, model: Any, **values: Any) -> io.NodeOutput:
-        schema, node = cls.GET_SCHEMA(), cls.hidden.unique_id
-        flux_moe(model, schema.display_name)
-        return io.NodeOutput(with_control(model, schema.node_id, None if node is None else str(node), values))
+    def put_on(cls, model: Any, **values: Any) -> io.NodeOutput:
+        """What the node returns: `model` under these values of its widgets."""
+        flux_moe(model, cls.title)
+        node = cls.hidden.unique_id
+        return io.NodeOutput(with_control(model, cls.node_id, None if node is None else str(node), values))
 
 
 def model_output() -> io.Model.Output:
@@ -67,11 +71,13 @@ def model_output() -> io.Model.Output:
 
 
 class TopK(Control):
+    node_id, title = "D2MTopK", "FLUX-MoE Top-K"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="D2MTopK",
-            display_name="FLUX-MoE Top-K",
+            node_id=cls.node_id,
+            display_name=cls.title,
             category="FLUX-MoE",
             description=(
                 "Sets how many experts every token is sent to, or how much compute a file with capacity routers spends. "
@@ -123,15 +129,17 @@ class TopK(Control):
 
     @classmethod
     def execute(cls, model: Any, top_k: int, gate: str, capacity: float = 1.0) -> io.NodeOutput:
-        return cls.set(model, top_k=top_k, gate=gate, capacity=capacity)
+        return cls.put_on(model, top_k=top_k, gate=gate, capacity=capacity)
 
 
 class ActiveBlocks(Control):
+    node_id, title = "D2MActiveBlocks", "FLUX-MoE Active blocks"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="D2MActiveBlocks",
-            display_name="FLUX-MoE Active blocks",
+            node_id=cls.node_id,
+            display_name=cls.title,
             category="FLUX-MoE",
             description=(
                 "Sets how many blocks of every block group run (Mixture of Blocks: presets M, S and XS). Each sample's "
@@ -167,4 +175,4 @@ class ActiveBlocks(Control):
 
     @classmethod
     def execute(cls, model: Any, active_blocks: int, per_group: str = "") -> io.NodeOutput:
-        return cls.set(model, active_blocks=active_blocks, per_group=per_group)
+        return cls.put_on(model, active_blocks=active_blocks, per_group=per_group)

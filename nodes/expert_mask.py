@@ -10,11 +10,13 @@ from .controls import MODEL_TOOLTIP, Control, model_output
 
 
 class ExpertMask(Control):
+    node_id, title = "D2MExpertMask", "FLUX-MoE Expert mask"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="D2MExpertMask",
-            display_name="FLUX-MoE Expert mask",
+            node_id=cls.node_id,
+            display_name=cls.title,
             category="FLUX-MoE",
             description=(
                 "Mutes or boosts single experts in the blocks that you name, to hear what each of them paints. Tokens are "
@@ -48,4 +50,4 @@ class ExpertMask(Control):
 
     @classmethod
     def execute(cls, model: Any, mask: str) -> io.NodeOutput:
-        return cls.set(model, mask=mask)
+        return cls.put_on(model, mask=mask)

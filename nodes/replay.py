@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 from PIL import Image
 
-from .controls import Control, flux_moe, with_control
+from .controls import Control, flux_moe
 from .folds import GATES, KINDS, Moment
 from .run_log import LOG_KEY
 
@@ -98,14 +98,18 @@ def chosen(runs: list[dict[str, Any]], number: int) -> dict[str, Any]:
 
 def image_path(image: str) -> Path:
     """Of an image in ComfyUI's input (or, annotated, its output or temp) folder. Raises ValueError for any other."""
-    path = Path(folder_paths.get_annotated_filepath(image)).resolve()
+    wrong = ValueError(f"There is no image {image!r} in ComfyUI's input folder. Upload it, or choose another.")
+    try:
+        path = Path(folder_paths.get_annotated_filepath(image)).resolve()
+    except ValueError:  # newer hosts refuse a way out of the folder
+        raise wrong from None
     folders = (
         folder_paths.get_input_directory(),
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
     if not any(path.is_relative_to(Path(folder).resolve()) for folder in folders) or not path.is_file():
-        raise ValueError(f"There is no image {image!r} in ComfyUI's input folder. Upload it, or choose another.")
+        raise wrong
     return path
 
 
@@ -125,13 +129,15 @@ def log_of(image: str | None, log: str) -> str:
 
 
 class Replay(Control):
+    node_id, title = "D2MReplay", "FLUX-MoE Replay"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         folder = folder_paths.get_input_directory()
         files = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
         return io.Schema(
-            node_id="D2MReplay",
-            display_name="FLUX-MoE Replay",
+            node_id=cls.node_id,
+            display_name=cls.title,
             category="FLUX-MoE",
             description=(
                 "Uses at every evaluation of the model what an image's run used at it, sliders that were moved while it "
@@ -173,26 +179,24 @@ class Replay(Control):
         )
 
     @classmethod
-    def validate_inputs(cls, image: str | None = None, log: str | None = None) -> bool | str:
-        try:
-            if not (log or "").strip() and image:
-                image_path(image)
-        except ValueError as error:
-            return str(error)
+    def validate_inputs(cls, image: str | None = None) -> bool:
+        """Not ComfyUI's check against the list, which has no uploads to subfolders. A log may stand in for the image, so
+        that it is execute that says what is wrong with one."""
         return True
 
     @classmethod
     def fingerprint_inputs(cls, image: str | None = None, log: str | None = None, **inputs: Any) -> Any:
         revision = super().fingerprint_inputs()
-        if (log or "").strip() or not image:
-            return revision
-        return [revision, hashlib.sha256(image_path(image).read_bytes()).hexdigest()]
+        try:
+            used = image_path(image) if image and not (log or "").strip() else None
+        except ValueError:
+            used = None
+        return [revision, used and hashlib.sha256(used.read_bytes()).hexdigest()]
 
     @classmethod
     def execute(cls, model: Any, image: str | None = None, run: int = 0, log: str = "") -> io.NodeOutput:
-        config = flux_moe(model, "FLUX-MoE Replay").diffusion_model.config
+        config = flux_moe(model, cls.title).diffusion_model.config
         values = {"log": chosen(runs_of(log_of(image, log)), run)}
         for index in range(len(values["log"]["evaluations"])):
-            KINDS["D2MReplay"].fold({}, values, config, Moment(evaluation=index, sigma=0.0, sigma_at=float))
-        node = cls.hidden.unique_id
-        return io.NodeOutput(with_control(model, "D2MReplay", None if node is None else str(node), values))
+            KINDS[cls.node_id].fold({}, values, config, Moment(evaluation=index, sigma=0.0, sigma_at=float))
+        return cls.put_on(model, **values)

@@ -13,11 +13,13 @@ PIECES = "0 - 40: 1\n40 - 100: 4"
 
 
 class Schedule(Control):
+    node_id, title = "D2MSchedule", "FLUX-MoE Schedule"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="D2MSchedule",
-            display_name="FLUX-MoE Schedule",
+            node_id=cls.node_id,
+            display_name=cls.title,
             category="FLUX-MoE",
             description=(
                 "Changes Top-K, active blocks or capacity in the course of sampling: a value for each part of the run. "
@@ -68,4 +70,4 @@ class Schedule(Control):
 
     @classmethod
     def execute(cls, model: Any, setting: str, unit: str, pieces: str) -> io.NodeOutput:
-        return cls.set(model, setting=setting, unit=unit, pieces=pieces)
+        return cls.put_on(model, setting=setting, unit=unit, pieces=pieces)
