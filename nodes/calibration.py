@@ -104,7 +104,7 @@ def calibrate(
             )  # fmt: skip
         files.append(folder / f"sample-{index:05}.safetensors")
         write_part(files[-1], recorder.tensors(), {})
-    return Calibration(files)
+    return Calibration(files, few=True)
 
 
 def sampling_patches(model: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from ..d2m_model.checkpoint import CheckpointError
@@ -127,18 +128,19 @@ def convert(
         if prompts is not None:
             calibration = calibrate(model, config, prompts, settings, folder, progress.evaluated)
         unload(model)  # its patches are to be out of the weights, and fits want the device's memory
-        modulations = fitted_modulations(teacher.tensor, config, calibration)
-        return convert_file(
-            teacher,
-            target,
-            config,
-            planner(method, config, calibration, {}, place=comfy.model_management.get_torch_device()),
-            modulations=modulations,
-            router_bias=method.recipe.router == "ridge",
-            expert_mean=method.recipe.mean,
-            block_routers=block_routers(method, config, calibration, {}),
-            progress=lambda done: progress.converted(done / teacher.size),
-        )
+        # ComfyUI runs nodes in inference mode, where nothing can be fitted by gradients (capacity routers).
+        with torch.inference_mode(False), torch.no_grad():
+            return convert_file(
+                teacher,
+                target,
+                config,
+                planner(method, config, calibration, {}, place=comfy.model_management.get_torch_device()),
+                modulations=fitted_modulations(teacher.tensor, config, calibration),
+                router_bias=method.recipe.router == "ridge",
+                expert_mean=method.recipe.mean,
+                block_routers=block_routers(method, config, calibration, {}),
+                progress=lambda done: progress.converted(done / teacher.size),
+            )
 
 
 @contextmanager

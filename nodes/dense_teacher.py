@@ -16,7 +16,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ..d2m_model.checkpoint import CheckpointError, check_dense
-from ..d2m_model.config import FluxDims, Teacher
+from ..d2m_model.config import Teacher
 from ..d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
 from ..d2m_model.keys import bfl_spelling
 from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
@@ -49,16 +49,7 @@ def refuse_others(model: Any, node: str) -> None:
                 f"{node}: this FLUX is quantised ({found}, {name}.weight), and its neurons cannot be put in another order "
                 "without loss. Load its bfloat16, float16 or float8 version."
             )
-    dims_of_model(model)
-
-
-def dims_of_model(model: Any) -> FluxDims:
-    """With what patches make of its shapes. Raises CheckpointError for what is no FLUX.1."""
-    teacher = LoadedTeacher(model)
-    try:
-        return check_dense(teacher.shapes, teacher.dtypes)
-    except CheckpointError as error:
-        raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
+    LoadedTeacher(model)
 
 
 @contextmanager
@@ -118,7 +109,8 @@ def _parameters(model: Any) -> dict[str, Tensor]:
 
 class LoadedTeacher:
     """See d2m_model.conversion.plan.TeacherTensors. float8 is given as bfloat16; other types as the MODEL holds them, which
-    on a CPU is float32 where the file has bfloat16. The MODEL has to be unloaded (saving.unload)."""
+    on a CPU is float32 where the file has bfloat16. `tensor` wants the MODEL unloaded (saving.unload). Raises CheckpointError
+    for what is no dense FLUX.1."""
 
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = {}
@@ -138,6 +130,10 @@ class LoadedTeacher:
             self.shapes[name], self.dtypes[name] = shape, torch.bfloat16 if coarse else tensor.dtype
             begin, self.size = self.size, self.size + bytes_of(self.dtypes[name], shape)
             self._spans[name] = begin, self.size
+        try:
+            self.dims = check_dense(self.shapes, self.dtypes)
+        except CheckpointError as error:
+            raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
 
     def _key(self, name: str) -> str:
         return f"{PREFIX}{self._names[name]}"

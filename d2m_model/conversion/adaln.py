@@ -27,6 +27,13 @@ class VecMoments:
     def of(cls, samples_nH: Tensor) -> VecMoments:
         return cls(mean_H=samples_nH.double().mean(0), covariance_HH=torch.cov(samples_nH.double().T))
 
+    def widened(self, share: float) -> VecMoments:
+        """With `share` of the mean variance added in every direction: few prompts' texts do not span what others will, and
+        U has room for more than they need. (Emoji FLUX, share 0.2: from 4 prompts 7.4 % error in place of 7.9 %, from 1
+        prompt 11 % in place of 13 %; from 64 no difference.)"""
+        extra_HH = share * self.covariance_HH.diagonal().mean() * torch.eye(len(self.mean_H)).to(self.covariance_HH)
+        return VecMoments(mean_H=self.mean_H, covariance_HH=self.covariance_HH + extra_HH)
+
     @classmethod
     def unknown(cls, hidden_size: int) -> VecMoments:
         """Without data every direction counts alike. float32: a third of the time, and there is nothing to be exact about."""

@@ -30,14 +30,15 @@ from .groups import block_name, members
 
 KEY = "calibration"  # of a part's metadata: whose it is
 VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
+FEW_SHARE = 0.2  # see VecMoments.widened
 GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
 
 
 class Calibration:
-    """A finished calibration in its files; tensors are read when they are asked for."""
+    """A finished calibration in its files; tensors are read when they are asked for. `few`: of a handful of prompts."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[Path], *, few: bool = False) -> None:
+        self.files, self.few = files, few
 
     @property
     def losses(self) -> list[float]:
@@ -54,7 +55,8 @@ class Calibration:
 
     def moments(self) -> VecMoments:
         """Of silu(vec)."""
-        return VecMoments.of(torch.cat(self._parts("silu_vec")))
+        moments = VecMoments.of(torch.cat(self._parts("silu_vec")))
+        return moments.widened(FEW_SHARE) if self.few else moments
 
     def block_change(self, block: str) -> BlockChange:
         """Of double_blocks.i or single_blocks.i, over all samples."""
