@@ -43,7 +43,7 @@ def flux_moe(model: Any, node: str) -> FluxMoEModel:
     if not isinstance(found, FluxMoEModel):
         raise ValueError(
             f"{node} works on a FLUX-MoE, but this MODEL is a {type(found).__name__} without experts. "
-            "Connect a MODEL from Load FLUX-MoE (a dense FLUX is converted with `python -m d2m_train convert`)."
+            "Connect a MODEL from Load FLUX-MoE, or put Convert FLUX to MoE before this node."
         )
     return found
 

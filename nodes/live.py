@@ -10,6 +10,7 @@ Routes run in the event loop's thread, samplers in the executor's.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ class Prompt:
 class Live:
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._process = secrets.token_hex(4)  # ComfyUI may keep results beyond it (cache providers)
         self._revision = 0
         self._revisions: dict[str, int] = {}
         self._prompt: Prompt | None = None
@@ -67,12 +69,12 @@ class Live:
             prompt = self._enter(context.prompt_id)
         return None if prompt is None else (prompt, context.node_id)
 
-    def fingerprint(self, node: str) -> int:
+    def fingerprint(self, node: str) -> str:
         """The revision of a node's live values as the executing prompt began."""
         found = self.executing()
         with self._lock:
             now = self._revisions.get(node, 0)
-        return now if found is None else found[0].revisions.get(node, now)
+        return f"{self._process} {now if found is None else found[0].revisions.get(node, now)}"
 
     def values(self, prompt: Prompt | None) -> dict[str, dict[str, Any]]:
         """The live values of this moment, by node."""
@@ -199,9 +201,10 @@ def register() -> None:
     @server.routes.post("/d2m/live")
     async def post_live(request: web.Request) -> web.Response:
         try:
-            if (request.content_length or 0) > MOST_BYTES:
-                raise ValueError(f"The body has {request.content_length} bytes; expected {MOST_BYTES} at most.")
-            return web.json_response(LIVE.apply(*asked(await request.read())))
+            body = await request.read()
+            if len(body) > MOST_BYTES:
+                raise ValueError(f"The body has {len(body)} bytes; expected {MOST_BYTES} at most.")
+            return web.json_response(LIVE.apply(*asked(body)))
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
 

@@ -20,6 +20,10 @@ from tests.comfyui.test_loading import WRONG, write_wrong
 from tools.host import PACK_NAME, ROOT
 
 WORKFLOWS = ROOT / "example_workflows"
+NODES = [
+    "D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask", "D2MReplay",
+    "D2MEmojiPrompt",
+]  # fmt: skip
 EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
 
 # A source of conditioning that needs no text encoder.
@@ -91,14 +95,14 @@ def paint(server: ComfyServer, graph: Graph) -> dict[str, np.ndarray]:
 
 def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
     nodes = server.get("/object_info")
-    assert {"D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MEmojiPrompt"} <= set(nodes)
+    assert set(NODES) <= set(nodes)
     log = server.log.read_text().lower().splitlines()
     about_us = [line for line in log if "dense2moe" in line or "d2m" in line]
     assert about_us
     assert not [line for line in about_us if any(word in line for word in ("warn", "error", "failed", 'file "'))]
 
 
-@pytest.mark.parametrize("node_id", ["D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MEmojiPrompt"])
+@pytest.mark.parametrize("node_id", NODES)
 def test_every_node_explains_itself(server: ComfyServer, node_id: str) -> None:
     described = server.get(f"/object_info/{node_id}")[node_id]
     assert described["category"] == "FLUX-MoE"
@@ -109,9 +113,9 @@ def test_every_node_explains_itself(server: ComfyServer, node_id: str) -> None:
     page = server.get(f"/extensions/{PACK_NAME}/docs/{node_id}.md").decode()
     assert page.startswith("# ")
     assert all(f"**{name}**" in page for name in inputs)
-    translated = server.get("/i18n")["en"]["nodeDefs"][node_id]
-    assert translated["display_name"] == described["display_name"]
-    assert set(translated["inputs"]) == set(inputs)
+    names = server.get("/i18n")
+    assert names["en"]["nodeDefs"][node_id]["display_name"] == described["display_name"]
+    assert all(set(names[language]["nodeDefs"][node_id]["inputs"]) == set(inputs) for language in ("en", "zh"))
 
 
 def test_the_example_workflow_paints(server: ComfyServer) -> None:
@@ -206,7 +210,8 @@ def test_a_workflow_is_its_api_twin(server: ComfyServer, file: Path) -> None:
         for given in drawn["inputs"]:
             if "widget" in given:
                 inputs[given["name"]] = next(values)
-                options = known[drawn["type"]]["input"]["required"][given["name"]]
+                takes = known[drawn["type"]]["input"]
+                options = {**takes["required"], **takes.get("optional", {})}[given["name"]]
                 if len(options) > 1 and options[1].get("control_after_generate"):
                     next(values)
             if given["link"] is not None:
