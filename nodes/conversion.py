@@ -116,6 +116,7 @@ def convert(
         data, prompts = None, None
         if conditioning is not None:
             prompts = prompts_of(conditioning)
+            settings = replace(settings, samples=max(settings.samples, len(prompts)))
             data = {"name": f"{len(prompts)} prompts in ComfyUI", "samples": settings.samples, "steps": settings.steps}
         dims = teacher.dims
         config = config_of(method, dims, about, data)
@@ -252,7 +253,10 @@ class ConvertFlux(io.ComfyNode):
                     default=16,
                     min=1,
                     max=1024,
-                    tooltip="Images that are painted for calibration, prompt after prompt. More fit better and take longer.",
+                    tooltip=(
+                        "Images that are painted for calibration, prompt after prompt, one of each at least. More fit better "
+                        "and take longer."
+                    ),
                 ),
                 io.Int.Input(
                     "steps",

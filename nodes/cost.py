@@ -124,7 +124,8 @@ def costs(model: Model, query: Mapping[str, str]) -> dict[str, Any]:
     width, height = (whole(query, side, 1024, PATCH, MOST_PIXELS) for side in ("width", "height"))
     text = whole(query, "text_tokens", 512, 0, MOST_TEXT)
     tokens = Tokens(image=-(-width // PATCH) * -(-height // PATCH), text=text)
-    dims, notes = (model, []) if isinstance(model, FluxDims) else (model.dims, [])
+    dims = model if isinstance(model, FluxDims) else model.dims
+    notes: list[str] = []
     conversion = DENSE if isinstance(model, FluxDims) else settings_of(model, query, notes)
     dense, found = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
     about: dict[str, Any] = {"experts": 0, "groups": []}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +16,10 @@ from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
 from tests.comfyui import files
 from tests.comfyui.conftest import Pair, in_teachers_order, with_lora
+from tests.comfyui.converting import DEEP, convert, deep_flux, file_of, made, prompts, temporary_folder  # noqa: F401
 from tests.comfyui.inside import Comfy, distance
-from tools.host import ROOT
 
-RANDOM = "random"
-GIVEN = {
-    "preset": "L", "split_only": False, "samples": 4, "steps": 3, "size": 128, "seed": 0, "top_k": 2, "router": "top_k",
-    "block_routers": RANDOM,
-}  # fmt: skip
-DEEP = replace(files.DIMS, double_blocks=4, single_blocks=6)  # room for a group of each kind
 ALL = files.LAYOUT.experts
-
-
-@pytest.fixture(autouse=True)
-def temporary(host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder of the test's own."""
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
-    return tmp_path / "temp"
-
-
-def convert(host: Comfy, model: Any, **changes: Any) -> Any:
-    return host.run("D2MConvertFlux", model=model, **{**GIVEN, **changes})
-
-
-def file_of(converted: Any) -> Path:
-    """That it is mapped from, and that goes with it."""
-    _, (file, *_) = converted.cached_patcher_init
-    return Path(file.path)
-
-
-def made(host: Comfy, model: Any, **changes: Any) -> Path:
-    """The file alone."""
-    import folder_paths
-
-    moe = convert(host, model, **changes)
-    folder = Path(folder_paths.get_temp_directory()).parent
-    return Path(shutil.copyfile(file_of(moe), folder / f"copied-{file_of(moe).name}"))
-
-
-def prompts(host: Comfy, model: Any, count: int = 3) -> list:
-    """As Conditioning (Combine) joins them."""
-    return [entry for seed in range(count) for entry in host.conditioning(model, 10 + seed)]
-
-
-@pytest.fixture(scope="session")
-def deep(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return host.load(files.save(files.dense_flux(DEEP), tmp_path_factory.mktemp("deep") / "deep.safetensors"))
 
 
 # Without data
@@ -153,135 +108,6 @@ def test_a_model_in_float8_stays_in_float8(host: Comfy, pair: Pair) -> None:
     model = comfy.sd.load_diffusion_model(str(pair.dense_file), {"dtype": torch.float8_e4m3fn})
     moe = convert(host, model)
     assert moe.model.diffusion_model.single_blocks[0].linear1.weight.dtype == torch.float8_e4m3fn
-    assert host.sample(moe).isfinite().all()
-
-
-# Calibration
-
-
-def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emoji FLUX, of which there is something to know; painted from words that it was not calibrated with."""
-    monkeypatch.setattr(host.module("nodes.calibration"), "TOKENS", 1024)
-
-    def words(*texts: str) -> list:
-        return [entry for text in texts for entry in host.run("D2MEmojiPrompt", text=text, guidance=3.5)]
-
-    def paint(model: Any) -> torch.Tensor:
-        import comfy.sample
-
-        given, noise = (
-            words("fox in the centre on blue"),
-            torch.randn(1, 16, 16, 16, generator=generator.manual_seed(1)),
-        )
-        return comfy.sample.sample(
-            model, noise, 6, 1.0, "euler", "simple", given, given, torch.zeros_like(noise), disable_pbar=True, seed=1
-        )
-
-    generator, teacher = torch.Generator(), host.load(ROOT / "demo" / "assets" / "emoji-flux.safetensors")
-    asked = words(
-        "cat left on red", "apple in the centre on green", "rocket above on yellow", "house right on white",
-        "dog below on blue", "sun in the centre on red", "tree left on yellow", "car right on green",
-    )  # fmt: skip
-    expected = paint(teacher)
-    without = distance(paint(convert(host, teacher)), expected)
-    calibrated = distance(paint(convert(host, teacher, calibration=asked, samples=8, steps=4)), expected)
-    assert calibrated < 0.75 * without
-
-
-def test_it_is_told_by_seed_and_prompts_alone(host: Comfy, pair: Pair) -> None:
-    asked = {"calibration": prompts(host, pair.teacher)}
-    one, same = (made(host, pair.teacher, **asked) for _ in range(2))
-    assert one.read_bytes() == same.read_bytes()
-    other = made(host, pair.teacher, **asked, seed=1)
-    assert check_file(other).provenance["seed"] == 1
-
-
-def test_every_prompt_counts_combined_or_in_a_batch(host: Comfy, pair: Pair) -> None:
-    calibration = host.module("nodes.calibration")
-    combined = prompts(host, pair.teacher, 3)
-    text = torch.cat([entry[0] for entry in combined])
-    pooled = torch.cat([entry[1]["pooled_output"] for entry in combined])
-    batch = [[text, {**combined[0][1], "pooled_output": pooled}]]
-    for one, other in zip(calibration.prompts_of(combined), calibration.prompts_of(batch), strict=True):
-        assert torch.equal(one[0][0], other[0][0])
-        assert torch.equal(one[0][1]["pooled_output"], other[0][1]["pooled_output"])
-
-
-def test_calibration_leaves_nothing_on_the_model(host: Comfy, pair: Pair, temporary: Path) -> None:
-    before = host.sample(pair.teacher)
-    moe = convert(host, pair.teacher, calibration=prompts(host, pair.teacher))
-    flux = pair.teacher.model.diffusion_model
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in flux.modules())
-    assert torch.equal(host.sample(pair.teacher), before)
-    assert list(temporary.iterdir()) == [file_of(moe)]  # no parts of a calibration
-
-
-def test_what_is_recorded_is_what_the_blocks_saw(host: Comfy, deep: Any, tmp_path: Path) -> None:
-    """A group's means, vectors and changes, and an FFN's inputs, against hooks of our own."""
-    from d2m_model.config import FluxMoEConfig
-
-    config: FluxMoEConfig = check_file(made(host, deep, preset="XS"))
-    calibration, flux = host.module("nodes.calibration"), deep.model.diffusion_model
-    (double, single), seen = config.groups, []
-    block = flux.get_submodule(f"single_blocks.{single.first + 1}")
-    inputs: list[torch.Tensor] = []
-    ours = [
-        block.register_forward_pre_hook(lambda _, given: seen.append([given[0].clone()])),
-        block.register_forward_hook(lambda _, given, found: seen[-1].append(found.clone())),
-        block.linear1.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).clone())),
-    ]
-    settings = calibration.CalibrationSettings(samples=2, steps=4, size=64, seed=0)
-    with torch.inference_mode():
-        found = calibration.calibrate(
-            deep, config, calibration.prompts_of(prompts(host, deep, 2)), settings, tmp_path, lambda: None
-        )
-    for handle in ours:
-        handle.remove()
-    group = found.group(single)
-    text = host.conditioning(deep, 1)[0][0].shape[1]
-    expected = torch.stack([(new - old)[:, text:].square().mean().sqrt() for old, new in seen])
-    torch.testing.assert_close(group.change_nM[:, 1], expected)
-    assert group.x_mean_nH.shape == group.vec_nH.shape == (8, 128)
-    assert found.group(double).change_nM.shape == (8, 3)
-    rows = {tuple(row.tolist()) for row in torch.cat(inputs)}
-    assert {tuple(row.tolist()) for row in found.inputs(f"single_blocks.{single.first + 1}")} <= rows
-
-
-def test_conditioning_vectors_are_the_models_own_under_any_timestep_and_guidance(
-    host: Comfy, pair: Pair, tmp_path: Path
-) -> None:
-    from comfy.ldm.flux.layers import timestep_embedding
-
-    config, calibration = check_file(made(host, pair.teacher)), host.module("nodes.calibration")
-    asked, flux = prompts(host, pair.teacher, 2), pair.teacher.model.diffusion_model
-    settings = calibration.CalibrationSettings(samples=40, steps=1, size=64, seed=0)
-    with torch.inference_mode():
-        found = calibration.calibrate(
-            pair.teacher, config, calibration.prompts_of(asked), settings, tmp_path, lambda: None
-        )
-        generator = torch.Generator().manual_seed(9)
-        pooled = torch.cat([entry[1]["pooled_output"] for entry in asked]).repeat(2000, 1)
-        t, guidance = torch.rand(4000, generator=generator), 1.5 + 3.5 * torch.rand(4000, generator=generator)
-        vec = flux.time_in(timestep_embedding(t, 256)) + flux.guidance_in(timestep_embedding(guidance, 256))
-        expected = torch.nn.functional.silu(vec + flux.vector_in(pooled)).double()
-        found.few = False  # whose moments are widened
-        moments = found.moments()
-        assert float((moments.mean_H - expected.mean(0)).norm() / expected.mean(0).norm()) < 0.05
-        assert float(moments.covariance_HH.trace()) == pytest.approx(float(torch.cov(expected.T).trace()), rel=0.1)
-
-
-@pytest.mark.parametrize("preset", ["M", "XS"])
-def test_block_routers_are_fitted(host: Comfy, deep: Any, preset: str) -> None:
-    moe = convert(host, deep, preset=preset, calibration=prompts(host, deep), block_routers="fitted to the prompts")
-    config = moe.model.diffusion_model.config
-    assert config.provenance["block_router"] == "ridge"
-    assert len(config.groups) == {"M": 1, "XS": 2}[preset]
-    assert host.sample(moe).isfinite().all()
-
-
-def test_capacity_routers_are_fitted(host: Comfy, pair: Pair) -> None:
-    moe = convert(host, pair.teacher, router="capacity", calibration=prompts(host, pair.teacher))
-    assert moe.model.diffusion_model.config.capacity_router.capacity == 2
     assert host.sample(moe).isfinite().all()
 
 
