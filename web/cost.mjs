@@ -5,7 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { executionId, modelChain, places, valueOf } from "./graph.mjs";
+import { executionId, modelChain, places, roundPromoted, valueOf } from "./graph.mjs";
 import { hasReadout, showCost } from "./readout.mjs";
 import { text } from "./text.mjs";
 
@@ -27,6 +27,7 @@ export function watchCosts() {
 }
 
 function refresh() {
+  roundPromoted(app.rootGraph);
   const done = new Set();
   for (const place of places(app.rootGraph)) {
     const { node } = place;

@@ -41,6 +41,18 @@ export function valueOf(place, name) {
   return widget?.value;
 }
 
+/** On the canvas a promoted slider of whole numbers gives fractions, which ComfyUI would cut off: round them. */
+export function roundPromoted(graph) {
+  for (const { node, path } of places(graph)) {
+    for (const input of path.length ? node.inputs : []) {
+      const widget = input.type === "INT" && source({ node, path }, input)?.widget;
+      if (widget && typeof widget.value === "number" && !Number.isInteger(widget.value)) {
+        widget.value = Math.round(widget.value);
+      }
+    }
+  }
+}
+
 /** What gives an input its value: { place, slot } of a node's output, or { widget }; null if nothing does. */
 export function source({ node, path }, input, depth = 0) {
   const link = input.link == null ? null : node.graph?.getLink(input.link);

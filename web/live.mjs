@@ -8,14 +8,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { executionId, places, promptWidgets, valueOf } from "./graph.mjs";
+import { executionId, places, promptWidgets, roundPromoted, valueOf } from "./graph.mjs";
 import { text } from "./text.mjs";
 
 export const CONTROLS = new Set(["D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask"]);
-const TYPING = 600; // ms that a text must stand
+const STANDING = 600; // ms: see isSettled
 const INTERVAL = 100; // ms between two looks; one request at a time, and the next look sends what is newest then
 
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a workflow that was cleared, or drawn from an API graph
+
 let run = null; // of the prompt that runs: what begin() makes
+const queuedFrom = new Map(); // prompt → the workflow, as the frontend holds it, that this page queued it from
 const listeners = new Set();
 
 /** Call `listener(place, values)` when a live value took effect, and with null when the prompt has ended. */
@@ -24,6 +27,13 @@ export function onLive(listener) {
 }
 
 export function watchLiveValues() {
+  const { queuePrompt } = api;
+  api.queuePrompt = async function (...given) {
+    const workflow = shown();
+    const answer = await queuePrompt.apply(this, given);
+    queuedFrom.set(answer?.prompt_id, workflow);
+    return answer;
+  };
   api.addEventListener("execution_start", ({ detail }) => begin(detail.prompt_id));
   api.addEventListener("executing", ({ detail }) => detail === null && end());
   for (const event of ["execution_success", "execution_error", "execution_interrupted"]) {
@@ -44,15 +54,19 @@ async function running() {
   return response.ok ? (await response.json()).queue_running : [];
 }
 
+/** The workflow on the screen. Its tab may be another's while the graph is the same, and have the same id. */
+function shown() {
+  return app.extensionManager.workflow?.activeWorkflow ?? null;
+}
+
 function begin(prompt) {
   end();
   run = {
     prompt,
-    workflow: undefined, // the id of its workflow, asked for when there is something to send
-    graph: app.rootGraph.id, // on the screen
+    shown: shown(),
     seen: values(),
     sending: false,
-    typed: new Map(), // texts that have changed
+    standing: new Map(), // changes that wait: see isSettled
     failures: new Set(),
     timer: setInterval(() => look(run), INTERVAL),
   };
@@ -81,19 +95,23 @@ function values() {
 
 async function look(current) {
   if (current.sending) return;
+  roundPromoted(app.rootGraph);
   const now = values();
-  if (app.rootGraph.id !== current.graph) {
-    [current.graph, current.seen] = [app.rootGraph.id, now]; // another workflow is shown
+  if (shown() !== current.shown) {
+    [current.shown, current.seen] = [shown(), now];
     return;
   }
   const changes = [];
   for (const [id, { place, values }] of now) {
-    const seen = current.seen.get(id)?.values;
-    const changed = Object.entries(values).filter(
-      ([name, value]) => seen && name in seen && seen[name] !== value && isSettled(current, `${id} ${name}`, value),
+    const before = current.seen.get(id) ?? { place, values };
+    const reloaded = before.place.node !== place.node;
+    const differing = Object.entries(values).filter(
+      ([name, value]) => name in before.values && before.values[name] !== value,
     );
+    const changed = differing.filter(([name, value]) => isSettled(current, `${id} ${name}`, value, reloaded));
     if (changed.length) changes.push({ id, place, values: Object.fromEntries(changed) });
-    current.seen.set(id, { place, values: { ...values, ...seen, ...Object.fromEntries(changed) } });
+    const known = { ...values, ...before.values, ...Object.fromEntries(changed) };
+    current.seen.set(id, { place: changed.length < differing.length ? before.place : place, values: known });
   }
   if (!changes.length) return;
   current.sending = true;
@@ -104,21 +122,23 @@ async function look(current) {
   }
 }
 
-/** Numbers are always; a text is when it has stood for a while, so that no half-written rule is sent. */
-function isSettled(current, key, value) {
-  if (typeof value !== "string") return true;
-  const looks = current.typed.get(key)?.value === value ? current.typed.get(key).looks + 1 : 0;
-  current.typed.set(key, { value, looks });
-  return looks >= TYPING / INTERVAL;
+/**
+ * Whether a change may be sent: a number at once; a text when it has stood for a while, so that no half-written rule is
+ * sent; what a reload of the graph has changed likewise, for it may turn out to be another workflow's.
+ */
+function isSettled(current, key, value, reloaded) {
+  if (typeof value !== "string" && !reloaded) return true;
+  const looks = current.standing.get(key)?.value === value ? current.standing.get(key).looks + 1 : 0;
+  current.standing.set(key, { value, looks });
+  return looks >= STANDING / INTERVAL;
 }
 
-/** Whether the graph on the screen is the one that runs, as far as its workflow tells. */
+/** Whether the workflow on the screen is the one that runs. After a reload of the page only its id can tell. */
 async function isShown(current) {
-  if (current.workflow === undefined) {
-    const item = (await running()).find(([, prompt]) => prompt === current.prompt);
-    current.workflow = item?.[3]?.extra_pnginfo?.workflow?.id ?? null;
-  }
-  return current.workflow === current.graph;
+  if (queuedFrom.has(current.prompt)) return queuedFrom.get(current.prompt) === shown();
+  const item = (await running()).find(([, prompt]) => prompt === current.prompt);
+  const id = item?.[3]?.extra_pnginfo?.workflow?.id;
+  return id !== NO_ID && id === app.rootGraph.id;
 }
 
 /** Changes to the same values, as of all the instances of a subgraph, go in one request. */

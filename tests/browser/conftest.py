@@ -19,8 +19,8 @@ from tools.host import ROOT
 EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
 RENDERERS = {"canvas": False, "nodes-2": True}
 
-# A model behind this node stops before evaluation `stop_at` until the test opens the gate: what the test does meanwhile
-# falls between two known evaluations, on a machine of any speed.
+# A model behind this node stops in evaluation `stop_at` until the test opens the gate: what the test does meanwhile is for
+# the next evaluation, on a machine of any speed. Another `test` is another run, whatever ComfyUI has in its cache.
 GATE = """
 import pathlib, time
 
@@ -29,9 +29,9 @@ class Gate:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "stop_at": ("INT", {"default": 3})}}
+        return {"required": {"model": ("MODEL",), "stop_at": ("INT", {}), "test": ("INT", {})}}
 
-    def patch(self, model, stop_at):
+    def patch(self, model, stop_at, test):
         base, seen = pathlib.Path(__file__).parent.parent, 0
 
         def wrapper(apply, arguments):

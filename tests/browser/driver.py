@@ -1,18 +1,20 @@
-"""What a test does in ComfyUI's page."""
+"""What a test does in ComfyUI's page. Widgets and nodes are those of the graph that is shown: root or subgraph."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Page, expect
+from playwright.sync_api import ConsoleMessage, Page
 
-from demo.server import ComfyServer
+from demo.server import ComfyServer, Graph
 from tools.host import PACK_NAME
 
 Workflow = dict[str, Any]
+FIND = "app.canvas.graph.getNodeById(id).widgets.find(it => it.name === name)"  # a widget of the graph that is shown
 
 
 class Comfy:
@@ -26,7 +28,8 @@ class Comfy:
         page.on("pageerror", lambda error: self._complain(str(error) + (error.stack or "")))
 
     def _heard(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
+        refused = "the server responded with a status of 400" in message.text  # as many a test wants
+        if message.type in ("error", "warning") and not refused:
             self._complain(f"{message.text} {message.location.get('url', '')}")
 
     def _complain(self, said: str) -> None:
@@ -62,25 +65,96 @@ class Comfy:
         self.js("workflow => app.loadGraphData(workflow)", workflow)
         self.page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(workflow["nodes"]))
 
+    def build(self, graph: Graph) -> None:
+        """Draw an API graph; nodes keep their ids, and seeds stay."""
+        self.js(
+            """graph => {
+                app.loadApiJson(graph, 'test');
+                for (const { widgets } of app.rootGraph.nodes)
+                    for (const widget of widgets ?? [])
+                        if (widget.name === 'control_after_generate') widget.value = 'fixed';
+            }""",
+            graph,
+        )
+        self.page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(graph))
+
+    def workflow(self) -> Workflow:
+        """What the page would save."""
+        return dict(self.js("() => app.rootGraph.serialize()"))
+
+    def into_subgraph(self, nodes: list[int], promote: tuple[int, str] | None = None) -> str:
+        """Convert nodes to a subgraph, promoting a widget of one of them by linking it; the subgraph node's id."""
+        return str(
+            self.js(
+                """([ids, promote]) => {
+                    const nodes = ids.map(id => app.rootGraph.getNodeById(id));
+                    const { subgraph, node } = app.rootGraph.convertToSubgraph(new Set(nodes));
+                    if (promote) {
+                        const inner = subgraph.nodes.find(it => it.id == promote[0]);
+                        const slot = inner.inputs.find(it => it.widget?.name === promote[1]);
+                        subgraph.addInput(promote[1], slot.type).connect(slot, inner);
+                    }
+                    return node.id;
+                }""",
+                [nodes, promote],
+            )
+        )
+
+    def keep(self) -> None:
+        """Let the page write down what a reload finds, as it does after every change by a user."""
+        self.js(
+            "() => { const it = app.extensionManager.workflow.activeWorkflow.changeTracker;"
+            " (it.captureCanvasState ?? it.checkState).call(it); }"
+        )
+        self.page.wait_for_timeout(1000)
+
     def prompt(self) -> dict[str, Any]:
         """The API graph that the page would queue, without the titles."""
         graph = self.js("async () => (await app.graphToPrompt()).output")
         return {key: {name: node[name] for name in ("inputs", "class_type")} for key, node in graph.items()}
 
+    def value(self, node: int | str, name: str) -> Any:
+        return self.js(f"([id, name]) => {FIND}.value", [node, name])
+
+    def move_slider(self, node: int | str, name: str, to: int) -> None:
+        """Move a slider of whole numbers as a user does: by the mouse on the canvas, by the keyboard in Nodes 2.0."""
+        if self.vue:
+            slider = self.page.locator(f'[data-node-id="{node}"]').get_by_role("slider").first
+            while (steps := to - int(self.value(node, name))) != 0:
+                slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+        else:
+            x, y = self.js(
+                f"""([id, name, to]) => {{
+                    const node = app.canvas.graph.getNodeById(id), widget = {FIND};
+                    const {{ min, max }} = widget.options, width = node.size[0];
+                    const at = [15 + (width - 30) * (to - min) / (max - min), widget.y + 10];
+                    const [left, top] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + at[0], node.pos[1] + at[1]]);
+                    const box = app.canvas.canvas.getBoundingClientRect();
+                    return [left + box.left, top + box.top];
+                }}""",
+                [node, name, to],
+            )
+            self.page.mouse.click(x, y)
+        self.page.wait_for_function(f"([id, name, to]) => {FIND}.value === to", arg=[node, name, to])
+
+    def show_all(self) -> None:
+        """Fit the graph into the window."""
+        self.js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(600)  # it glides
+
     def set_widget(self, node: int | str, name: str, value: Any) -> None:
         """Change a widget as its control does: the value, then its callback."""
         self.js(
-            """([id, name, value]) => {
-                const node = app.rootGraph.getNodeById(id);
-                const widget = node.widgets.find(it => it.name === name);
+            f"""([id, name, value]) => {{
+                const widget = {FIND};
                 widget.value = value;
-                widget.callback?.(value, app.canvas, node);
-            }""",
+                widget.callback?.(value, app.canvas, app.canvas.graph.getNodeById(id));
+            }}""",
             [node, name, value],
         )
 
     def readout(self, node: int | str) -> str:
-        return str(self.js("id => app.rootGraph.getNodeById(id).widgets.at(-1).element.innerText", node))
+        return str(self.js("id => app.canvas.graph.getNodeById(id).widgets.at(-1).element.innerText", node))
 
     # runs
 
@@ -106,6 +180,15 @@ class Comfy:
     def open_gate(self) -> None:
         (self._gate / "open").touch()
 
+    def live(self, action: Callable[[], Any]) -> dict[str, Any]:
+        """What the page sent, and what it was answered, when `action` changed a value under way."""
+        with self.page.expect_response("**/d2m/live") as answer:
+            action()
+        return {"sent": answer.value.request.post_data_json, "status": answer.value.status, **answer.value.json()}
+
+    def wait(self, prompt_id: str) -> dict[str, Any]:
+        return self.server.wait(prompt_id, seconds=120)
+
     def open_gate_for_good(self) -> None:
         """Let a run end that a failed test has left at the gate."""
         if self.server.get("/queue")["queue_running"]:
@@ -116,6 +199,3 @@ class Comfy:
                 time.sleep(0.1)
         for name in ("open", "waiting"):
             (self._gate / name).unlink(missing_ok=True)
-
-
-__all__ = ["Comfy", "Workflow", "expect"]
