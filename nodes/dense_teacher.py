@@ -18,7 +18,7 @@ from torch import Tensor
 from ..d2m_model.checkpoint import CheckpointError, check_dense
 from ..d2m_model.config import Teacher
 from ..d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
-from ..d2m_model.keys import bfl_spelling
+from ..d2m_model.keys import bfl_spelling, dense_shapes
 from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
 from ..d2m_model.tensor_file import Shape, bytes_of
 from .flux_moe import FluxMoEModel
@@ -132,6 +132,8 @@ class LoadedTeacher:
             self._spans[name] = begin, self.size
         try:
             self.dims = check_dense(self.shapes, self.dtypes)
+            if surplus := sorted(set(self.shapes) - set(dense_shapes(self.dims))):
+                raise CheckpointError(f"This is not FLUX.1, but something like it: it has {surplus[0]}.")
         except CheckpointError as error:
             raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
 

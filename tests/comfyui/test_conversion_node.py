@@ -213,6 +213,16 @@ def test_another_architecture_is_refused(host: Comfy, pair: Pair) -> None:
         convert(host, other)
 
 
+def test_what_is_almost_a_flux_is_refused(host: Comfy, pair: Pair) -> None:
+    model = host.load(pair.dense_file)
+    model.model.diffusion_model.txt_norm = torch.nn.LayerNorm(files.DIMS.context_size)
+    with pytest.raises(ValueError, match=r"cannot be converted.*something like it: it has txt_norm\.bias"):
+        convert(host, model)
+    del model.model.diffusion_model.single_blocks[-1].linear2
+    with pytest.raises(ValueError, match=r"cannot be converted.*single_blocks\.2\.linear2\.weight is missing"):
+        convert(host, model)
+
+
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "int8_tensorwise", "GGUF"])
 def test_quantised_weights_that_cannot_be_reordered_are_refused(host: Comfy, tmp_path: Path, kind: str) -> None:
     from comfy.quant_ops import QUANT_ALGOS
@@ -276,5 +286,5 @@ def test_options_that_cannot_be_met_say_what_to_do(
 def test_too_few_evaluations_for_block_routers_are_refused(host: Comfy, deep: Any) -> None:
     with pytest.raises(ValueError, match=r"8 evaluations of the model or more; these are 3 \(1 samples of 3 steps\)"):
         convert(
-            host, deep, preset="M", samples=1, calibration=prompts(host, deep), block_routers="fitted to the prompts"
+            host, deep, preset="M", samples=1, calibration=prompts(host, deep, 1), block_routers="fitted to the prompts"
         )
