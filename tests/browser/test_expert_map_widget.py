@@ -115,6 +115,7 @@ def one(shown: Map) -> Map:
     shown.open()
     shown.run("one")
     shown.wait()
+    shown.to("Step", 0)
     shown.to("Block", 4 + 3)
     return shown
 
@@ -126,6 +127,7 @@ def two(shown: Map) -> Map:
     shown.open()
     shown.run("one", "two")
     shown.wait()
+    shown.to("Step", 0)
     shown.to("Block", 4 + 3)
     return shown
 
@@ -244,6 +246,15 @@ def test_words_carry_the_number_of_their_best_expert(one: Map) -> None:
     expect(tokens.locator("b")).to_have_text([str(expert) for expert in experts_TK[: len(PROMPT), 0]])
 
 
+def test_a_new_map_begins_at_the_last_step_and_block(shown: Map) -> None:
+    shown.served.add(SyntheticTrace("one"))
+    shown.open()
+    shown.run("one")
+    shown.wait()
+    expect(shown.slider("Step")).to_have_value("5")
+    expect(shown.slider("Block")).to_have_attribute("aria-valuetext", "single_blocks.7")
+
+
 def test_words_without_their_text_are_numbered(shown: Map) -> None:
     shown.served.add(SyntheticTrace("one", pieces=False, text=9))
     shown.open()
@@ -265,6 +276,7 @@ def test_tokens_that_no_expert_took_are_shown_as_such(shown: Map) -> None:
     shown.run("one")
     shown.wait()
     shown.page.get_by_role("tab", name="Text tokens").click()
+    shown.to("Step", 0)
     expect(shown.page.locator(".d2m-token b").first).to_have_text("–")
     expect(shown.page.locator(".d2m-token").first).to_have_attribute("aria-label", "a: no expert")
 
@@ -572,12 +584,12 @@ def test_a_freed_trace_says_what_to_do(one: Map) -> None:
 
 def test_a_trace_freed_while_it_is_shown_says_so_and_a_new_run_shows_again(one: Map) -> None:
     one.served.traces.clear()
-    one.slider("Step").evaluate("input => { input.value = 5; input.dispatchEvent(new Event('input')); }")
+    one.slider("Step").evaluate("input => { input.value = 3; input.dispatchEvent(new Event('input')); }")
     expect(one.page.locator(".d2m-message")).to_contain_text("Run the workflow again")
     one.served.add(SyntheticTrace("new"))
     one.run("new")
     one.wait()
-    expect(one.slider("Step")).to_have_value("5")  # the view is kept
+    expect(one.slider("Step")).to_have_value("3")  # the view is kept
 
 
 def test_a_new_run_frees_the_trace_of_the_last_one(one: Map) -> None:
@@ -604,6 +616,38 @@ def test_a_trace_that_another_map_shows_is_not_freed(one: Map) -> None:
     assert "one" in one.served.traces
 
 
+def test_undo_of_an_edit_before_the_run_does_not_bring_back_the_freed_trace(one: Map) -> None:
+    old = one.page.evaluate("() => structuredClone(made.map.properties)")
+    one.served.add(SyntheticTrace("new"))
+    one.run("new")
+    one.wait()
+    one.page.evaluate("old => { made.map.properties = old; made.map.onConfigure({}); }", old)
+    one.wait()
+    assert one.properties()["traces"] == ["new"]
+
+
+@pytest.mark.parametrize("tab_left", [False, True], ids=["deleted", "workflow left"])
+def test_a_trace_is_freed_with_its_node_but_not_while_another_tab_holds_the_workflow(
+    shown: Map, tab_left: bool
+) -> None:
+    shown.served.add(SyntheticTrace("one"))
+    shown.page.clock.install()
+    shown.open()
+    shown.run("one")
+    expect(shown.page.locator(".d2m-body")).to_be_visible()
+    shown.page.evaluate(
+        """left => {
+            const workflow = made.app.extensionManager.workflow;
+            if (left) workflow.openWorkflows.push({ activeState: { nodes: [{ properties: made.map.properties }] } });
+            made.map.onRemoved();
+        }""",
+        tab_left,
+    )
+    shown.page.clock.run_for(61_000)
+    shown.page.evaluate("() => fetch('/api/i18n').then(it => it.text())")  # after anything that was sent before
+    assert ("DELETE /d2m/traces/one" in shown.served.asked) is not tab_left
+
+
 def test_bytes_of_another_length_are_refused_with_the_numbers(shown: Map) -> None:
     class Cut(SyntheticTrace):
         def step_bytes(self, step: int, sample: int) -> bytes:
@@ -612,7 +656,7 @@ def test_bytes_of_another_length_are_refused_with_the_numbers(shown: Map) -> Non
     shown.served.add(Cut("one"))
     shown.open()
     shown.run("one")
-    length = len(SyntheticTrace("one").step_bytes(0, 0))
+    length = len(SyntheticTrace("one").step_bytes(5, 0))
     expect(shown.page.locator(".d2m-message")).to_contain_text(f"{length - 1} bytes")
 
 
@@ -631,7 +675,7 @@ def test_a_step_is_fetched_once(one: Map) -> None:
     for step in (1, 2, 1, 0, 2):
         one.to("Step", step)
     asked = [route for route in one.served.asked if "/steps/" in route]
-    assert len(asked) == len(set(asked)) == 4  # steps 0 to 2, and the one after
+    assert len(asked) == len(set(asked)) == 5  # the last, steps 0 to 2, and the one after
 
 
 def test_flux_in_its_full_size_has_no_element_per_patch_and_keeps_no_more_than_allowed(shown: Map) -> None:

@@ -5,8 +5,8 @@ import { TraceStore } from "./trace.mjs";
 
 const CLASS = "D2MExpertMap";
 const PROPERTY = "d2m_map";
-const SIZE = [680, 980];
-const LEAST_HEIGHT = 640;
+const SIZE = [680, 1180];
+const LEAST_HEIGHT = 660;
 const AFTER = 400; // ms without a change until a view is written to the workflow
 const GRACE = 60_000; // ms in which an undone deletion finds its trace again
 

@@ -3,7 +3,7 @@
 import { FreedTrace } from "./trace.mjs";
 
 export const VIEW = {
-  step: 0,
+  step: null, // number; null: the last
   block: null, // name; null: the last one that routes image tokens
   stream: "image", // or "text"
   sample: 0,
@@ -68,7 +68,7 @@ export class MapState {
   settle() {
     const { view } = this;
     if (this.traces.length < 2) view.compare = "a";
-    view.step = within(view.step, this.steps);
+    view.step = within(view.step ?? this.steps - 1, this.steps);
     view.sample = within(view.sample, this.main.samples.length);
     const { blocks } = this.main;
     if (!blocks.some(({ name }) => name === view.block)) {

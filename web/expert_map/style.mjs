@@ -45,7 +45,7 @@ export const STYLE = `
 .d2m-map .d2m-bar input[type="range"] { width: 84px; }
 .d2m-map .d2m-space { flex: 1; }
 
-.d2m-map .d2m-main { flex: 1 0 200px; min-height: 200px; display: flex; gap: 12px; }
+.d2m-map .d2m-main { flex: 3 0 250px; min-height: 250px; display: flex; gap: 12px; }
 .d2m-map .d2m-stages { flex: 1 0 160px; min-width: 0; min-height: 160px; display: flex; gap: 8px; }
 .d2m-map .d2m-pane { position: relative; flex: 1; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
 .d2m-map .d2m-pane-title { font-weight: 600; text-align: center; }
@@ -92,7 +92,7 @@ export const STYLE = `
 .d2m-map .d2m-axis { display: grid; gap: 2px; padding: 0 2px; font-size: 10px; color: var(--d2m-quiet); text-align: center; }
 .d2m-map .d2m-axis span { border-top: 1px solid var(--d2m-line); }
 
-.d2m-map .d2m-tabbed { flex: 0 1 300px; min-height: 150px; display: flex; flex-direction: column; gap: 6px; }
+.d2m-map .d2m-tabbed { flex: 1 1 180px; min-height: 150px; max-height: 320px; display: flex; flex-direction: column; gap: 6px; }
 .d2m-map .d2m-tabs { display: flex; gap: 2px; border-bottom: 1px solid var(--d2m-line); }
 .d2m-map .d2m-tabs button { border: 0; border-radius: 5px 5px 0 0; background: none; border-bottom: 2px solid transparent; }
 .d2m-map .d2m-tabs button[aria-selected="true"] { border-bottom-color: var(--d2m-accent); font-weight: 600; }
@@ -125,10 +125,10 @@ export const STYLE = `
 }
 /* A wide node has the charts beside the map. */
 @container d2m-map (min-width: 880px) {
-  .d2m-map .d2m-body { display: grid; grid-template: auto minmax(200px, 1fr) auto auto auto auto / minmax(0, 11fr) minmax(0, 9fr); gap: 8px 16px; }
+  .d2m-map .d2m-body { display: grid; grid-template: auto minmax(250px, 1fr) auto auto auto auto / minmax(0, 11fr) minmax(0, 9fr); gap: 8px 16px; }
   .d2m-map .d2m-bar, .d2m-map .d2m-body > .d2m-quiet { grid-column: 1 / -1; }
   .d2m-map .d2m-main, .d2m-map .d2m-scrub, .d2m-map .d2m-path-part { grid-column: 1; }
-  .d2m-map .d2m-tabbed { grid-column: 2; grid-row: 2 / 5; }
+  .d2m-map .d2m-tabbed { grid-column: 2; grid-row: 2 / 5; max-height: none; }
 }
 /* Two maps want the width. */
 .d2m-map[data-compare="side"] .d2m-main { flex-direction: column; }
