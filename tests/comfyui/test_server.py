@@ -22,7 +22,7 @@ from tools.host import PACK_NAME, ROOT
 WORKFLOWS = ROOT / "example_workflows"
 NODES = [
     "D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask", "D2MReplay",
-    "D2MEmojiPrompt",
+    "D2MTraceRouting", "D2MExpertMap", "D2MEmojiPrompt",
 ]  # fmt: skip
 EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
 
