@@ -56,6 +56,10 @@ class FluxMoE(Flux):
                 block.__class__ = SingleExpertBlock
                 block.add_router(layout, file, stored, name, row, device)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """In code of its own: torch.compile counts graphs by it, and would count those of a dense FLUX to the same limit."""
+        return super().forward(*args, **kwargs)
+
     def compressed(self) -> set[str]:
         """The weights that are behind U in a file with AdaLN compression, by their names in this model."""
         return {f"{name}.lin.weight" for name, _ in modulations(self)} if self.config.adaln_rank else set()
