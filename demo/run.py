@@ -2,7 +2,8 @@
 
 Leaves in demo/out/: emoji-flux-moe.safetensors (converted, not trained), topk-strip.png (teacher and k = 0, 1, 2, 4, 12
 from the same noise; the paper's Fig. 8), distilled-strip.png (before and after distillation), strip/ (their images),
-distil/ (the runs of demo/distil.py and their files) and report.json (the printed tables).
+expert-map.png (which expert painted what; the paper's Fig. 7), distil/ (the runs of demo/distil.py and their files) and
+report.json (the printed tables).
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ TEACHER, CONVERTED, AUTOENCODER = (
     "emoji-flux-moe.safetensors",
     "emoji-autoencoder.safetensors",
 )
-WORKFLOW = ROOT / "example_workflows" / "flux-moe-emoji.json"
+LORA = "emoji-sepia-lora.safetensors"
+WORKFLOWS = ROOT / "example_workflows"
+EXPERT_MAP = WORKFLOWS / "api" / "flux-moe-expert-map.json"
 TOP_K = (0, 1, 2, 4, 12)
 DENSE_ROW = Painter(label="teacher", file=TEACHER)
 IMAGE_TOKENS = (IMAGE // 16) ** 2
 
 
 def lay_out(base: Path) -> None:
-    """ComfyUI's model folders with the teacher and the autoencoder."""
+    """ComfyUI's model folders with the teacher, the autoencoder and the LoRA."""
     models = base / "models"
-    for folder in ("diffusion_models", "vae"):
+    for folder in ("diffusion_models", "vae", "loras"):
         (models / folder).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ASSETS / TEACHER, models / "diffusion_models" / TEACHER)
     shutil.copyfile(ASSETS / "autoencoder.safetensors", models / "vae" / AUTOENCODER)
+    shutil.copyfile(ASSETS / LORA, models / "loras" / LORA)
 
 
 def convert(base: Path) -> None:
@@ -123,6 +127,7 @@ def demo() -> None:
     print("\nStarting ComfyUI ...", flush=True)
     with ComfyServer(base) as server:
         rows = paint(server, [*top_k_rows, *distilled_rows[1:]])
+        server.run(json.loads(EXPERT_MAP.read_text()))[-1].save(OUT / "expert-map.png")
     (OUT / "strip").mkdir(exist_ok=True)
     for label, row in rows.items():
         for number, picture in enumerate(row.images):
@@ -134,19 +139,21 @@ def demo() -> None:
     print_table(report["top_k"])
     print_comparison(comparisons)
     print(f"\nTop-K strip: {OUT / 'topk-strip.png'}\nBefore and after: {OUT / 'distilled-strip.png'}")
+    print(f"Expert map: {OUT / 'expert-map.png'}; `make comfy` opens it, and the other example workflows")
     print(f"Teacher: {ASSETS / TEACHER}\nConverted file: {OUT / CONVERTED}\nDistilled files: {OUT / 'distil'}")
 
 
 def serve(port: int) -> None:
-    """Leave ComfyUI running with the example workflow among the user's workflows, until Ctrl-C."""
+    """Leave ComfyUI running with the example workflows among the user's workflows, until Ctrl-C."""
     base = OUT / "comfyui"
     convert(base)
     workflows = base / "user" / "default" / "workflows"
     workflows.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(WORKFLOW, workflows / WORKFLOW.name)
+    for workflow in WORKFLOWS.glob("*.json"):
+        shutil.copyfile(workflow, workflows / workflow.name)
     with ComfyServer(base, port=port) as server:
         print(f"\nComfyUI is running: {server.address}")
-        print(f"Open the workflow `{WORKFLOW.stem}` (Workflows, or press W). Ctrl-C stops the server.", flush=True)
+        print("Open a workflow, such as `flux-moe-emoji` (Workflows, or press W). Ctrl-C stops the server.", flush=True)
         try:
             assert server.process is not None
             server.process.wait()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import dims_of
@@ -17,6 +19,8 @@ from demo.muon import Muon
 from demo.sample import noise_for, sample, sigmas
 from demo.score import decode
 from demo.scorer import Scorer, ceiling, latent_distance
+from demo.template_graphs import TEMPLATES, Template
+from tools.host import ROOT
 
 ASSETS = dataset.ASSETS
 
@@ -149,3 +153,15 @@ def test_the_emoji_flux_paints_what_it_is_asked_for() -> None:
     assert scores["object"] >= 0.95, scores
     assert scores["retrieval"] >= 0.95, scores
     assert latent_distance(latents, latents) == 0
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_an_example_workflow_is_made_from_its_graph(template: Template) -> None:
+    folder = ROOT / "example_workflows"
+    assert json.loads((folder / "api" / f"{template.name}.json").read_text()) == template.graph
+    drawn = json.loads((folder / f"{template.name}.json").read_text())
+    assert {str(node["id"]): node["type"] for node in drawn["nodes"] if node["type"] != "MarkdownNote"} == {
+        name: node["class_type"] for name, node in template.graph.items()
+    }
+    with Image.open(folder / f"{template.name}.jpg") as thumbnail:
+        assert thumbnail.size == (256, 256)
