@@ -54,6 +54,13 @@ class Comfy:
         self.page.wait_for_function("() => app.extensions.some(({ name }) => name === 'dense2moe')")
         self.page.wait_for_selector("#graph-canvas, canvas.graph-canvas, #graph-canvas-container", state="attached")
         self.page.wait_for_function("() => !document.querySelector('.p-blockui-document, #comfy-loading')")
+        self.page.wait_for_function("() => app.extensionManager.workflow?.activeWorkflow?.activeState")
+        self.js(  # after the pack's own listener, which has then heard of what is in the list
+            """() => {
+                window.startedPrompts = [];
+                app.api.addEventListener('execution_start', ({ detail }) => startedPrompts.push(detail.prompt_id));
+            }"""
+        )
 
     def js(self, function: str, argument: Any = None) -> Any:
         return self.page.evaluate(function, argument)
@@ -63,7 +70,7 @@ class Comfy:
     def load(self, workflow: Workflow) -> None:
         """Open a workflow as if its file were dropped on the page, and wait for it."""
         self.js("workflow => app.loadGraphData(workflow)", workflow)
-        self.page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(workflow["nodes"]))
+        self._wait_for_nodes(len(workflow["nodes"]))
 
     def build(self, graph: Graph) -> None:
         """Draw an API graph; nodes keep their ids, and seeds stay."""
@@ -76,7 +83,17 @@ class Comfy:
             }""",
             graph,
         )
-        self.page.wait_for_function("count => app.rootGraph.nodes.length === count", arg=len(graph))
+        self._wait_for_nodes(len(graph))
+
+    def _wait_for_nodes(self, count: int) -> None:
+        """Wait until the graph has so many, and its tab, which follows a little later, as well."""
+        self.page.wait_for_function(
+            """count => {
+                const { activeState } = app.extensionManager.workflow.activeWorkflow;
+                return app.rootGraph.nodes.length === count && activeState?.nodes.length === count;
+            }""",
+            arg=count,
+        )
 
     def workflow(self) -> Workflow:
         """What the page would save."""
@@ -176,6 +193,10 @@ class Comfy:
             assert time.monotonic() < deadline, self.server.log_tail()
             self.page.wait_for_timeout(20)
         (self._gate / "waiting").unlink()
+
+    def wait_until_started(self, prompt_id: str) -> None:
+        """Wait until the page has heard that this prompt runs."""
+        self.page.wait_for_function("id => startedPrompts.includes(id)", arg=prompt_id)
 
     def open_gate(self) -> None:
         (self._gate / "open").touch()

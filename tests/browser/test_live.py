@@ -62,6 +62,7 @@ def start(comfy: Comfy) -> str:
     """Queue, and wait until the model stands in its third evaluation."""
     prompt = comfy.queue()
     comfy.wait_at_gate()
+    comfy.wait_until_started(prompt)
     return prompt
 
 
