@@ -26,7 +26,7 @@ from .routers import UnevenRouting, float32_linear
 THRESHOLD_DECAY = 0.95  # DiffMoE's
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)  # no slots: DeepSpeed looks by vars() into what a module returns
 class CapacityTensors:
     """What a FFN's capacity router has beside W_g, as the file holds it (`<ffn>.capacity.*`, `<ffn>.threshold`)."""
 

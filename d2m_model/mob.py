@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 # Routing
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)  # no slots: DeepSpeed looks by vars() into what a module returns
 class BlockRouting:
     """The choice of a block router: which blocks each sample runs, in their order. bool [B, M], float32 [B, M]."""
 

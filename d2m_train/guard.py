@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import UserError
+from .processes import held
 
 ELSEWHERE = "it is on another rank, which names the module"
 
@@ -111,16 +112,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(_local(tensor)).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(held(tensor)).all())
 
 
 def _which(tensor: Tensor) -> str:
-    values = _local(tensor).detach()
+    values = held(tensor).detach()
     counts = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return f"{parts} of {values.numel()} values"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A sharded tensor's own part: asking for the whole would make the ranks wait for each other."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

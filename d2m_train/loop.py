@@ -144,7 +144,9 @@ class _Training:
             )
         self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         self.schedule = schedule
-        self.average = None if run.training.ema is None else Average(self.trained, run.training.ema)
+        # Stage 3 of DeepSpeed's ZeRO keeps parameters in parts, and their tensors empty.
+        parts = {name: getattr(p, "ds_tensor", p) for name, p in self.trained.items()}
+        self.average = None if run.training.ema is None else Average(parts, run.training.ema)
         self.distillation = Distillation(
             teacher=teacher, student=self.student, core=self.core, plan=plan, run=run, average=processes.average
         )
@@ -155,6 +157,8 @@ class _Training:
             average=self.average,
             routers=self.distillation,
             scaler=processes.accelerator.scaler,
+            zero=processes.zero,
+            trained=self.trained,
         )
 
     def run_steps(self, start: int, checkpoints: Checkpoints, eyes: Eyes) -> None:

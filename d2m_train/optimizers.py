@@ -51,9 +51,12 @@ def new_optimizer(
 
 
 class Average:
-    """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast."""
+    """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    `parameters` may be parts of them, if the model runs with what is in the parts.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters, self.decay = dict(parameters), decay
         self.averages = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import UserError
-from .deepspeed import UNTESTED, check_deepspeed
+from .deepspeed import asked_for, configuration, not_by_accelerate
 from .run_config import RunConfig
 from .stages import BLOCKS_OF_DIFFUSERS
+from .zero import Zero
 
 # The other ranks wait while the main one converts or encodes: hours, for a 12 B model.
 PATIENCE = timedelta(hours=12)
@@ -31,7 +32,7 @@ class Processes:
     """This process among its fellows. All methods are called on every rank alike, unless they say otherwise."""
 
     def __init__(self, run: RunConfig) -> None:
-        from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+        from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
 
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
@@ -39,24 +40,22 @@ class Processes:
             raise UserError(f"accelerate's configuration asks for FSDP {version}; expected fsdp_version: 2.")
         if self.sharded and run.training.mixed_precision == "fp16":
             raise UserError("training.mixed_precision is fp16, which FSDP2 does not do here; expected bf16 or no.")
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=run.training.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=run.training.accumulation,
-                sync_each_batch=self.sharded,  # or every GPU would hold whole gradients until the last
-            ),
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                # A cached copy of every trained weight would outlive its block, checkpointed and sharded or not.
-                AutocastKwargs(cache_enabled=False),
-            ],
-        )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            check_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config, run)
-            raise UserError(
-                f"accelerate's DeepSpeed configuration fits the run, but nothing is trained with it. {UNTESTED} "
-                "FSDP2 (configs/accelerate/fsdp2.yaml) shares the same memory."
+        self.zero_config = configuration(run) if asked_for() else None
+        self.zero: Zero | None = None  # the engine of the stage that is being trained
+        with not_by_accelerate():
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision=run.training.mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=run.training.accumulation,
+                    # Or every GPU would hold whole gradients until the last.
+                    sync_each_batch=self.sharded or self.zero_config is not None,
+                ),
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                    # A cached copy of every trained weight would outlive its block, checkpointed and sharded or not.
+                    AutocastKwargs(cache_enabled=False),
+                ],
             )
         self.count: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
@@ -66,9 +65,11 @@ class Processes:
 
     @property
     def strategy(self) -> str:
-        """`single`, `ddp` or `fsdp2`."""
+        """`single`, `ddp`, `fsdp2`, `zero2` or `zero3`."""
         if self.sharded:
             return "fsdp2"
+        if self.zero_config is not None:
+            return f"zero{self.zero_config['zero_optimization']['stage']}"
         return "single" if self.count == 1 else "ddp"
 
     def say(self, text: str) -> None:
@@ -104,6 +105,11 @@ class Processes:
         """Wrapped for these processes, where they do not share the model by `shard`."""
         if self.sharded:
             return model, optimizer
+        if self.zero_config is not None:
+            if self.accelerator.mixed_precision != "no":
+                model.forward = self._autocast(model.forward)
+            self.zero = Zero(model, optimizer, self.zero_config)
+            return self.zero.engine, self.zero
         prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
         return prepared
 
@@ -122,14 +128,17 @@ class Processes:
 
     def unwrap(self, model: nn.Module) -> Any:
         """The model itself; FSDP2's is sharded in place."""
-        return self.accelerator.unwrap_model(model)
+        return self.accelerator.unwrap_model(model) if self.zero is None else self.zero.engine.module
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.accumulate(model)
         return context
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        if self.zero is not None:
+            self.zero.backward(loss, last=self.synchronising)
+        else:
+            self.accelerator.backward(loss)
 
     @property
     def synchronising(self) -> bool:
@@ -142,13 +151,18 @@ class Processes:
         return self.accelerator.scaler is not None
 
     def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> float:
-        """Scale the gradients to at most this norm; the norm that they had."""
+        """Scale the gradients to at most this norm; the norm that they had. DeepSpeed scales them in its step."""
+        if self.zero is not None:
+            return self.zero.gradient_norm(parameters)
         clip = nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
         norm = clip(parameters, float("inf") if maximum is None else maximum)
         return float("nan") if norm is None else float(whole(norm))
 
     def release(self) -> None:
         """Let go of what `prepare` was given."""
+        if self.zero is not None:
+            self.zero.close()
+            self.zero = None
         self.accelerator.free_memory()
 
     # Between ranks
@@ -220,11 +234,24 @@ class Processes:
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter that may be sharded, as a plain tensor. Every rank calls this alike."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this rank has of a parameter that may be sharded."""
+    if hasattr(tensor, "ds_tensor"):
+        part: Tensor = tensor.ds_tensor
+        return part
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def held_share(model: nn.Module) -> float:
     """The part of a model's parameters that this rank holds, 0..1."""
-    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
-    return held / sum(p.numel() for p in model.parameters())
+    parameters = list(model.parameters())
+    return sum(held(p).numel() for p in parameters) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

@@ -93,7 +93,7 @@ def flux_moe_tensors(
                 if stored is not None and place.name in unchanged:
                     found.append(place.give(place.take(stored(name))))
                 else:
-                    found.append(place.give(whole(held[place.name].detach())))
+                    found.append(place.give(whole(held[place.name]).detach()))
             tensor = found[0] if len(found) == 1 else torch.cat(found, dim=parts[0].axis)
         del found
         yield name, tensor

@@ -1,0 +1,218 @@
+"""A student trained by DeepSpeed's ZeRO: its engine, and what of its state is where.
+
+Stage 2 shares out gradients and optimizer state, stage 3 the weights too. Weights are float32 and mixed precision is
+autocast's, as with every other strategy: DeepSpeed's own bf16 would cast routers and U. For a checkpoint parameters are
+put together one by one, so that it is like any other run's, and another number of processes can go on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2m_model.hosts.diffusers.modules import BlockGroupRouter
+from d2m_model.moe import MoEFFN, RouterLinear
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+READ_AT_ONCE = 1 << 28  # elements of parameters, of which a checkpoint has three or four each
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Piece:
+    """What this rank optimizes of a parameter: `count` elements of `flat`, which many parameters share."""
+
+    flat: Tensor
+    start: int  # in `flat`
+    first: int  # in the parameter
+    count: int
+
+    def of_flat(self, flat: Tensor) -> Tensor:
+        return flat.narrow(0, self.start, self.count)
+
+    def of_parameter(self, parameter: Tensor) -> Tensor:
+        return parameter.flatten().narrow(0, self.first, self.count)
+
+
+class Zero:
+    """One stage's student in a DeepSpeed engine, and its optimizer. All methods are called on every rank alike."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
+        """`config`: deepspeed.configuration's."""
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel("WARNING")
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.adam = optimizer
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))[0]
+        if self.stage == 3:
+            # A parameter is there while its module runs. A router's own module gives its weight to another.
+            for user in model.modules():
+                if isinstance(user, MoEFFN | BlockGroupRouter):
+                    for router in (module for module in user.modules() if isinstance(module, RouterLinear)):
+                        for parameter in router.parameters(recurse=False):
+                            deepspeed.zero.register_external_parameter(user, parameter)
+
+    # A step
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """`last`: of the step's microbatches."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss)
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> float:
+        """After the last backward pass and ahead of the step, which clips."""
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for parameter in parameters:
+            if (gradient := self._gradient(parameter)) is not None:
+                total += gradient.double().square().sum().to(total.device)
+        torch.distributed.all_reduce(total)
+        return float(total.sqrt())
+
+    def _gradient(self, parameter: Any) -> Tensor | None:
+        """Of this rank's piece."""
+        if (piece := self._piece(parameter)) is None:
+            return None
+        gradient: Tensor
+        if self.stage == 3:
+            gradient = self.engine.optimizer.get_local_fp32_grad_for_param(parameter)
+        else:
+            gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return gradient.flatten()[: piece.count]  # without what fills it up, so that all ranks' are as long
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        """The step has done it."""
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    # State
+
+    def collect(self, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Weights, optimizer state and averages in the form of torch.distributed.checkpoint.state_dict, on the CPU: whole
+        tensors, each parameter's on one rank, so that all ranks together hold and write them once."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        whole: dict[str, dict[str, Tensor]] = {}
+        for number, (name, parameter) in enumerate(parameters.items()):
+            piece = self._piece(parameter)
+            held = {} if piece is None else self._held(piece, averages.get(name))
+            for kind in _kinds(averages):
+                tensor = torch.zeros(_shape(parameter), device=self.engine.device)
+                if piece is not None:
+                    piece.of_parameter(tensor).copy_(held[kind])
+                torch.distributed.all_reduce(tensor)
+                if number % ranks == rank:
+                    whole.setdefault(name, {})[kind] = tensor.cpu()
+            if number % ranks == rank:
+                whole[name]["step"] = self._step_count()
+        state = _as_state(whole)
+        options = {key: value for key, value in self.adam.param_groups[0].items() if key != "params"}
+        state["optimizer"]["param_groups"] = [{**options, "params": list(parameters)}]
+        return state
+
+    def restore(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        averages: Mapping[str, Tensor],
+        read: Callable[[dict[str, Any]], object],
+    ) -> None:
+        """What a run has saved, by whatever strategy. `read` fills a state in place with what the checkpoint has of it."""
+        for names in _batches(parameters):
+            whole = {
+                name: {kind: torch.empty(_shape(parameters[name])) for kind in _kinds(averages)}
+                | {"step": torch.zeros(())}
+                for name in names
+            }
+            read(_as_state(whole))
+            for name in names:
+                self._fill(parameters[name], averages.get(name), whole[name])
+
+    @torch.no_grad()
+    def _fill(self, parameter: Any, average: Tensor | None, whole: Mapping[str, Tensor]) -> None:
+        """What is optimized is a copy of what the model runs with: both."""
+        piece = self._piece(parameter)
+        if piece is not None:
+            for kind, held in self._held(piece, average).items():
+                held.copy_(piece.of_parameter(whole[kind]))
+            self.adam.state[piece.flat]["step"].copy_(whole["step"])
+        if self.stage == 2:
+            parameter.copy_(whole["weight"])
+            if average is not None:
+                average.copy_(whole["average"])
+        elif piece is not None:
+            parameter.ds_tensor[: piece.count].copy_(piece.of_parameter(whole["weight"]))
+
+    def _held(self, piece: Piece, average: Tensor | None) -> dict[str, Tensor]:
+        """By kind, what this rank has of a parameter, to be read and written; of stage 2's averages to be read."""
+        state = self.adam.state[piece.flat]
+        if not state:  # before its first step
+            state["step"] = torch.zeros((), device=piece.flat.device if self.adam.defaults["fused"] else "cpu")
+            state |= {key: torch.zeros_like(piece.flat) for key in MOMENTS}
+        held = {"weight": piece.of_flat(piece.flat)} | {key: piece.of_flat(state[key]) for key in MOMENTS}
+        if average is not None:
+            held["average"] = average[: piece.count] if self.stage == 3 else piece.of_parameter(average)
+        return held
+
+    def _step_count(self) -> Tensor:
+        """Of all parameters alike."""
+        steps: Tensor = next(iter(self.adam.state.values()))["step"]
+        return steps.detach().cpu().clone()
+
+    def _piece(self, parameter: Any) -> Piece | None:
+        """None: nothing of this parameter is this rank's."""
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            group, start, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            first = min(torch.distributed.get_rank() * part, parameter.ds_numel)
+            count = min(part, parameter.ds_numel - first)
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            return Piece(flat=flat, start=start, first=first, count=count) if count else None
+        if (mapping := parameter._hp_mapping) is None:
+            return None
+        return Piece(
+            flat=optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
+            start=mapping.hp_fragment_address.start,
+            first=mapping.lp_fragment_address.start,
+            count=mapping.lp_fragment_address.numel,
+        )
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """Of the whole; stage 3 leaves a parameter empty where it is not in use."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _kinds(averages: Mapping[str, Tensor]) -> tuple[str, ...]:
+    return ("weight", *MOMENTS, *(["average"] if averages else []))
+
+
+def _as_state(whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """A checkpoint's state of tensors by parameter and kind."""
+    state: dict[str, Any] = {
+        "model": {name: kinds["weight"] for name, kinds in whole.items()},
+        "optimizer": {"state": {name: {k: kinds[k] for k in ("step", *MOMENTS)} for name, kinds in whole.items()}},
+    }
+    if averages := {name: kinds["average"] for name, kinds in whole.items() if "average" in kinds}:
+        state["average"] = averages
+    return state
+
+
+def _batches(parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
+    """Names, of about READ_AT_ONCE elements at a time."""
+    names: list[str] = []
+    elements = 0
+    for name, parameter in parameters.items():
+        names.append(name)
+        elements += _shape(parameter).numel()
+        if elements >= READ_AT_ONCE:
+            yield names
+            names, elements = [], 0
+    if names:
+        yield names
