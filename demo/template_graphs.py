@@ -11,7 +11,7 @@ MODEL = "emoji-flux-moe.safetensors"
 MODELS_NOTE = (
     "- models/diffusion_models: **emoji-flux-moe.safetensors**\n"
     "- models/vae: **emoji-autoencoder.safetensors**\n\n"
-    "`make demo` makes both; `make comfy` opens ComfyUI with them. With FLUX.1 itself take your own FLUX-MoE file, "
+    "**make demo** makes both; **make comfy** opens ComfyUI with them. With FLUX.1 itself take your own FLUX-MoE file, "
     "CLIP, VAE and size."
 )
 
@@ -130,7 +130,7 @@ def schedule() -> Template:
     build.save(build.decode(sampler, build.vae()), "emoji-flux-moe-schedule")
     note = (
         "## Experts when they are needed\n\nOne expert for each token in the first half of sampling, where the outline forms, "
-        "six in the second, where detail does. Each line of **pieces** is `START - END: VALUE`. The image's metadata say what "
+        "six in the second, where detail does. Each line of **pieces** is *START - END: VALUE*. The image's metadata say what "
         "each step used, and *FLUX-MoE Replay* samples by them again.\n\n"
     )
     return Template(name="flux-moe-schedule", graph=build.graph, note=note + MODELS_NOTE)

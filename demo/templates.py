@@ -25,9 +25,9 @@ from tools.host import ROOT
 
 FOLDER = ROOT / "example_workflows"
 PROJECT = "dense2moe-flux"
-COLUMN, GAP = 400, 40
+GAP = 40
 WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "SaveImage": 320, "PreviewImage": 320, "MarkdownNote": 340}
-PICTURE = {"SaveImage": 280, "PreviewImage": 280, "D2MExpertMap": 640}  # height of what a node shows
+PICTURE = {"SaveImage": 280, "PreviewImage": 280, "D2MExpertMap": 720}  # height of what a node shows
 ROW, TITLE, TEXT_BOX = 26, 40, 110
 THUMBNAIL = 256
 
@@ -65,6 +65,10 @@ def columns(graph: Graph) -> dict[str, int]:
     return found
 
 
+def width_of(class_type: str) -> int:
+    return WIDTHS.get(class_type, 340)
+
+
 def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
     """A workflow as the frontend saves it. `known`: /object_info."""
     graph = template.graph
@@ -72,6 +76,10 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
     links: list[list[Any]] = []
     nodes: list[dict[str, Any]] = []
     heights: dict[int, int] = {}
+    widths = [
+        max(width_of(graph[name]["class_type"]) for name in graph if at[name] == column)
+        for column in range(1 + max(at.values()))
+    ]
     outputs: dict[tuple[str, int], list[int]] = {}
     for name, node in graph.items():
         info = known[node["class_type"]]
@@ -103,8 +111,8 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
         heights[column] = top + height + GAP + 30
         nodes.append(
             {
-                "id": int(name), "type": kind, "pos": [40 + column * COLUMN, top],
-                "size": [WIDTHS.get(kind, 340), height], "flags": {}, "order": len(nodes), "mode": 0,
+                "id": int(name), "type": kind, "pos": [GAP + sum(widths[:column]) + GAP * column, top],
+                "size": [width_of(kind), height], "flags": {}, "order": len(nodes), "mode": 0,
                 "inputs": inputs, "outputs": list(enumerate(zip(info["output_name"], info["output"], strict=True))),
                 "properties": {"Node name for S&R": kind, "cnr_id": PROJECT if kind.startswith("D2M") else "comfy-core"},
                 "widgets_values": values,
