@@ -222,15 +222,18 @@ def test_combined_prompts_calibrate_it(server: ComfyServer) -> None:
 
 
 def test_cancelled_it_leaves_no_file(server: ComfyServer) -> None:
-    before = sorted((server.base / "temp").iterdir())
+    def there() -> set[Path]:
+        return set((server.base / "temp").iterdir())
+
+    before = there()  # of models that may yet go
     graph = graph_of(samples=500, steps=50, calibration=["one", 0]) | {"one": node("TinyConditioning", seed=1)}
     prompt = server.queue(graph)
-    while len(list((server.base / "temp").iterdir())) == len(before):  # its calibration's folder
+    while there() <= before:  # until its calibration's folder is there
         time.sleep(0.05)
     server.post("/interrupt", {})
     entry = server.wait(prompt, seconds=120)
     assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
-    assert sorted((server.base / "temp").iterdir()) == before
+    assert there() <= before
 
 
 def test_the_converted_model_paints(server: ComfyServer) -> None:
