@@ -19,6 +19,7 @@ from tools.setup import prepare
 # Those that run in a host or with the packages that it pins.
 TESTS = (
     "tests/comfyui",
+    "tests/browser",
     "tests/unit/test_setup.py",
     "tests/unit/test_hosts_diffusers.py",
     "tests/unit/test_experts.py",

@@ -11,6 +11,7 @@ import { text } from "./text.mjs";
 
 const FILES = { D2MLoadFluxMoE: "model_name", UNETLoader: "unet_name" }; // loader → the widget that names its file
 const MADE_HERE = "D2MConvertFlux";
+const MOST_VALUES = 16; // of a schedule that are asked about
 const INTERVAL = 300; // ms between two looks at the graph
 
 let asked = new WeakMap(); // node → the query of its readout
@@ -33,22 +34,36 @@ function refresh() {
     const { node } = place;
     if (!hasReadout(node) || done.has(node)) continue; // the first instance of a subgraph speaks for all
     done.add(node);
-    const query = String(queryOf(place) ?? "");
-    if (asked.get(node) === query) continue;
-    asked.set(node, query);
-    readOut(node, query);
+    const queries = queriesOf(place);
+    const key = queries.join(" ");
+    if (asked.get(node) === key) continue;
+    asked.set(node, key);
+    readOut(node, queries, key);
   }
 }
 
-async function readOut(node, query) {
-  if (!query) return showCost(node);
-  if (!answers.has(query)) answers.set(query, ask(query));
-  const answer = await answers.get(query);
-  if (asked.get(node) !== query) return; // something has changed meanwhile
-  if (answer.error) return showCost(node, { label: answer.error });
-  limitSliders(node, answer);
-  const values = { ...inUnit(answer), percent: Math.round(answer.flops_ratio * 100) };
-  showCost(node, { label: text("cost.line", values), title: answer.text, share: answer.flops_ratio });
+async function readOut(node, queries, key) {
+  if (!queries.length) return showCost(node);
+  for (const query of queries) if (!answers.has(query)) answers.set(query, ask(query));
+  const found = await Promise.all(queries.map((query) => answers.get(query)));
+  if (asked.get(node) !== key) return; // something has changed meanwhile
+  const wrong = found.find(({ error }) => error);
+  if (wrong) return showCost(node, { label: wrong.error });
+  limitSliders(node, found[0]);
+  found.sort((one, other) => one.flops - other.flops);
+  const { dense, flops_ratio: share } = found.at(-1);
+  const [size, unit] = dense.touched >= 1e9 ? [1e9, "B"] : [1e6, "M"];
+  const values = {
+    active: span(found.map(({ touched }) => (touched / size).toPrecision(3))),
+    dense: (dense.touched / size).toPrecision(3),
+    unit,
+    percent: span(found.map(({ flops_ratio }) => Math.round(flops_ratio * 100))),
+  };
+  showCost(node, { label: text("cost.line", values), title: found.map((it) => it.text).join("\n"), share });
+}
+
+function span(values) {
+  return values[0] === values.at(-1) ? values[0] : `${values[0]}–${values.at(-1)}`;
 }
 
 async function ask(query) {
@@ -62,11 +77,6 @@ async function ask(query) {
   }
 }
 
-function inUnit({ touched, dense }) {
-  const [size, unit] = dense.touched >= 1e9 ? [1e9, "B"] : [1e6, "M"];
-  return { active: (touched / size).toPrecision(3), dense: (dense.touched / size).toPrecision(3), unit };
-}
-
 /** Let sliders end where the file does. */
 function limitSliders(node, { experts, groups }) {
   const largest = { top_k: experts, active_blocks: groups?.length ? Math.max(...groups) : undefined };
@@ -78,8 +88,9 @@ function limitSliders(node, { experts, groups }) {
   }
 }
 
-/** What to ask the server about a place; null if its MODEL comes from nothing that we know. */
-function queryOf(place) {
+/** What to ask the server about a place: nothing if its MODEL comes from nothing that we know, under a schedule each of
+ * its values. */
+function queriesOf(place) {
   const settings = {};
   const query = new URLSearchParams();
   for (const at of modelChain(place)) {
@@ -88,25 +99,37 @@ function queryOf(place) {
     if (file) query.set("model_name", file);
     else if (kind === MADE_HERE) query.set("node", executionId(at));
     if (query.size) break;
-    for (const [name, value] of Object.entries(settingsOf(at))) settings[name] ??= value; // the last in the chain counts
+    for (const [name, values] of Object.entries(settingsOf(at))) settings[name] ??= values; // the last in the chain counts
   }
-  if (!query.size) return null;
-  for (const [name, value] of Object.entries({ ...settings, ...imageSize() })) {
-    if (value !== undefined) query.set(name, value);
+  if (!query.size) return [];
+  for (const [name, value] of Object.entries(imageSize())) query.set(name, value);
+  let queries = [query];
+  for (const [name, values] of Object.entries(settings)) {
+    queries = queries.flatMap((it) => values.map((value) => new URLSearchParams([...it, [name, value]])));
   }
-  return query;
+  return queries.map(String);
 }
 
+/** The settings of a control: each with the values that it may have in a run. */
 function settingsOf(place) {
   const value = (name) => valueOf(place, name);
+  const known = (values) => Object.fromEntries(Object.entries(values).filter(([, [it]]) => it !== undefined));
   switch (place.node.comfyClass) {
     case "D2MTopK":
-      return { top_k: value("top_k"), capacity: value("capacity") };
+      return known({ top_k: [value("top_k")], capacity: [value("capacity")] });
     case "D2MActiveBlocks":
-      return { active_blocks: String(value("per_group") ?? "").trim() || value("active_blocks") };
+      return known({ active_blocks: [String(value("per_group") ?? "").trim() || value("active_blocks")] });
+    case "D2MSchedule":
+      return known({ [value("setting")]: scheduled(value("pieces") ?? "") });
     default:
       return {};
   }
+}
+
+/** The different values of a schedule's pieces, "START - END: VALUE" on a line each. */
+function scheduled(pieces) {
+  const values = pieces.split("\n").map((line) => line.replace(/#.*/, "").split(":")[1]?.trim());
+  return [...new Set(values.filter(Boolean))].slice(0, MOST_VALUES);
 }
 
 /** The size of the first empty latent in the graph; without one the server takes its own. */

@@ -103,6 +103,19 @@ def test_what_cannot_be_said_is_said_quietly(comfy: Comfy) -> None:
     expect_line(comfy, 2, "")
 
 
+def test_under_a_schedule_the_readout_gives_the_span(comfy: Comfy) -> None:
+    drawn = graph()
+    pieces = "0 - 50: 8  # rough\n50 - 100: 1"
+    drawn["4"] = node("D2MSchedule", model=["2", 0], setting="top_k", unit="percent", pieces=pieces)
+    comfy.build(drawn)
+    (least, of, *_, percent, sign, flops), (most, *_, most_percent, _, _) = (
+        line(comfy, top_k=k).split() for k in (1, 8)
+    )
+    dense = line(comfy, top_k=1).split()[2]
+    expect_line(comfy, 4, f"{least}–{most} {of} {dense} M active · {percent}–{most_percent} {sign} {flops}")
+    expect_line(comfy, 2, line(comfy, top_k=2))
+
+
 def test_sliders_end_where_the_file_does(comfy: Comfy) -> None:
     comfy.build(graph())
     comfy.page.wait_for_function("() => app.rootGraph.getNodeById(2).widgets[0].options.max === 12")
