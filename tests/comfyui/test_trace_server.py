@@ -57,7 +57,8 @@ def graph_of(seed: int = 1, **widgets: Any) -> Graph:
 
 def run(server: ComfyServer, graph: Graph) -> tuple[str, dict[str, Any], set[str]]:
     """The id of the trace that the map shows, what the map said, and the nodes that ComfyUI took from its cache."""
-    entry = server.wait(server.queue(graph))
+    # As a page queues it: ComfyUI 0.18 repeats what a cached node said for a client alone.
+    entry = server.wait(server.post("/prompt", {"prompt": graph, "client_id": "a page"})["prompt_id"])
     (said,) = entry["outputs"]["map"]["d2m_map"]
     cached = next(data["nodes"] for event, data in entry["status"]["messages"] if event == "execution_cached")
     return said["traces"][0], said, set(cached)
