@@ -15,6 +15,7 @@ export const CONTROLS = new Set(["D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D
 const STANDING = 600; // ms: see isSettled
 const INTERVAL = 100; // ms between two looks; one request at a time, and the next look sends what is newest then
 
+const REMEMBERED = 1000; // prompts
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a workflow that was cleared, or drawn from an API graph
 
 let run = null; // of the prompt that runs: what begin() makes
@@ -28,10 +29,10 @@ export function onLive(listener) {
 
 export function watchLiveValues() {
   const { queuePrompt } = api;
-  api.queuePrompt = async function (...given) {
+  api.queuePrompt = function (...given) {
     const workflow = shown();
-    const answer = await queuePrompt.apply(this, given);
-    queuedFrom.set(answer?.prompt_id, workflow);
+    const answer = queuePrompt.apply(this, given); // not awaited: what it throws is none of ours
+    Promise.resolve(answer).then((it) => remember(it?.prompt_id, workflow), () => {});
     return answer;
   };
   api.addEventListener("execution_start", ({ detail }) => begin(detail.prompt_id));
@@ -41,6 +42,11 @@ export function watchLiveValues() {
   }
   api.addEventListener("status", ({ detail }) => detail?.exec_info?.queue_remaining === 0 && end());
   resume();
+}
+
+function remember(prompt, workflow) {
+  queuedFrom.set(prompt, workflow);
+  if (queuedFrom.size > REMEMBERED) queuedFrom.delete(queuedFrom.keys().next().value);
 }
 
 /** After a reload of the page the prompt that it had begun may still run. */

@@ -116,6 +116,33 @@ def test_under_a_schedule_the_readout_gives_the_span(comfy: Comfy) -> None:
     expect_line(comfy, 2, line(comfy, top_k=2))
 
 
+def test_what_a_conversion_costs_is_known_when_it_has_run(comfy: Comfy) -> None:
+    drawn: Graph = {
+        "1": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
+        "2": node(
+            "D2MConvertFlux", model=["1", 0], preset="L", split_only=True, samples=1, steps=1, size=128, seed=0, top_k=2,
+            router="top_k", block_routers="random",
+        ),
+        "3": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
+        "4": top_k("2", 3),
+        "5": node("D2MSaveFluxMoE", model=["4", 0], filename_prefix="diffusion_models/converted"),
+    }  # fmt: skip
+    comfy.build(drawn)
+    if "of 2.13 M active" not in comfy.readout(4):
+        comfy.page.wait_for_function(
+            "() => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText.includes('Queue the workflow')"
+        )
+    comfy.server.wait(comfy.queue())
+    comfy.page.wait_for_function(
+        "() => / of 2.13 M active/.test(app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText)"
+    )
+    before = comfy.readout(4)
+    comfy.set_widget(4, "top_k", 9)
+    comfy.page.wait_for_function(
+        "before => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText !== before", arg=before
+    )
+
+
 def test_sliders_end_where_the_file_does(comfy: Comfy) -> None:
     comfy.build(graph())
     comfy.page.wait_for_function("() => app.rootGraph.getNodeById(2).widgets[0].options.max === 12")
