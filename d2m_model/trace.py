@@ -22,6 +22,8 @@ from .mob import BlockRouting, Samples
 from .routers import Routing, UnevenRouting
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace, stream_of
 
+EVENTFUL = ("cuda", "xpu")  # devices whose copies can be waited for one by one
+
 # Hearing
 
 
@@ -256,12 +258,14 @@ class Run:
         passes = [self._record(number, it, entries) for number, it in enumerate(evaluation.passes)]
         step = Step(settings=evaluation.settings or {}, passes=passes, entries=entries, groups=groups)
         self._land()
-        # The host does not wait here: by the end of the next evaluation the copy is long there.
         landed = None
-        if not buffer.is_cpu:
+        if buffer.device.type in EVENTFUL:
+            # The host does not wait here: by the end of the next evaluation the copy is long there.
             buffer = buffer.to("cpu", non_blocking=True)
             landed = torch.Event(evaluation.sigma.device)
             landed.record()
+        else:
+            buffer = buffer.cpu()
         self._flight = _Flight(step=step, buffer=buffer, landed=landed)
         self.steps.append(step)
 
