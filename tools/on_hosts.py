@@ -21,7 +21,10 @@ TESTS = (
     "tests/comfyui",
     "tests/browser",
     "tests/unit/test_setup.py",
+    "tests/unit/test_hosts_blocks.py",
     "tests/unit/test_hosts_diffusers.py",
+    "tests/unit/test_hosts_files.py",
+    "tests/unit/test_hosts_loras.py",
     "tests/unit/test_experts.py",
 )
 SUMMARY = re.compile(r"\d+ (passed|failed|error|skipped|deselected|no tests ran)")  # pytest's last line

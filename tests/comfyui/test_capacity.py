@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,31 +209,3 @@ def test_a_lora_is_what_it_is_on_the_teacher(host: Comfy, pair: Pair, uneven: Ca
     found = host.sample(with_lora(under(host, uneven.moe, capacity=EVERYTHING)))
     assert distance(found, host.sample(with_lora(pair.teacher))) <= 1e-5
     host.unload()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[Any]:
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    yield counters
-    torch.compiler.reset()
-
-
-def test_a_compiled_model_follows_capacity(host: Comfy, pair: Pair, uneven: Capacity, fresh_compiler: Any) -> None:
-    """What routes stands outside of all graphs, so that no number of assignments is traced anew."""
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-    compiled = TorchCompileModel.execute(uneven.moe, "eager").result[0]  # its own backends need a C++ compiler
-
-    def check(**settings: Any) -> None:
-        found, expected = (host.sample(under(host, model, **settings), (1, 8, 8)) for model in (compiled, uneven.moe))
-        assert distance(found, expected) <= 1e-6
-
-    check()
-    graphs, breaks = fresh_compiler["stats"]["unique_graphs"], sum(fresh_compiler["graph_break"].values())
-    for settings in ({"capacity": 0}, {"capacity": 2.0}, {"capacity": EVERYTHING}, {"gate": "normalised"}, {}):
-        check(**settings)
-    assert fresh_compiler["stats"]["unique_graphs"] == graphs
-    assert sum(fresh_compiler["graph_break"].values()) == breaks <= 30
