@@ -16,6 +16,8 @@ export PYTHONUNBUFFERED = 1
 
 # One line, read after set-up: which environment belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
+# Models of tests are tiny: a core for each process beats all cores for one. Files stay whole, for what their tests share.
+SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadfile
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +38,7 @@ comfy: setup ## leave ComfyUI running with the example workflow
 	@$(RUN) demo.run --serve
 
 test: setup ## every test
-	@$(RUN) pytest tests
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests $(SIDE_BY_SIDE)
 
 test-hosts: setup ## the tests that run in a ComfyUI, in the newest and the oldest supported (6 GB more)
 	@$(PYTHON) -m tools.on_hosts
