@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from d2m_model.config import PREDICTOR_WIDTH, PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts
+from d2m_model.conversion.method import Importance
 from d2m_model.conversion.router_init import RouterInit
 
 from . import UserError
@@ -87,7 +88,7 @@ class StudentSection(Section):
 
 
 class ConvertSection(Section):
-    importance: Literal["taylor", "weight-norm"] = "taylor"
+    importance: Importance = "taylor"
     experts: Experts = "coactivation"
     router: RouterInit = "ridge"
     block_router: BlockRouterInit = "ridge"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from d2m_model.conversion.method import Importance
 from d2m_train import UserError
+from d2m_train.conversion_settings import settings_of
 from d2m_train.run_config import STAGES, load
 
 MINIMAL = """
@@ -57,6 +60,12 @@ def test_overrides_are_yaml_by_dotted_name(file: Path) -> None:
     assert run.losses.outliers is None
     assert run.teacher.loras[0].strength == 0.125
     assert run.output_dir == Path("elsewhere")
+
+
+@pytest.mark.parametrize("importance", get_args(Importance))
+def test_a_run_converts_by_every_importance_that_the_command_has(file: Path, importance: str) -> None:
+    run = load(file, [f"convert.importance={importance}"])
+    assert settings_of(run, teacher_path=Path("flux"), out=Path("out"), folder=None).importance == importance
 
 
 def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Path) -> None:
