@@ -2,7 +2,7 @@
 
 import sys
 
-from . import convert, moe_ffn
+from . import convert, moe_ffn, trace
 
 if __name__ == "__main__":
-    sys.exit(moe_ffn.main([]) or convert.main([]))
+    sys.exit(moe_ffn.main([]) or trace.main([]) or convert.main([]))
