@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import comfy.conds
 import comfy.model_base
 import comfy.supported_models
 import comfy.utils
@@ -24,8 +25,8 @@ from ..d2m_model.tensor_file import ALIGNMENT
 from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed import compress_modulations, modulations
-from .graph import graph_choice, without_graphs
-from .settings import GRAPH_KEY, FileChoice, settings_of
+from .graph import graph_choice, may_compile, without_graphs
+from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, settings_of
 
 # The model
 
@@ -150,13 +151,24 @@ class FluxMoEModel(comfy.model_base.Flux):
         transformer_options: Mapping[str, Any] = {},
         **kwargs: Any,
     ) -> Tensor:
-        """Hands the settings on for graphs of torch.compile, too. Traced runs are not compiled: a graph would hold the
-        trace that it was made with."""
-        settings = settings_of(transformer_options)
-        graph = graph_choice(self.diffusion_model.config, settings, x.device)
+        """Hands the settings on for graphs of torch.compile, too, where there may be any. Traced runs are not compiled: a
+        graph would hold the trace that it was made with."""
+        options = dict(transformer_options)
+        run = kwargs.pop(NEGATIVE_KEY, None)
+        if run is not None and run.config == self.diffusion_model.config:
+            options[OPTIONS_KEY] = run.settings(options, t, x.device)
+        settings = settings_of(options)
+        if may_compile(self.diffusion_model):
+            options[GRAPH_KEY] = graph_choice(self.diffusion_model.config, settings, x.device)
         with without_graphs(self) if settings.get("trace") is not None else nullcontext():
-            options = {**transformer_options, GRAPH_KEY: graph}
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Where a guider has a model of its own for negative prompts, they say by what settings: see latch.py."""
+        found: dict[str, Any] = super().extra_conds(**kwargs)
+        if (run := kwargs.get(NEGATIVE_KEY)) is not None:
+            found[NEGATIVE_KEY] = comfy.conds.CONDConstant(run)
+        return found
 
 
 # Entries of comfy.supported_models

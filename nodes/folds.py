@@ -41,7 +41,7 @@ class Moment:
 
     evaluation: int
     sigma: float
-    sigma_at: Callable[[float], float]  # of a share of the run, 0 to 1
+    sigma_at: Callable[[float], float]  # of a share of the model's whole schedule, 0 to 1
 
 
 # What a file can have
@@ -142,7 +142,7 @@ def piece_value(piece: Piece, setting: str, config: FluxMoEConfig) -> Any:
 
 
 def percent_span(piece: Piece, in_hundreds: bool, moment: Moment | None) -> tuple[float, float] | None:
-    """From its first sigma, included, down to its last, left out unless the run ends there."""
+    """From its first sigma, included, down to its last, left out unless the schedule ends there."""
     whole = 100 if in_hundreds else 1
     if not 0 <= piece.start < piece.end <= whole:
         raise ValueError(
@@ -210,18 +210,28 @@ def multiplied(before: Mapping[str, Sequence[float] | Tensor] | None, weights: W
 # What a run's log says, and how it is replayed
 
 
-def logged(settings: Values, config: FluxMoEConfig, masks: list[dict[str, dict[str, float]]]) -> Settings:
-    """Settings in full, of what the file has, as JSON. `mask` is a place in `masks`, which grows as needed."""
-    said: Settings = {}
+def in_full(settings: Values, config: FluxMoEConfig) -> Settings:
+    """What the model uses under `settings`, as JSON: theirs, or else the file's, of what the file has. `mask`, where
+    there is one, has the weights of every expert by FFN."""
+    found: Settings = {}
     if config.ffns:
         capacity = config.capacity_router is not None
-        said = {CAPACITY: settings.get(CAPACITY, 1.0)} if capacity else {TOP_K: settings.get(TOP_K, config.top_k)}
-        said["gate"] = settings.get("gate", config.gate.mode)
+        found = {CAPACITY: settings.get(CAPACITY, 1.0)} if capacity else {TOP_K: settings.get(TOP_K, config.top_k)}
+        found["gate"] = settings.get("gate", config.gate.mode)
     if config.groups:
-        said[ACTIVE_BLOCKS] = active_blocks(settings.get(ACTIVE_BLOCKS), config.groups)
+        found[ACTIVE_BLOCKS] = active_blocks(settings.get(ACTIVE_BLOCKS), config.groups)
+    if settings.get("mask"):
+        weights = multiplied(settings["mask"], all_whole(config))
+        found["mask"] = {ffn: list(of_ffn) for ffn, of_ffn in weights.items()}
+    return found
+
+
+def logged(settings: Values, config: FluxMoEConfig, masks: list[dict[str, dict[str, float]]]) -> Settings:
+    """The same for a log: `mask` is a place in `masks`, which grows as needed and names weights other than 1."""
+    said = in_full(settings, config)
     mask = {
         ffn: {str(expert): weight for expert, weight in enumerate(weights) if weight != 1}
-        for ffn, weights in multiplied(settings.get("mask"), all_whole(config)).items()
+        for ffn, weights in said.pop("mask", {}).items()
     }
     if mask := {ffn: weights for ffn, weights in mask.items() if weights}:
         if mask not in masks:

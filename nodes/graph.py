@@ -51,6 +51,18 @@ def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: tor
     return GraphChoice(torch.tensor(values, dtype=torch.float64), weights_LE)
 
 
+def may_compile(flux: nn.Module) -> bool:
+    """Whether torch.compile may have been asked to make graphs of this FLUX or of its blocks, as packs do it: a module
+    in place of theirs, nn.Module.compile, or another forward."""
+    if torch.compiler.is_compiling():
+        return True
+    parts = (flux, *flux.double_blocks, *flux.single_blocks)  # type: ignore[misc]
+    return any(
+        "_orig_mod" in part._modules or part._compiled_call_impl is not None or "forward" in vars(part)
+        for part in parts
+    )
+
+
 def without_graphs(model: nn.Module) -> AbstractContextManager[None]:
     """Runs what is compiled of `model` as if it were not. Raises RuntimeError if this torch cannot."""
     if "torch._dynamo" not in sys.modules:  # so nothing is, and its import takes seconds

@@ -22,7 +22,7 @@ from comfy_execution.utils import get_executing_context
 
 from .folds import KINDS
 from .prompt_server import prompt_server
-from .run_log import Graph, computed_from, plant, planted
+from .run_log import Graph, PromptLog, computed_from, plant, planted
 
 LAST_RUNS = 32
 REMEMBERED = 256  # samplers' results whose logs are kept for when ComfyUI takes them from its cache
@@ -36,9 +36,11 @@ Run = dict[str, Any]  # as it is logged: see latch.py
 class Prompt:
     """The prompt that is executing."""
 
+    number: float  # in the queue
     prompt_id: str
+    planted: PromptLog | None
     graph: Graph
-    log: list[Run]
+    log: list[Run]  # what was planted, or one that no image has
     revisions: dict[str, int]  # of its nodes as it began
     results: dict[str, str]  # by node: run_log.computed_from
     values: dict[str, dict[str, Any]] = field(default_factory=dict)  # live ones by node
@@ -108,16 +110,19 @@ class Live:
                     self._remembered.popitem(last=False)
 
     def _enter(self, prompt_id: str) -> Prompt | None:
-        if self._prompt is not None and self._prompt.prompt_id == prompt_id:
-            return self._prompt
         item = next((item for item in self.running() if item[1] == prompt_id), None)
         if item is None:
             return None
-        _, _, graph, extra_data, outputs, *_ = item
+        number, _, graph, extra_data, outputs, *_ = item
+        known, log = self._prompt, planted(extra_data)
+        # Clients may give one id to several prompts, their number too. Every prompt is planted a log of its own.
+        if known is not None and (known.number, known.prompt_id) == (number, prompt_id) and known.planted is log:
+            return known
         revisions = {node: self._revisions.get(node, 0) for node in graph}
         results = computed_from(graph, outputs, revisions)
         prompt = Prompt(
-            prompt_id=prompt_id, graph=graph, log=planted(extra_data), revisions=revisions, results=results
+            number=number, prompt_id=prompt_id, planted=log, graph=graph, log=[] if log is None else log,
+            revisions=revisions, results=results,
         )  # fmt: skip
         for node, result in results.items():
             runs = [{**run, "node": node} for run in self._remembered.get(result, ())]
@@ -173,7 +178,7 @@ def asked(body: bytes) -> tuple[list[str], dict[str, Any], str | None]:
     """Nodes, values and prompt of a request. Raises ValueError."""
     try:
         data = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The body is not JSON: {error}") from None
     data = data if isinstance(data, dict) else {}
     nodes, values, prompt_id = data.get("nodes", []), data.get("values", {}), data.get("prompt_id")

@@ -14,9 +14,11 @@ from PIL import Image
 
 from .controls import Control, flux_moe
 from .folds import GATES, KINDS, Moment
-from .run_log import LOG_KEY
+from .run_log import LOG_KEY, NEGATIVE
 
-WHAT = "Give it an image that Save Image wrote of a run under FLUX-MoE controls, or the log's JSON"
+WHAT = (
+    "Give it an image that Save Image (or Save Animated WEBP) wrote of a run under FLUX-MoE controls, or the log's JSON"
+)
 MOST_RUNS = 1000
 
 # Reading logs, which may have come from anywhere
@@ -27,7 +29,7 @@ def runs_of(said: str) -> list[dict[str, Any]]:
     Raises ValueError for anything else."""
     try:
         data = json.loads(said)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The log is not JSON ({error}). {WHAT}.") from None
     if isinstance(data, dict):
         data = data.get("runs", [data])
@@ -89,7 +91,9 @@ def chosen(runs: list[dict[str, Any]], number: int) -> dict[str, Any]:
         return made[0]
     if not 1 <= number <= len(made):
         listed = ", ".join(
-            f"{i} (node {run['node'] or '?'}, {len(run['evaluations'])} evaluations)" for i, run in enumerate(made, 1)
+            f"{i} (node {run['node'] or '?'}{', negative model' if run.get('model') == NEGATIVE else ''}, "
+            f"{len(run['evaluations'])} evaluations)"
+            for i, run in enumerate(made, 1)
         )
         found = "has several runs" if number == 0 else f"has no run {number}"
         raise ValueError(f"The log {found}. Choose one by the widget `run`: {listed}.")
@@ -119,13 +123,20 @@ def log_of(image: str | None, log: str) -> str:
     if not image:
         raise ValueError(f"There is no image and no log to replay. {WHAT}.")
     with Image.open(image_path(image)) as opened:
-        found = opened.info.get(LOG_KEY)
+        found = opened.info.get(LOG_KEY) or in_exif(opened)
     if not isinstance(found, str):
         raise ValueError(
             f"{image} has no FLUX-MoE log in its metadata: it was not sampled under FLUX-MoE controls, or another program "
-            f"has written it again. {WHAT}."
+            f"has written it again. Logs are read from PNG text and from EXIF (WEBP). {WHAT}."
         )
     return found
+
+
+def in_exif(image: Image.Image) -> str | None:
+    """Where Save Animated WEBP puts it: `key:JSON` in a tag of its own, whichever is free."""
+    begins = f"{LOG_KEY}:"
+    texts = (text for text in image.getexif().values() if isinstance(text, str))
+    return next((text.removeprefix(begins) for text in texts if text.startswith(begins)), None)
 
 
 class Replay(Control):
@@ -152,7 +163,7 @@ class Replay(Control):
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
                     optional=True,  # a log will do
-                    tooltip="A PNG that Save Image wrote of a run under FLUX-MoE controls.",
+                    tooltip="A PNG of Save Image, or a WEBP of Save Animated WEBP, of a run under FLUX-MoE controls.",
                 ),
                 io.Int.Input(
                     "run",

@@ -16,7 +16,7 @@ _WEIGHT = re.compile(rf"(\d+|\*)\s*=\s*{_NUMBER}")
 
 
 class Piece(NamedTuple):
-    """A span of the run and what holds in it, as written."""
+    """A span of the schedule and what holds in it, as written."""
 
     start: float
     end: float

@@ -17,6 +17,7 @@ from comfy_execution.graph_utils import is_link
 from .folds import KINDS
 
 LOG_KEY = "d2m_log"  # of extra_pnginfo, and of an image's metadata
+NEGATIVE = "negative"  # `model` of a run, where negative prompts have a model of their own
 
 Graph = Mapping[str, Mapping[str, Any]]  # a prompt as ComfyUI's API has it
 
@@ -39,10 +40,10 @@ def plant(json_data: dict[str, Any]) -> dict[str, Any]:
     return json_data
 
 
-def planted(extra_data: Mapping[str, Any]) -> list:
-    """The log in there; of a prompt that was queued past the handler one that no image has."""
+def planted(extra_data: Mapping[str, Any]) -> PromptLog | None:
+    """The log in there. A prompt that was queued past the handler has none."""
     found = (extra_data.get("extra_pnginfo") or {}).get(LOG_KEY)
-    return found if isinstance(found, PromptLog) else []
+    return found if isinstance(found, PromptLog) else None
 
 
 def computed_from(graph: Graph, outputs: Iterable[str], revisions: Mapping[str, int]) -> dict[str, str]:

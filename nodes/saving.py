@@ -30,6 +30,10 @@ from ..d2m_model.conversion.convert import metadata_of
 from ..d2m_model.keys import bfl_spelling
 from ..d2m_model.tensor_writer import TensorWriter
 from .controls import flux_moe
+from .expert_mask import ExpertMask
+from .replay import Replay
+from .rules import pieces_of, rules_of
+from .schedule import Schedule
 from .settings import active_blocks, settings_of
 
 NAME = "Save FLUX-MoE"
@@ -38,6 +42,8 @@ BAKED = (
     "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
     "without the pack it opens and samples as the dense teacher with these patches."
 )
+
+OF_A_WORKFLOW = {kind.node_id: kind.title for kind in (ExpertMask, Replay, Schedule)}
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
 
@@ -91,6 +97,20 @@ def as_loaders_know(tensor: Tensor) -> Tensor:
 def patches_of(patcher: Any) -> dict[str, list]:
     """Of this MODEL's transformer, by its tensors' names in a MODEL."""
     return {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
+
+
+def what_no_file_holds(patcher: Any) -> list[str]:
+    """The controls of this MODEL whose settings are no file's: those of single experts, or of a part of a run."""
+    found = []
+    for control in settings_of(patcher.model_options.get("transformer_options")).get("controls", ()):
+        kind, values, node = control["kind"], control["values"], control["node"]
+        if kind == Schedule.node_id and not pieces_of(values["pieces"]):
+            continue
+        if kind == ExpertMask.node_id and not rules_of(values["mask"]):
+            continue
+        if kind in OF_A_WORKFLOW:
+            found.append(f"{OF_A_WORKFLOW[kind]} (node {node})" if node else OF_A_WORKFLOW[kind])
+    return found
 
 
 def note_of(patches: Mapping[str, list]) -> dict[str, Any]:
@@ -151,9 +171,15 @@ def target_of(filename_prefix: str) -> Path:
 def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     """Write the FLUX-MoE in `patcher` to `target`, with `notes` beside its own metadata.
 
-    Raises CheckpointError for an unwritable folder, a full disk, or patches after which it would be no FLUX-MoE;
-    InterruptProcessingException when the user stops it. Nothing half-written stays.
+    Raises CheckpointError for controls that no file holds, an unwritable folder, a full disk, or patches after which it
+    would be no FLUX-MoE; InterruptProcessingException when the user stops it. Nothing half-written stays.
     """
+    if lost := what_no_file_holds(patcher):
+        raise CheckpointError(
+            f"{NAME} cannot write {', '.join(lost)} to a file, which has one Top-K, gate, capacity and number of active "
+            "blocks for all of a run. Bypass these nodes, or take the MODEL from before them, and put them behind the "
+            "loader in the workflow that loads the file."
+        )
     unload(patcher)
     specs = specs_of(patcher)
     config = config_of_saved(patcher, specs)
@@ -180,12 +206,15 @@ class SaveFluxMoE(io.ComfyNode):
             display_name=NAME,
             category="FLUX-MoE",
             description=(
-                "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights and its settings as the file's own. "
-                "Loaded again it paints the same images."
+                "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights, its Top-K, gate, active blocks and "
+                "capacity as the file's own. Loaded again it paints the same images. Schedules, expert masks and replays "
+                "are settings of a workflow, not of a file: bypass those nodes to save."
             ),
             search_aliases=["save flux moe", "export model", "bake lora", "merge lora", "checkpoint save", "dense2moe"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX-MoE, with or without LoRAs."),
+                io.Model.Input(
+                    "model", tooltip="A FLUX-MoE, with or without LoRAs; without Schedule, Expert mask and Replay."
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/FLUX-MoE",

@@ -1,4 +1,4 @@
-"""The Schedule node: another value of a setting for each part of the run."""
+"""The Schedule node: another value of a setting for each part of the model's schedule, from noise to image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Schedule(Control):
             display_name=cls.title,
             category="FLUX-MoE",
             description=(
-                "Changes Top-K, active blocks or capacity in the course of sampling: a value for each part of the run. "
+                "Changes Top-K, active blocks or capacity in the course of sampling: a value for each part of the way from "
+                "noise to image. "
                 "Where no piece holds, what was set before it does. Can be rewritten while it samples."
             ),
             search_aliases=[
@@ -49,8 +50,9 @@ class Schedule(Control):
                     options=[PERCENT, SIGMA],
                     default=PERCENT,
                     tooltip=(
-                        "How pieces count: percent of the run, 0 to 100 as start_percent and end_percent of ComfyUI's nodes "
-                        "do, or the noise level sigma, which falls from 1 to 0."
+                        "How pieces count. percent: of the model's whole schedule, as start_percent and end_percent of "
+                        "ComfyUI's nodes do: 0 is pure noise, 100 the image. Image to image (denoise below 1) begins late in "
+                        "it. sigma: the noise level itself, which falls from 1 to 0."
                     ),
                 ),
                 io.String.Input(

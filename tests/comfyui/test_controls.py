@@ -155,6 +155,20 @@ def test_pieces_in_percent_meet_and_reach_the_first_and_the_last_step(
     assert [settings["top_k"] for _, settings in seen] == [5] * 3 + [0] * 3 + [1] * 2 + [12] * 2
 
 
+def test_percent_are_of_the_whole_schedule_also_where_sampling_begins_late_in_it(
+    host: Comfy, pair: Pair, evaluations: Callable[[Any], Any]
+) -> None:
+    """Image to image: with denoise 0.5 the first half of the schedule is never sampled. The help page says so."""
+    import comfy.sample
+
+    model, seen = evaluations(schedule(host, host.top_k(pair.moe, 1), "0 - 40: 5\n40 - 60: 6\n60 - 100: 12"))
+    positive, noise = host.conditioning(pair.moe, 1), torch.randn(1, 16, 8, 8)
+    comfy.sample.sample(
+        model, noise, 5, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), seed=0, denoise=0.5
+    )
+    assert [settings["top_k"] for _, settings in seen] == [6] + [12] * 4
+
+
 def test_a_step_on_an_edge_belongs_to_the_piece_that_begins_there(
     host: Comfy, pair: Pair, evaluations: Callable[[Any], Any]
 ) -> None:
@@ -286,6 +300,44 @@ def test_a_compiled_model_follows_masks_without_another_graph(host: Comfy, pair:
     for text in ("single_blocks.0: 2=0", "*: *=0", "double_blocks.1.txt_mlp: 5=3"):
         check(text)
     assert fresh_compiler["stats"]["unique_graphs"] == graphs
+
+
+def test_for_graphs_nothing_is_made_where_nothing_is_compiled(
+    host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask that would be a copy for every FFN at every call of the model."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    module, made = host.module("nodes.flux_moe"), []
+    choice = module.graph_choice
+    monkeypatch.setattr(module, "graph_choice", lambda *args: made.append(args) or choice(*args))
+    model = mask(host, pair.moe, "*: 0=0")
+    expected = host.sample(model, SMALL, steps=1)
+    assert not made
+    compiled = TorchCompileModel.execute(model, "eager").result[0]
+    assert distance(host.sample(compiled, SMALL, steps=1), expected) <= 1e-6
+    assert made
+    made.clear()
+    assert torch.equal(host.sample(model, SMALL, steps=1), expected)
+    assert not made
+
+
+@pytest.mark.parametrize("how", ["a module in its place", "nn.Module.compile", "another forward"])
+@pytest.mark.parametrize("part", ["", "single_blocks.1", "double_blocks.0"])
+def test_every_way_of_compiling_is_seen(host: Comfy, tmp_path: Path, part: str, how: str) -> None:
+    flux = host.load(files.save(files.split(files.dense_flux()), tmp_path / "moe.safetensors")).model.diffusion_model
+    may_compile = host.module("nodes.graph").may_compile
+    assert not may_compile(flux)
+    module = flux.get_submodule(part)
+    if how == "nn.Module.compile":
+        module.compile(backend="eager")
+    elif how == "another forward":
+        module.forward = torch.compile(module.forward, backend="eager")
+    elif part:
+        flux.set_submodule(part, torch.compile(module, backend="eager"))
+    else:
+        flux = torch.compile(flux, backend="eager")
+    assert may_compile(flux)
 
 
 # What is said

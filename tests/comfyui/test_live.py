@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ class Desk:
     def __init__(self, live: Any, run_log: ModuleType) -> None:
         self.live, self.run_log = live, run_log
         self.items: list[tuple] = []
+        self.numbers: Iterator[int] = itertools.count()
 
     @contextmanager
     def executing(self, prompt_id: str, graph: dict[str, Any], node: str = "sampler") -> Iterator[list]:
@@ -34,7 +36,7 @@ class Desk:
         from comfy_execution.utils import CurrentNodeContext
 
         queued = self.run_log.plant({"prompt": graph})
-        self.items.append((0, prompt_id, graph, queued["extra_data"], ["image"]))
+        self.items.append((next(self.numbers), prompt_id, graph, queued["extra_data"], ["image"]))
         try:
             with CurrentNodeContext(prompt_id, node):
                 for control in graph:
@@ -163,6 +165,22 @@ def test_a_live_value_belongs_to_the_prompt_that_executes(host: Comfy, pair: Pai
     assert of_log(log, "top_k") == [2]
 
 
+@pytest.mark.parametrize("numbers", ["as queued", "the clients own"])
+def test_a_prompt_under_the_id_of_one_before_has_none_of_its_live_values(
+    host: Comfy, pair: Pair, desk: Desk, numbers: str
+) -> None:
+    """Clients choose ids, and numbers if they like."""
+    model = host.control("D2MTopK", pair.moe, node="k", top_k=2, gate="sum")
+    if numbers != "as queued":
+        desk.numbers = itertools.repeat(0)
+    with desk.executing("mine", graph_of(k="D2MTopK")) as first:
+        desk.live.apply(["k"], {"top_k": 9}, "mine")
+        host.sample(model, SMALL, steps=1)
+    with desk.executing("mine", graph_of(k="D2MTopK")) as second:
+        host.sample(model, SMALL, steps=1)
+    assert (of_log(first, "top_k"), of_log(second, "top_k")) == ([9], [2])
+
+
 def test_what_a_file_does_not_have_leaves_the_last_value_that_it_has(
     host: Comfy, pair: Pair, desk: Desk, at_step: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +223,7 @@ def test_half_a_rule_is_refused(desk: Desk) -> None:
     ("body", "message"),
     [
         ("{", "The body is not JSON"),
+        ("[" * 100_000, "The body is not JSON"),
         ("[]", "nodes is missing or wrong"),
         ('{"nodes": [5], "values": {"top_k": 1}}', "nodes is missing or wrong"),
         ('{"nodes": ["5"], "values": [1]}', "values is missing or wrong"),
@@ -320,6 +339,7 @@ def entry(**settings: Any) -> list:
     ("log", "message"),
     [
         ("{", "The log is not JSON"),
+        ("[" * 100_000, "The log is not JSON"),
         ("3", "The log is int; expected a list of runs"),
         ("[]", "The log has no evaluations"),
         ("", "no image and no log"),

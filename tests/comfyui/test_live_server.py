@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +152,48 @@ def test_after_a_live_change_the_queue_gives_what_the_widgets_say(server: ComfyS
 
     unchanged = server.wait(server.queue(graph))
     assert {"k", "image sampler", "image"} <= cached(unchanged)
+
+
+def test_a_second_prompt_of_the_same_id_begins_with_its_own_values(server: ComfyServer) -> None:
+    """As a client queues that numbers its jobs itself, and has its history cleared."""
+    mine = {"prompt_id": "0b5e29b3-6a9c-4e1c-9a4e-0c1f4d8f5a11"}
+
+    def queue(seed: int) -> str:
+        return server.post("/prompt", {"prompt": graph_of(STEPS, seed=seed, k=top_k(2)), **mine})["prompt_id"]
+
+    prompt = queue(21)
+    until(server, prompt, lambda evaluations: len(evaluations) >= 2)
+    assert server.post("/d2m/live", {"nodes": ["k"], "values": {"top_k": 9}})["prompt_id"] == prompt
+    assert of_run(log_of(png(server, server.wait(prompt)))[0], "top_k")[-1] == 9
+    server.post("/history", {"delete": [prompt]})
+    assert queue(22) == prompt == mine["prompt_id"]
+    (run,) = log_of(png(server, server.wait(prompt)))
+    assert of_run(run, "top_k") == [2] * STEPS
+
+
+def test_a_body_that_is_nested_too_deeply_is_refused(server: ComfyServer) -> None:
+    request = urllib.request.Request(f"{server.address}/d2m/live", data=b"[" * 100_000, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 400
+    assert "The body is not JSON" in json.load(refused.value)["error"]
+
+
+def test_an_animated_webp_replays(server: ComfyServer) -> None:
+    """What ComfyUI writes into EXIF in place of PNG text."""
+    graph = graph_of(3, seed=23, k=top_k(5))
+    images = graph["image"]["inputs"]["images"]
+    graph["image"] = node(
+        "SaveAnimatedWEBP", images=images, filename_prefix="webp", fps=6.0, lossless=True, quality=80, method="default"
+    )
+    queued = {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {"id": "mine"}}}}
+    entry = server.wait(server.post("/prompt", queued)["prompt_id"])
+    (item,) = entry["outputs"]["image"]["images"]
+    shutil.copyfile(server.base / "output" / item["filename"], server.base / "input" / "moving.webp")
+    replay = graph_of(3, seed=23, replay=("D2MReplay", {"image": "moving.webp", "run": 0, "log": ""}))
+    again = png(server, server.wait(server.queue(replay)))
+    assert of_run(log_of(again)[0], "top_k") == [5] * 3
+    assert np.array_equal(pixels(again), pixels(png(server, entry)))
 
 
 def test_a_pending_prompt_keeps_what_it_was_queued_with(server: ComfyServer) -> None:

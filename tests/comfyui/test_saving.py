@@ -179,6 +179,33 @@ def test_another_model_is_refused(host: Comfy, pair: Pair) -> None:
         save(host, pair.teacher)
 
 
+@pytest.mark.parametrize(
+    ("node_id", "widgets", "said"),
+    [
+        ("D2MExpertMask", {"mask": "*: 0=0"}, r"FLUX-MoE Expert mask \(node 7\)"),
+        (
+            "D2MSchedule",
+            {"setting": "top_k", "unit": "percent", "pieces": "0 - 50: 1"},
+            r"FLUX-MoE Schedule \(node 7\)",
+        ),
+        ("D2MReplay", {"log": '[{"evaluation": 0, "top_k": 1}]'}, r"FLUX-MoE Replay \(node 7\)"),
+    ],
+)
+def test_what_no_file_holds_is_refused_and_not_lost(
+    host: Comfy, pair: Pair, output: Path, node_id: str, widgets: dict[str, Any], said: str
+) -> None:
+    model = host.control("D2MTopK", host.control(node_id, pair.moe, node="7", **widgets), top_k=3, gate="sum")
+    with pytest.raises(ValueError, match=rf"cannot write {said} to a file.* Bypass these nodes"):
+        save(host, model)
+    assert list((output / "diffusion_models").iterdir()) == []
+
+
+def test_controls_that_say_nothing_are_in_no_files_way(host: Comfy, pair: Pair) -> None:
+    model = host.control("D2MExpertMask", host.top_k(pair.moe, 5), mask="# nothing yet")
+    model = host.control("D2MSchedule", model, setting="top_k", unit="percent", pieces="")
+    assert torch.equal(host.sample(load(host, save(host, model))), host.sample(host.top_k(pair.moe, 5)))
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(
     host: Comfy, pair: Pair, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
