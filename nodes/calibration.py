@@ -88,7 +88,6 @@ def calibrate(
     plain = model.clone()
     plain.model_options = {"transformer_options": {}}
     plain.wrappers, plain.callbacks = WrappersMP.init_wrappers(), CallbacksMP.init_callbacks()
-    plain.injections = {}
     plain.object_patches = sampling_patches(model)
     files = []
     for index in range(settings.samples):

@@ -158,8 +158,23 @@ def check_space(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
             f"{NAME} writes the FLUX-MoE to ComfyUI's temporary folder {folder}: {needed:,} bytes are needed, {free:,} are "
-            "free. Make room, or start ComfyUI with --temp-directory on another disk."
+            f"free. {held()}Make room, or start ComfyUI with --temp-directory on another disk."
         )
+
+
+def held() -> str:
+    """For people, what earlier conversions take: ComfyUI's cache keeps a MODEL, and so its file, for every seed, preset …"""
+    sizes = []
+    for file in list(FILES):
+        with suppress(OSError):  # not written yet
+            sizes.append(file.path.stat().st_size)
+    if not sizes:
+        return ""
+    return (
+        f"{len(sizes)} earlier conversion{'s' if len(sizes) > 1 else ''} that ComfyUI still holds "
+        f"take{'' if len(sizes) > 1 else 's'} {sum(sizes):,} bytes there: Edit > Unload Models and Execution Cache lets go "
+        "of all that no workflow is running with. "
+    )
 
 
 # The result
@@ -171,6 +186,10 @@ class TemporaryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         weakref.finalize(self, remove, path)
+        FILES.add(self)
+
+
+FILES: weakref.WeakSet[TemporaryFile] = weakref.WeakSet()  # of this process that are still held
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,8 @@ GET /d2m/cost?model_name=FILE          a file in diffusion_models, dense or FLUX
 GET /d2m/cost?node=EXECUTION_ID        a node that has run and gave a FLUX-MoE
     &top_k= &active_blocks=N or N,N,… &capacity= &width= &height= &text_tokens=
 
-Counted as `python -m d2m_train report` counts. A setting that the model does not have (top_k of a file with capacity
+A node is known by its id: another workflow may have run since with a node of the same, so the answer's `of` says what it
+is of. Counted as `python -m d2m_train report` counts. A setting that the model does not have (top_k of a file with capacity
 routers, active blocks of one without groups) changes nothing.
 """
 
@@ -86,8 +87,17 @@ def remember(config: FluxMoEConfig) -> None:
         logging.info("FLUX-MoE of node %s: %s", context.node_id, costs(config, {})["text"])
 
 
-def model_of(query: Mapping[str, str]) -> Model:
-    """What is asked about. Raises Refused."""
+def answer(query: Mapping[str, str]) -> dict[str, Any]:
+    """Raises Refused."""
+    model, of = model_of(query)
+    found = costs(model, query)
+    if "node" in query:  # which shows in the readout's tooltip
+        found["text"] += f" Of {of}."
+    return {**found, "of": of}
+
+
+def model_of(query: Mapping[str, str]) -> tuple[Model, str]:
+    """What is asked about, and what to call it. Raises Refused."""
     name, node = query.get("model_name"), query.get("node")
     if (name is None) == (node is None):
         raise Refused(
@@ -96,7 +106,7 @@ def model_of(query: Mapping[str, str]) -> Model:
     if node is not None:
         if (found := NODES.get(node)) is None:
             raise Refused(404, f"Node {node[:40]} has given no FLUX-MoE yet. Queue the workflow.")
-        return found
+        return found, f"what node {node[:40]} gave last: {described(found)}"
     assert name is not None
     if name not in folder_paths.get_filename_list("diffusion_models"):
         raise Refused(404, f"There is no {name[:200]} in diffusion_models.")
@@ -113,7 +123,16 @@ def model_of(query: Mapping[str, str]) -> Model:
         raise Refused(400, str(error)) from None
     except OSError as error:
         raise Refused(404, f"{name[:200]}: cannot be read ({error.strerror or error}).") from None
-    return model
+    return model, name
+
+
+def described(model: Model) -> str:
+    if isinstance(model, FluxDims):
+        return "a dense FLUX"
+    known = model.provenance
+    data = known.get("data")
+    about = f"preset {known.get('preset', '?')} of {model.teacher.title}"
+    return f"{about}, calibrated with {data['name']}" if isinstance(data, dict) and "name" in data else about
 
 
 # What it costs
@@ -214,7 +233,7 @@ def sentence(found: Cost, dense: Cost, where: str) -> str:
 async def get_cost(request: web.Request) -> web.Response:
     query = request.query
     try:
-        return web.json_response(await asyncio.to_thread(lambda: costs(model_of(query), query)))
+        return web.json_response(await asyncio.to_thread(answer, query))
     except Refused as error:
         return web.json_response({"error": str(error)}, status=error.status)
 

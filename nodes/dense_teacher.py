@@ -22,13 +22,16 @@ from ..d2m_model.keys import bfl_spelling, dense_shapes
 from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
 from ..d2m_model.tensor_file import Shape, bytes_of
 from .flux_moe import FluxMoEModel
-from .saving import PREFIX, patches_of
+from .saving import PREFIX, patches_of, unload
 
 FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
+BYPASS = "bypass_lora"  # ComfyUI's name for what Load LoRA (Bypass) injects
+MOST_NAMES = 3  # in a message
 
 
 def refuse_others(model: Any, node: str) -> None:
-    """Raises ValueError unless there is a dense FLUX.1 in this MODEL, whose neurons can be put in another order."""
+    """Raises ValueError unless there is a dense FLUX.1 in this MODEL, all of it in weights whose neurons can be put in
+    another order."""
     base = model.model
     if isinstance(base, FluxMoEModel):
         raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect the dense FLUX that is to become one.")
@@ -36,6 +39,7 @@ def refuse_others(model: Any, node: str) -> None:
         raise ValueError(
             f"{node} works on a dense FLUX.1 (dev, schnell, Fill, Kontext …), but this MODEL is a {type(base).__name__}."
         )
+    refuse_injections(model, node)
     for name, module in base.diffusion_model.named_modules():
         weight, found = getattr(module, "weight", None), None
         if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(FLOAT8_LAYOUTS):
@@ -52,9 +56,27 @@ def refuse_others(model: Any, node: str) -> None:
     LoadedTeacher(model)
 
 
+def refuse_injections(model: Any, node: str) -> None:
+    """Raises ValueError for what changes the layers while they run, in no weight: nothing of it would be converted."""
+    if model.injections.get(BYPASS):
+        raise ValueError(
+            f"{node}: there is a LoRA on this MODEL that leaves the weights as they are (Load LoRA (Bypass)), so that it "
+            "would be lost. Load it by Load LoRA, which makes it part of the weights."
+        )
+    kinds = {"injections": model.injections, "weight wrappers": model.weight_wrapper_patches}
+    for kind, found in kinds.items():
+        if names := sorted(str(name) for name, entries in found.items() if entries):
+            raise ValueError(
+                f"{node}: a node before this one changes the layers of this MODEL while they run ({kind}: "
+                f"{', '.join(names[:MOST_NAMES])}), which is in no weight and would be lost. Put that node after this one, "
+                "or leave it out."
+            )
+
+
 @contextmanager
 def open_dense(model: Any) -> Iterator[tuple[DenseTeacher | LoadedTeacher, Teacher]]:
     """What is converted, and what is said of it."""
+    unload(model)  # a clone's LoRA may lie in the weights that it shares with this MODEL
     with _opened(_file_of(model)) as file:
         about = Teacher(title=type(model.model).__name__, sha256=UNHASHED, licence=UNKNOWN_LICENCE)
         if file is not None:

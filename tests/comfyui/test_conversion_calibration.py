@@ -15,6 +15,15 @@ from tests.comfyui.inside import Comfy, distance
 from tools.host import ROOT
 
 
+@pytest.fixture
+def quick_fits(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not matter how well experts and predictors are fitted."""
+    coactivation = host.module("d2m_model.conversion.coactivation")
+    monkeypatch.setattr(coactivation, "ORACLE_STEPS", 1)
+    monkeypatch.setattr(coactivation, "MOST_STEPS", 2)
+    monkeypatch.setattr(host.module("d2m_model.conversion.predictor_init"), "STEPS", 20)
+
+
 def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emoji FLUX, of which there is something to know; painted from words that it was not calibrated with."""
     monkeypatch.setattr(host.module("nodes.calibration"), "TOKENS", 1024)
@@ -44,6 +53,7 @@ def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: py
     assert calibrated < 0.75 * without
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_it_is_told_by_seed_and_prompts_alone(host: Comfy, pair: Pair) -> None:
     asked = {"calibration": prompts(host, pair.teacher)}
     one, same = (made(host, pair.teacher, **asked) for _ in range(2))
@@ -63,11 +73,13 @@ def test_every_prompt_counts_combined_or_in_a_batch(host: Comfy, pair: Pair) -> 
         assert torch.equal(one[0][1]["pooled_output"], other[0][1]["pooled_output"])
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_no_prompt_is_left_out(host: Comfy, pair: Pair) -> None:
     data = check_file(made(host, pair.teacher, calibration=prompts(host, pair.teacher, 6))).provenance["data"]
     assert data == {"name": "6 prompts in ComfyUI", "samples": 6, "steps": 3}
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_calibration_leaves_nothing_on_the_model(host: Comfy, pair: Pair, temporary: Path) -> None:
     before = host.sample(pair.teacher)
     moe = convert(host, pair.teacher, calibration=prompts(host, pair.teacher))
@@ -131,6 +143,7 @@ def test_conditioning_vectors_are_the_models_own_under_any_timestep_and_guidance
         assert float(moments.covariance_HH.trace()) == pytest.approx(float(torch.cov(expected.T).trace()), rel=0.1)
 
 
+@pytest.mark.usefixtures("quick_fits")
 @pytest.mark.parametrize("preset", ["M", "XS"])
 def test_block_routers_are_fitted(host: Comfy, deep: Any, preset: str) -> None:
     moe = convert(host, deep, preset=preset, calibration=prompts(host, deep), block_routers="fitted to the prompts")
@@ -140,6 +153,7 @@ def test_block_routers_are_fitted(host: Comfy, deep: Any, preset: str) -> None:
     assert host.sample(moe).isfinite().all()
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_capacity_routers_are_fitted(host: Comfy, pair: Pair) -> None:
     moe = convert(host, pair.teacher, router="capacity", calibration=prompts(host, pair.teacher))
     assert moe.model.diffusion_model.config.capacity_router.capacity == 2

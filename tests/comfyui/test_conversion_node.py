@@ -78,6 +78,45 @@ def test_loras_become_part_of_the_weights(host: Comfy, pair: Pair) -> None:
     assert distance(host.sample(patched), expected) == 0  # the input is as it was
 
 
+def test_a_lora_of_a_clone_that_is_still_loaded_is_not_taken_for_the_models_own(host: Comfy, pair: Pair) -> None:
+    """ComfyUI leaves it in the weights that they share. The file is finer than these are in memory."""
+    import comfy.sd
+
+    model = comfy.sd.load_diffusion_model(str(pair.dense_file), {"dtype": torch.float8_e4m3fn})
+    expected = made(host, model)
+    with torch.inference_mode():  # as ComfyUI samples
+        host.sample(with_lora(model))
+    assert made(host, model).read_bytes() == expected.read_bytes()
+
+
+def test_a_bypass_lora_is_refused_and_gone_with_its_clone(
+    host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.sd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.sd, "load_lora_for_models", comfy.sd.load_bypass_lora_for_models)
+        bypassed = with_lora(pair.teacher)
+    assert distance(host.sample(bypassed), host.sample(pair.teacher)) > 0.1
+    host.sample(bypassed)  # and it stays loaded
+    with pytest.raises(ValueError, match=r"Load LoRA \(Bypass\).*would be lost.*Load it by Load LoRA"):
+        convert(host, bypassed)
+    moe = convert(host, pair.teacher, split_only=True)
+    assert distance(host.sample(host.top_k(moe, ALL)), host.sample(pair.teacher)) <= 1e-5
+
+
+def test_what_another_node_injects_is_refused_by_name(host: Comfy, pair: Pair) -> None:
+    from comfy.patcher_extension import PatcherInjection
+
+    injected, wrapped = pair.teacher.clone(), pair.teacher.clone()
+    injected.set_injections("evolved", [PatcherInjection(inject=lambda _: None, eject=lambda _: None)])
+    with pytest.raises(ValueError, match=r"injections: evolved.*would be lost.*Put that node after this one"):
+        convert(host, injected)
+    wrapped.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight * 0)
+    with pytest.raises(ValueError, match=r"weight wrappers: diffusion_model\.img_in\.weight.*would be lost"):
+        convert(host, wrapped)
+
+
 def test_a_model_without_a_file_is_read_from_memory(host: Comfy, pair: Pair) -> None:
     clone = pair.teacher.clone()
     clone.cached_patcher_init = None
@@ -196,6 +235,27 @@ def test_a_full_disk_is_said_before_anything_is_done(
     with pytest.raises(ValueError, match=r"[\d,]+ bytes are needed, 1 are free.*--temp-directory"):
         convert(host, pair.teacher, calibration=prompts(host, pair.teacher))
     assert list(temporary.iterdir()) == []
+
+
+def test_a_full_disk_is_said_with_what_earlier_conversions_hold(
+    host: Comfy, pair: Pair, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> str:
+        gc.collect()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+            with pytest.raises(ValueError, match="1 are free") as error:
+                convert(host, pair.teacher)
+        return str(error.value)
+
+    host.unload()
+    assert "earlier" not in refused()
+    held = [convert(host, pair.teacher, seed=seed) for seed in range(2)]
+    size = sum(file_of(moe).stat().st_size for moe in held)
+    assert f"2 earlier conversions that ComfyUI still holds take {size:,} bytes" in refused()
+    assert "Unload Models and Execution Cache" in refused()
+    held.pop()
+    assert f"1 earlier conversion that ComfyUI still holds takes {size // 2:,} bytes" in refused()
 
 
 def test_a_flux_moe_is_refused(host: Comfy, pair: Pair) -> None:

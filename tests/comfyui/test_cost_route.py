@@ -41,6 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     files.save(files.split(dense, DEEP, groups=GROUPS), models / "groups.safetensors")
     capacity = files.split(dense, DEEP, capacity=CapacityRouter(capacity=3.0, width=16))
     files.save(capacity, models / "capacity.safetensors")
+    few = replace(DEEP, double_blocks=4, single_blocks=6)  # as many as XS takes
+    files.save(files.dense_flux(few), models / "few-blocks.safetensors")
     (models / "broken.safetensors").write_text("no model at all")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
@@ -83,6 +85,7 @@ def test_it_is_what_the_report_says(
 
 def test_it_is_said_in_words_too(server: ComfyServer) -> None:
     found = cost(server, model_name="L.safetensors")
+    assert found["of"] == "L.safetensors"
     assert f"{found['touched'] / 1e6:.2f} of {found['dense']['touched'] / 1e6:.2f} M parameters" in found["text"]
     assert "1024 × 1024 pixels and 512 text tokens" in found["text"]
 
@@ -188,7 +191,11 @@ def test_what_a_node_has_made_has_its_cost_and_is_the_command_lines(
     graph["save"]["inputs"]["model"] = ["6:1", 0]
     file = saved(server, graph)
     row = reported(server, capsys, "L")
-    assert cost(server, node="6:1")["touched"] == row["touched_params"]
+    found = cost(server, node="6:1")
+    assert found["touched"] == row["touched_params"]
+    # Another workflow may have a node of this id: so what the answer is of is said.
+    assert found["of"] == "what node 6:1 gave last: preset L of dense"
+    assert found["of"] in found["text"]
     assert "FLUX-MoE of node 6:1: " in server.log.read_text()
     dense, out = server.base / "models" / "diffusion_models" / "dense.safetensors", tmp_path / "moe.safetensors"
     assert main(["convert", "--teacher", str(dense), "--out", str(out)]) == 0
@@ -211,6 +218,7 @@ def test_converted_once_it_comes_from_the_cache(server: ComfyServer) -> None:
 def test_combined_prompts_calibrate_it(server: ComfyServer) -> None:
     graph = graph_of(preset="XS", samples=4, calibration=["both", 0], block_routers="fitted to the prompts")
     graph |= {
+        "dense": node("UNETLoader", unet_name="few-blocks.safetensors", weight_dtype="default"),
         "one": node("TinyConditioning", seed=1),
         "two": node("TinyConditioning", seed=2),
         "both": node("ConditioningCombine", conditioning_1=["one", 0], conditioning_2=["two", 0]),
@@ -218,7 +226,9 @@ def test_combined_prompts_calibrate_it(server: ComfyServer) -> None:
     config = check_file(saved(server, graph))
     assert config.provenance["data"]["name"] == "2 prompts in ComfyUI"
     assert config.provenance["block_router"] == "ridge"
-    assert cost(server, node="moe")["groups"] == [group.blocks for group in config.groups]
+    found = cost(server, node="moe")
+    assert found["groups"] == [group.blocks for group in config.groups]
+    assert found["of"] == "what node moe gave last: preset XS of few-blocks, calibrated with 2 prompts in ComfyUI"
 
 
 def test_cancelled_it_leaves_no_file(server: ComfyServer) -> None:
@@ -234,6 +244,22 @@ def test_cancelled_it_leaves_no_file(server: ComfyServer) -> None:
     entry = server.wait(prompt, seconds=120)
     assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]
     assert there() <= before
+
+
+def test_files_that_the_cache_holds_go_when_the_user_frees_it(server: ComfyServer) -> None:
+    """As the message of a full disk says: Edit > Unload Models and Execution Cache."""
+
+    def files_held() -> list[Path]:
+        return sorted((server.base / "temp").glob("flux-moe-*.safetensors"))
+
+    saved(server, graph_of(seed=11))
+    assert files_held()
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    for _ in range(600):
+        if not files_held():
+            break
+        time.sleep(0.1)
+    assert files_held() == []
 
 
 def test_the_converted_model_paints(server: ComfyServer) -> None:
