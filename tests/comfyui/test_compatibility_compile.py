@@ -16,8 +16,10 @@ import torch
 from d2m_model import experts
 from d2m_model.config import BlockGroup, CapacityRouter
 from tests.comfyui import files
+from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.grouped import evaluate, inputs
 from tests.comfyui.inside import Comfy, distance
+from tests.comfyui.test_quantised import quantise, write
 
 ALL = files.LAYOUT.experts
 DIMS = replace(files.DIMS, double_blocks=1, single_blocks=1)  # quick to trace
@@ -246,3 +248,13 @@ def test_a_file_of_groups_alone_compiles(host: Comfy, tmp_path: Path) -> None:
         agree(host, moe, whole, active_blocks=active)
     batch = inputs(4)
     assert evaluate(moe, *batch).shape == batch[0].shape
+
+
+def test_a_quantised_file_with_a_lora_compiles(host: Comfy, pair: Pair, tmp_path: Path, counters: Any) -> None:
+    file = write("float8_e4m3fn", quantise(pair.split, "float8_e4m3fn")[0], tmp_path / "moe.safetensors")
+    moe = with_lora(host.load(file))
+    whole = compiled(moe)
+    for top_k in (2, 0, ALL):
+        agree(host, moe, whole, top_k=top_k)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
