@@ -135,7 +135,9 @@ def _legend(
     shares = [_shares(panel, experts) for panel in panels]
     texts = [f"{expert}  " + " | ".join(f"{share[expert]:.0%}" for share in shares) for expert in range(experts)]
     swatch = line - size // 3
-    column = round(max(font.getlength(text) for text in (*texts, "")) + swatch + 2.5 * size)
+    # For the widest shares there can be, not for these: the legends of a batch's images are of one height.
+    widest = f"{max(experts - 1, 0)}  " + " | ".join(["100%"] * len(panels))
+    column = round(font.getlength(widest) + swatch + 2.5 * size)
     columns = max(1, (width - 2 * margin) // column)
     rows = -(-experts // columns)
     found = Image.new("RGB", (width, line * (rows + 2) + 2 * margin), PAPER)

@@ -176,6 +176,27 @@ def test_regions_bear_their_experts_number(host: Comfy) -> None:
     assert np.array_equal(bare, numbered)
 
 
+def test_maps_of_one_batch_are_of_one_height_whatever_their_shares(host: Comfy) -> None:
+    image = host.module("nodes.expert_map_image")
+    grid = (76, 52)
+    even = (np.arange(grid[0] * grid[1]) % 12).astype(np.uint8).reshape(grid)
+    most_in_the_last = np.where(np.arange(even.size).reshape(grid) % 10 < 3, 11, even).astype(np.uint8)
+    for widths in (1, 2):  # alone, and beside another trace's
+        heights = {
+            image.draw([made(image, grid, best)] * widths, 12, 0.75, labels=False, legend=True).shape[0]
+            for best in (even, most_in_the_last, np.full(grid, 11, np.uint8), None)
+        }
+        assert len(heights) == 1
+
+
+def made(image: Any, grid: tuple[int, int], best_hw: np.ndarray | None) -> Any:
+    """A panel; None: its block was skipped."""
+    margin_hw = None if best_hw is None else np.ones(grid)
+    return image.Panel(
+        title="t", grid=grid, best_hw=best_hw, margin_hw=margin_hw, image_HW3=np.zeros((16 * grid[0], 16 * grid[1], 3))
+    )
+
+
 # What is wrong
 
 
