@@ -40,6 +40,14 @@ class Heard(NamedTuple):
     index_S: Tensor | None  # those of it that count; None: all
     whole: bool  # the others' choice is in it too
 
+    def on(self, device: torch.device) -> Heard:
+        return self._replace(
+            choice=self.choice.to(device),
+            second=self.second.to(device),
+            logits_TE=self.logits_TE.to(device),
+            index_S=None if self.index_S is None else self.index_S.to(device),
+        )
+
 
 class Recorder:
     """Hears what the routers choose in one pass. It is called outside of graphs of torch.compile: hosts run a traced
@@ -116,13 +124,15 @@ def _margins(logits_LTE: Tensor, best_LTK: Tensor | None) -> Tensor:
 
 def pack(recorders: Sequence[Recorder], sigma: Tensor) -> tuple[Tensor, list[Entry], list[GroupEntry]]:
     """uint8: sigma (float32) and all that was heard, on sigma's device; where each FFN's choice lies in it, and each
-    block group's, with the pass and the group. FFNs of one shape are packed by the same few operators."""
+    block group's, with the pass and the group. FFNs of one shape are packed by the same few operators, on sigma's device
+    too: passes may have run on several."""
     pieces = _Pieces()
     pieces.add(sigma.reshape(-1)[:1].float().view(torch.uint8))
     alike: dict[tuple[Any, ...], list[tuple[int, Heard]]] = {}
     groups = []
     for number, recorder in enumerate(recorders):
         for heard in recorder.heard:
+            heard = heard.on(sigma.device)
             key = (heard.choice.dim(), heard.choice.shape[1:], heard.logits_TE.shape, heard.largest)
             alike.setdefault(key, []).append((number, heard))
         for group, chosen_BM in recorder.chosen:

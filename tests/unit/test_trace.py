@@ -273,6 +273,25 @@ def test_an_evaluation_leaves_the_device_in_one_copy(router: str) -> None:
     assert run.finish().size == sum(leaving.left)
 
 
+@pytest.mark.parametrize("router", ["top_k", "capacity"])
+def test_prompts_that_were_evaluated_on_two_devices_are_packed_together(router: str) -> None:
+    """As ComfyUI's split of the work over several GPUs has it."""
+    run = Run(config(groups=(GROUP,)), GRID, 2**20)
+    there, here = Pass([ONE], TEXT, 0), Pass([NEGATIVE], TEXT, 0)
+    some = Samples.of([0], 1, torch.device("cpu"))
+    for listening, routing in (
+        (there, on_meta(router, LENGTHS[JOINT])),
+        (here, routed(LENGTHS[JOINT]) if router == "top_k" else unevenly(LENGTHS[JOINT])),
+    ):
+        listening.recorder.part(some, whole=False).experts(JOINT, routing, batch=1, gate=NORMALISED)
+        chosen_BM = torch.zeros(1, 2, dtype=torch.bool, device=routing.logits_TE.device)
+        listening.recorder.blocks(0, BlockRouting(chosen_BM=chosen_BM, logits_BM=chosen_BM.float(), active=1))
+    with Leaving() as leaving:
+        run.end(Evaluation(torch.empty(1, device="meta"), {}, [there, here]))
+    assert len(leaving.left) == 1
+    assert [entry.number for entry in run.steps[0].entries] == [0, 1]
+
+
 def on_meta(router: str, length: int) -> Routing | UnevenRouting:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
