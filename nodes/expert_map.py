@@ -159,7 +159,7 @@ def key_of(handle: TraceHandle, image: Tensor | None, latent: dict[str, Any] | N
             f"{NAME} has to wait for the sampler: connect {prefix}image (the image that was sampled with the traced MODEL) "
             f"or {prefix}latent (the sampler's latent)."
         )
-    return handle.key(None if latent is None else latent["samples"])
+    return handle.key(None if latent is None else latent["samples"], image)
 
 
 def saved(image: Tensor | None) -> list[dict[str, Any]]:
