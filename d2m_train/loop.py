@@ -188,6 +188,7 @@ class _Training:
                     eyes.event("stopped", step=step, message=f"{where}: stopped and saved; resume=latest goes on there")
                     raise Stopped
                 if measure.due(step):
+                    processes.reshard(self.core)
                     with self._averaged():
                         measure.after(step)
                     processes.reshard(self.core)

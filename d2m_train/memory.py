@@ -80,6 +80,8 @@ def shared_memory(
             size["student's weights"] = -(-size["student's weights"] // processes)
     if run.training.ema is not None:
         size["average"] = sum(weight.nbytes for weight in trained_parts)
+        if strategy == "zero3":
+            size["average"] = -(-size["average"] // processes)
     if strategy == "ddp":
         size["exchanged gradients"] = sum(weight.nbytes for weight in trained)
     elif strategy in ("fsdp2", "zero3"):

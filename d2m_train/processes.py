@@ -121,14 +121,19 @@ class Processes:
         return cast
 
     def reshard(self, model: nn.Module) -> None:
-        """After a pass without gradients FSDP2 keeps parts of the model whole, and would not see that weights change."""
+        """After a pass without gradients parts of a sharded model are still whole, and would not see that weights change."""
+        if self.zero is not None:
+            self.zero.let_go()
         for module in model.modules():
             if callable(found := getattr(module, "reshard", None)):
                 found()
 
     def unwrap(self, model: nn.Module) -> Any:
         """The model itself; FSDP2's is sharded in place."""
-        return self.accelerator.unwrap_model(model) if self.zero is None else self.zero.engine.module
+        # Not by accelerate, which would import DeepSpeed where it is installed, wanted or not.
+        return (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel) or self.zero is not None else model
+        )
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.accumulate(model)

@@ -18,6 +18,7 @@ from d2m_model.hosts.diffusers.modules import BlockGroupRouter
 from d2m_model.moe import MoEFFN, RouterLinear
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SHARED_MEMORY = "deepspeed_shm_comm"  # what a CPU's ranks could exchange by, if it were compiled first; gloo does
 READ_AT_ONCE = 1 << 28  # elements of parameters, of which a checkpoint has three or four each
 
 
@@ -45,6 +46,7 @@ class Zero:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
         self.stage: int = config["zero_optimization"]["stage"]
         self.adam = optimizer
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))[0]
@@ -88,6 +90,11 @@ class Zero:
 
     def zero_grad(self) -> None:
         """The step has done it."""
+
+    def let_go(self) -> None:
+        """Of weights that are still whole after a forward pass: stage 3 would take them for the parts that it has."""
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
 
     def close(self) -> None:
         self.engine.destroy()

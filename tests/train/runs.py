@@ -69,7 +69,14 @@ def run_file(folder: Path, **sections: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""} | _compiled_once()
+
+
+def _compiled_once() -> dict[str, str]:
+    """Where Python is told to keep no compiled code, every process would compile torch and diffusers anew: ten seconds."""
+    if not sys.dont_write_bytecode:
+        return {}
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "compiled")}
 
 
 # What `accelerate launch` hands to its processes; on a CPU it starts them by MPI, so torchrun does it here.
@@ -83,10 +90,21 @@ FSDP2 = {
 }
 
 
+def zero(stage: int) -> dict[str, str]:
+    """DeepSpeed's, of `stage`."""
+    return {
+        **DDP,
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
 def distill(
     file: Path, *overrides: str, processes: int = 1, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m d2m_train distill` in a process of its own, or in several with DDP or FSDP2 as `env`."""
+    """`python -m d2m_train distill` in a process of its own, or in several, sharing as `env` says."""
     starter = [sys.executable, "-m"]
     if processes > 1:
         starter += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]

@@ -11,7 +11,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from d2m_train import UserError
-from d2m_train.deepspeed import check_deepspeed
+from d2m_train.deepspeed import check_deepspeed, completed, configuration
 from d2m_train.run_config import RunConfig
 from tests.train.runs import ROOT
 
@@ -24,12 +24,12 @@ FILES = {
 }
 
 
-def run_of(**training: Any) -> RunConfig:
+def run_of(student: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "output_dir": "out",
             "teacher": {"path": "teacher.safetensors"},
-            "student": {"preset": "L"},
+            "student": {"preset": "L", **(student or {})},
             "data": {"source": "emoji"},
             "training": {"mixed_precision": "bf16", "accumulation": 8, "batch_size": 2, **training},
         }
@@ -77,7 +77,7 @@ def test_the_files_for_zero_fit_any_batch_and_say_their_stage(
     config = deepspeed_of(file, monkeypatch)
     assert config["zero_optimization"]["stage"] == stage
     check_deepspeed(config, run_of())
-    check_deepspeed(config, run_of(accumulation=1, batch_size=5, optimizer="adamw_8bit"))
+    check_deepspeed(config, run_of(accumulation=1, batch_size=5, optimizer="adamw_fused"))
     with pytest.raises(UserError, match=r"bf16\.enabled is True; expected False, as training\.mixed_precision is no"):
         check_deepspeed(config, run_of(mixed_precision="no"))
 
@@ -117,7 +117,24 @@ def test_a_configuration_that_says_what_the_run_says_is_good() -> None:
             {"max_grad_norm": 2.0},
             "gradient_clipping is auto (with accelerate that is 1.0)",
         ),
-        ({}, {"optimizer": "adamw_8bit"}, "zero_optimization.offload_optimizer.device is cpu; expected none"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            {},
+            "zero_optimization.offload_param.device is nvme; expected none or cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
+            {},
+            "zero_optimization.zero_hpz_partition_size is 8; expected none",
+        ),
+        ({}, {"optimizer": "adamw_8bit"}, "training.optimizer is adamw_8bit; expected adamw or adamw_fused"),
+        (
+            {"bf16": {"enabled": False}, "fp16": {"enabled": True}},
+            {"mixed_precision": "fp16"},
+            "training.mixed_precision is fp16; expected bf16 or no",
+        ),
+        ({}, {"student": {"dtype": "bfloat16"}}, "student.dtype is bfloat16; expected float32"),
+        ({}, {"student": {"frozen_dtype": "bfloat16"}}, "student.frozen_dtype is bfloat16; expected float32"),
     ],
 )
 def test_what_does_not_fit_the_run_is_named(change: dict[str, Any], training: dict[str, Any], said: str) -> None:
@@ -138,3 +155,21 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
         "train_micro_batch_size_per_gpu",
         "gradient_clipping",
     ]
+
+
+@pytest.mark.parametrize("file", ["zero2.yaml", "zero3.yaml"])
+def test_what_the_engine_is_given_leaves_nothing_open(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = completed(deepspeed_of(file, monkeypatch), run_of(max_grad_norm=None))
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["gradient_accumulation_steps"] == 8
+    assert found["gradient_clipping"] == 0.0
+    assert not found["bf16"]["enabled"], "routers and U would be cast; autocast does it"
+    assert "auto" not in str(found)
+
+
+def test_a_run_that_asks_for_deepspeed_where_it_is_not_installed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2m_train.deepspeed.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"DeepSpeed, which is not installed: pip install deepspeed, or use .*fsdp2\.yaml"
+    ):
+        configuration(run_of())

@@ -1,8 +1,9 @@
-"""Two processes on a CPU (gloo) train as one does: DDP and FSDP2, from accelerate's own settings."""
+"""Two processes on a CPU (gloo) train as one does: DDP, FSDP2 and DeepSpeed's ZeRO, from accelerate's own settings."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2m_train.eyes import read_log
-from tests.train.runs import DDP, FSDP2, distill, run_file, succeed, write_inputs
+from tests.train.runs import DDP, FSDP2, distill, run_file, succeed, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
 SHORT = {stage: {"steps": 3, "learning_rate": 1e-3} for stage in STAGES}
@@ -44,7 +45,19 @@ def one_process(inputs: Path) -> Path:
     return run(inputs, "one", "training.accumulation=2", "losses.balance=1", student={"preset": "S"})
 
 
-@pytest.mark.parametrize(("name", "env"), [("ddp", DDP), ("fsdp2", FSDP2)])
+# Among the packages for development it is on Linux alone.
+DEEPSPEED = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
+
+
+@pytest.mark.parametrize(
+    ("name", "env"),
+    [
+        ("ddp", DDP),
+        ("fsdp2", FSDP2),
+        pytest.param("zero2", zero(2), marks=DEEPSPEED),
+        pytest.param("zero3", zero(3), marks=DEEPSPEED),
+    ],
+)
 def test_two_processes_give_the_losses_and_weights_of_one(
     inputs: Path, one_process: Path, name: str, env: dict[str, str]
 ) -> None:
@@ -134,3 +147,33 @@ def test_a_sharded_run_goes_on_in_one_process(inputs: Path) -> None:
         if value.is_floating_point():
             found = load_file(out / "shared" / "student.safetensors")[name]
             assert (found - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), name
+
+
+@DEEPSPEED
+def test_a_run_under_deepspeed_goes_on_bit_for_bit_and_under_any_other_strategy(inputs: Path) -> None:
+    """Stage 3, where weights, averages and optimizer state lie in parts, with validation in between, which leaves weights
+    whole that are no longer the trained ones. Checkpoints are like any other's: one process reads them, and stage 2."""
+    student = {"preset": "L", "router": "capacity"}
+    common = ("stages=[convert, shared, experts]", "stage.shared.steps=0", "training.ema=0.5", "eyes.validate_every=1")
+    common = (*common, "checkpoints.every=1", "checkpoints.keep=9", "training.gradient_checkpointing=true")
+    whole = run(inputs, "zero-whole", *common, student=student, processes=2, env=zero(3))
+
+    def go_on(name: str, *overrides: str, processes: int, env: dict[str, str] | None) -> dict[str, torch.Tensor]:
+        out = inputs / name
+        shutil.copytree(whole, out)
+        (out / "experts" / "student.safetensors").unlink()
+        for step in (2, 3):
+            shutil.rmtree(out / "experts" / "checkpoints" / f"step-{step:06}")
+        file = run_file(inputs, stage=SHORT, student=student)
+        options = (f"output_dir={out}", *common, "resume=latest", *overrides)
+        assert "going on at step-000001" in succeed(distill(file, *options, processes=processes, env=env))
+        return load_file(out / "experts" / "student.safetensors")
+
+    again = go_on("zero-again", processes=2, env=zero(3))
+    two = go_on("zero-two", processes=2, env=zero(2))
+    one = go_on("zero-one", "training.accumulation=2", processes=1, env=None)
+    for name, value in load_file(whole / "experts" / "student.safetensors").items():
+        assert torch.equal(again[name], value), name
+        if value.is_floating_point():
+            for found in (two[name], one[name]):
+                assert (found - value).norm() <= 1e-5 * value.norm().clamp_min(1e-6), name
