@@ -7,6 +7,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,11 @@ PATCHES, TEXT = (SIZE // 16) ** 2, 7
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("traces")
+    with server_in(tmp_path_factory.mktemp("traces")) as running:
+        yield running
+
+
+def server_in(base: Path, *arguments: str) -> ComfyServer:
     models = base / "models"
     files.save(files.split(files.dense_flux(EMOJI), EMOJI), models / "diffusion_models" / "moe.safetensors")
     (models / "vae").mkdir()
@@ -31,8 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     )
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
-    with ComfyServer(base) as running:
-        yield running
+    return ComfyServer(base, arguments=("--cpu", *arguments))
 
 
 def graph_of(seed: int = 1, **widgets: Any) -> Graph:
@@ -170,6 +174,21 @@ def test_a_trace_that_was_freed_is_recorded_anew_when_the_same_workflow_is_queue
     last, _, cached = run(server, graph_of(seed=17))  # and then is at rest
     assert last == anew
     assert {"tracing", "image sampler", "map"} <= cached
+
+
+def test_an_older_image_from_a_cache_of_many_results_gets_its_own_trace(tmp_path: Path) -> None:
+    with server_in(tmp_path, "--cache-lru", "100") as running:
+        first, _, _ = run(running, graph_of(seed=19))
+        path = "steps/2/samples/0"
+        choices = request(running, f"/d2m/traces/{first}/{path}")[2]
+        run(running, graph_of(seed=20))
+        assert request(running, f"/d2m/traces/{first}", "DELETE")[0] == 204  # as the page does: it shows another now
+        again, _, cached = run(running, graph_of(seed=19))
+        assert "image sampler" in cached
+        assert request(running, f"/d2m/traces/{again}/{path}")[2] == choices
+        other, _, cached = run(running, graph_of(seed=19, step=0))  # the run of seed 20 was the last
+        assert "image sampler" in cached
+        assert request(running, f"/d2m/traces/{other}/{path}")[2] == choices
 
 
 def test_a_map_that_nothing_makes_wait_says_what_to_connect(server: ComfyServer) -> None:
