@@ -19,7 +19,8 @@ from ..d2m_model.config import FluxMoEConfig
 from ..d2m_model.trace import Evaluation, Pass, Run
 from ..d2m_model.trace_record import MOST_EXPERTS, SampleKey
 from .controls import flux_moe
-from .settings import OPTIONS_KEY, active_blocks, settings_of
+from .folds import in_full
+from .settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle
 
 KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_options
@@ -95,27 +96,11 @@ class Tracer:
                 listening = Pass(rows, c_crossattn.shape[1], references)
                 evaluation.passes.append(listening)
                 if evaluation.settings is None:
-                    evaluation.settings = self.settings(options)
+                    evaluation.settings = in_full(settings_of(options), self.config)
                 options[OPTIONS_KEY] = {**settings_of(options), "trace": listening.recorder}
             else:
                 run.note(AREAS)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What the evaluation really uses, as JSON: of the clone's settings, or else the file's."""
-        settings, config = settings_of(options), self.config
-        found: dict[str, Any] = {}
-        if config.ffns:
-            if config.capacity_router is None:
-                found["top_k"] = settings.get("top_k", config.top_k)
-            else:
-                found["capacity"] = settings.get("capacity", 1.0)
-            found["gate"] = settings.get("gate", config.gate.mode)
-        if config.groups:
-            found["active_blocks"] = active_blocks(settings.get("active_blocks"), config.groups)
-        if mask := settings.get("mask"):
-            found["mask"] = {ffn: weights_E.tolist() for ffn, weights_E in mask.items()}
-        return found
 
 
 def grid_of(latents: Tensor) -> tuple[int, int]:

@@ -313,7 +313,7 @@ def test_every_step_says_what_it_was_sampled_with(host: Comfy, pair: Pair) -> No
     assert it.trace.described["steps"][0]["settings"] == {
         "top_k": 3,
         "gate": "normalised",
-        "mask": {"single_blocks.1": weights.tolist()},
+        "mask": {ffn: weights.tolist() if ffn == "single_blocks.1" else [1.0] * 12 for ffn in LAYERS},
     }
     plain = traced(host, pair.moe)
     host.sample(plain.model, (1, 8, 8), steps=1)
