@@ -22,11 +22,10 @@ from ..d2m_model.keys import bfl_spelling, dense_shapes
 from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
 from ..d2m_model.tensor_file import Shape, bytes_of
 from .flux_moe import FluxMoEModel
+from .injections import refuse_injections
 from .saving import PREFIX, patches_of, unload
 
 FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
-BYPASS = "bypass_lora"  # ComfyUI's name for what Load LoRA (Bypass) injects
-MOST_NAMES = 3  # in a message
 
 
 def refuse_others(model: Any, node: str) -> None:
@@ -54,23 +53,6 @@ def refuse_others(model: Any, node: str) -> None:
                 "without loss. Load its bfloat16, float16 or float8 version."
             )
     LoadedTeacher(model)
-
-
-def refuse_injections(model: Any, node: str) -> None:
-    """Raises ValueError for what changes the layers while they run, in no weight: nothing of it would be converted."""
-    if model.injections.get(BYPASS):
-        raise ValueError(
-            f"{node}: there is a LoRA on this MODEL that leaves the weights as they are (Load LoRA (Bypass)), so that it "
-            "would be lost. Load it by Load LoRA, which makes it part of the weights."
-        )
-    kinds = {"injections": model.injections, "weight wrappers": model.weight_wrapper_patches}
-    for kind, found in kinds.items():
-        if names := sorted(str(name) for name, entries in found.items() if entries):
-            raise ValueError(
-                f"{node}: a node before this one changes the layers of this MODEL while they run ({kind}: "
-                f"{', '.join(names[:MOST_NAMES])}), which is in no weight and would be lost. Put that node after this one, "
-                "or leave it out."
-            )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from ..d2m_model.keys import bfl_spelling
 from ..d2m_model.tensor_writer import TensorWriter
 from .controls import flux_moe
 from .expert_mask import ExpertMask
+from .injections import refuse_injections
 from .replay import Replay
 from .rules import pieces_of, rules_of
 from .schedule import Schedule
@@ -231,6 +232,7 @@ class SaveFluxMoE(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
         flux_moe(model, NAME)
+        refuse_injections(model, NAME)
         target = target_of(filename_prefix)
         save(model, target, workflow_of(cls.hidden.prompt, cls.hidden.extra_pnginfo))
         return io.NodeOutput(ui=ui.PreviewText(os.path.relpath(target, folder_paths.get_output_directory())))

@@ -271,3 +271,14 @@ def interrupted(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[B
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", updated)
     yield management.InterruptProcessingException
     management.interrupt_current_processing(False)
+
+
+def test_what_another_node_injects_is_refused(host: Comfy, pair: Pair) -> None:
+    """It is in no weight: the file would be without it."""
+    from comfy.patcher_extension import PatcherInjection
+
+    injected = pair.moe.clone()
+    injected.set_injections("evolved", [PatcherInjection(inject=lambda _: None, eject=lambda _: None)])
+    with pytest.raises(ValueError, match=r"Save FLUX-MoE: .*injections: evolved.* would be lost"):
+        host.run("D2MSaveFluxMoE", model=injected, filename_prefix="diffusion_models/injected")
+    assert not list(host.base.rglob("injected*"))
