@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 OPTIONS_KEY = "d2m"
 GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see graph.py
 NEGATIVE_KEY = "d2m_negative"  # of prompts that a model of their own evaluates, its Run: see latch.py
-READ_BY_MODEL = ("top_k", "gate", "capacity", "active_blocks", "mask", "trace")
 
 
 def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
