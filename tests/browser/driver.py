@@ -23,7 +23,7 @@ class Comfy:
     def __init__(self, server: ComfyServer, page: Page, vue: bool) -> None:
         self.server, self.page, self.vue = server, page, vue
         self.complaints: list[str] = []
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self._complain(str(error) + (error.stack or "")))
 
