@@ -21,6 +21,7 @@ from d2m_model.hosts.diffusers.places import ffn_module
 from d2m_model.moe import MoEFFN
 
 from .checkpoints import Checkpoints
+from .compiling import compile_blocks
 from .data.order import places
 from .eyes import Eyes
 from .feature_store import Conditions, Features, FeatureStore
@@ -150,9 +151,7 @@ class PartTraining:
         self.section: StageSection = getattr(run.stage, stage)
         core.train()
         self.core = Blocks(core, part, checkpointing=run.training.gradient_checkpointing)
-        if run.training.compile:
-            for block in self.core.blocks:
-                block.forward = torch.compile(block.forward)
+        compile_blocks(list(self.core.blocks), run.training.compile)
         self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         optimizer, self.schedule = new_optimizer(list(self.trained.values()), self.section, run.training)
         self.student, self.optimizer = processes.prepare(self.core, optimizer)

@@ -21,6 +21,7 @@ from d2m_model.config import FluxMoEConfig, Gate
 from d2m_model.tensor_file import TensorFile
 
 from .checkpoints import Checkpoints
+from .compiling import compile_blocks
 from .data.batch import Batch, DataSource
 from .eyes import Eyes
 from .guard import find_non_finite, non_finite_error
@@ -127,9 +128,7 @@ class _Training:
         if run.training.gradient_checkpointing:
             core.enable_gradient_checkpointing()
         core.train()
-        if run.training.compile:
-            for block in [*core.transformer_blocks, *core.single_transformer_blocks]:
-                block.forward = torch.compile(block.forward)
+        compile_blocks([*core.transformer_blocks, *core.single_transformer_blocks], run.training.compile)
         processes.shard(core)
         optimizer, schedule = new_optimizer(
             [parameter for name, parameter in core.named_parameters() if name in names], self.section, run.training

@@ -40,6 +40,10 @@ class Processes:
             raise UserError(f"accelerate's configuration asks for FSDP {version}; expected fsdp_version: 2.")
         if self.sharded and run.training.mixed_precision == "fp16":
             raise UserError("training.mixed_precision is fp16, which FSDP2 does not do here; expected bf16 or no.")
+        if run.training.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise UserError(
+                "training.mixed_precision is fp16, which needs a GPU, and there is none; expected bf16 or no."
+            )
         self.zero_config = configuration(run) if asked_for() else None
         self.zero: Zero | None = None  # the engine of the stage that is being trained
         with not_by_accelerate():

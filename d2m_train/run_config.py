@@ -190,7 +190,8 @@ class TrainingSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     max_grad_norm: Rate | None = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
-    compile: bool = False
+    compile: bool | str = False
+    """torch.compile of every block: `true` by inductor, which needs a C++ compiler, or the name of another backend."""
 
 
 class CheckpointsSection(Section):

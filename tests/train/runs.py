@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from d2m_model.config import FluxDims
+from d2m_train.eyes import read_log
 from tests.unit.small_flux import dense_flux
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,15 +104,37 @@ def zero(stage: int) -> dict[str, str]:
     }
 
 
-def distill(
-    file: Path, *overrides: str, processes: int = 1, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`python -m d2m_train distill` in a process of its own, or in several, sharing as `env` says."""
+def command(arguments: Sequence[str], processes: int = 1) -> list[str]:
+    """`python -m d2m_train …`, by torchrun where there are several processes."""
     starter = [sys.executable, "-m"]
     if processes > 1:
         starter += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    command = [*starter, "d2m_train", "distill", str(file), *overrides]
-    return subprocess.run(command, cwd=ROOT, env={**environment(), **(env or {})}, capture_output=True, text=True)
+    return [*starter, "d2m_train", *arguments]
+
+
+def distill(
+    file: Path, *overrides: str, processes: int = 1, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`distill` in a process of its own, or in several that share as `env` says."""
+    asked = command(["distill", str(file), *overrides], processes)
+    return subprocess.run(asked, cwd=ROOT, env={**environment(), **(env or {})}, capture_output=True, text=True)
+
+
+def start(arguments: Sequence[str], processes: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """A command that is not waited for."""
+    pipe = subprocess.PIPE
+    asked = command(arguments, processes)
+    return subprocess.Popen(asked, cwd=ROOT, env={**environment(), **(env or {})}, stdout=pipe, stderr=pipe, text=True)
+
+
+def steps_logged(folder: Path, stage: str) -> list[int]:
+    return [line["step"] for line in read_log(folder / stage / "log.jsonl") if "loss/total" in line]
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, stage: str, step: int) -> None:
+    while step not in steps_logged(folder, stage):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +21,17 @@ from safetensors.torch import load_file
 from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
 from d2m_train.eyes import read_log
-from tests.train.runs import ROOT, distill, environment, run_file, succeed, write_inputs
+from tests.train.runs import (
+    ROOT,
+    distill,
+    environment,
+    run_file,
+    start,
+    steps_logged,
+    succeed,
+    wait_for_step,
+    write_inputs,
+)
 
 STAGES = ("shared", "experts", "blocks")
 
@@ -80,10 +89,6 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def error_of(result: int, capsys: pytest.CaptureFixture[str]) -> str:
     assert result == 2
     return capsys.readouterr().err
-
-
-def steps_logged(folder: Path, stage: str) -> list[int]:
-    return [line["step"] for line in read_log(folder / stage / "log.jsonl") if "loss/total" in line]
 
 
 # Stages
@@ -185,23 +190,6 @@ def test_restart_makes_a_stage_and_those_behind_it_anew(begun: Callable[..., lis
 
 
 # Stopping and going on
-
-
-def start(args: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "d2m_train", *args],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, stage: str, step: int) -> None:
-    while step not in steps_logged(folder, stage):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
 
 
 def test_a_run_killed_in_any_stage_ends_bit_for_bit_where_the_other_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d2m_train.__main__ import main
 from d2m_train.eyes import read_log
-from tests.train.runs import DDP, FSDP2, distill, run_file, succeed, write_inputs, zero
+from tests.train.runs import DDP, FSDP2, distill, run_file, start, succeed, wait_for_step, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
 SHORT = {stage: {"steps": 3, "learning_rate": 1e-3} for stage in STAGES}
@@ -32,11 +34,23 @@ def losses(out: Path, stage: str) -> list[dict[str, float]]:
 def run(
     inputs: Path, name: str, *overrides: str, processes: int = 1, env: dict[str, str] | None = None, **sections: Any
 ) -> Path:
-    """A run in a folder of its own; it converts anew, which is the same for all."""
+    """A run in a folder of its own, with what it said in said.txt. The conversion is one for all, unless a run asks for
+    its own."""
     out = inputs / name
+    if not any(override.startswith("convert.") for override in overrides):
+        shutil.copytree(converted(inputs, sections.get("student", {})), out / "convert")
     file = run_file(inputs, stage=SHORT, **sections)
-    succeed(distill(file, f"output_dir={out}", *overrides, processes=processes, env=env))
+    said = succeed(distill(file, f"output_dir={out}", *overrides, processes=processes, env=env))
+    (out / "said.txt").write_text(said)
     return out
+
+
+def converted(inputs: Path, student: dict[str, Any]) -> Path:
+    out = inputs / "-".join(["converted", *map(str, student.values())])
+    if not out.exists():
+        file = run_file(inputs, student=student)
+        assert main(["distill", str(file), f"output_dir={out}", "stages=[convert]"]) == 0
+    return out / "convert"
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +87,6 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         for tensor, value in a_student.items():
             if value.is_floating_point():
                 assert (b_student[tensor] - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), (stage, tensor)
-
-
-def test_fsdp2_shards_and_says_so(inputs: Path) -> None:
-    """A parameter's elements on one rank are half of it, so the two runs above did not do the same."""
-    file = run_file(inputs, stage=SHORT)
-    said = succeed(distill(file, f"output_dir={inputs / 'said'}", "stages=[convert, shared]", processes=2, env=FSDP2))
-    assert "2 processes, fsdp2: each holds 50% of the student's weights" in said
 
 
 def test_a_sharded_run_in_mixed_precision_with_averages_goes_through_every_stage(inputs: Path) -> None:
@@ -131,22 +138,57 @@ def test_capacity_routing_of_two_processes_is_that_of_one_with_the_same_microbat
         assert (ones[name] - twos[name]).abs().max() <= 1e-3 * (ones[name] - start[name]).abs().max()
 
 
-def test_a_sharded_run_goes_on_in_one_process(inputs: Path) -> None:
+@pytest.fixture(scope="module")
+def sharded(inputs: Path) -> Path:
+    """A whole run of stage `shared` in two processes, a checkpoint at every step."""
+    return run(inputs, "sharded", *EVERY_STEP, processes=2, env=FSDP2)
+
+
+STEPS = 6
+EVERY_STEP = ("stages=[convert, shared]", f"stage.shared.steps={STEPS}", "checkpoints.every=1", "checkpoints.keep=9")
+
+
+def test_fsdp2_shards_and_says_so(sharded: Path) -> None:
+    """A parameter's elements on one rank are half of it, so what is compared with one process is not DDP once more."""
+    assert "2 processes, fsdp2: each holds 50% of the student's weights" in (sharded / "said.txt").read_text()
+
+
+def test_a_sharded_run_goes_on_in_one_process(inputs: Path, sharded: Path) -> None:
     """Checkpoints are portable: two processes begin, one ends, at the global batch that it gathers by accumulation."""
-    whole = run(inputs, "whole", "stages=[convert, shared]", processes=2, env=FSDP2)
     out = inputs / "portable"
-    common = (f"output_dir={out}", "stages=[convert, shared]", "checkpoints.every=1", "checkpoints.keep=9")
-    file = run_file(inputs, stage=SHORT)
-    succeed(distill(file, *common, processes=2, env=FSDP2))
+    shutil.copytree(sharded, out)
     (out / "shared" / "student.safetensors").unlink()
-    for step in (2, 3):
+    for step in range(2, STEPS + 1):
         shutil.rmtree(out / "shared" / "checkpoints" / f"step-{step:06}")
-    said = succeed(distill(file, *common, "resume=latest", "training.accumulation=2"))
+    options = (f"output_dir={out}", *EVERY_STEP, "resume=latest", "training.accumulation=2")
+    said = succeed(distill(run_file(inputs, stage=SHORT), *options))
     assert "going on at step-000001" in said
-    for name, value in load_file(whole / "shared" / "student.safetensors").items():
+    for name, value in load_file(sharded / "shared" / "student.safetensors").items():
         if value.is_floating_point():
             found = load_file(out / "shared" / "student.safetensors")[name]
             assert (found - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), name
+
+
+def test_sigterm_stops_both_ranks_with_a_checkpoint_and_they_go_on_bit_for_bit(inputs: Path, sharded: Path) -> None:
+    """As torchrun passes it on, of which it says itself that it failed."""
+    out = inputs / "stopped"
+    shutil.copytree(sharded / "convert", out / "convert")
+    file = run_file(inputs, stage=SHORT)
+    asked = ["distill", str(file), f"output_dir={out}", *EVERY_STEP, "resume=latest"]
+    process = start([*asked, "checkpoints.every=1000"], processes=2, env=FSDP2)
+    wait_for_step(process, out, "shared", 1)
+    process.send_signal(signal.SIGTERM)
+    said = "".join(process.communicate())
+    assert process.returncode != 0
+    (saved,) = (out / "shared" / "checkpoints").iterdir()
+    reached = int(saved.name.removeprefix("step-"))
+    assert 1 <= reached < STEPS, said
+    stops = [line["step"] for line in read_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"]
+    assert stops == [reached], "one of the two says it"
+    assert f"going on at {saved.name}" in succeed(distill(file, *asked[2:], processes=2, env=FSDP2))
+    found = load_file(out / "shared" / "student.safetensors")
+    for name, value in load_file(sharded / "shared" / "student.safetensors").items():
+        assert torch.equal(found[name], value), name
 
 
 @DEEPSPEED
@@ -157,6 +199,7 @@ def test_a_run_under_deepspeed_goes_on_bit_for_bit_and_under_any_other_strategy(
     common = ("stages=[convert, shared, experts]", "stage.shared.steps=0", "training.ema=0.5", "eyes.validate_every=1")
     common = (*common, "checkpoints.every=1", "checkpoints.keep=9", "training.gradient_checkpointing=true")
     whole = run(inputs, "zero-whole", *common, student=student, processes=2, env=zero(3))
+    assert "2 processes, zero3: each holds 50% of the student's weights" in (whole / "said.txt").read_text()
 
     def go_on(name: str, *overrides: str, processes: int, env: dict[str, str] | None) -> dict[str, torch.Tensor]:
         out = inputs / name

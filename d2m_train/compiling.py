@@ -1,0 +1,28 @@
+"""torch.compile of a student's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from . import UserError
+
+
+def compile_blocks(blocks: Sequence[nn.Module], compiler: bool | str) -> None:
+    """Each block's forward, by inductor (True) or another backend; False leaves them as they are.
+
+    Raises UserError for a backend that torch lacks.
+    """
+    if not compiler:
+        return
+    backend = "inductor" if compiler is True else str(compiler)
+    if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise UserError(
+            f"training.compile is {backend}; expected true, false or a backend of torch: {', '.join(known)}."
+        )
+    # Blocks of a kind share their code, and each may need a graph of its own, for training and for validation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend)
