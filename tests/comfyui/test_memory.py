@@ -36,7 +36,7 @@ def storages() -> Iterator[int]:
 
 @pytest.mark.parametrize("patched", [False, True], ids=["as loaded", "with a LoRA"])
 def test_unloading_and_letting_go_frees_every_weight(host: Comfy, pair: Pair, patched: bool) -> None:
-    """Load, sample, unload: again and again without growth."""
+    """Load, sample, unload: again and again without growth. What earlier tests left may go meanwhile."""
     host.unload()
     sums = []
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_unloading_and_letting_go_frees_every_weight(host: Comfy, pair: Pair, pa
         gc.collect()
         assert not [reference for reference in dead if reference() is not None]
         sums.append(sum(storages()))
-    assert sums[0] == sums[1] == sums[2]
+    assert sums[0] >= sums[1] >= sums[2]
 
 
 def test_unloading_leaves_the_weights_as_they_were(host: Comfy, pair: Pair) -> None:
