@@ -1,10 +1,12 @@
 """What conversion without training keeps of the emoji FLUX, option by option, over three seeds.
 
-    python -m benchmarks.training_free
+    python -m benchmarks.training_free            experts (preset L)
+    python -m benchmarks.training_free blocks     block groups (M, S, XS), DiffMoE's router, and the dense baselines
 
 Each variant is converted by the command line, on a calibration that all variants of a seed share, and paints fixed
 prompts from the teacher's noise. `distance` is |latents - teacher's| / |teacher's| over all of them; accuracies are the
-demo's scorer's. Rows are written as they come, so an interrupted run goes on; benchmarks/results/training_free-cpu.json.
+demo's scorer's. Rows are written as they come, so an interrupted run goes on; benchmarks/results/training_free-cpu.json, and
+training_free_blocks-cpu.json.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -37,21 +40,62 @@ DEFAULT = "default (preset L)"
 SPLIT_ONLY = "--split-only"
 PAPER = "paper's initialisation"
 PAPER_OPTIONS = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
+
+
+@dataclass(frozen=True)
+class Study:
+    """variants  conversions by name, with their options
+    unit      the variant whose distance is 1 in the table's ratio
+    every_k   variants whose first seed paints at every Top-K
+    """
+
+    result: str
+    variants: dict[str, tuple[str, ...]]
+    unit: str
+    every_k: frozenset[str] = field(default_factory=frozenset)
+
+
 # What each option adds, one after the other; then the default without each of its parts.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    PAPER: PAPER_OPTIONS,
-    "+ mean compensation": ("--experts", "random", "--router", "random", "--no-refit"),
-    "+ ridge router": ("--experts", "random", "--no-refit"),
-    "+ co-activation experts": ("--no-refit",),
-    DEFAULT: (),
-    "default, random experts": ("--experts", "random"),
-    "default, random router": ("--router", "random"),
-    "default, centroid router": ("--router", "centroid"),
-    "default, without means": ("--no-mean",),
-    "default, importance by weight norm": ("--importance", "weight-norm"),
-    "default, modulations not compressed": ("--adaln-rank", "128"),
-    SPLIT_ONLY: ("--split-only",),
-}
+EXPERTS = Study(
+    result="training_free",
+    variants={
+        PAPER: PAPER_OPTIONS,
+        "+ mean compensation": ("--experts", "random", "--router", "random", "--no-refit"),
+        "+ ridge router": ("--experts", "random", "--no-refit"),
+        "+ co-activation experts": ("--no-refit",),
+        DEFAULT: (),
+        "default, random experts": ("--experts", "random"),
+        "default, random router": ("--router", "random"),
+        "default, centroid router": ("--router", "centroid"),
+        "default, without means": ("--no-mean",),
+        "default, importance by weight norm": ("--importance", "weight-norm"),
+        "default, modulations not compressed": ("--adaln-rank", "128"),
+        SPLIT_ONLY: ("--split-only",),
+    },
+    unit=PAPER,
+    every_k=frozenset({DEFAULT, SPLIT_ONLY}),
+)
+# Of each preset: how its blocks are chosen, and what a dense model of the blocks that run is.
+BLOCKS = Study(
+    result="training_free_blocks",
+    variants={
+        DEFAULT: (),
+        "L, DiffMoE's capacity router": ("--router-kind", "capacity"),
+        "L, MLP pruning": ("--baseline", "mlp_pruning"),
+        **{
+            f"{preset}{variant}": ("--preset", preset, *options)
+            for preset in ("M", "S", "XS")
+            for variant, options in {
+                "": (),
+                ", random block routers": ("--block-router", "random"),
+                ", groups where blocks change least": ("--groups", "auto"),
+                ", depth pruning": ("--baseline", "depth_pruning"),
+            }.items()
+        },
+    },
+    unit=DEFAULT,
+)
+STUDIES = {"experts": EXPERTS, "blocks": BLOCKS}
 
 
 def convert(target: Path, calibration: Path, seed: int, options: tuple[str, ...]) -> None:
@@ -75,16 +119,16 @@ def measure(latents: Tensor, teacher: Tensor, pictures: tuple[dataset.Picture, .
     }
 
 
-def rows_to_measure(seeds: int) -> list[tuple[str, int, tuple[int, ...]]]:
-    """(variant, seed, Top-K values). Every Top-K of the first seed's default and split-only files."""
+def rows_to_measure(study: Study, seeds: int) -> list[tuple[str, int, tuple[int, ...]]]:
+    """(variant, seed, Top-K values)."""
     return [
-        (variant, seed, EVERY_K if seed == 0 and variant in (DEFAULT, SPLIT_ONLY) else (TOP_K,))
+        (variant, seed, EVERY_K if seed == 0 and variant in study.every_k else (TOP_K,))
         for seed in range(seeds)
-        for variant in VARIANTS
+        for variant in study.variants
     ]
 
 
-def run(results: Path, every: int, seeds: int) -> list[dict[str, Any]]:
+def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, Any]]:
     pictures, noise = dataset.prompts()[::every], range(0, len(dataset.prompts()), every)
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
@@ -92,17 +136,19 @@ def run(results: Path, every: int, seeds: int) -> list[dict[str, Any]]:
     if not rows:
         rows.append({"variant": "teacher", "seed": 0, "top_k": None} | measure(dense, dense, pictures))
     with tempfile.TemporaryDirectory() as folder:
-        for variant, seed, every_k in rows_to_measure(seeds):
+        for variant, seed, every_k in rows_to_measure(study, seeds):
             if (variant, seed) in done:
                 continue
             # The importance is part of a calibration: without it, it is another one.
-            kind = "weight-norm" if "weight-norm" in VARIANTS[variant] else "taylor"
+            variant_options = study.variants[variant]
+            kind = "weight-norm" if "weight-norm" in variant_options else "taylor"
             target = Path(folder, "moe.safetensors")
-            convert(target, Path(folder, f"{kind}-{seed}"), seed, VARIANTS[variant])
+            convert(target, Path(folder, f"{kind}-{seed}"), seed, variant_options)
             model, _ = load_flux_moe(target, torch.float32)
             for top_k in every_k:
-                for moe in experts_of(model):
-                    moe.top_k = top_k
+                if variant in study.every_k:
+                    for moe in experts_of(model):
+                        moe.top_k = top_k
                 found = measure(paint(model, pictures, noise), dense, pictures)
                 rows.append({"variant": variant, "seed": seed, "top_k": top_k} | found)
                 print(json.dumps(rows[-1]), flush=True)
@@ -112,20 +158,20 @@ def run(results: Path, every: int, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(study: Study, rows: list[dict[str, Any]]) -> str:
     """Markdown: means over the seeds, with the standard deviation of the distance."""
     teacher = rows[0]
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows[1:]:
         grouped.setdefault((row["variant"], row["top_k"]), []).append(row)
-    paper = mean(row["distance"] for row in grouped[PAPER, TOP_K])
-    lines = ["| | k | distance | of the paper's | object | of the teacher's |", "|---|---|---|---|---|---|"]
+    unit = mean(row["distance"] for row in grouped[study.unit, TOP_K])
+    lines = [f"| | k | distance | of {study.unit} | object | of the teacher's |", "|---|---|---|---|---|---|"]
     for (variant, top_k), group in grouped.items():
         distances = [row["distance"] for row in group]
         spread = f" ± {stdev(distances):.3f}" if len(distances) > 1 else ""
         accuracy = mean(row["object"] for row in group)
         lines.append(
-            f"| {variant} | {top_k} | {mean(distances):.3f}{spread} | {mean(distances) / paper:.2f} | {accuracy:.3f} "
+            f"| {variant} | {top_k} | {mean(distances):.3f}{spread} | {mean(distances) / unit:.2f} | {accuracy:.3f} "
             f"| {accuracy / teacher['object']:.3f} |"
         )
     return "\n".join(lines)
@@ -133,15 +179,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="experts")
     parser.add_argument("--every", type=int, default=10, help="paint every n-th of the 500 fixed prompts (default 10)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=Path, default=record.ROOT / "benchmarks" / "out" / "training_free.json")
+    parser.add_argument("--rows", type=Path, help="rows as they come (default: benchmarks/out/RESULT.json)")
     options = parser.parse_args(arguments)
-    options.rows.parent.mkdir(parents=True, exist_ok=True)
-    rows = run(options.rows, options.every, options.seeds)
-    print(table(rows))
-    print(record.write("training_free", torch.device("cpu"), rows))
-    options.rows.unlink()
+    study = STUDIES[options.study]
+    partial = options.rows or record.ROOT / "benchmarks" / "out" / f"{study.result}.json"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    rows = run(study, partial, options.every, options.seeds)
+    print(table(study, rows))
+    print(record.write(study.result, torch.device("cpu"), rows))
+    partial.unlink()
     return 0
 
 

@@ -90,7 +90,9 @@ class Tracer:
         state = options.get(KEY)
         if isinstance(state, tuple) and c_crossattn is not None:
             run, evaluation, names = state
-            if grid_of(x) == run.grid:
+            if not self._is_of_its_file(executor.class_obj):
+                pass  # a guider's other model
+            elif grid_of(x) == run.grid:
                 references = sum(patches_of(latents) for latents in kwargs.get("ref_latents") or ())
                 rows = rows_of(x.shape[0], options, names)
                 listening = Pass(rows, c_crossattn.shape[1], references)
@@ -101,6 +103,11 @@ class Tracer:
             else:
                 run.note(AREAS)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _is_of_its_file(self, base_model: Any) -> bool:
+        """Whether this comfy BaseModel is of the MODEL that is traced. Guiders with a model of their own for negative
+        prompts hand it the same transformer_options; another file's blocks have no place in this trace."""
+        return getattr(base_model.diffusion_model, "config", None) == self.config
 
 
 def grid_of(latents: Tensor) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped
 from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_live import Desk, at_step, desk, graph_of, of_log  # noqa: F401 (fixtures)
+from tests.comfyui.test_trace import traced
 
 SIZE = (1, 16, 8, 8)
 Dual = Callable[..., Tensor]
@@ -201,3 +202,11 @@ def test_a_trace_listens_to_the_guiders_model(
     slots = [[entry.slots for entry in step.entries] for step in trace.steps]
     routed = len(pair.moe.model.diffusion_model.config.ffns)
     assert slots == [[3] * routed + [7] * routed * same] * 3
+
+
+def test_a_trace_is_of_its_own_file(host: Comfy, pair: Pair, grouped: Grouped, dual: Dual) -> None:
+    """What another file's routers choose for negative prompts is not recorded as the traced model's."""
+    for negative, conditions in ((pair.moe, {"positive", "negative"}), (grouped.moe, {"positive"})):
+        it = traced(host, pair.moe)
+        dual(it.model, negative)
+        assert {key.condition for step in it.trace.steps for key in step.places()} == conditions
