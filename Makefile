@@ -16,8 +16,9 @@ export PYTHONUNBUFFERED = 1
 
 # One line, read after set-up: which environment belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
-# Models of tests are tiny: a core for each process beats all cores for one. Files stay whole, for what their tests share.
-SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadfile
+# Models of tests are tiny: a core for each process beats all cores for one. Files stay whole, for what their tests share,
+# and keep their order: many short ones come last, so that no core waits for a long one.
+SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,7 +42,7 @@ test: setup ## every test
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests $(SIDE_BY_SIDE)
 
 test-hosts: setup ## the tests that run in a ComfyUI, in the newest and the oldest supported (6 GB more)
-	@$(PYTHON) -m tools.on_hosts
+	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="$(SIDE_BY_SIDE) $$PYTEST_ADDOPTS" $(PYTHON) -m tools.on_hosts
 
 lint: setup ## ruff, types and import contracts
 	@$(RUN) tools.lint

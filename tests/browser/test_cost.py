@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 from playwright.sync_api import expect
@@ -11,6 +12,7 @@ from tests.browser.driver import Comfy
 
 FILE = "emoji-flux-moe.safetensors"
 SIZE = {"width": "128", "height": "128"}
+UNUSED = count(20)  # ids of nodes that no other test has
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def line(comfy: Comfy, **settings: Any) -> str:
     """What a readout has to say under these settings, from the server's numbers."""
     asked = {**SIZE, **{name: str(value) for name, value in settings.items()}}
     answer = comfy.server.get("/d2m/cost", model_name=FILE, **asked)
-    active, dense = (f"{count / 1e6:.3g}" for count in (answer["touched"], answer["dense"]["touched"]))
+    active, dense = (f"{number / 1e6:.3g}" for number in (answer["touched"], answer["dense"]["touched"]))
     return f"{active} of {dense} M active · {round(answer['flops_ratio'] * 100)} % FLOPs"
 
 
@@ -117,29 +119,32 @@ def test_under_a_schedule_the_readout_gives_the_span(comfy: Comfy) -> None:
 
 
 def test_what_a_conversion_costs_is_known_when_it_has_run(comfy: Comfy) -> None:
+    conversion = str(next(UNUSED))  # the server remembers what a node of an earlier test gave
     drawn: Graph = {
         "1": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
-        "2": node(
+        conversion: node(
             "D2MConvertFlux", model=["1", 0], preset="L", split_only=True, samples=1, steps=1, size=128, seed=0, top_k=2,
             router="top_k", block_routers="random",
         ),
         "3": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
-        "4": top_k("2", 3),
+        "4": top_k(conversion, 3),
         "5": node("D2MSaveFluxMoE", model=["4", 0], filename_prefix="diffusion_models/converted"),
     }  # fmt: skip
     comfy.build(drawn)
-    if "of 2.13 M active" not in comfy.readout(4):
-        comfy.page.wait_for_function(
-            "() => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText.includes('Queue the workflow')"
-        )
+    wait_for_line(comfy, "Queue the workflow")
     comfy.server.wait(comfy.queue())
-    comfy.page.wait_for_function(
-        "() => / of 2.13 M active/.test(app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText)"
-    )
+    wait_for_line(comfy, " of 2.13 M active")
     before = comfy.readout(4)
     comfy.set_widget(4, "top_k", 9)
     comfy.page.wait_for_function(
         "before => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText !== before", arg=before
+    )
+
+
+def wait_for_line(comfy: Comfy, part: str) -> None:
+    """Of node 4."""
+    comfy.page.wait_for_function(
+        "part => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText.includes(part)", arg=part
     )
 
 
