@@ -28,7 +28,8 @@ from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, config_of, dims_
 from ..d2m_model.config import FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
-from .prompt_server import prompt_server
+from .prompt_server import executing, prompt_server
+from .run_log import Graph, computed_from
 from .settings import active_blocks
 
 PATCH = 16  # pixels on the side of an image token
@@ -74,6 +75,7 @@ class Known:
 
 
 NODES, FILES = Known(), Known()
+RESULTS = Known()  # by what a node's result is computed from
 
 
 def remember(config: FluxMoEConfig) -> None:
@@ -83,8 +85,24 @@ def remember(config: FluxMoEConfig) -> None:
     nothing is added to its output, so what ComfyUI keeps of it stays as it is.
     """
     context = get_executing_context()
-    if context is not None and NODES.put(str(context.node_id), config):
-        logging.info("FLUX-MoE of node %s: %s", context.node_id, costs(config, {})["text"])
+    if context is None:
+        return
+    node = str(context.node_id)
+    if NODES.put(node, config):
+        logging.info("FLUX-MoE of node %s: %s", node, costs(config, {})["text"])
+    graph: Graph = next((item[2] for item in executing() if item[1] == context.prompt_id), {})
+    if result := computed_from(graph, [node], {}).get(node):
+        RESULTS.put(result, config)
+
+
+def recognise(json_data: dict[str, Any]) -> dict[str, Any]:
+    """PromptServer's on_prompt handler: a node whose result ComfyUI has in its cache, from another id, does not run."""
+    graph = json_data.get("prompt")
+    if isinstance(graph, dict) and all(isinstance(node.get("inputs"), dict) for node in graph.values()):
+        for node, result in computed_from(graph, graph, {}).items():
+            if (model := RESULTS.get(result)) is not None:
+                NODES.put(node, model)
+    return json_data
 
 
 def answer(query: Mapping[str, str]) -> dict[str, Any]:
@@ -239,7 +257,8 @@ async def get_cost(request: web.Request) -> web.Response:
 
 
 def register() -> None:
-    """The route, where there is a server."""
+    """The route, and the handler of prompts, where there is a server."""
     server = prompt_server()
     if server is not None:
         server.routes.get("/d2m/cost")(get_cost)
+        server.add_on_prompt_handler(recognise)

@@ -21,7 +21,7 @@ from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
 from .folds import KINDS
-from .prompt_server import prompt_server
+from .prompt_server import executing, prompt_server
 from .run_log import Graph, PromptLog, computed_from, plant, planted
 
 LAST_RUNS = 32
@@ -200,7 +200,7 @@ def register() -> None:
     server = prompt_server()
     if server is None:
         return
-    LIVE.running = lambda: server.prompt_queue.get_current_queue_volatile()[0]
+    LIVE.running = executing
     server.add_on_prompt_handler(plant)
 
     @server.routes.post("/d2m/live")

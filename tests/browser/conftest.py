@@ -90,18 +90,56 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 FAILED = pytest.StashKey[bool]()
 
 
-@pytest.fixture(params=RENDERERS.values(), ids=RENDERERS)
-def comfy(request: pytest.FixtureRequest, server: ComfyServer, browser: Browser, tmp_path: Path) -> Iterator[Comfy]:
+class Pages:
+    """One page at a time, since loading it takes longer than most tests: it is used on in the same renderer, emptied, as
+    long as all goes well."""
+
+    def __init__(self, server: ComfyServer, browser: Browser) -> None:
+        self._server, self._browser = server, browser
+        self._open: Comfy | None = None
+
+    def take(self, vue: bool) -> Comfy:
+        """ComfyUI's page with an empty workflow."""
+        if self._open is not None and self._open.vue == vue:
+            self._open.start_anew()
+            return self._open
+        self.close()
+        context = self._browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+        self._open = Comfy(self._server, context.new_page(), vue=vue)
+        self._open.open()
+        return self._open
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.page.context.close()
+            self._open = None
+
+
+@pytest.fixture(scope="session")
+def pages(server: ComfyServer, browser: Browser) -> Iterator[Pages]:
+    opened = Pages(server, browser)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session", params=RENDERERS.values(), ids=RENDERERS)
+def vue(request: pytest.FixtureRequest) -> bool:
+    """Whether Nodes 2.0 draws; of the session, so that tests of one renderer come one after the other."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def comfy(request: pytest.FixtureRequest, pages: Pages, vue: bool, tmp_path: Path) -> Iterator[Comfy]:
     """ComfyUI's page with an empty workflow; a console message of our files that is no plain log fails the test."""
-    context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
-    opened = Comfy(server, context.new_page(), vue=request.param)
+    opened = pages.take(vue)
+    failed = True
     try:
-        opened.open()
         yield opened
-        if request.node.stash.get(FAILED, False):
+        if failed := request.node.stash.get(FAILED, False):
             opened.page.screenshot(path=tmp_path / "failed.png")
             print(f"screenshot: {tmp_path / 'failed.png'}")
     finally:
         opened.open_gate_for_good()
-        context.close()
+        if failed or opened.complaints:
+            pages.close()
     assert opened.complaints == []

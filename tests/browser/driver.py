@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Page
+from playwright.sync_api import ConsoleMessage, Page, expect
 
 from demo.server import ComfyServer, Graph
 from tools.host import PACK_NAME
 
 Workflow = dict[str, Any]
+PATIENCE = 120_000  # ms, for a machine that has other things to do
+expect.set_options(timeout=PATIENCE)
 FIND = "app.canvas.graph.getNodeById(id).widgets.find(it => it.name === name)"  # a widget of the graph that is shown
 
 
@@ -23,7 +25,7 @@ class Comfy:
     def __init__(self, server: ComfyServer, page: Page, vue: bool) -> None:
         self.server, self.page, self.vue = server, page, vue
         self.complaints: list[str] = []
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self._complain(str(error) + (error.stack or "")))
 
@@ -50,6 +52,21 @@ class Comfy:
         self.page.goto(self.server.address)
         self.wait_until_ready()
         self.js("() => app.graph.clear()")
+
+    def start_anew(self) -> None:
+        """Leave what an earlier test has done to this page: one empty workflow, no dialog, no prompt heard of."""
+        self.page.keyboard.press("Escape")
+        self.js(
+            """async () => {
+                const { workflow, command } = app.extensionManager;
+                const before = [...workflow.openWorkflows];
+                await command.execute('Comfy.NewBlankWorkflow');
+                for (const it of before) await workflow.closeWorkflow(it);
+                app.canvas.ds.reset();
+                startedPrompts.length = 0;
+            }"""
+        )
+        self._wait_for_nodes(0)
 
     def wait_until_ready(self) -> None:
         self.page.wait_for_function("() => window.app?.extensionManager && window.app.canvas && window.app.rootGraph")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from tests.browser.driver import PATIENCE
 from tests.browser.synthetic_trace import NONE, PROMPT, SyntheticTrace
 from tests.browser.widget_page import WidgetPage
 
@@ -34,7 +35,7 @@ class Map:
         self.page, self.served = page, served
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE)
 
     def open(self, **parameters: Any) -> None:
         query = "&".join(f"{name}={value}" for name, value in parameters.items())

@@ -213,6 +213,7 @@ def test_converted_once_it_comes_from_the_cache(server: ComfyServer) -> None:
     entry = server.wait(server.queue(graph))
     (cached,) = [data["nodes"] for event, data in entry["status"]["messages"] if event == "execution_cached"]
     assert "other id" in cached
+    assert cost(server, node="other id")["touched"] == cost(server, node="moe")["touched"]
 
 
 def test_combined_prompts_calibrate_it(server: ComfyServer) -> None:
