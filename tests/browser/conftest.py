@@ -140,6 +140,6 @@ def comfy(request: pytest.FixtureRequest, pages: Pages, vue: bool, tmp_path: Pat
             print(f"screenshot: {tmp_path / 'failed.png'}")
     finally:
         opened.open_gate_for_good()
-        if failed or opened.complaints:
+        if failed or opened.complaints or not opened.reusable:
             pages.close()
     assert opened.complaints == []

@@ -92,7 +92,7 @@ def test_a_slider_moved_during_a_run_is_used_from_the_next_evaluation(comfy: Com
     comfy.build(graph())
     comfy.show_all()
     prompt = start(comfy)
-    answer = comfy.live(lambda: comfy.move_slider(2, "top_k", 5))
+    answer = comfy.slide_live(2, "top_k", 5)
     assert answer["applied"]
     assert answer["prompt_id"] == prompt
     assert "live" in comfy.readout(2)
@@ -159,7 +159,7 @@ def test_a_slider_inside_a_subgraph(comfy: Comfy) -> None:
     comfy.js("id => app.canvas.setGraph(app.rootGraph.getNodeById(id).subgraph)", host)
     comfy.show_all()
     prompt = start(comfy)
-    answer = comfy.live(lambda: comfy.move_slider(2, "top_k", 5))
+    answer = comfy.slide_live(2, "top_k", 5)
     assert answer["sent"]["nodes"] == [f"{host}:2"]
     assert answer["applied"]
     assert changed_at(finish(comfy, prompt), 5)
@@ -170,7 +170,7 @@ def test_a_promoted_slider_on_a_subgraph_node(comfy: Comfy) -> None:
     host = comfy.into_subgraph([2], promote=(2, "top_k"))
     comfy.show_all()
     prompt = start(comfy)
-    answer = comfy.live(lambda: comfy.move_slider(host, "top_k", 5))
+    answer = comfy.slide_live(host, "top_k", 5)
     assert answer["sent"]["nodes"] == [f"{host}:2"]
     assert answer["applied"]
     assert changed_at(finish(comfy, prompt), 5)
