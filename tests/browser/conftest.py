@@ -12,6 +12,9 @@ from playwright.sync_api import Browser, sync_playwright
 
 from demo.server import ComfyServer
 from tests.browser.driver import Comfy
+from tests.browser.map_page import Map
+from tests.browser.synthetic_trace import SyntheticTrace
+from tests.browser.widget_page import WidgetPage
 from tests.comfyui import files
 from tools import browser as chromium
 from tools.host import ROOT
@@ -143,3 +146,50 @@ def comfy(request: pytest.FixtureRequest, pages: Pages, vue: bool, tmp_path: Pat
         if failed or opened.complaints or not opened.reusable:
             pages.close()
     assert opened.complaints == []
+
+
+# The Expert map's widget by itself: see map_page.py
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[WidgetPage]:
+    page = WidgetPage()
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def shown(browser: Browser, served: WidgetPage) -> Iterator[Map]:
+    served.traces.clear()
+    served.asked.clear()
+    context = browser.new_context(viewport={"width": 1400, "height": 1100}, device_scale_factor=1)
+    opened = Map(context.new_page(), served)
+    try:
+        yield opened
+    finally:
+        context.close()
+    assert opened.errors == []
+
+
+@pytest.fixture
+def one(shown: Map) -> Map:
+    """A run of one trace, at its first step, in single_blocks.3."""
+    shown.served.add(SyntheticTrace("one"))
+    shown.open()
+    shown.run("one")
+    shown.wait()
+    shown.to("Step", 0)
+    shown.to("Block", 4 + 3)
+    return shown
+
+
+@pytest.fixture
+def two(shown: Map) -> Map:
+    shown.served.add(SyntheticTrace("one"))
+    shown.served.add(SyntheticTrace("two", seed=1))
+    shown.open()
+    shown.run("one", "two")
+    shown.wait()
+    shown.to("Step", 0)
+    shown.to("Block", 4 + 3)
+    return shown

@@ -12,6 +12,7 @@ import importlib
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,9 @@ class Comfy:
             importlib.import_module(f"d2m_model.{name}")
         shared = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "d2m_model"}
         sys.modules.update({f"{self.pack_name}.{name}": module for name, module in shared.items()})
-        assert asyncio.run(self.nodes.load_custom_node(str(ROOT))), "ComfyUI could not load the pack"
+        with ThreadPoolExecutor(1) as thread:  # in this one a browser's driver may have its event loop
+            loaded = thread.submit(asyncio.run, self.nodes.load_custom_node(str(ROOT))).result()
+        assert loaded, "ComfyUI could not load the pack"
 
     def module(self, name: str) -> ModuleType:
         """A module of the pack as ComfyUI has imported it, like nodes.flux_moe."""

@@ -1,0 +1,102 @@
+"""A page with the Expert map's widget alone, and a run of which every choice is known: what tests do on it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.driver import PATIENCE
+from tests.browser.synthetic_trace import SyntheticTrace
+from tests.browser.widget_page import WidgetPage
+
+PLACE = {"filename": "image.png", "subfolder": "", "type": "temp"}
+SINGLE_3 = 8 + 3  # number of the layer single_blocks.3: after four double blocks of two
+
+
+class Map:
+    """The page, and what a user does on it."""
+
+    def __init__(self, page: Page, served: WidgetPage) -> None:
+        self.page, self.served = page, served
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(PATIENCE)
+
+    def open(self, **parameters: Any) -> None:
+        query = "&".join(f"{name}={value}" for name, value in parameters.items())
+        self.page.goto(f"{self.served.address}/index.html?{query}")
+        self.page.wait_for_function("() => window.made")
+
+    def run(self, *traces: str, image: bool = True) -> None:
+        """What the node's run sends."""
+        images = [PLACE if image else None for _ in traces]
+        output = {"traces": traces, "images": images, "batches": [[PLACE, PLACE] if image else [] for _ in traces]}
+        self.page.evaluate("output => made.map.onExecuted({ d2m_map: [output] })", output)
+
+    def wait(self) -> None:
+        """Until the step in view is drawn."""
+        expect(self.page.locator(".d2m-body")).to_be_visible()
+        expect(self.page.locator(".d2m-map")).to_have_attribute("aria-busy", "false")
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    @property
+    def stage(self) -> Locator:
+        return self.page.locator(".d2m-stage:visible").first
+
+    def slider(self, name: str) -> Locator:
+        return self.page.get_by_role("slider", name=name, exact=True)
+
+    def to(self, name: str, value: float) -> None:
+        self.slider(name).evaluate(
+            "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }", value
+        )
+        self.wait()
+
+    def button(self, name: str) -> Locator:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def pixels(self) -> np.ndarray:
+        """The middle of every patch of the map on the screen, [height, width, 3]."""
+        url = self.stage.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+        raw = self.page.evaluate("url => fetch(url).then(r => r.arrayBuffer()).then(b => [...new Uint8Array(b)])", url)
+        image = np.asarray(Image.open(io.BytesIO(bytes(raw))).convert("RGB")).astype(int)
+        trace = next(iter(self.served.traces.values()))
+        height, width = image.shape[:2]
+        side = min(height / trace.height, width / trace.width)
+        y = ((height - side * trace.height) / 2 + side * (np.arange(trace.height) + 0.5)).astype(int)
+        x = ((width - side * trace.width) / 2 + side * (np.arange(trace.width) + 0.5)).astype(int)
+        return image[np.ix_(y, x)]
+
+    def said(self) -> str:
+        """What a screen reader says of the patch at the keyboard's cursor."""
+        return self.stage.locator(".d2m-cell").text_content() or ""
+
+    def properties(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.page.evaluate("() => made.map.properties.d2m_map")
+        return found
+
+    def masks(self) -> list[str]:
+        """What the mask widget's callback heard."""
+        found: list[str] = self.page.evaluate("() => made.masks")
+        return found
+
+
+def patches(trace: SyntheticTrace, step: int, sample: int, layer: int) -> np.ndarray:
+    """The best expert of every patch, [height, width]."""
+    experts_TK, _, _ = trace.choices(step, sample, layer)
+    return experts_TK[-trace.height * trace.width :, 0].reshape(trace.height, trace.width)
+
+
+def hexes(page: Page) -> list[str]:
+    found: list[str] = page.evaluate(
+        "() => import('/extensions/pack/expert_map/palette.mjs').then(it => it.EXPERT_COLOURS)"
+    )
+    return found
+
+
+def rgb(colour: str) -> list[int]:
+    return [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
