@@ -73,8 +73,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Of a module, since an idle page draws on."""
     program = chromium.needed()
     with sync_playwright() as playwright:
         # Chromium's sandbox does not work for root, nor in many containers; what is opened here is ours.
@@ -118,7 +119,7 @@ class Pages:
             self._open = None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(server: ComfyServer, browser: Browser) -> Iterator[Pages]:
     opened = Pages(server, browser)
     yield opened
