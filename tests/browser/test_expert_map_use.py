@@ -202,6 +202,25 @@ def test_the_map_fits_its_node(two: Map, size: tuple[int, int]) -> None:
         assert abs(sizes["drawn"][0] - sizes["drawn"][1]) <= 1
 
 
+@pytest.mark.parametrize("size", [(640, 560), (680, 980)])
+def test_block_paths_cover_nothing_and_their_last_row_can_be_reached(one: Map, size: tuple[int, int]) -> None:
+    """A group has as many rows as blocks, more than a low node has room for."""
+    one.page.evaluate("size => made.resize(...size)", size)
+    one.page.get_by_role("tab", name="Block paths").click()
+    one.wait()
+    boxes = one.page.evaluate(
+        """() => {
+            const find = (selector) => document.querySelector(selector);
+            const cells = find('.d2m-blocks'), hint = find('.d2m-chart:has(.d2m-blocks) + .d2m-quiet');
+            const part = cells.closest('.d2m-charts'), whole = part.closest('.d2m-tabbed');
+            part.scrollTop = part.scrollHeight;
+            const [above, below, around, tab] = [cells, hint, part, whole].map(it => it.getBoundingClientRect());
+            return { apart: below.top - above.bottom, end: around.bottom - below.bottom, room: tab.bottom - around.bottom };
+        }"""
+    )
+    assert min(boxes.values()) >= -1
+
+
 def test_every_text_is_there_in_chinese(two: Map) -> None:
     english = two.page.locator(".d2m-map").inner_text()
     two.open(locale="zh")

@@ -97,8 +97,9 @@ export const STYLE = `
 .d2m-map .d2m-tabs button { border: 0; border-radius: 5px 5px 0 0; background: none; border-bottom: 2px solid transparent; }
 .d2m-map .d2m-tabs button[aria-selected="true"] { border-bottom-color: var(--d2m-accent); font-weight: 600; }
 .d2m-map .d2m-tab { flex: 1 1 auto; min-height: 0; }
-.d2m-map .d2m-charts { height: 100%; display: flex; flex-direction: column; gap: 6px; }
+.d2m-map .d2m-charts { height: 100%; display: flex; flex-direction: column; gap: 6px; overflow-y: auto; }
 .d2m-map .d2m-chart { flex: 1; min-height: 0; display: flex; flex-direction: column; gap: 2px; }
+.d2m-map .d2m-chart:has(.d2m-blocks) { flex: 1 0 auto; }
 .d2m-map .d2m-chart .d2m-cells { flex: 1; min-height: 24px; }
 .d2m-map .d2m-scale { display: flex; gap: 6px; align-items: center; justify-content: flex-end; font-size: 11px; }
 .d2m-map .d2m-scale i { width: 110px; height: 8px; border-radius: 4px; }
