@@ -122,8 +122,8 @@ class Comfy:
     def into_subgraph(self, nodes: list[int], promote: tuple[int, str] | None = None) -> str:
         """Convert nodes to a subgraph, promoting a widget of one of them by linking it; the subgraph node's id.
 
-        The page is not for another test then: ComfyUI 0.18.2, once a subgraph was opened, may draw no nodes in the next
-        workflow that has one (Nodes 2.0).
+        The page is not for another test then: in ComfyUI 0.18.2 (Nodes 2.0), once a subgraph was opened, the next workflow
+        that has one draws no nodes. Whether this pack has a part in it is not known.
         """
         self.reusable = False
         return str(
