@@ -1,4 +1,4 @@
-"""The command line: `python -m d2m_train convert|unconvert|inspect|report`, each a module with add_arguments and run."""
+"""The command line: `python -m d2m_train convert|unconvert|inspect|report`, each a module of commands/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import UserError
 COMMANDS = {
     "convert": ("convert", "make a FLUX-MoE of a dense FLUX"),
     "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
-    "inspect": ("inspect_file", "say what a file is, and check it"),
+    "inspect": ("inspect", "say what a file is, and check it"),
     "report": ("report", "parameters and FLOPs of the presets"),
     "cache": ("cache", "encode a run's data ahead of training"),
     "distill": ("distill", "train a FLUX-MoE to be like its teacher, in stages"),
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (module_name, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in arguments[:1]:  # the others are not even imported
-            module = importlib.import_module(f".{module_name}", __package__)
+            module = importlib.import_module(f".commands.{module_name}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)

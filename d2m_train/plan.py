@@ -30,11 +30,11 @@ from . import UserError
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
 from .block_training import Part
 from .blockwise import parts_of
+from .commands.report import EMOJI, FLUX_DEV
 from .conversion import shallow
 from .conversion_settings import config_of, settings_of
 from .feature_store import disk_bytes
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
-from .report import EMOJI, FLUX_DEV
 from .run_config import KnownFlux, RunConfig, Stage
 from .stages import TRAINING, plan_of, stages_of
 

@@ -28,7 +28,7 @@ from d2m_model.config import (
 from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.keys import dense_shapes
 from d2m_train.__main__ import main
-from d2m_train.report import EMOJI, FLUX_DEV, MEGAPIXEL, PRINTED, preset_costs
+from d2m_train.commands.report import EMOJI, FLUX_DEV, MEGAPIXEL, PRINTED, preset_costs
 
 PRESETS: list[PresetName] = ["L", "M", "S", "XS"]
 

@@ -18,7 +18,7 @@ from d2m_model.config import FluxDims, PresetName, adaln_rank_of, paper_layout, 
 from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.tensor_file import TensorFile
 
-from . import UserError
+from .. import UserError
 
 FLUX_DEV = FluxDims(
     hidden_size=3072,

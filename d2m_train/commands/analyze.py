@@ -24,12 +24,12 @@ from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing, UnevenRouting
 
-from . import UserError, figures
-from .data.batch import Batch
-from .features import block_of
-from .models import is_flux_moe, load_flux
-from .noise import channels_of, grid, trajectory
-from .prompts import (
+from .. import UserError, figures
+from ..data.batch import Batch
+from ..features import block_of
+from ..models import is_flux_moe, load_flux
+from ..noise import channels_of, grid, trajectory
+from ..prompts import (
     Encoders,
     Prompt,
     add_prompt_arguments,
@@ -40,9 +40,9 @@ from .prompts import (
     read_prompts,
     shift_for,
 )
-from .sampling import draw_grid, noise_for, sample, save_png
-from .scores import distances, interval
-from .validation import evaluating
+from ..sampling import draw_grid, noise_for, sample, save_png
+from ..scores import distances, interval
+from ..validation import evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

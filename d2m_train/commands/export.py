@@ -17,8 +17,8 @@ from d2m_model.keys import dense_shapes
 from d2m_model.tensor_file import TensorFile
 from d2m_model.tensor_writer import TensorWriter
 
-from . import UserError
-from .run_config import Dtype
+from .. import UserError
+from ..run_config import Dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

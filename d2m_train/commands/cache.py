@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import UserError
-from .data import open_source, prepare
-from .data.pictures import PictureSource
-from .data.samples import described
-from .run_config import load
+from .. import UserError
+from ..data import open_source, prepare
+from ..data.pictures import PictureSource
+from ..data.samples import described
+from ..run_config import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

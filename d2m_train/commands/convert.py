@@ -18,11 +18,11 @@ from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts, Recipe
 from d2m_model.conversion.router_init import RouterInit
 
-from . import UserError
-from .conversion import convert
-from .conversion_settings import Baseline, ConversionSettings, FFNKind, Importance, TokenRouter
-from .data import open_data
-from .data.latents import FILE_FORMAT
+from .. import UserError
+from ..conversion import convert
+from ..conversion_settings import Baseline, ConversionSettings, FFNKind, Importance, TokenRouter
+from ..data import open_data
+from ..data.latents import FILE_FORMAT
 
 TOP_K = 2  # the paper's
 

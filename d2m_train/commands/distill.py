@@ -20,18 +20,18 @@ from d2m_model.checkpoint import check_file
 from d2m_model.config import FluxMoEConfig
 from d2m_model.teacher import open_teacher
 
-from . import UserError
-from .blockwise import check_blockwise, train_blockwise
-from .conversion import convert, settings_of
-from .data import open_source, prepare
-from .data.batch import DataSource, check_fits
+from .. import UserError
+from ..blockwise import check_blockwise, train_blockwise
+from ..conversion import convert, settings_of
+from ..data import open_source, prepare
+from ..data.batch import DataSource, check_fits
+from ..identity import check_same_run, check_same_sources, identity_of
+from ..loop import StageFiles, Stopped, train_stage
+from ..processes import Processes
+from ..run_config import STAGES, RunConfig, Stage, load
+from ..stages import TRAINING, stages_of
+from ..teachers import fused_file, open_frozen_teacher
 from .export import export
-from .identity import check_same_run, check_same_sources, identity_of
-from .loop import StageFiles, Stopped, train_stage
-from .processes import Processes
-from .run_config import STAGES, RunConfig, Stage, load
-from .stages import TRAINING, stages_of
-from .teachers import fused_file, open_frozen_teacher
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if args.dry_run:
-        from .plan import plan
+        from ..plan import plan
 
         print(plan(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory).text())
         return 0
