@@ -31,8 +31,8 @@ from .activations import feature_bytes, optional_of, saved_activations, valueles
 from .block_training import Part
 from .blockwise import parts_of
 from .commands.report import EMOJI, FLUX_DEV
-from .conversion import shallow
-from .conversion_settings import config_of, settings_of
+from .conversion.run import shallow
+from .conversion.settings import config_of, settings_of
 from .feature_store import disk_bytes
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
 from .run_config import KnownFlux, RunConfig, Stage

@@ -19,8 +19,8 @@ from d2m_model.conversion.ffn import Experts, Recipe
 from d2m_model.conversion.router_init import RouterInit
 
 from .. import UserError
-from ..conversion import convert
-from ..conversion_settings import Baseline, ConversionSettings, FFNKind, Importance, TokenRouter
+from ..conversion.run import convert
+from ..conversion.settings import Baseline, ConversionSettings, FFNKind, Importance, TokenRouter
 from ..data import open_data
 from ..data.latents import FILE_FORMAT
 

@@ -22,7 +22,7 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..blockwise import check_blockwise, train_blockwise
-from ..conversion import convert, settings_of
+from ..conversion.run import convert, settings_of
 from ..data import open_source, prepare
 from ..data.batch import DataSource, check_fits
 from ..identity import check_same_run, check_same_sources, identity_of

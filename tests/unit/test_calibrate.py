@@ -18,7 +18,13 @@ pytest.importorskip("diffusers")
 
 from d2m_model.hosts.diffusers import load_transformer
 from d2m_train import UserError
-from d2m_train.calibrate import VECS_PER_SAMPLE, Calibration, CalibrationSettings, calibrate, flow_matching_loss
+from d2m_train.conversion.calibrate import (
+    VECS_PER_SAMPLE,
+    Calibration,
+    CalibrationSettings,
+    calibrate,
+    flow_matching_loss,
+)
 from d2m_train.data.emoji import EmojiData
 from d2m_train.data.latents import LatentFile
 
@@ -242,7 +248,7 @@ def test_a_folder_of_another_calibration_is_refused(folder: Path) -> None:
 
 def test_a_folder_of_an_older_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files lack what later versions ask of them."""
-    monkeypatch.setattr("d2m_train.calibrate.FORMAT", 1)
+    monkeypatch.setattr("d2m_train.conversion.calibrate.FORMAT", 1)
     run(folder)
     monkeypatch.undo()
     with pytest.raises(UserError, match="holds another calibration: format differ"):

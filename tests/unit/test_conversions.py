@@ -16,8 +16,8 @@ from d2m_model.conversion import predictor_init
 from d2m_model.conversion.shallow import outputs_of
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_train import UserError
-from d2m_train.conversion import ConversionSettings, convert, settings_of
-from d2m_train.conversion_settings import Baseline, FFNKind
+from d2m_train.conversion.run import ConversionSettings, convert, settings_of
+from d2m_train.conversion.settings import Baseline, FFNKind
 from d2m_train.data.batch import Batch
 from d2m_train.data.latents import LatentFile
 
@@ -125,7 +125,7 @@ def test_a_preset_gets_block_routers_that_know_which_blocks_matter(room: Path, t
 
 def test_block_changes_are_those_of_the_teacher(room: Path, tmp_path: Path) -> None:
     """Asked again, at the noise levels and with the noise of the calibration."""
-    from d2m_train.calibrate import CalibrationSettings, Recorder
+    from d2m_train.conversion.calibrate import CalibrationSettings, Recorder
 
     _, report, _ = made(room, tmp_path / "m.safetensors", preset="M")
     model = load_transformer(room / "teacher.safetensors", torch.float32)

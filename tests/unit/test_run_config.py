@@ -10,7 +10,7 @@ import yaml
 
 from d2m_model.conversion.method import Importance
 from d2m_train import UserError
-from d2m_train.conversion_settings import settings_of
+from d2m_train.conversion.settings import settings_of
 from d2m_train.run_config import STAGES, load
 
 MINIMAL = """

@@ -23,11 +23,11 @@ from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blo
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
 
-from . import UserError
+from .. import UserError
+from ..data.batch import DataSource
 from .calibrate import CalibrationSettings, calibrate
-from .conversion_report import Report, tell, write_report
-from .conversion_settings import ConversionSettings, config_of, settings_of
-from .data.batch import DataSource
+from .report import Report, tell, write_report
+from .settings import ConversionSettings, config_of, settings_of
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

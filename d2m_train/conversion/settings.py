@@ -15,10 +15,10 @@ from d2m_model.conversion import method
 from d2m_model.conversion.ffn import Recipe
 from d2m_model.conversion.method import Baseline, FFNKind, Importance, Method, MethodError, TokenRouter
 
-from . import UserError
+from .. import UserError
 
 if TYPE_CHECKING:
-    from .run_config import RunConfig
+    from ..run_config import RunConfig
 
 __all__ = [
     "Baseline",

@@ -1,0 +1,1 @@
+"""Conversion without training, from the command line and as the first stage of a distillation."""
