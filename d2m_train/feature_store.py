@@ -26,7 +26,7 @@ from .data.batch import DataSource
 from .data.store import DamagedEntry, Store
 from .noise import noisy_batch
 from .run_config import RunConfig
-from .teachers import held
+from .teacher.frozen import held
 from .validation import SEED_APART
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from d2m_model.keys import diffusers_shapes
 from .activations import Activations
 from .run_config import RunConfig
 from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
-from .teachers import NF4_BLOCK, NF4_SCALER_BLOCK
+from .teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 
 if TYPE_CHECKING:
     from .block_training import Part

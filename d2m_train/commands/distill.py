@@ -30,7 +30,7 @@ from ..loop import StageFiles, Stopped, train_stage
 from ..processes import Processes
 from ..run_config import STAGES, RunConfig, Stage, load
 from ..stages import TRAINING, stages_of
-from ..teachers import fused_file, open_frozen_teacher
+from ..teacher.frozen import fused_file, open_frozen_teacher
 from .export import export
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from d2m_train.plan import Plan, memory_of, plan, strategy_of, student_config
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.stages import plan_of, prepare_student
 from d2m_train.step import Distillation
-from d2m_train.teachers import open_frozen_teacher
+from d2m_train.teacher.frozen import open_frozen_teacher
 
 IMAGE, TEXT = 64, 12
 

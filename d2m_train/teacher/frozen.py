@@ -23,9 +23,9 @@ from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
 from d2m_model.tensor_writer import write
 
-from . import UserError
+from .. import UserError
+from ..run_config import Lora, TeacherSection
 from .loras import LoraDeltas
-from .run_config import Lora, TeacherSection
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

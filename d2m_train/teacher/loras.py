@@ -25,7 +25,7 @@ from d2m_model.config import FluxDims
 from d2m_model.keys import dense_shapes, diffusers_sources, swap_halves
 from d2m_model.tensor_file import TensorFile
 
-from . import UserError
+from .. import UserError
 
 ROWS = 4096  # of a weight, fused at a time
 SHOWN = 5  # keys named in an error
