@@ -26,8 +26,8 @@ from d2m_model.config import FluxDims, FluxMoEConfig
 from d2m_model.cost import Tokens
 
 from .data.batch import Batch
+from .flow.noise import Noisy
 from .loop import with_gate
-from .noise import Noisy
 from .run_config import RunConfig
 from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
 from .step import Distillation

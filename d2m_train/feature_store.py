@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .data.batch import DataSource
 from .data.store import DamagedEntry, Store
-from .noise import noisy_batch
+from .flow.noise import noisy_batch
 from .run_config import RunConfig
 from .teacher.frozen import held
 from .validation import SEED_APART

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import UserError
-from .noise import channels_of
+from .flow.noise import channels_of
+from .flow.sampling import noise_for, sample, save_png, to_pil
 from .prompts import Encoders, Prompt
-from .sampling import noise_for, sample, save_png, to_pil
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

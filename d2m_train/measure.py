@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .data.batch import Batch, DataSource
 from .eyes import Eyes
+from .flow.sampling import new_sample_grid
 from .processes import Processes
 from .router_statistics import RouterStatistics
-from .sampling import new_sample_grid
 from .step import Distillation
 from .validation import Validation
 

@@ -174,7 +174,7 @@ def _size(text: str | None, default: int) -> tuple[int, int]:
 
 def shift_for(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
     """mu: what is asked for, or what the model was made for."""
-    from .noise import shift_of
+    from .flow.noise import shift_of
     from .run_config import TimestepsSection
 
     if args.shift is not None:

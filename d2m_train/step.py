@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .data.batch import Batch
 from .features import block_outputs, streams_of
+from .flow.noise import Noisy, noisy_batch
+from .flow.velocity import velocity
 from .losses import distillation_losses
-from .noise import Noisy, noisy_batch
 from .router_training import RouterTraining
-from .velocity import velocity
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from d2m_model.conversion.split import generator_for
 
 from .data.batch import Batch, DataSource
+from .flow.noise import channels_of, grid, shift_of, trajectory
+from .flow.velocity import noised, velocity
 from .losses import output_loss
-from .noise import channels_of, grid, shift_of, trajectory
 from .run_config import EyesSection, TimestepsSection
-from .velocity import noised, velocity
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -27,8 +27,9 @@ from d2m_model.routers import Routing, UnevenRouting
 from .. import UserError, figures
 from ..data.batch import Batch
 from ..features import block_of
+from ..flow.noise import channels_of, grid, trajectory
+from ..flow.sampling import draw_grid, noise_for, sample, save_png
 from ..models import is_flux_moe, load_flux
-from ..noise import channels_of, grid, trajectory
 from ..prompts import (
     Encoders,
     Prompt,
@@ -40,7 +41,6 @@ from ..prompts import (
     read_prompts,
     shift_for,
 )
-from ..sampling import draw_grid, noise_for, sample, save_png
 from ..scores import distances, interval
 from ..validation import evaluating
 

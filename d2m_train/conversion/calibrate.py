@@ -29,7 +29,7 @@ from d2m_model.tensor_file import CheckpointError
 
 from .. import UserError
 from ..data.batch import Batch, DataSource, check_fits
-from ..velocity import noised, velocity
+from ..flow.velocity import noised, velocity
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -141,7 +141,7 @@ class Recorder:
         """The batch; if it is prompts only, with the teacher's own images of them."""
         if batch.tokens_BTC is not None:
             return batch
-        from ..noise import grid, shift_of, trajectory
+        from ..flow.noise import grid, shift_of, trajectory
         from ..run_config import TimestepsSection
 
         section, count, length = TimestepsSection(), len(batch.pooled_BV), len(batch.image_ids_T3)

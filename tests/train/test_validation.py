@@ -17,10 +17,10 @@ from d2m_model.routers import Routing, UnevenRouting
 from d2m_train.data.batch import Batch
 from d2m_train.data.emoji import EmojiData
 from d2m_train.eyes import Eyes, read_log
+from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
 from d2m_train.losses import balance_loss
 from d2m_train.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
 from d2m_train.run_config import EyesSection, TimestepsSection
-from d2m_train.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
 from d2m_train.validation import Validation, evaluating
 
 from .small_student import DIMS, LAYOUT, dense_flux, student
@@ -140,7 +140,7 @@ def test_samples_are_those_of_diffusers_own_pipeline() -> None:
     """Schedule, shift by resolution, scaling of timestep and guidance, packing of latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    from d2m_train.noise import shift_of
+    from d2m_train.flow.noise import shift_of
 
     model = dense_flux()
     batch, noise = question_of(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .data.batch import Batch
+from ..data.batch import Batch
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

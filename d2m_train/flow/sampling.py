@@ -17,11 +17,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import UserError
-from .data.batch import Batch, DataSource, prompts_of
+from .. import UserError
+from ..data.batch import Batch, DataSource, prompts_of
+from ..run_config import EyesSection, TimestepsSection
+from ..validation import SEED_APART, evaluating
 from .noise import channels_of, grid, shift_of, trajectory
-from .run_config import EyesSection, TimestepsSection
-from .validation import SEED_APART, evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from d2m_model.conversion.split import generator_for
 
-from .data.batch import Batch
-from .run_config import TimestepsSection
+from ..data.batch import Batch
+from ..run_config import TimestepsSection
 from .velocity import noised, velocity
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Flow matching with a FLUX in diffusers: velocities, noise levels and sampling."""
