@@ -26,11 +26,11 @@ from d2m_model.config import FluxDims, FluxMoEConfig
 from d2m_model.cost import Tokens
 
 from .data.batch import Batch
+from .distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
+from .distillation.step import Distillation
 from .flow.noise import Noisy
 from .loop import with_gate
 from .run_config import RunConfig
-from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
-from .step import Distillation
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -23,17 +23,17 @@ from d2m_model.moe import MoEFFN
 from .checkpoints import Checkpoints
 from .compiling import compile_blocks
 from .data.order import places
+from .distillation.losses import feature_losses
+from .distillation.router_losses import RouterTraining
+from .distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
 from .eyes import Eyes
 from .feature_store import Conditions, Features, FeatureStore
 from .guard import find_non_finite, non_finite_error
 from .loop import Stopped
-from .losses import feature_losses
 from .optimizers import Average, new_optimizer
 from .processes import Processes
 from .router_statistics import RouterStatistics
-from .router_training import RouterTraining
 from .run_config import RunConfig, Stage, StageSection
-from .stages import BLOCKS_OF_DIFFUSERS, Plan
 from .state import TrainingState
 from .validation import evaluating
 

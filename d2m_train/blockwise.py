@@ -29,6 +29,16 @@ from . import UserError
 from .block_training import Part, PartTraining
 from .checkpoints import Checkpoints
 from .data.batch import DataSource
+from .distillation.stages import (
+    BLOCKS_OF_FLUX,
+    Plan,
+    blocks_of,
+    members,
+    plan_of,
+    prepare_student,
+    teacher_outputs,
+    trainable_names,
+)
 from .eyes import Eyes
 from .feature_store import FeatureStore, disk_bytes
 from .identity import of_stage
@@ -36,7 +46,6 @@ from .loop import StageFiles, Stopped, with_gate
 from .memory import Weight, optimizer_bytes
 from .processes import Processes
 from .run_config import RunConfig, Stage, StageSection
-from .stages import BLOCKS_OF_FLUX, Plan, blocks_of, members, plan_of, prepare_student, teacher_outputs, trainable_names
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

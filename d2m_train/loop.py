@@ -23,6 +23,8 @@ from d2m_model.tensor_file import TensorFile
 from .checkpoints import Checkpoints
 from .compiling import compile_blocks
 from .data.batch import Batch, DataSource
+from .distillation.stages import plan_of, prepare_student
+from .distillation.step import Distillation, StepLosses
 from .eyes import Eyes
 from .guard import find_non_finite, non_finite_error
 from .identity import of_stage
@@ -30,9 +32,7 @@ from .measure import Measure
 from .optimizers import Average, new_optimizer
 from .processes import Processes, held_share, whole
 from .run_config import RunConfig, Stage, StageSection
-from .stages import plan_of, prepare_student
 from .state import TrainingState
-from .step import Distillation, StepLosses
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

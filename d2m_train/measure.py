@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .data.batch import Batch, DataSource
+from .distillation.step import Distillation
 from .eyes import Eyes
 from .flow.sampling import new_sample_grid
 from .processes import Processes
 from .router_statistics import RouterStatistics
-from .step import Distillation
 from .validation import Validation
 
 

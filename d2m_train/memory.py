@@ -17,8 +17,8 @@ from d2m_model.cost import Tokens
 from d2m_model.keys import diffusers_shapes
 
 from .activations import Activations
+from .distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
 from .run_config import RunConfig
-from .stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
 from .teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 
 if TYPE_CHECKING:

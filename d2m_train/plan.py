@@ -33,10 +33,10 @@ from .blockwise import parts_of
 from .commands.report import EMOJI, FLUX_DEV
 from .conversion.run import shallow
 from .conversion.settings import config_of, settings_of
+from .distillation.stages import TRAINING, plan_of, stages_of
 from .feature_store import disk_bytes
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
 from .run_config import KnownFlux, RunConfig, Stage
-from .stages import TRAINING, plan_of, stages_of
 
 KNOWN: dict[KnownFlux, FluxDims] = {
     "flux1-dev": FLUX_DEV,

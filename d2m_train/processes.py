@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from . import UserError
 from .deepspeed import asked_for, configuration, not_by_accelerate
+from .distillation.stages import BLOCKS_OF_DIFFUSERS
 from .run_config import RunConfig
-from .stages import BLOCKS_OF_DIFFUSERS
 from .zero import Zero
 
 # The other ranks wait while the main one converts or encodes: hours, for a 12 B model.

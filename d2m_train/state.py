@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LambdaLR
 
 from .checkpoints import Checkpoints
+from .distillation.router_losses import RouterTraining
 from .optimizers import Average
-from .router_training import RouterTraining
 from .zero import Zero
 
 FROZEN = (".neuron_order",)  # buffers that no training changes

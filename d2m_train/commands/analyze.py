@@ -26,7 +26,7 @@ from d2m_model.routers import Routing, UnevenRouting
 
 from .. import UserError, figures
 from ..data.batch import Batch
-from ..features import block_of
+from ..distillation.features import block_of
 from ..flow.noise import channels_of, grid, trajectory
 from ..flow.sampling import draw_grid, noise_for, sample, save_png
 from ..models import is_flux_moe, load_flux

@@ -18,7 +18,7 @@ from d2m_model.hosts.diffusers.tensors import save_flux_moe
 from d2m_model.mob import BlockRouting
 from d2m_train.__main__ import main
 from d2m_train.data.emoji import EmojiData
-from d2m_train.features import block_outputs
+from d2m_train.distillation.features import block_outputs
 from d2m_train.flow.sampling import noise_for, sample
 from d2m_train.prompts import EMOJI_SHIFT, read_prompts
 from demo.dataset import COLOURS

@@ -31,10 +31,10 @@ from d2m_train.__main__ import main
 from d2m_train.block_training import Blocks, Part, relative_losses
 from d2m_train.blockwise import check_blockwise, parts_of
 from d2m_train.data.store import Store
+from d2m_train.distillation.stages import plan_of, trainable_names
 from d2m_train.eyes import Eyes
 from d2m_train.feature_store import Features
 from d2m_train.run_config import StageSection, load
-from d2m_train.stages import plan_of, trainable_names
 from tests.comfyui import files
 from tests.train.blockwise_runs import (
     DIMS,

@@ -35,7 +35,7 @@ FORBIDDEN = {
     "d2m_model/conversion/importance.py": "import diffusers",
     "nodes/conversion.py": "from ..d2m_train import losses",
     "nodes/loading.py": "from d2m_model import experts",
-    "d2m_train/losses.py": "import comfy.sd",
+    "d2m_train/distillation/losses.py": "import comfy.sd",
 }
 
 

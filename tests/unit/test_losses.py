@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_train.losses import balance_loss, distillation_losses, feature_losses, feature_weights, output_loss
+from d2m_train.distillation.losses import (
+    balance_loss,
+    distillation_losses,
+    feature_losses,
+    feature_weights,
+    output_loss,
+)
 
 NAMES = ("double_blocks.0", "single_blocks.0", "single_blocks.1")
 

@@ -18,8 +18,8 @@ from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
 
+from ..run_config import RunConfig
 from .losses import balance_loss
-from .run_config import RunConfig
 from .stages import Plan
 
 

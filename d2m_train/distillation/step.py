@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .data.batch import Batch
+from ..data.batch import Batch
+from ..flow.noise import Noisy, noisy_batch
+from ..flow.velocity import velocity
 from .features import block_outputs, streams_of
-from .flow.noise import Noisy, noisy_batch
-from .flow.velocity import velocity
 from .losses import distillation_losses
-from .router_training import RouterTraining
+from .router_losses import RouterTraining
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -17,8 +17,8 @@ from torch import nn
 
 from d2m_model.config import BlockGroup, FluxMoEConfig
 
-from . import UserError
-from .run_config import Stage, StageSection
+from .. import UserError
+from ..run_config import Stage, StageSection
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel

@@ -1,0 +1,1 @@
+"""What a training stage trains and compares: stages, losses and one microbatch (Sec. 3.2)."""
