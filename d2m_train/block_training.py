@@ -31,7 +31,7 @@ from .feature_store import Conditions, Features, FeatureStore
 from .guard import find_non_finite, non_finite_error
 from .loop import Stopped
 from .optimizers import Average, new_optimizer
-from .processes import Processes
+from .parallel.processes import Processes
 from .router_statistics import RouterStatistics
 from .run_config import RunConfig, Stage, StageSection
 from .state import TrainingState

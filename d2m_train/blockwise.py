@@ -44,7 +44,7 @@ from .feature_store import FeatureStore, disk_bytes
 from .identity import of_stage
 from .loop import StageFiles, Stopped, with_gate
 from .memory import Weight, optimizer_bytes
-from .processes import Processes
+from .parallel.processes import Processes
 from .run_config import RunConfig, Stage, StageSection
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from .guard import find_non_finite, non_finite_error
 from .identity import of_stage
 from .measure import Measure
 from .optimizers import Average, new_optimizer
-from .processes import Processes, held_share, whole
+from .parallel.processes import Processes, held_share, whole
 from .run_config import RunConfig, Stage, StageSection
 from .state import TrainingState
 

@@ -6,7 +6,7 @@ from .data.batch import Batch, DataSource
 from .distillation.step import Distillation
 from .eyes import Eyes
 from .flow.sampling import new_sample_grid
-from .processes import Processes
+from .parallel.processes import Processes
 from .router_statistics import RouterStatistics
 from .validation import Validation
 

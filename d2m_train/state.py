@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .checkpoints import Checkpoints
 from .distillation.router_losses import RouterTraining
 from .optimizers import Average
-from .zero import Zero
+from .parallel.zero import Zero
 
 FROZEN = (".neuron_order",)  # buffers that no training changes
 

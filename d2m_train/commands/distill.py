@@ -28,7 +28,7 @@ from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, stages_of
 from ..identity import check_same_run, check_same_sources, identity_of
 from ..loop import StageFiles, Stopped, train_stage
-from ..processes import Processes
+from ..parallel.processes import Processes
 from ..run_config import STAGES, RunConfig, Stage, load
 from ..teacher.frozen import fused_file, open_frozen_teacher
 from .export import export

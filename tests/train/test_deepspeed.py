@@ -11,7 +11,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from d2m_train import UserError
-from d2m_train.deepspeed import check_deepspeed, completed, configuration
+from d2m_train.parallel.deepspeed import check_deepspeed, completed, configuration
 from d2m_train.run_config import RunConfig
 from tests.train.runs import ROOT
 
@@ -168,7 +168,7 @@ def test_what_the_engine_is_given_leaves_nothing_open(file: str, monkeypatch: py
 
 
 def test_a_run_that_asks_for_deepspeed_where_it_is_not_installed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2m_train.deepspeed.find_spec", lambda name: None)
+    monkeypatch.setattr("d2m_train.parallel.deepspeed.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"DeepSpeed, which is not installed: pip install deepspeed, or use .*fsdp2\.yaml"
     ):

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from . import UserError
-from .run_config import RunConfig
+from .. import UserError
+from ..run_config import RunConfig
 
 AUTO = "auto"
 ASKED = "ACCELERATE_USE_DEEPSPEED"

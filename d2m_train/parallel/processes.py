@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import UserError
+from .. import UserError
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS
+from ..run_config import RunConfig
 from .deepspeed import asked_for, configuration, not_by_accelerate
-from .distillation.stages import BLOCKS_OF_DIFFUSERS
-from .run_config import RunConfig
 from .zero import Zero
 
 # The other ranks wait while the main one converts or encodes: hours, for a 12 B model.
