@@ -26,16 +26,16 @@ from .data.order import places
 from .distillation.losses import feature_losses
 from .distillation.router_losses import RouterTraining
 from .distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
-from .eyes import Eyes
 from .feature_store import Conditions, Features, FeatureStore
 from .guard import find_non_finite, non_finite_error
 from .loop import Stopped
+from .monitor.router_statistics import RouterStatistics
+from .monitor.stage_log import Eyes
+from .monitor.validation import evaluating
 from .optimizers import Average, new_optimizer
 from .parallel.processes import Processes
-from .router_statistics import RouterStatistics
 from .run_config import RunConfig, Stage, StageSection
 from .state import TrainingState
-from .validation import evaluating
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel

@@ -39,11 +39,11 @@ from .distillation.stages import (
     teacher_outputs,
     trainable_names,
 )
-from .eyes import Eyes
 from .feature_store import FeatureStore, disk_bytes
 from .identity import of_stage
 from .loop import StageFiles, Stopped, with_gate
 from .memory import Weight, optimizer_bytes
+from .monitor.stage_log import Eyes
 from .parallel.processes import Processes
 from .run_config import RunConfig, Stage, StageSection
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from .data.batch import DataSource
 from .data.store import DamagedEntry, Store
 from .flow.noise import noisy_batch
+from .monitor.validation import SEED_APART
 from .run_config import RunConfig
 from .teacher.frozen import held
-from .validation import SEED_APART
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -25,10 +25,10 @@ from .compiling import compile_blocks
 from .data.batch import Batch, DataSource
 from .distillation.stages import plan_of, prepare_student
 from .distillation.step import Distillation, StepLosses
-from .eyes import Eyes
 from .guard import find_non_finite, non_finite_error
 from .identity import of_stage
-from .measure import Measure
+from .monitor.stage_log import Eyes
+from .monitor.student_monitor import Measure
 from .optimizers import Average, new_optimizer
 from .parallel.processes import Processes, held_share, whole
 from .run_config import RunConfig, Stage, StageSection

@@ -30,6 +30,7 @@ from ..distillation.features import block_of
 from ..flow.noise import channels_of, grid, trajectory
 from ..flow.sampling import draw_grid, noise_for, sample, save_png
 from ..models import is_flux_moe, load_flux
+from ..monitor.validation import evaluating
 from ..prompts import (
     Encoders,
     Prompt,
@@ -42,7 +43,6 @@ from ..prompts import (
     shift_for,
 )
 from ..scores import distances, interval
-from ..validation import evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

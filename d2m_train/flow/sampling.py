@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..data.batch import Batch, DataSource, prompts_of
+from ..monitor.validation import SEED_APART, evaluating
 from ..run_config import EyesSection, TimestepsSection
-from ..validation import SEED_APART, evaluating
 from .noise import channels_of, grid, shift_of, trajectory
 
 if TYPE_CHECKING:

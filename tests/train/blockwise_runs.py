@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2m_model.config import BlockGroup, FluxDims
-from d2m_train.eyes import read_log
+from d2m_train.monitor.stage_log import read_log
 from tests.comfyui import files
 from tests.train.runs import run_file, write_latents
 

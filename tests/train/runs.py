@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from d2m_model.config import FluxDims
-from d2m_train.eyes import read_log
+from d2m_train.monitor.stage_log import read_log
 from tests.unit.small_flux import dense_flux
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,8 +32,8 @@ from d2m_train.block_training import Blocks, Part, relative_losses
 from d2m_train.blockwise import check_blockwise, parts_of
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_of, trainable_names
-from d2m_train.eyes import Eyes
 from d2m_train.feature_store import Features
+from d2m_train.monitor.stage_log import Eyes
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files
 from tests.train.blockwise_runs import (

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
-from d2m_train.eyes import read_log
+from d2m_train.monitor.stage_log import read_log
 from tests.train.runs import (
     ROOT,
     distill,

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2m_train import UserError
-from d2m_train.eyes import Eyes, read_log
+from d2m_train.monitor.stage_log import Eyes, read_log
 from d2m_train.run_config import EyesSection
 
 

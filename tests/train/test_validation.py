@@ -17,11 +17,11 @@ from d2m_model.routers import Routing, UnevenRouting
 from d2m_train.data.batch import Batch
 from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.losses import balance_loss
-from d2m_train.eyes import Eyes, read_log
 from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
-from d2m_train.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
+from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
+from d2m_train.monitor.stage_log import Eyes, read_log
+from d2m_train.monitor.validation import Validation, evaluating
 from d2m_train.run_config import EyesSection, TimestepsSection
-from d2m_train.validation import Validation, evaluating
 
 from .small_student import DIMS, LAYOUT, dense_flux, student
 

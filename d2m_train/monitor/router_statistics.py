@@ -19,9 +19,9 @@ from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing, UnevenRouting
 
-from .distillation.losses import balance_loss
-from .distillation.router_losses import RoutedModel, Tokens, kept_tokens
-from .eyes import Eyes
+from ..distillation.losses import balance_loss
+from ..distillation.router_losses import RoutedModel, Tokens, kept_tokens
+from .stage_log import Eyes
 
 PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import UserError
-from .run_config import EyesSection
+from .. import UserError
+from ..run_config import EyesSection
 
 if TYPE_CHECKING:
     from PIL.Image import Image

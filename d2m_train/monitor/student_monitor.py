@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .data.batch import Batch, DataSource
-from .distillation.step import Distillation
-from .eyes import Eyes
-from .flow.sampling import new_sample_grid
-from .parallel.processes import Processes
+from ..data.batch import Batch, DataSource
+from ..distillation.step import Distillation
+from ..flow.sampling import new_sample_grid
+from ..parallel.processes import Processes
 from .router_statistics import RouterStatistics
+from .stage_log import Eyes
 from .validation import Validation
 
 

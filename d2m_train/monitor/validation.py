@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from d2m_model.conversion.split import generator_for
 
-from .data.batch import Batch, DataSource
-from .distillation.losses import output_loss
-from .flow.noise import channels_of, grid, shift_of, trajectory
-from .flow.velocity import noised, velocity
-from .run_config import EyesSection, TimestepsSection
+from ..data.batch import Batch, DataSource
+from ..distillation.losses import output_loss
+from ..flow.noise import channels_of, grid, shift_of, trajectory
+from ..flow.velocity import noised, velocity
+from ..run_config import EyesSection, TimestepsSection
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
