@@ -29,8 +29,8 @@ from .data.batch import Batch
 from .distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
 from .distillation.step import Distillation
 from .flow.noise import Noisy
-from .loop import with_gate
 from .run_config import RunConfig
+from .training.loop import with_gate
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -27,7 +27,6 @@ from d2m_model.tensor_writer import TensorWriter
 
 from . import UserError
 from .block_training import Part, PartTraining
-from .checkpoints import Checkpoints
 from .data.batch import DataSource
 from .distillation.stages import (
     BLOCKS_OF_FLUX,
@@ -40,12 +39,13 @@ from .distillation.stages import (
     trainable_names,
 )
 from .feature_store import FeatureStore, disk_bytes
-from .identity import of_stage
-from .loop import StageFiles, Stopped, with_gate
 from .memory import Weight, optimizer_bytes
 from .monitor.stage_log import Eyes
 from .parallel.processes import Processes
 from .run_config import RunConfig, Stage, StageSection
+from .training.checkpoints import Checkpoints
+from .training.loop import StageFiles, Stopped, with_gate
+from .training.run_identity import of_stage
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -26,11 +26,11 @@ from ..conversion.run import convert, settings_of
 from ..data import open_source, prepare
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, stages_of
-from ..identity import check_same_run, check_same_sources, identity_of
-from ..loop import StageFiles, Stopped, train_stage
 from ..parallel.processes import Processes
 from ..run_config import STAGES, RunConfig, Stage, load
 from ..teacher.frozen import fused_file, open_frozen_teacher
+from ..training.loop import StageFiles, Stopped, train_stage
+from ..training.run_identity import check_same_run, check_same_sources, identity_of
 from .export import export
 
 if TYPE_CHECKING:

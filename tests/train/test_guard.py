@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2m_train.guard import find_non_finite, non_finite_error
+from d2m_train.training.non_finite import find_non_finite, non_finite_error
 
 
 class Root(nn.Module):

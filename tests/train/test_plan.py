@@ -21,12 +21,12 @@ from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_of, prepare_student
 from d2m_train.distillation.step import Distillation
 from d2m_train.flow.noise import Noisy
-from d2m_train.loop import with_gate
 from d2m_train.memory import Weight, shared_memory, teacher_bytes
-from d2m_train.optimizers import Average, new_optimizer
 from d2m_train.plan import Plan, memory_of, plan, strategy_of, student_config
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
+from d2m_train.training.loop import with_gate
+from d2m_train.training.optimizers import Average, new_optimizer
 
 IMAGE, TEXT = 64, 12
 

@@ -15,8 +15,8 @@ import torch
 from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_log
-from d2m_train.optimizers import new_optimizer
 from d2m_train.run_config import StageSection, TrainingSection
+from d2m_train.training.optimizers import new_optimizer
 from tests.train.runs import run_file, write_inputs
 
 Losses = list[dict[str, float]]

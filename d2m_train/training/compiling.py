@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from . import UserError
+from .. import UserError
 
 
 def compile_blocks(blocks: Sequence[nn.Module], compiler: bool | str) -> None:

@@ -13,9 +13,9 @@ import yaml
 
 from d2m_model.teacher import open_teacher
 
-from . import UserError
-from .data.batch import DataSource
-from .run_config import STAGES, RunConfig, Stage
+from .. import UserError
+from ..data.batch import DataSource
+from ..run_config import STAGES, RunConfig, Stage
 
 # What a run may change when it goes on: where it, its teacher and its data are (they are compared by content), what it shows
 # and keeps, which stages it runs, and how a global batch is gathered (loop.py compares how many microbatches it has).

@@ -20,18 +20,18 @@ from torch import Tensor
 from d2m_model.config import FluxMoEConfig, Gate
 from d2m_model.tensor_file import TensorFile
 
+from ..data.batch import Batch, DataSource
+from ..distillation.stages import plan_of, prepare_student
+from ..distillation.step import Distillation, StepLosses
+from ..monitor.stage_log import Eyes
+from ..monitor.student_monitor import Measure
+from ..parallel.processes import Processes, held_share, whole
+from ..run_config import RunConfig, Stage, StageSection
 from .checkpoints import Checkpoints
 from .compiling import compile_blocks
-from .data.batch import Batch, DataSource
-from .distillation.stages import plan_of, prepare_student
-from .distillation.step import Distillation, StepLosses
-from .guard import find_non_finite, non_finite_error
-from .identity import of_stage
-from .monitor.stage_log import Eyes
-from .monitor.student_monitor import Measure
+from .non_finite import find_non_finite, non_finite_error
 from .optimizers import Average, new_optimizer
-from .parallel.processes import Processes, held_share, whole
-from .run_config import RunConfig, Stage, StageSection
+from .run_identity import of_stage
 from .state import TrainingState
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import UserError
-from .parallel.processes import held
+from .. import UserError
+from ..parallel.processes import held
 
 ELSEWHERE = "it is on another rank, which names the module"
 

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..distillation.router_losses import RouterTraining
+from ..parallel.zero import Zero
 from .checkpoints import Checkpoints
-from .distillation.router_losses import RouterTraining
 from .optimizers import Average
-from .parallel.zero import Zero
 
 FROZEN = (".neuron_order",)  # buffers that no training changes
 

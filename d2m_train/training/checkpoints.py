@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed import is_initialized
 from torch.distributed.checkpoint.api import CheckpointException
 
-from . import UserError
+from .. import UserError
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"

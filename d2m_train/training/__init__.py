@@ -1,0 +1,1 @@
+"""The training loop of a stage, and everything that makes it resumable."""
