@@ -22,7 +22,7 @@ from .run_config import RunConfig
 from .teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 
 if TYPE_CHECKING:
-    from .block_training import Part
+    from .blockwise.part import Part
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 

@@ -28,13 +28,13 @@ from d2m_model.tensor_file import TensorFile
 
 from . import UserError
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
-from .block_training import Part
-from .blockwise import parts_of
+from .blockwise.feature_store import disk_bytes
+from .blockwise.part import Part
+from .blockwise.stage import parts_of
 from .commands.report import EMOJI, FLUX_DEV
 from .conversion.run import shallow
 from .conversion.settings import config_of, settings_of
 from .distillation.stages import TRAINING, plan_of, stages_of
-from .feature_store import disk_bytes
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
 from .run_config import KnownFlux, RunConfig, Stage
 

@@ -21,7 +21,7 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.teacher import open_teacher
 
 from .. import UserError
-from ..blockwise import check_blockwise, train_blockwise
+from ..blockwise.stage import check_blockwise, train_blockwise
 from ..conversion.run import convert, settings_of
 from ..data import open_source, prepare
 from ..data.batch import DataSource, check_fits

@@ -28,11 +28,11 @@ from d2m_model.teacher import open_teacher
 from d2m_model.tensor_writer import TensorWriter
 from d2m_train import UserError
 from d2m_train.__main__ import main
-from d2m_train.block_training import Blocks, Part, relative_losses
-from d2m_train.blockwise import check_blockwise, parts_of
+from d2m_train.blockwise.feature_store import Features
+from d2m_train.blockwise.part import Blocks, Part, relative_losses
+from d2m_train.blockwise.stage import check_blockwise, parts_of
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_of, trainable_names
-from d2m_train.feature_store import Features
 from d2m_train.monitor.stage_log import Eyes
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from d2m_train.blockwise.feature_store import FeatureStore
 from d2m_train.data.latents import LatentFile
 from d2m_train.data.store import Store
 from d2m_train.distillation.features import block_outputs
-from d2m_train.feature_store import FeatureStore
 from d2m_train.flow.noise import noisy_batch
 from d2m_train.flow.velocity import velocity
 from d2m_train.run_config import RunConfig, load

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .data.batch import DataSource
-from .data.store import DamagedEntry, Store
-from .flow.noise import noisy_batch
-from .monitor.validation import SEED_APART
-from .run_config import RunConfig
-from .teacher.frozen import held
+from ..data.batch import DataSource
+from ..data.store import DamagedEntry, Store
+from ..flow.noise import noisy_batch
+from ..monitor.validation import SEED_APART
+from ..run_config import RunConfig
+from ..teacher.frozen import held
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -25,10 +25,9 @@ from d2m_model.keys import dense_shapes
 from d2m_model.tensor_file import Shape, TensorFile, bytes_of
 from d2m_model.tensor_writer import TensorWriter
 
-from . import UserError
-from .block_training import Part, PartTraining
-from .data.batch import DataSource
-from .distillation.stages import (
+from .. import UserError
+from ..data.batch import DataSource
+from ..distillation.stages import (
     BLOCKS_OF_FLUX,
     Plan,
     blocks_of,
@@ -38,14 +37,15 @@ from .distillation.stages import (
     teacher_outputs,
     trainable_names,
 )
+from ..memory import Weight, optimizer_bytes
+from ..monitor.stage_log import Eyes
+from ..parallel.processes import Processes
+from ..run_config import RunConfig, Stage, StageSection
+from ..training.checkpoints import Checkpoints
+from ..training.loop import StageFiles, Stopped, with_gate
+from ..training.run_identity import of_stage
 from .feature_store import FeatureStore, disk_bytes
-from .memory import Weight, optimizer_bytes
-from .monitor.stage_log import Eyes
-from .parallel.processes import Processes
-from .run_config import RunConfig, Stage, StageSection
-from .training.checkpoints import Checkpoints
-from .training.loop import StageFiles, Stopped, with_gate
-from .training.run_identity import of_stage
+from .part import Part, PartTraining
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -312,7 +312,7 @@ class _Blockwise:
 
     def _check_disk(self) -> None:
         """Say what the stage will take. Raises UserError if there is not as much."""
-        from .plan import tokens_of
+        from ..plan import tokens_of
 
         parts = stage_disk(
             self.run,

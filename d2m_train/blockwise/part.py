@@ -20,22 +20,22 @@ from d2m_model.hosts.diffusers.modules import Choices
 from d2m_model.hosts.diffusers.places import ffn_module
 from d2m_model.moe import MoEFFN
 
-from .data.order import places
-from .distillation.losses import feature_losses
-from .distillation.router_losses import RouterTraining
-from .distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
+from ..data.order import places
+from ..distillation.losses import feature_losses
+from ..distillation.router_losses import RouterTraining
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
+from ..monitor.router_statistics import RouterStatistics
+from ..monitor.stage_log import Eyes
+from ..monitor.validation import evaluating
+from ..parallel.processes import Processes
+from ..run_config import RunConfig, Stage, StageSection
+from ..training.checkpoints import Checkpoints
+from ..training.compiling import compile_blocks
+from ..training.loop import Stopped
+from ..training.non_finite import find_non_finite, non_finite_error
+from ..training.optimizers import Average, new_optimizer
+from ..training.state import TrainingState
 from .feature_store import Conditions, Features, FeatureStore
-from .monitor.router_statistics import RouterStatistics
-from .monitor.stage_log import Eyes
-from .monitor.validation import evaluating
-from .parallel.processes import Processes
-from .run_config import RunConfig, Stage, StageSection
-from .training.checkpoints import Checkpoints
-from .training.compiling import compile_blocks
-from .training.loop import Stopped
-from .training.non_finite import find_non_finite, non_finite_error
-from .training.optimizers import Average, new_optimizer
-from .training.state import TrainingState
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel

@@ -1,0 +1,1 @@
+"""Blockwise training: one part of the student at a time against stored teacher features."""
