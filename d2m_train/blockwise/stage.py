@@ -37,9 +37,9 @@ from ..distillation.stages import (
     teacher_outputs,
     trainable_names,
 )
-from ..memory import Weight, optimizer_bytes
 from ..monitor.stage_log import Eyes
 from ..parallel.processes import Processes
+from ..plan.memory import Weight, optimizer_bytes
 from ..run_config import RunConfig, Stage, StageSection
 from ..training.checkpoints import Checkpoints
 from ..training.loop import StageFiles, Stopped, with_gate
@@ -312,7 +312,7 @@ class _Blockwise:
 
     def _check_disk(self) -> None:
         """Say what the stage will take. Raises UserError if there is not as much."""
-        from ..plan import tokens_of
+        from ..plan.estimate import tokens_of
 
         parts = stage_disk(
             self.run,

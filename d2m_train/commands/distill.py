@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if args.dry_run:
-        from ..plan import plan
+        from ..plan.estimate import plan
 
         print(plan(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory).text())
         return 0

@@ -17,7 +17,7 @@ from d2m_model.config import FFNLayout
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_train.blockwise.part import Part
 from d2m_train.distillation.stages import plan_of, prepare_student
-from d2m_train.plan import plan
+from d2m_train.plan.estimate import plan
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files
 from tests.train.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare

@@ -15,14 +15,14 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer, save_flux_moe
 from d2m_train import UserError
 from d2m_train.__main__ import main
-from d2m_train.activations import optional_of
 from d2m_train.commands.report import EMOJI, EMOJI_FILE
 from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_of, prepare_student
 from d2m_train.distillation.step import Distillation
 from d2m_train.flow.noise import Noisy
-from d2m_train.memory import Weight, shared_memory, teacher_bytes
-from d2m_train.plan import Plan, memory_of, plan, strategy_of, student_config
+from d2m_train.plan.activations import optional_of
+from d2m_train.plan.estimate import Plan, memory_of, plan, strategy_of, student_config
+from d2m_train.plan.memory import Weight, shared_memory, teacher_bytes
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
 from d2m_train.training.loop import with_gate

@@ -16,13 +16,13 @@ from d2m_model.config import FluxDims
 from d2m_model.cost import Tokens
 from d2m_model.keys import diffusers_shapes
 
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
+from ..run_config import RunConfig
+from ..teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 from .activations import Activations
-from .distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
-from .run_config import RunConfig
-from .teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 
 if TYPE_CHECKING:
-    from .blockwise.part import Part
+    from ..blockwise.part import Part
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 

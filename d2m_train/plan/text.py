@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from d2m_model.cost import Cost
 
 if TYPE_CHECKING:
-    from .plan import Plan, StageEstimate
+    from .estimate import Plan, StageEstimate
 
 GIB = 2**30
 # What to try, for the part of the memory that is the largest.

@@ -25,12 +25,12 @@ from d2m_model.checkpoint import expected_tensors, optional_tensors
 from d2m_model.config import FluxDims, FluxMoEConfig
 from d2m_model.cost import Tokens
 
-from .data.batch import Batch
-from .distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
-from .distillation.step import Distillation
-from .flow.noise import Noisy
-from .run_config import RunConfig
-from .training.loop import with_gate
+from ..data.batch import Batch
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
+from ..distillation.step import Distillation
+from ..flow.noise import Noisy
+from ..run_config import RunConfig
+from ..training.loop import with_gate
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -26,17 +26,17 @@ from d2m_model.keys import dense_shapes
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_file import TensorFile
 
-from . import UserError
+from .. import UserError
+from ..blockwise.feature_store import disk_bytes
+from ..blockwise.part import Part
+from ..blockwise.stage import parts_of
+from ..commands.report import EMOJI, FLUX_DEV
+from ..conversion.run import shallow
+from ..conversion.settings import config_of, settings_of
+from ..distillation.stages import TRAINING, plan_of, stages_of
+from ..run_config import KnownFlux, RunConfig, Stage
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
-from .blockwise.feature_store import disk_bytes
-from .blockwise.part import Part
-from .blockwise.stage import parts_of
-from .commands.report import EMOJI, FLUX_DEV
-from .conversion.run import shallow
-from .conversion.settings import config_of, settings_of
-from .distillation.stages import TRAINING, plan_of, stages_of
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
-from .run_config import KnownFlux, RunConfig, Stage
 
 KNOWN: dict[KnownFlux, FluxDims] = {
     "flux1-dev": FLUX_DEV,
@@ -94,7 +94,7 @@ class Plan:
 
     def text(self) -> str:
         """For a terminal."""
-        from .plan_text import text_of
+        from .text import text_of
 
         return text_of(self)
 

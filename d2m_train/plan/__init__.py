@@ -1,0 +1,1 @@
+"""Estimates of a run before it starts (`distill --dry-run`): memory, FLOPs, disk and tokens."""
