@@ -24,14 +24,12 @@ from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing, UnevenRouting
 
-from .. import UserError, figures
+from .. import UserError
 from ..data.batch import Batch
 from ..distillation.features import block_of
-from ..flow.noise import channels_of, grid, trajectory
-from ..flow.sampling import draw_grid, noise_for, sample, save_png
-from ..models import is_flux_moe, load_flux
-from ..monitor.validation import evaluating
-from ..prompts import (
+from ..evaluation import figures
+from ..evaluation.open_model import is_flux_moe, load_flux
+from ..evaluation.prompts import (
     Encoders,
     Prompt,
     add_prompt_arguments,
@@ -42,7 +40,10 @@ from ..prompts import (
     read_prompts,
     shift_for,
 )
-from ..scores import distances, interval
+from ..evaluation.scores import distances, interval
+from ..flow.noise import channels_of, grid, trajectory
+from ..flow.sampling import draw_grid, noise_for, sample, save_png
+from ..monitor.validation import evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..image_folder import ImageFolder, fill
-from ..models import Sparsity, is_flux_moe, load_flux
-from ..prompts import (
+from ..evaluation.image_folder import ImageFolder, fill
+from ..evaluation.open_model import Sparsity, is_flux_moe, load_flux
+from ..evaluation.prompts import (
     Encoders,
     Prompt,
     add_prompt_arguments,
@@ -27,7 +27,7 @@ from ..prompts import (
     read_prompts,
     shift_for,
 )
-from ..scores import LEVEL, Clip, Scores, interval, score
+from ..evaluation.scores import LEVEL, Clip, Scores, interval, score
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

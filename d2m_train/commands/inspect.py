@@ -16,7 +16,7 @@ from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
 
-from ..models import is_flux_moe
+from ..evaluation.open_model import is_flux_moe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ from d2m_model.mob import BlockRouting
 from d2m_train.__main__ import main
 from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.features import block_outputs
+from d2m_train.evaluation.prompts import EMOJI_SHIFT, read_prompts
 from d2m_train.flow.sampling import noise_for, sample
-from d2m_train.prompts import EMOJI_SHIFT, read_prompts
 from demo.dataset import COLOURS
 
 from .small_student import DIMS, LAYOUT, dense_flux, student

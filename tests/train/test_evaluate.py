@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from d2m_train import image_folder
 from d2m_train.__main__ import main
-from d2m_train.scores import interval
+from d2m_train.evaluation import image_folder
+from d2m_train.evaluation.scores import interval
 from demo.dataset import ASSETS, prompts
 
 TEACHER = ASSETS / "emoji-flux.safetensors"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import UserError
+from .. import UserError
 from .image_folder import ImageFolder
 from .prompts import Prompt
 

@@ -11,7 +11,7 @@ import torch
 from d2m_model.checkpoint import CONFIG_KEY
 from d2m_model.tensor_file import TensorFile
 
-from . import UserError
+from .. import UserError
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

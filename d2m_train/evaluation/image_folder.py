@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import UserError
-from .flow.noise import channels_of
-from .flow.sampling import noise_for, sample, save_png, to_pil
+from .. import UserError
+from ..flow.noise import channels_of
+from ..flow.sampling import noise_for, sample, save_png, to_pil
 from .prompts import Encoders, Prompt
 
 if TYPE_CHECKING:

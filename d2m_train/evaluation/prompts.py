@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import UserError
-from .data.batch import PATCH, Batch, latents_of, prompts_of
-from .data.emoji import EmojiAutoencoder, EmojiTextEncoders
-from .data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
+from .. import UserError
+from ..data.batch import PATCH, Batch, latents_of, prompts_of
+from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders
+from ..data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
 
 EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
 
@@ -174,8 +174,8 @@ def _size(text: str | None, default: int) -> tuple[int, int]:
 
 def shift_for(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
     """mu: what is asked for, or what the model was made for."""
-    from .flow.noise import shift_of
-    from .run_config import TimestepsSection
+    from ..flow.noise import shift_of
+    from ..run_config import TimestepsSection
 
     if args.shift is not None:
         return float(args.shift)

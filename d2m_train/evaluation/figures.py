@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import UserError
+from .. import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

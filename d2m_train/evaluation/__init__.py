@@ -1,0 +1,1 @@
+"""Sampling prompts with a FLUX, scoring the images, and drawing figures."""
