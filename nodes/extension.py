@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cost, flux_moe, live, lora, trace_routes
+from . import cost, live, lora, trace_routes
 from .controls import ActiveBlocks, TopK
 from .conversion import ConvertFlux
 from .demo import EmojiPrompt
 from .expert_map import ExpertMap
 from .expert_mask import ExpertMask
 from .loading import LoadFluxMoE
+from .model import flux_moe
 from .replay import Replay
 from .saving import SaveFluxMoE
 from .schedule import Schedule

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..d2m_model.config import FluxMoEConfig
+from .model.settings import active_blocks
 from .rules import Piece, numbers_of, pieces_of, rules_of
-from .settings import active_blocks
 
 AS_IN_FILE = "as in the file"
 GATES = ("sum", "normalised")

@@ -18,11 +18,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..d2m_model.config import FluxMoEConfig
-from .flux_moe import FluxMoEModel
 from .folds import FOLDED, KINDS, Moment, Settings, logged
 from .live import LIVE, Prompt
+from .model.flux_moe import FluxMoEModel
+from .model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
 from .run_log import NEGATIVE
-from .settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
 
 WRAPPER_KEY = "d2m"
 RUN = "run"  # of the settings within a run

@@ -32,10 +32,10 @@ from ..d2m_model.tensor_writer import TensorWriter
 from .controls import flux_moe
 from .expert_mask import ExpertMask
 from .injections import refuse_injections
+from .model.settings import active_blocks, settings_of
 from .replay import Replay
 from .rules import pieces_of, rules_of
 from .schedule import Schedule
-from .settings import active_blocks, settings_of
 
 NAME = "Save FLUX-MoE"
 PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches

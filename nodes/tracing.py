@@ -20,7 +20,7 @@ from ..d2m_model.trace import Evaluation, Pass, Run
 from ..d2m_model.trace_record import MOST_EXPERTS, SampleKey
 from .controls import flux_moe
 from .folds import in_full
-from .settings import OPTIONS_KEY, settings_of
+from .model.settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle
 
 KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_options

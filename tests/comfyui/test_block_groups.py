@@ -138,7 +138,7 @@ def test_one_choice_serves_every_block_of_a_group(
     host: Comfy, grouped: Grouped, monkeypatch: pytest.MonkeyPatch, watched: list
 ) -> None:
     """Every sample runs just as many blocks as are active, and nothing else runs."""
-    blocks, runs = host.module("nodes.blocks"), []
+    blocks, runs = host.module("nodes.model.blocks"), []
     for name in ("DoubleExpertBlock", "SingleExpertBlock"):
         cls = getattr(blocks, name)
 

@@ -308,7 +308,7 @@ def test_for_graphs_nothing_is_made_where_nothing_is_compiled(
     """With a mask that would be a copy for every FFN at every call of the model."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    module, made = host.module("nodes.flux_moe"), []
+    module, made = host.module("nodes.model.flux_moe"), []
     choice = module.graph_choice
     monkeypatch.setattr(module, "graph_choice", lambda *args: made.append(args) or choice(*args))
     model = mask(host, pair.moe, "*: 0=0")
@@ -326,7 +326,7 @@ def test_for_graphs_nothing_is_made_where_nothing_is_compiled(
 @pytest.mark.parametrize("part", ["", "single_blocks.1", "double_blocks.0"])
 def test_every_way_of_compiling_is_seen(host: Comfy, tmp_path: Path, part: str, how: str) -> None:
     flux = host.load(files.save(files.split(files.dense_flux()), tmp_path / "moe.safetensors")).model.diffusion_model
-    may_compile = host.module("nodes.graph").may_compile
+    may_compile = host.module("nodes.model.custom_operators").may_compile
     assert not may_compile(flux)
     module = flux.get_submodule(part)
     if how == "nn.Module.compile":

@@ -67,7 +67,7 @@ def test_registering_twice_changes_nothing(host: Comfy) -> None:
     import comfy.supported_models
 
     entries, load_lora = list(comfy.supported_models.models), comfy.lora.load_lora
-    host.module("nodes.flux_moe").register()
+    host.module("nodes.model.flux_moe").register()
     host.module("nodes.lora").register()
     assert entries == comfy.supported_models.models
     assert load_lora is comfy.lora.load_lora

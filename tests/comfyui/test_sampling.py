@@ -42,7 +42,7 @@ def test_all_experts_paint_what_the_teacher_paints_with_a_negative_prompt(host: 
 
 def test_all_experts_go_through_the_grouped_path(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shortcut: every token is routed to every expert in every FFN."""
-    blocks, seen = host.module("nodes.blocks"), []
+    blocks, seen = host.module("nodes.model.blocks"), []
 
     def counted(hidden: Tensor, plan: SimpleNamespace, down: Tensor) -> Tensor:
         seen.append(tuple(plan.row_TK.shape))

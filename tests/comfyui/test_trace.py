@@ -42,7 +42,7 @@ class Heard:
 def heard(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[Heard]:
     """Every call of the transformer since, told by other means than the trace's."""
     calls: list[Heard] = []
-    blocks, flux = host.module("nodes.blocks"), host.module("nodes.flux_moe")
+    blocks, flux = host.module("nodes.model.blocks"), host.module("nodes.model.flux_moe")
     route, apply_model = blocks.ExpertLayer.route, flux.FluxMoEModel._apply_model
 
     def listening(layer: Any, x_BTH: Tensor, choice: Any) -> Any:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..d2m_model.capacity import CapacityTensors, route_by_threshold
-from ..d2m_model.config import FluxMoEConfig, Gate
-from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ..d2m_model.routers import Routing, UnevenRouting, route_top_k
+from ...d2m_model.capacity import CapacityTensors, route_by_threshold
+from ...d2m_model.config import FluxMoEConfig, Gate
+from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ...d2m_model.routers import Routing, UnevenRouting, route_top_k
 
 
 class GraphChoice(NamedTuple):

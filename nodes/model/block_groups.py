@@ -26,8 +26,8 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 
-from ..d2m_model.config import BlockGroup
-from ..d2m_model.mob import (
+from ...d2m_model.config import BlockGroup
+from ...d2m_model.mob import (
     BlockRouting,
     Samples,
     mean_tokens,

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..d2m_model.config import BlockGroup, FluxMoEConfig, Gate
+from ...d2m_model.config import BlockGroup, FluxMoEConfig, Gate
 
 if TYPE_CHECKING:
-    from ..d2m_model.trace import Recorder
-    from .graph import GraphChoice
+    from ...d2m_model.trace import Recorder
+    from .custom_operators import GraphChoice
 
 OPTIONS_KEY = "d2m"
 GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see graph.py

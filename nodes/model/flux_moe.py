@@ -18,14 +18,14 @@ import torch
 from comfy.ldm.flux.model import Flux
 from torch import Tensor, nn
 
-from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
-from ..d2m_model.config import FluxMoEConfig
-from ..d2m_model.layout import neuron_axis
-from ..d2m_model.tensor_file import ALIGNMENT
+from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
+from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.layout import neuron_axis
+from ...d2m_model.tensor_file import ALIGNMENT
 from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
-from .compressed import compress_modulations, modulations
-from .graph import graph_choice, may_compile, without_graphs
+from .compressed_modulations import compress_modulations, modulations
+from .custom_operators import graph_choice, may_compile, without_graphs
 from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, settings_of
 
 # The model

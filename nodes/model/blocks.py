@@ -22,11 +22,11 @@ from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ..d2m_model.capacity import CapacityTensors, route_by_threshold
-from ..d2m_model.config import FFNLayout
-from ..d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ..d2m_model.routers import Routing, UnevenRouting, route_top_k
-from .graph import GraphChoice, Handed, down_in_graph, up_in_graph
+from ...d2m_model.capacity import CapacityTensors, route_by_threshold
+from ...d2m_model.config import FFNLayout
+from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ...d2m_model.routers import Routing, UnevenRouting, route_top_k
+from .custom_operators import GraphChoice, Handed, down_in_graph, up_in_graph
 from .settings import Choice, FileChoice
 
 # Weights

@@ -16,7 +16,7 @@ import torch
 from comfy.ldm.flux.layers import Modulation
 from torch import Tensor, nn
 
-from ..d2m_model.adaln import compress
+from ...d2m_model.adaln import compress
 
 
 class CompressedLinear:

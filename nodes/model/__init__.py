@@ -1,0 +1,1 @@
+"""ComfyUI's own FLUX with expert FFNs, block groups and compressed modulations."""
