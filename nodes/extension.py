@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cost, live, lora, trace_routes
+from . import cost, live, trace_routes
 from .controls import ActiveBlocks, TopK
 from .conversion import ConvertFlux
 from .demo import EmojiPrompt
 from .expert_map import ExpertMap
 from .expert_mask import ExpertMask
 from .loading import LoadFluxMoE
+from .lora import load_lora
 from .model import flux_moe
 from .replay import Replay
 from .saving import SaveFluxMoE
@@ -21,7 +22,7 @@ from .tracing import TraceRouting
 class Dense2MoE(ComfyExtension):
     async def on_load(self) -> None:
         flux_moe.register()
-        lora.register()
+        load_lora.register()
         live.register()
         cost.register()
         trace_routes.register()

@@ -68,7 +68,7 @@ def test_registering_twice_changes_nothing(host: Comfy) -> None:
 
     entries, load_lora = list(comfy.supported_models.models), comfy.lora.load_lora
     host.module("nodes.model.flux_moe").register()
-    host.module("nodes.lora").register()
+    host.module("nodes.lora.load_lora").register()
     assert entries == comfy.supported_models.models
     assert load_lora is comfy.lora.load_lora
     assert [entry.__name__ for entry in entries[:3]] == ["FluxMoEInpaint", "FluxMoEDev", "FluxMoESchnell"]

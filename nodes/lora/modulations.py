@@ -15,8 +15,8 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ..d2m_model.adaln import lost_change, lost_low_rank_change, map_change, pseudo_inverse
-from .lora_patches import MappedPatch, dense_change
+from ...d2m_model.adaln import lost_change, lost_low_rank_change, map_change, pseudo_inverse
+from .patches import MappedPatch, dense_change
 
 
 class ModulationMap:

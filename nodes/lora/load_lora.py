@@ -22,10 +22,10 @@ import comfy.sd
 import comfy.utils
 from torch import Tensor
 
-from .lora_modulations import ModulationMap
-from .lora_patches import PermutedPatch
-from .lora_shapes import Shape, fits, shape_of_change, spelled
-from .model.flux_moe import FluxMoEModel
+from ..model.flux_moe import FluxMoEModel
+from .modulations import ModulationMap
+from .patches import PermutedPatch
+from .shapes import Shape, fits, shape_of_change, spelled
 
 PREFIX = "diffusion_model."  # of tensor names in a MODEL
 BLOCKS = (f"{PREFIX}double_blocks.", f"{PREFIX}single_blocks.")

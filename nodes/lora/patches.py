@@ -19,8 +19,8 @@ from comfy.model_management import cast_to_device
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ..d2m_model.adaln import dense_weight, map_change
-from ..d2m_model.layout import inverse_order, permute_neurons
+from ...d2m_model.adaln import dense_weight, map_change
+from ...d2m_model.layout import inverse_order, permute_neurons
 
 
 class PermutedPatch(WeightAdapterBase):
