@@ -28,9 +28,9 @@ from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, config_of, dims_
 from ..d2m_model.config import FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
+from .controls.metadata_log import Graph, computed_from
 from .model.settings import active_blocks
 from .prompt_server import executing, prompt_server
-from .run_log import Graph, computed_from
 
 PATCH = 16  # pixels on the side of an image token
 MOST_PIXELS = 16_384  # on a side

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cost, live, trace_routes
-from .controls import ActiveBlocks, TopK
+from . import cost, trace_routes
+from .controls import live_values
+from .controls.expert_mask import ExpertMask
+from .controls.replay import Replay
+from .controls.schedule import Schedule
+from .controls.top_k import ActiveBlocks, TopK
 from .conversion import ConvertFlux
 from .demo import EmojiPrompt
 from .expert_map import ExpertMap
-from .expert_mask import ExpertMask
 from .loading import LoadFluxMoE
 from .lora import load_lora
 from .model import flux_moe
-from .replay import Replay
 from .saving import SaveFluxMoE
-from .schedule import Schedule
 from .tracing import TraceRouting
 
 
@@ -23,7 +24,7 @@ class Dense2MoE(ComfyExtension):
     async def on_load(self) -> None:
         flux_moe.register()
         load_lora.register()
-        live.register()
+        live_values.register()
         cost.register()
         trace_routes.register()
 

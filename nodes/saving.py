@@ -29,13 +29,13 @@ from ..d2m_model.config import FluxMoEConfig
 from ..d2m_model.conversion.convert import metadata_of
 from ..d2m_model.keys import bfl_spelling
 from ..d2m_model.tensor_writer import TensorWriter
-from .controls import flux_moe
-from .expert_mask import ExpertMask
+from .controls.expert_mask import ExpertMask
+from .controls.replay import Replay
+from .controls.schedule import Schedule
+from .controls.text_rules import pieces_of, rules_of
+from .controls.top_k import flux_moe
 from .injections import refuse_injections
 from .model.settings import active_blocks, settings_of
-from .replay import Replay
-from .rules import pieces_of, rules_of
-from .schedule import Schedule
 
 NAME = "Save FLUX-MoE"
 PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches

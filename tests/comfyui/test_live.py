@@ -48,9 +48,9 @@ class Desk:
 
 @pytest.fixture
 def desk(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    live = host.module("nodes.live")
-    found = Desk(live.Live(), host.module("nodes.run_log"))
-    for module in (live, host.module("nodes.latch"), host.module("nodes.controls")):
+    live = host.module("nodes.controls.live_values")
+    found = Desk(live.Live(), host.module("nodes.controls.metadata_log"))
+    for module in (live, host.module("nodes.controls.evaluation_settings"), host.module("nodes.controls.top_k")):
         monkeypatch.setattr(module, "LIVE", found.live)
     found.live.running = lambda: found.items
     return found
@@ -232,7 +232,7 @@ def test_half_a_rule_is_refused(desk: Desk) -> None:
 )
 def test_a_request_that_is_none_is_refused(host: Comfy, body: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        host.module("nodes.live").asked(body.encode())
+        host.module("nodes.controls.live_values").asked(body.encode())
 
 
 def test_a_live_value_changes_the_fingerprint_of_its_node_for_the_prompts_to_come(desk: Desk) -> None:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
-from .folds import AS_IN_FILE, FOLDED, GATES, MOST_BLOCKS, MOST_CAPACITY, MOST_EXPERTS
-from .latch import at_rest, attach
-from .live import LIVE
-from .model.flux_moe import FluxMoEModel
-from .model.settings import OPTIONS_KEY
+from ..model.flux_moe import FluxMoEModel
+from ..model.settings import OPTIONS_KEY
+from .evaluation_settings import at_rest, attach
+from .live_values import LIVE
+from .transforms import AS_IN_FILE, FOLDED, GATES, MOST_BLOCKS, MOST_CAPACITY, MOST_EXPERTS
 
 MODEL_TOOLTIP = "From Load FLUX-MoE, or from another FLUX-MoE control."
 

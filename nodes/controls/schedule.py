@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .controls import MODEL_TOOLTIP, Control, model_output
-from .folds import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
+from .top_k import MODEL_TOOLTIP, Control, model_output
+from .transforms import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
 
 PIECES = "0 - 40: 1\n40 - 100: 4"
 

@@ -17,12 +17,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..d2m_model.config import FluxMoEConfig
-from .folds import FOLDED, KINDS, Moment, Settings, logged
-from .live import LIVE, Prompt
-from .model.flux_moe import FluxMoEModel
-from .model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
-from .run_log import NEGATIVE
+from ...d2m_model.config import FluxMoEConfig
+from ..model.flux_moe import FluxMoEModel
+from ..model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
+from .live_values import LIVE, Prompt
+from .metadata_log import NEGATIVE
+from .transforms import FOLDED, KINDS, Moment, Settings, logged
 
 WRAPPER_KEY = "d2m"
 RUN = "run"  # of the settings within a run

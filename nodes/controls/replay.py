@@ -12,9 +12,9 @@ import folder_paths
 from comfy_api.latest import io
 from PIL import Image
 
-from .controls import Control, flux_moe
-from .folds import GATES, KINDS, Moment
-from .run_log import LOG_KEY, NEGATIVE
+from .metadata_log import LOG_KEY, NEGATIVE
+from .top_k import Control, flux_moe
+from .transforms import GATES, KINDS, Moment
 
 WHAT = (
     "Give it an image that Save Image (or Save Animated WEBP) wrote of a run under FLUX-MoE controls, or the log's JSON"

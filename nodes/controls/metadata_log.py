@@ -14,7 +14,7 @@ from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
-from .folds import KINDS
+from .transforms import KINDS
 
 LOG_KEY = "d2m_log"  # of extra_pnginfo, and of an image's metadata
 NEGATIVE = "negative"  # `model` of a run, where negative prompts have a model of their own

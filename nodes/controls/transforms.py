@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..d2m_model.config import FluxMoEConfig
-from .model.settings import active_blocks
-from .rules import Piece, numbers_of, pieces_of, rules_of
+from ...d2m_model.config import FluxMoEConfig
+from ..model.settings import active_blocks
+from .text_rules import Piece, numbers_of, pieces_of, rules_of
 
 AS_IN_FILE = "as in the file"
 GATES = ("sum", "normalised")

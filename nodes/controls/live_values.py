@@ -20,9 +20,9 @@ from typing import Any
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
-from .folds import KINDS
-from .prompt_server import executing, prompt_server
-from .run_log import Graph, PromptLog, computed_from, plant, planted
+from ..prompt_server import executing, prompt_server
+from .metadata_log import Graph, PromptLog, computed_from, plant, planted
+from .transforms import KINDS
 
 LAST_RUNS = 32
 REMEMBERED = 256  # samplers' results whose logs are kept for when ComfyUI takes them from its cache
