@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from .tracing import PIECES_KEY
+from .expert_map.trace_node import PIECES_KEY
 
 ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cost, trace_routes
+from . import cost
 from .controls import live_values
 from .controls.expert_mask import ExpertMask
 from .controls.replay import Replay
@@ -12,12 +12,13 @@ from .controls.schedule import Schedule
 from .controls.top_k import ActiveBlocks, TopK
 from .conversion import ConvertFlux
 from .demo import EmojiPrompt
-from .expert_map import ExpertMap
+from .expert_map import routes
+from .expert_map.map_node import ExpertMap
+from .expert_map.trace_node import TraceRouting
 from .loading import LoadFluxMoE
 from .lora import load_lora
 from .model import flux_moe
 from .saving import SaveFluxMoE
-from .tracing import TraceRouting
 
 
 class Dense2MoE(ComfyExtension):
@@ -26,7 +27,7 @@ class Dense2MoE(ComfyExtension):
         load_lora.register()
         live_values.register()
         cost.register()
-        trace_routes.register()
+        routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -79,7 +79,7 @@ class Traced:
 
 def traced(host: Comfy, model: Any) -> Traced:
     clone, handle = host.execute("D2MTraceRouting", model=model).result
-    return Traced(clone, handle, host.module("nodes.trace_store").STORE)
+    return Traced(clone, handle, host.module("nodes.expert_map.map_node.trace_store").STORE)
 
 
 def same(layer: Any, experts_TE: np.ndarray) -> bool:
@@ -408,7 +408,7 @@ def test_a_run_that_is_interrupted_leaves_the_last_one_in_place(host: Comfy, pai
 
 def test_a_run_past_the_bound_is_sampled_to_its_end(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = host.sample(pair.moe, (1, 8, 8), steps=3)
-    monkeypatch.setattr(host.module("nodes.tracing"), "MOST_BYTES", 600)
+    monkeypatch.setattr(host.module("nodes.expert_map.trace_node"), "MOST_BYTES", 600)
     it = traced(host, pair.moe)
     assert torch.equal(host.sample(it.model, (1, 8, 8), steps=3), expected)
     assert len(it.trace.steps) == 2

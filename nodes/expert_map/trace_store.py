@@ -19,7 +19,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..d2m_model.trace_record import Trace
+from ...d2m_model.trace_record import Trace
 
 MOST_TRACES = 16
 MOST_BYTES = 512 * 2**20

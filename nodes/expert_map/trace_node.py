@@ -15,12 +15,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..d2m_model.config import FluxMoEConfig
-from ..d2m_model.trace import Evaluation, Pass, Run
-from ..d2m_model.trace_record import MOST_EXPERTS, SampleKey
-from .controls.top_k import flux_moe
-from .controls.transforms import in_full
-from .model.settings import OPTIONS_KEY, settings_of
+from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.trace import Evaluation, Pass, Run
+from ...d2m_model.trace_record import MOST_EXPERTS, SampleKey
+from ..controls.top_k import flux_moe
+from ..controls.transforms import in_full
+from ..model.settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle
 
 KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_options

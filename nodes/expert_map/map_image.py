@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from ..d2m_model.trace_record import NONE
+from ...d2m_model.trace_record import NONE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Colour = tuple[int, int, int]

@@ -15,8 +15,8 @@ from typing import Any
 
 from aiohttp import web
 
-from ..d2m_model.trace_record import Trace
-from .prompt_server import prompt_server
+from ...d2m_model.trace_record import Trace
+from ..prompt_server import prompt_server
 from .trace_store import STORE
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")

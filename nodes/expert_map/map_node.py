@@ -24,10 +24,10 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..d2m_model.trace_record import SampleKey, Trace, stream_of
-from .expert_map_image import Panel, draw
+from ...d2m_model.trace_record import SampleKey, Trace, stream_of
+from .map_image import Panel, draw
+from .trace_node import TraceType
 from .trace_store import STORE, TraceHandle
-from .tracing import TraceType
 
 LAST = -1
 NAME = "FLUX-MoE Expert Map"

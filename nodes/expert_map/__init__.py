@@ -1,0 +1,1 @@
+"""Trace Routing and Expert Map: recording, storing, serving and drawing routing decisions."""
