@@ -10,15 +10,15 @@ from .controls.expert_mask import ExpertMask
 from .controls.replay import Replay
 from .controls.schedule import Schedule
 from .controls.top_k import ActiveBlocks, TopK
-from .conversion import ConvertFlux
 from .demo import EmojiPrompt
 from .expert_map import routes
 from .expert_map.map_node import ExpertMap
 from .expert_map.trace_node import TraceRouting
-from .loading import LoadFluxMoE
+from .files.convert_node import ConvertFlux
+from .files.load_node import LoadFluxMoE
+from .files.save_node import SaveFluxMoE
 from .lora import load_lora
 from .model import flux_moe
-from .saving import SaveFluxMoE
 
 
 class Dense2MoE(ComfyExtension):

@@ -26,7 +26,7 @@ def quick_fits(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emoji FLUX, of which there is something to know; painted from words that it was not calibrated with."""
-    monkeypatch.setattr(host.module("nodes.calibration"), "TOKENS", 1024)
+    monkeypatch.setattr(host.module("nodes.files.calibration"), "TOKENS", 1024)
 
     def words(*texts: str) -> list:
         return [entry for text in texts for entry in host.run("D2MEmojiPrompt", text=text, guidance=3.5)]
@@ -63,7 +63,7 @@ def test_it_is_told_by_seed_and_prompts_alone(host: Comfy, pair: Pair) -> None:
 
 
 def test_every_prompt_counts_combined_or_in_a_batch(host: Comfy, pair: Pair) -> None:
-    calibration = host.module("nodes.calibration")
+    calibration = host.module("nodes.files.calibration")
     combined = prompts(host, pair.teacher, 3)
     text = torch.cat([entry[0] for entry in combined])
     pooled = torch.cat([entry[1]["pooled_output"] for entry in combined])
@@ -94,7 +94,7 @@ def test_what_is_recorded_is_what_the_blocks_saw(host: Comfy, deep: Any, tmp_pat
     from d2m_model.config import FluxMoEConfig
 
     config: FluxMoEConfig = check_file(made(host, deep, preset="XS"))
-    calibration, flux = host.module("nodes.calibration"), deep.model.diffusion_model
+    calibration, flux = host.module("nodes.files.calibration"), deep.model.diffusion_model
     (double, single), seen = config.groups, []
     block = flux.get_submodule(f"single_blocks.{single.first + 1}")
     inputs: list[torch.Tensor] = []
@@ -125,7 +125,7 @@ def test_conditioning_vectors_are_the_models_own_under_any_timestep_and_guidance
 ) -> None:
     from comfy.ldm.flux.layers import timestep_embedding
 
-    config, calibration = check_file(made(host, pair.teacher)), host.module("nodes.calibration")
+    config, calibration = check_file(made(host, pair.teacher)), host.module("nodes.files.calibration")
     asked, flux = prompts(host, pair.teacher, 2), pair.teacher.model.diffusion_model
     settings = calibration.CalibrationSettings(samples=40, steps=1, size=64, seed=0)
     with torch.inference_mode():

@@ -97,7 +97,7 @@ host = Comfy(base)
 host.load_pack()
 before = anonymous()
 with torch.inference_mode():
-    moe = host.module("nodes.loading").load_flux_moe(file)
+    moe = host.module("nodes.files.load_node").load_flux_moe(file)
     grown = anonymous() - before
     samples = [host.sample(moe, (1, 4, 4), steps=1)]
     samples.append(host.sample(host.load(Path(file)), (1, 4, 4), steps=1))

@@ -46,7 +46,7 @@ def save(host: Comfy, model: Any, prefix: str = "diffusion_models/saved", **hidd
 
 
 def load(host: Comfy, file: Path, **options: Any) -> Any:
-    return host.module("nodes.loading").load_flux_moe(str(file), options)
+    return host.module("nodes.files.load_node").load_flux_moe(str(file), options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

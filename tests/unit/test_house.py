@@ -33,8 +33,8 @@ FORBIDDEN = {
     "d2m_model/experts.py": "import comfy.ops",
     "d2m_model/moe.py": "from d2m_train import losses",
     "d2m_model/conversion/importance.py": "import diffusers",
-    "nodes/conversion.py": "from ..d2m_train import losses",
-    "nodes/loading.py": "from d2m_model import experts",
+    "nodes/files/convert_node.py": "from ..d2m_train import losses",
+    "nodes/files/load_node.py": "from d2m_model import experts",
     "d2m_train/distillation/losses.py": "import comfy.sd",
 }
 

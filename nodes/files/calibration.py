@@ -23,13 +23,13 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ..d2m_model.config import BlockGroup, FluxMoEConfig
-from ..d2m_model.conversion.block_routers import FEWEST
-from ..d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, write_part
-from ..d2m_model.conversion.groups import block_name, members
-from ..d2m_model.conversion.split import generator_for
-from ..d2m_model.layout import ffn_tensors
-from ..d2m_model.mob import mean_tokens
+from ...d2m_model.config import BlockGroup, FluxMoEConfig
+from ...d2m_model.conversion.block_routers import FEWEST
+from ...d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, write_part
+from ...d2m_model.conversion.groups import block_name, members
+from ...d2m_model.conversion.split import generator_for
+from ...d2m_model.layout import ffn_tensors
+from ...d2m_model.mob import mean_tokens
 
 TOKENS = 8192  # inputs kept of every FFN, in all
 PIXELS = 8  # of an image on the side of a latent

@@ -23,19 +23,19 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..d2m_model.capacity import scaled_threshold
-from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
-from ..d2m_model.config import FluxMoEConfig
-from ..d2m_model.conversion.convert import metadata_of
-from ..d2m_model.keys import bfl_spelling
-from ..d2m_model.tensor_writer import TensorWriter
-from .controls.expert_mask import ExpertMask
-from .controls.replay import Replay
-from .controls.schedule import Schedule
-from .controls.text_rules import pieces_of, rules_of
-from .controls.top_k import flux_moe
+from ...d2m_model.capacity import scaled_threshold
+from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
+from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.conversion.convert import metadata_of
+from ...d2m_model.keys import bfl_spelling
+from ...d2m_model.tensor_writer import TensorWriter
+from ..controls.expert_mask import ExpertMask
+from ..controls.replay import Replay
+from ..controls.schedule import Schedule
+from ..controls.text_rules import pieces_of, rules_of
+from ..controls.top_k import flux_moe
+from ..model.settings import active_blocks, settings_of
 from .injections import refuse_injections
-from .model.settings import active_blocks, settings_of
 
 NAME = "Save FLUX-MoE"
 PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches

@@ -23,19 +23,19 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..d2m_model.checkpoint import CheckpointError
-from ..d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
-from ..d2m_model.conversion.calibration import Calibration
-from ..d2m_model.conversion.convert import convert_file
-from ..d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
-from ..d2m_model.conversion.ffn import Recipe
-from ..d2m_model.conversion.method import Method, config_of, resolved
-from ..d2m_model.teacher import FLOAT8
+from ...d2m_model.checkpoint import CheckpointError
+from ...d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
+from ...d2m_model.conversion.calibration import Calibration
+from ...d2m_model.conversion.convert import convert_file
+from ...d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
+from ...d2m_model.conversion.ffn import Recipe
+from ...d2m_model.conversion.method import Method, config_of, resolved
+from ...d2m_model.teacher import FLOAT8
+from ..cost import remember
 from .calibration import TOKENS, CalibrationSettings, calibrate, prompts_of, sampling_patches
-from .cost import remember
 from .dense_teacher import open_dense, refuse_others
-from .loading import load_flux_moe
-from .saving import note_of, patches_of, unload
+from .load_node import load_flux_moe
+from .save_node import note_of, patches_of, unload
 
 NAME = "Convert FLUX to MoE"
 FITTED, RANDOM = "fitted to the prompts", "random"

@@ -18,10 +18,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..d2m_model.checkpoint import check_file, check_opened
-from ..d2m_model.quantised import HEADER_KEY, layers_of
-from ..d2m_model.tensor_file import TensorFile
-from .cost import remember
+from ...d2m_model.checkpoint import check_file, check_opened
+from ...d2m_model.quantised import HEADER_KEY, layers_of
+from ...d2m_model.tensor_file import TensorFile
+from ..cost import remember
 
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 

@@ -15,15 +15,15 @@ from comfy.ldm.flux.model import Flux
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ..d2m_model.checkpoint import CheckpointError, check_dense
-from ..d2m_model.config import Teacher
-from ..d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
-from ..d2m_model.keys import bfl_spelling, dense_shapes
-from ..d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
-from ..d2m_model.tensor_file import Shape, bytes_of
+from ...d2m_model.checkpoint import CheckpointError, check_dense
+from ...d2m_model.config import Teacher
+from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
+from ...d2m_model.keys import bfl_spelling, dense_shapes
+from ...d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
+from ...d2m_model.tensor_file import Shape, bytes_of
+from ..model.flux_moe import FluxMoEModel
 from .injections import refuse_injections
-from .model.flux_moe import FluxMoEModel
-from .saving import PREFIX, patches_of, unload
+from .save_node import PREFIX, patches_of, unload
 
 FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
 

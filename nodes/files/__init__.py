@@ -1,0 +1,1 @@
+"""Loading, saving and converting a FLUX-MoE inside ComfyUI."""
