@@ -94,7 +94,7 @@ def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[
         "with": with_trace.around(run(traced)),
     }
     seconds = seconds_side_by_side(variants, DEVICE, rounds)
-    trace = host.module("nodes.expert_map.map_node.trace_store").STORE.show(handle.runs[-1:], "")[0][1]
+    trace = host.module("nodes.expert_map.trace_store").STORE.show(handle.runs[-1:], "")[0][1]
     return {
         "side": side,
         "tokens": trace.image_tokens + trace.text_tokens,

@@ -6,10 +6,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import cost
 from .controls import live_values
+from .controls.active_blocks import ActiveBlocks
 from .controls.expert_mask import ExpertMask
 from .controls.replay import Replay
 from .controls.schedule import Schedule
-from .controls.top_k import ActiveBlocks, TopK
+from .controls.top_k import TopK
 from .demo import EmojiPrompt
 from .expert_map import routes
 from .expert_map.map_node import ExpertMap

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .top_k import MODEL_TOOLTIP, Control, model_output
+from .control import MODEL_TOOLTIP, Control, model_output
 
 
 class ExpertMask(Control):

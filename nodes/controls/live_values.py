@@ -29,7 +29,7 @@ REMEMBERED = 256  # samplers' results whose logs are kept for when ComfyUI takes
 MOST_NODES = 1000
 MOST_BYTES = 200_000
 
-Run = dict[str, Any]  # as it is logged: see latch.py
+Run = dict[str, Any]  # as it is logged: see evaluation_settings.py
 
 
 @dataclass(kw_only=True, slots=True)

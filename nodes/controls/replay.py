@@ -1,4 +1,4 @@
-"""The Replay node: an image's log (run_log.py) applied again, evaluation by evaluation."""
+"""The Replay node: an image's log (metadata_log.py) applied again, evaluation by evaluation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import folder_paths
 from comfy_api.latest import io
 from PIL import Image
 
+from .control import Control, flux_moe
 from .metadata_log import LOG_KEY, NEGATIVE
-from .top_k import Control, flux_moe
 from .transforms import GATES, KINDS, Moment
 
 WHAT = (

@@ -2,7 +2,7 @@
 
 The controls of a MODEL are folded in the order of the chain: each sees the settings that those before it have made. A
 `moment` is one evaluation of the model; None is any: what depends on it is then checked and left out. Within a fold
-`mask` is {FFN: weights}, plain numbers for every FFN; live values, moments and tensors are latch.py's business.
+`mask` is {FFN: weights}, plain numbers for every FFN; live values, moments and tensors are evaluation_settings.py's business.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ui = {"d2m_map": [{"traces": [id, …], "images": [{"filename", "subfolder", "type"} | None, …], "batches": [[…], …]}]}
 
-- `traces`: one id, or two where `compare` is connected. GET /d2m/traces/{id} describes one (trace_routes.py).
+- `traces`: one id, or two where `compare` is connected. GET /d2m/traces/{id} describes one (routes.py).
 - `images`: of each trace the first image (temporary file, without overlay), None where no image is connected.
 - `batches`: of each trace all images of its batch; sample["image"] of the trace's description is the index.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.trace import Evaluation, Pass, Run
 from ...d2m_model.trace_record import MOST_EXPERTS, SampleKey
-from ..controls.top_k import flux_moe
+from ..controls.control import flux_moe
 from ..controls.transforms import in_full
 from ..model.settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle

@@ -29,11 +29,11 @@ from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.convert import metadata_of
 from ...d2m_model.keys import bfl_spelling
 from ...d2m_model.tensor_writer import TensorWriter
+from ..controls.control import flux_moe
 from ..controls.expert_mask import ExpertMask
 from ..controls.replay import Replay
 from ..controls.schedule import Schedule
 from ..controls.text_rules import pieces_of, rules_of
-from ..controls.top_k import flux_moe
 from ..model.settings import active_blocks, settings_of
 from .injections import refuse_injections
 

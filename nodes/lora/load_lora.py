@@ -2,8 +2,8 @@
 
 Names and shapes of a FLUX-MoE's weights are dense FLUX's, so ComfyUI's own key map and loaders fit. What they do not
 know is the order of the neurons, and what became of the modulations in a file with AdaLN compression. For such
-tensors every patch that `comfy.lora.load_lora` makes gives way to one that does (lora_patches.py,
-lora_modulations.py); the others stay as they are.
+tensors every patch that `comfy.lora.load_lora` makes gives way to one that does (patches.py,
+modulations.py); the others stay as they are.
 
 How load_lora, which knows no model, learns of it: the values of the key map are tensor names, and for our models they
 are `MoEKey`s, strings that also lead to what a LoRA has to be told.

@@ -169,7 +169,7 @@ class ExpertLayer(nn.Module):
 
     def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed | Handed]:
         """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
-        # Without gradients alone: the operators of graph.py have none.
+        # Without gradients alone: the operators of custom_operators.py have none.
         if choice.graph is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self._up_in_graph(linear, x_BTH, rows, choice.graph)
         return self._up(linear, x_BTH, rows, choice)

@@ -1,6 +1,6 @@
 """ComfyUI's own FLUX as a FLUX-MoE: the model, and the entries of comfy.supported_models by which loaders find it.
 
-What its blocks do is in blocks.py, block_groups.py and compressed.py.
+What its blocks do is in blocks.py, block_groups.py and compressed_modulations.py.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class FluxMoEModel(comfy.model_base.Flux):
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Where a guider has a model of its own for negative prompts, they say by what settings: see latch.py."""
+        """Where a guider has a model of its own for negative prompts, they say by what settings: see evaluation_settings.py."""
         found: dict[str, Any] = super().extra_conds(**kwargs)
         if (run := kwargs.get(NEGATIVE_KEY)) is not None:
             found[NEGATIVE_KEY] = comfy.conds.CONDConstant(run)

@@ -9,8 +9,8 @@
 - `trace` (d2m_model.trace.Recorder): hears what every router chooses.
 
 `controls` is not for the model: a tuple of records {"node": execution id, "kind": node id, "values": by widget}, in the
-order of the chain, of which these settings are the fold (folds.py) so far as it does not depend on the moment. While
-sampling latch.py folds them anew for every evaluation, with live values in place of widgets' (live.py).
+order of the chain, of which these settings are the fold (transforms.py) so far as it does not depend on the moment. While
+sampling evaluation_settings.py folds them anew for every evaluation, with live values in place of widgets' (live_values.py).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .custom_operators import GraphChoice
 
 OPTIONS_KEY = "d2m"
-GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see graph.py
-NEGATIVE_KEY = "d2m_negative"  # of prompts that a model of their own evaluates, its Run: see latch.py
+GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see custom_operators.py
+NEGATIVE_KEY = "d2m_negative"  # of prompts that a model of their own evaluates, its Run: see evaluation_settings.py
 
 
 def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def watched(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]
 
 
 def active(host: Comfy, model: Any, blocks: int | list[int]) -> Any:
-    return host.module("nodes.controls.top_k").with_settings(model, active_blocks=blocks)
+    return host.module("nodes.controls.control").with_settings(model, active_blocks=blocks)
 
 
 def with_groups(host: Comfy, grouped: Grouped, folder: Path, *groups: BlockGroup) -> Any:

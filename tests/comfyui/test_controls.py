@@ -233,7 +233,7 @@ def test_controls_compose_in_any_order(host: Comfy, both: dict[str, Any], router
             model = host.control(node_id, model, **widgets)
         chains.append(host.sample(model, SMALL))
     assert torch.equal(*chains)
-    without = host.module("nodes.controls.top_k").with_settings(both[router], **{setting: value}, gate="normalised")
+    without = host.module("nodes.controls.control").with_settings(both[router], **{setting: value}, gate="normalised")
     assert distance(chains[0], host.sample(without, SMALL)) >= 1e-2
 
 

@@ -54,7 +54,7 @@ def by_patch(map_HW3: Tensor, grid: tuple[int, int]) -> np.ndarray:
 @pytest.fixture
 def store(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty one."""
-    module = host.module("nodes.expert_map.map_node.trace_store")
+    module = host.module("nodes.expert_map.trace_store")
     found = module.TraceStore()
     for name in ("tracing", "expert_map", "trace_routes"):
         monkeypatch.setattr(host.module(f"nodes.{name}"), "STORE", found)
@@ -77,7 +77,7 @@ def test_a_patch_has_its_best_experts_colour_as_strongly_as_it_was_chosen(host: 
     choice = it.trace.of_image(0, it.trace.samples[0], "single_blocks.1")
     best, margin = choice.experts_TK[:, 0], choice.margin_T / 255
     shown = 0.75 * (0.3 + 0.7 * np.minimum(1, margin / np.quantile(margin, 0.98)))
-    colour = host.module("nodes.expert_map.map_node.map_image").expert_colour
+    colour = host.module("nodes.expert_map.map_image").expert_colour
     hues = np.array([colour(expert) for expert in best]) / 255
     expected = GREY + (hues - GREY) * shown[:, None]
     assert np.abs(by_patch(map_HW3, (4, 6)).reshape(-1, 3) - expected).max() <= 2 / 255
@@ -93,7 +93,7 @@ def test_blocks_are_counted_from_the_first_double_block(
     (map_HW3,) = drawn(host, trace=it.handle, image=image_of(latents), block=block, opacity=1.0).result[0]
     choice = it.trace.of_image(1, it.trace.samples[0], ffn)
     sure = choice.margin_T >= np.quantile(choice.margin_T, 0.98)
-    colour = host.module("nodes.expert_map.map_node.map_image").expert_colour
+    colour = host.module("nodes.expert_map.map_image").expert_colour
     expected = np.array([colour(expert) for expert in choice.experts_TK[:, 0]]) / 255
     assert np.abs(by_patch(map_HW3, (4, 6)).reshape(-1, 3)[sure] - expected[sure]).max() <= 2 / 255
 
@@ -158,12 +158,12 @@ def test_two_traces_are_drawn_side_by_side_with_a_legend_beneath(host: Comfy, pa
     swatches = {
         tuple((pixel * 255).round().int().tolist()) for pixel in with_legend[0, height:].reshape(-1, 3).unique(dim=0)
     }
-    colours = host.module("nodes.expert_map.map_node.map_image").expert_colour
+    colours = host.module("nodes.expert_map.map_image").expert_colour
     assert {colours(expert) for expert in range(12)} <= swatches
 
 
 def test_regions_bear_their_experts_number(host: Comfy) -> None:
-    image = host.module("nodes.expert_map.map_node.map_image")
+    image = host.module("nodes.expert_map.map_image")
     best = np.zeros((16, 16), np.uint8)
     best[:, 8:] = 3
     panel = image.Panel(title="t", grid=(16, 16), best_hw=best, margin_hw=np.ones((16, 16)), image_HW3=None)
@@ -178,7 +178,7 @@ def test_regions_bear_their_experts_number(host: Comfy) -> None:
 
 
 def test_maps_of_one_batch_are_of_one_height_whatever_their_shares(host: Comfy) -> None:
-    image = host.module("nodes.expert_map.map_node.map_image")
+    image = host.module("nodes.expert_map.map_image")
     grid = (76, 52)
     even = (np.arange(grid[0] * grid[1]) % 12).astype(np.uint8).reshape(grid)
     most_in_the_last = np.where(np.arange(even.size).reshape(grid) % 10 < 3, 11, even).astype(np.uint8)
@@ -257,10 +257,7 @@ TO_LAB = np.array(
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_twelve_experts_are_told_apart_with_every_kind_of_colour_blindness(host: Comfy, kind: str) -> None:
     """In OKLab, where 0.02 is about the least difference that is seen. (Numbers in the regions carry the rest.)"""
-    colours = (
-        np.array([host.module("nodes.expert_map.map_node.map_image").expert_colour(expert) for expert in range(12)])
-        / 255
-    )
+    colours = np.array([host.module("nodes.expert_map.map_image").expert_colour(expert) for expert in range(12)]) / 255
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     seen = np.clip(linear @ BLINDNESS[kind].T, 0, 1)
     lab = np.cbrt(seen @ TO_LMS.T) @ TO_LAB.T
@@ -406,7 +403,7 @@ def said_of(result: Any) -> tuple[str, Tensor]:
 
 def test_a_trace_that_goes_while_the_store_makes_room_does_not_fail_the_run(host: Comfy, store: Any) -> None:
     """The garbage collector may find a TRACE at any moment, in the thread that holds the lock."""
-    handle_of = host.module("nodes.expert_map.map_node.trace_store").TraceHandle
+    handle_of = host.module("nodes.expert_map.trace_store").TraceHandle
     found: list[Any] = []
 
     class Collecting:

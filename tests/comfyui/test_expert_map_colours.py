@@ -11,7 +11,7 @@ from tools.host import ROOT
 
 def test_the_widget_and_the_image_output_have_the_same_colours(host: Comfy) -> None:
     palette = (ROOT / "web" / "expert_map" / "palette.mjs").read_text()
-    drawing = host.module("nodes.expert_map.map_node.map_image")
+    drawing = host.module("nodes.expert_map.map_image")
 
     def constant(name: str) -> list[object]:
         written = re.search(rf"export const {name} = (\[.*?\]);", palette, re.DOTALL)
@@ -25,6 +25,6 @@ def test_the_widget_and_the_image_output_have_the_same_colours(host: Comfy) -> N
 
 def test_the_widget_and_the_image_output_make_weak_margins_equally_faint(host: Comfy) -> None:
     written = (ROOT / "web" / "expert_map" / "drawing.mjs").read_text()
-    drawing = host.module("nodes.expert_map.map_node.map_image")
+    drawing = host.module("nodes.expert_map.map_image")
     assert f"const FAINTEST = {drawing.FAINTEST};" in written
     assert f"margin.length * {1 - drawing.WIDEST:.2f}" in written

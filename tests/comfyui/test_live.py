@@ -50,7 +50,7 @@ class Desk:
 def desk(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Desk:
     live = host.module("nodes.controls.live_values")
     found = Desk(live.Live(), host.module("nodes.controls.metadata_log"))
-    for module in (live, host.module("nodes.controls.evaluation_settings"), host.module("nodes.controls.top_k")):
+    for module in (live, host.module("nodes.controls.evaluation_settings"), host.module("nodes.controls.control")):
         monkeypatch.setattr(module, "LIVE", found.live)
     found.live.running = lambda: found.items
     return found

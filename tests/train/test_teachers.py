@@ -387,7 +387,7 @@ import json, sys, torch
 from pathlib import Path
 from diffusers import FluxTransformer2DModel
 from d2m_train.run_config import TeacherSection
-from d2m_train.teachers import open_frozen_teacher
+from d2m_train.teacher.frozen import open_frozen_teacher
 
 def resident():
     lines = (line.split() for line in open("/proc/self/status"))

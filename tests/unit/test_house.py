@@ -31,9 +31,9 @@ def test_the_house_is_in_order(name: str) -> None:
 
 FORBIDDEN = {
     "d2m_model/experts.py": "import comfy.ops",
-    "d2m_model/moe.py": "from d2m_train import losses",
+    "d2m_model/moe.py": "from d2m_train.distillation import losses",
     "d2m_model/conversion/importance.py": "import diffusers",
-    "nodes/files/convert_node.py": "from ..d2m_train import losses",
+    "nodes/files/convert_node.py": "from ...d2m_train.distillation import losses",
     "nodes/files/load_node.py": "from d2m_model import experts",
     "d2m_train/distillation/losses.py": "import comfy.sd",
 }
