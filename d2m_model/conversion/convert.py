@@ -17,8 +17,8 @@ from ..teacher import DenseTeacher
 from ..tensor_file import CheckpointError, Shape
 from ..tensor_writer import TensorWriter
 from .digest import Digest, PacedDigest, TensorDigest
+from .interfaces import FFNPlan, FFNWeights, Modulations, PlanFFN, TeacherTensors
 from .permute import permuted_pieces
-from .plan import FFNPlan, FFNWeights, Modulations, PlanFFN, TeacherTensors
 
 UNKNOWN_LICENCE = "not stated in the teacher's file"
 ARCHITECTURE = "modelspec.architecture"

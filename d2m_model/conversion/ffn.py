@@ -15,8 +15,8 @@ from torch import Tensor
 from ..capacity import CapacityTensors
 from ..config import FFNLayout
 from .coactivation import coactivation_experts
+from .interfaces import FFNPlan, FFNWeights
 from .least_squares import Normal
-from .plan import FFNPlan, FFNWeights
 from .predictor_init import fitted_tensors, predicted, selection
 from .router_init import RouterInit, centroid_router, random_router, ridge_router
 from .split import by_importance, generator_for, neuron_order, order_of

@@ -16,10 +16,10 @@ import torch
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.conversion.calibration import Calibration
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
-from d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
+from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
 from d2m_model.conversion.groups import auto_groups, block_names, with_choice
 from d2m_model.conversion.method import MethodError
-from d2m_model.conversion.shallow import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
+from d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
 

@@ -19,8 +19,8 @@ from d2m_model.checkpoint import check_file, expected_tensors, optional_tensors
 from d2m_model.config import FluxDims, FluxMoEConfig, Teacher
 from d2m_model.conversion.block_routers import BlockChange
 from d2m_model.conversion.convert import UNHASHED
+from d2m_model.conversion.depth_pruning import kept_blocks
 from d2m_model.conversion.groups import block_names
-from d2m_model.conversion.shallow import kept_blocks
 from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.keys import dense_shapes
 from d2m_model.teacher import open_teacher

@@ -27,9 +27,9 @@ from ...d2m_model.checkpoint import CheckpointError
 from ...d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
 from ...d2m_model.conversion.calibration import Calibration
 from ...d2m_model.conversion.convert import convert_file
-from ...d2m_model.conversion.decisions import block_routers, fitted_modulations, planner
 from ...d2m_model.conversion.ffn import Recipe
 from ...d2m_model.conversion.method import Method, config_of, resolved
+from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from ...d2m_model.teacher import FLOAT8
 from ..cost import remember
 from .calibration import TOKENS, CalibrationSettings, calibrate, prompts_of, sampling_patches

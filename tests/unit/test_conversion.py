@@ -23,7 +23,7 @@ from d2m_model.checkpoint import CheckpointError, TensorFile, check_file
 from d2m_model.config import FFNLayout, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
 from d2m_model.conversion.importance import TaylorImportance, weight_norm_importance
-from d2m_model.conversion.plan import FFNPlan, FFNWeights
+from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.router_init import centroid_router, random_router
 from d2m_model.conversion.split import generator_for, neuron_order
 from d2m_model.teacher import DenseTeacher, open_teacher

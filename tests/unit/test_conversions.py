@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter, FluxMoEConfig
 from d2m_model.conversion import predictor_init
-from d2m_model.conversion.shallow import outputs_of
+from d2m_model.conversion.depth_pruning import outputs_of
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_train import UserError
 from d2m_train.conversion.run import ConversionSettings, convert, settings_of

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from d2m_model.config import BlockGroup, ConfigError, preset_groups
 from d2m_model.conversion.block_routers import BlockChange, GroupObservations, plan_block_routers
+from d2m_model.conversion.depth_pruning import kept_blocks, teacher_name
 from d2m_model.conversion.groups import auto_groups, block_name, block_names, least_runs, members, parse_groups
-from d2m_model.conversion.shallow import kept_blocks, teacher_name
 from d2m_model.mob import route_blocks
 
 from .small_flux import DIMS

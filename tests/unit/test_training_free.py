@@ -11,8 +11,8 @@ from d2m_model.config import FFNLayout, Gate
 from d2m_model.conversion.adaln import FittedModulations, VecMoments
 from d2m_model.conversion.coactivation import balanced_assignment, coactivation_experts
 from d2m_model.conversion.ffn import Recipe, plan_with_data, plan_without_data
+from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.least_squares import Normal
-from d2m_model.conversion.plan import FFNPlan, FFNWeights
 from d2m_model.conversion.router_init import ridge_router
 from d2m_model.moe import moe_ffn
 

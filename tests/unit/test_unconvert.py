@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from d2m_model.checkpoint import CheckpointError, check_file
 from d2m_model.config import BlockGroup, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
-from d2m_model.conversion.plan import FFNPlan, FFNWeights
+from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.unconvert import unconvert_file
 from d2m_model.keys import to_diffusers
 from d2m_model.teacher import open_teacher

@@ -16,11 +16,11 @@ from ..keys import dense_shapes
 from .adaln import FittedModulations, VecMoments
 from .block_routers import GroupReport, plan_block_routers, random_block_routers_of
 from .calibration import Calibration
+from .depth_pruning import TeacherBlocks, teacher_name
 from .ffn import FFNReport, plan_with_data, plan_without_data
 from .importance import activation_importance, weight_norm_importance
+from .interfaces import FFNPlan, FFNWeights
 from .method import Method, MethodError
-from .plan import FFNPlan, FFNWeights
-from .shallow import TeacherBlocks, teacher_name
 
 
 def block_routers(
