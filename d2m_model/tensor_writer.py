@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from .atomic import PartFile, remove_leftovers
 from .tensor_file import ALIGNMENT, DTYPES, CheckpointError, Shape, bytes_of
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 SYNC_EVERY = 256 << 20  # bytes
 
@@ -59,19 +52,16 @@ class TensorWriter:
         self.size = end  # of the whole file
         self.names = tuple(self._specs)  # in the order of their places
         self._missing = set(self._specs)
-        self._part = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
         self._undo = ExitStack()
         self._unsynced = 0  # bytes
         self._syncing: Future[None] | None = None
-        _remove_stale_parts(self._target)
+        remove_leftovers(self._target)  # their space becomes free
         _check_space(self._target, self.size)
         with self._reporting():
-            file = FileIO(self._part, "x")
-            self._undo.callback(self._part.unlink, missing_ok=True)  # after it is closed
-            self._file = self._undo.enter_context(file)
+            self._part = PartFile(self._target)
+            self._undo.callback(self._part.discard)
             self._pool = self._undo.enter_context(ThreadPoolExecutor(1, "sync"))
-            _lock(self._file)
-            self._file.truncate(self.size)
+            self._part.file.truncate(self.size)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """A whole tensor."""
@@ -104,16 +94,13 @@ class TensorWriter:
         with self._reporting():
             if self._syncing is not None:
                 self._syncing.result()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._part, self._target)
-            _sync_folder(self._target.parent)
+            self._part.commit()
 
     def _write(self, offset: int, data: memoryview) -> None:
         with self._reporting():
-            self._file.seek(offset)
+            self._part.file.seek(offset)
             while data:
-                count = self._file.write(data)
+                count = self._part.file.write(data)
                 data = data[count:]
                 self._unsynced += count
             if self._unsynced >= SYNC_EVERY:
@@ -123,7 +110,7 @@ class TensorWriter:
         """Let the disk begin with what is there, else it would all be waited for at the end."""
         if self._syncing is not None:
             self._syncing.result()
-        self._syncing = self._pool.submit(os.fsync, self._file.fileno())
+        self._syncing = self._pool.submit(os.fsync, self._part.file.fileno())
         self._unsynced = 0
 
     @contextmanager
@@ -194,32 +181,3 @@ def _no_space(target: Path, needed: int) -> CheckpointError:
     return CheckpointError(
         f"{target}: the disk is full. {needed:,} bytes are needed, {free:,} are free. Nothing was changed."
     )
-
-
-def _lock(file: FileIO) -> None:
-    """Held as long as this process lives, so that others can tell its unfinished file from a dead one's."""
-    if fcntl is not None:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _remove_stale_parts(target: Path) -> None:
-    """Delete what killed processes left of this target. Windows refuses to delete a file that is still open."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        if not re.fullmatch(r"\d+", part.name[len(target.name) + 2 : -len(".part")]):
-            continue
-        with suppress(OSError):
-            with open(part, "rb") as file:
-                if fcntl is not None:
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable; Windows has no such thing."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Atomic writing of files: a crash leaves the old file or none, never half of the new one."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of an empty temporary file in the folder of `path`, to be overwritten in place.
+
+    At the end of the `with`, its bytes are synced to disk and it replaces `path`; after an exception it is removed.
+    Its name ends in `.part`, so a library that chooses a format by the suffix must be told the format.
+    """
+    part = PartFile(path)
+    try:
+        yield part.path
+        part.commit()
+    finally:
+        part.discard()
+
+
+class PartFile:
+    """A temporary file beside its target, whose name it takes in `commit`. End every use with `discard`.
+
+    The file stays open and locked, so that other processes can tell it from one that a killed process left behind.
+    Leftovers of the same target are removed. Raises OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.target = Path(os.path.realpath(path))
+        self.path = self.target.with_name(f".{self.target.name}.{os.getpid()}.part")
+        remove_leftovers(self.target)
+        self.file = FileIO(self.path, "x")
+        _lock(self.file)
+
+    def commit(self) -> None:
+        """Sync the file to disk and let it replace the target."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.path, self.target)
+        sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Close and remove the file; does nothing after `commit`."""
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` durable. Windows has no such operation."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(file: FileIO) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete what killed processes left of this target. Windows refuses to delete a file that is still open."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        if not re.fullmatch(r"\d+", part.name[len(target.name) + 2 : -len(".part")]):
+            continue
+        with suppress(OSError):
+            with open(part, "rb") as file:
+                if fcntl is not None:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()

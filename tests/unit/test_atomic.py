@@ -1,0 +1,67 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from d2m_model.atomic import atomic_file
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    target.write_text("old")
+    with atomic_file(target) as part:
+        part.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    target.write_text("old")
+
+    def write_half() -> None:
+        with atomic_file(target) as part:
+            part.write_text("half of the n")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"), atomic_file(tmp_path / "folder") as part:
+        part.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_leftover_of_a_killed_process_is_removed_and_a_file_in_the_making_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "figures.json"
+    (tmp_path / ".figures.json.12345.part").touch()
+    with atomic_file(target) as first:
+        monkeypatch.setattr(os, "getpid", lambda: 54321)
+        with atomic_file(target) as second:
+            second.write_text("second")
+        assert sorted(tmp_path.iterdir()) == sorted([first, target])
+        first.write_text("first")
+    assert target.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "figures.json", tmp_path / "latest.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    with atomic_file(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
