@@ -140,7 +140,7 @@ class Distill:
             return section.path
         fused = self.run.output_dir / "teacher.safetensors"
         with self.processes.main_first():
-            fused_file(section, fused)
+            fused_file(section, fused, self.processes.say)
         return fused
 
     def _convert(self, path: Path, data: DataSource) -> None:

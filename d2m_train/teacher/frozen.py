@@ -25,7 +25,7 @@ from d2m_model.tensor_writer import write
 
 from .. import UserError
 from ..run_config import Lora, TeacherSection
-from .loras import LoraDeltas
+from .loras import LoraDeltas, lora_files
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -76,24 +76,25 @@ def open_frozen_teacher(
 # LoRAs
 
 
-def fused_file(section: TeacherSection, path: Path, progress: Callable[[int], object] = lambda done: None) -> Path:
-    """The section's teacher with its LoRAs, as a dense FLUX.1 in BFL names at `path`: what the student is made of.
+def fused_file(section: TeacherSection, path: Path, report: Callable[[str], object] = lambda note: None) -> Path:
+    """Write the section's teacher with its LoRAs to `path`, a dense FLUX.1 in BFL names, from which the student is made.
 
-    The teacher is read and written tensor by tensor, in the dtype in which it is read (bfloat16 for float8); `progress`
-    hears of the bytes written. A file that was made of the same files at the same strengths is left as it is. Raises
-    UserError if `path` holds anything else, or a LoRA does not fit; CheckpointError as open_teacher and the writer do.
+    The teacher is read and written tensor by tensor, in the dtype in which it is read (bfloat16 for float8). A file that
+    was made from the same files at the same strengths is kept. `report` gets a sentence for each LoRA. Raises UserError
+    if `path` holds anything else or a LoRA does not fit; CheckpointError as open_teacher and the writer do.
     """
     with open_teacher(section.path) as teacher:
-        refuse_same_file([*teacher.files, *(lora.path for lora in section.loras)], path, "this is read")
+        refuse_same_file([*teacher.files, *(lora_files(lora.path)[0] for lora in section.loras)], path, "this is read")
         deltas = LoraDeltas(teacher.dims, [(lora.path, lora.strength) for lora in section.loras])
         identity = _identity(teacher, section.loras)
         if path.exists():
             _check_made_of(path, identity)
             return path
+        for note in deltas.notes:
+            report(note)
 
         def produce(name: str) -> Tensor:
             tensor = deltas.fused(name, teacher.tensor(name))
-            progress(tensor.numel() * tensor.element_size())
             teacher.release(name)
             return tensor
 
@@ -106,21 +107,17 @@ def fused_file(section: TeacherSection, path: Path, progress: Callable[[int], ob
     return path
 
 
-def fusion_notes(section: TeacherSection) -> tuple[str, ...]:
-    """A sentence on each of the section's LoRAs. Raises as `fused_file` does, without writing anything."""
-    with open_teacher(section.path) as teacher:
-        return LoraDeltas(teacher.dims, [(lora.path, lora.strength) for lora in section.loras]).notes
-
-
 def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
     def state(file: Path) -> str:
         about = file.stat()
         return f"{file.absolute()}, {about.st_size} bytes, modified {about.st_mtime_ns}"
 
-    return {
-        "teacher": [state(file) for file in teacher.files],
-        "loras": [{"file": state(lora.path), "strength": lora.strength} for lora in loras],
-    }
+    def lora_state(lora: Lora) -> dict[str, Any]:
+        weights, config = lora_files(lora.path)
+        peft = {} if config is None else {"peft_config": state(config)}
+        return {"file": state(weights), "strength": lora.strength} | peft
+
+    return {"teacher": [state(file) for file in teacher.files], "loras": [lora_state(lora) for lora in loras]}
 
 
 def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:

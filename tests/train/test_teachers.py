@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from d2m_model.config import FluxDims
 from d2m_model.hosts.diffusers import load_transformer
 from d2m_model.keys import dense_shapes, diffusers_shapes, to_diffusers
+from d2m_model.lora_file import read_lora
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_train import UserError
 from d2m_train.commands.report import EMOJI_FILE, FLUX_DEV
 from d2m_train.data.emoji import EmojiData
 from d2m_train.flow.velocity import noised, velocity
 from d2m_train.run_config import Lora, TeacherSection
-from d2m_train.teacher.frozen import fused_file, fusion_notes, open_frozen_teacher
+from d2m_train.teacher.frozen import fused_file, open_frozen_teacher
 from d2m_train.teacher.loras import LoraDeltas
 
 from ..unit.small_flux import DIMS, METADATA, dense_flux, save_flux
@@ -150,6 +151,61 @@ def test_peft_configuration_in_the_header_says_alpha(flux: Path, tmp_path: Path)
     assert torch.allclose(found[H:], 4 * up[H:] @ down, atol=1e-5)
 
 
+@pytest.mark.parametrize("module", ["double_blocks.1.img_attn.qkv", "single_blocks.0.linear1"])
+def test_of_several_alpha_patterns_the_first_that_matches_counts_as_in_peft(module: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    patterns = {"img_attn.qkv": 6, r"double_blocks\.\d+\.img_attn\.qkv": 9, "linear1": 12, "qkv": 15}
+    config = {"lora_alpha": 3, "alpha_pattern": patterns, "use_rslora": False}
+    up, down = UPS[module]
+    lora = {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+    (change,) = read_lora(lora, DIMS, config).changes
+    assert change.scale == patterns[get_pattern_key(list(patterns), module)] / RANK
+    (change,) = read_lora(lora, DIMS, config | {"use_rslora": True, "alpha_pattern": {}}).changes
+    assert change.scale == 3 / RANK**0.5
+
+
+@pytest.mark.parametrize("given", ["folder", "file in it"])
+def test_a_folder_that_peft_saved_has_its_alpha_in_adapter_config(given: str, flux: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {
+        f"base_model.model.{name.removeprefix('transformer.')}": tensor
+        for name, tensor in diffusers_spelling(None).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 48, "alpha_pattern": {"attn.to_q": 6}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    lora = folder if given == "folder" else folder / "adapter_model.safetensors"
+    deltas = LoraDeltas(DIMS, [(lora, 1.0)])
+    up, down = UPS[QKV]
+    found = deltas.fused(f"{QKV}.weight", torch.zeros(3 * H, H))
+    assert torch.allclose(found[:H], 2 * up[:H] @ down, atol=1e-5)
+    assert torch.allclose(found[H:], 16 * up[H:] @ down, atol=1e-4)
+    section = TeacherSection(path=flux, loras=(Lora(path=lora),))
+    fused_file(section, tmp_path / "fused.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 6}))
+    with pytest.raises(UserError, match="made of other loras"):
+        fused_file(section, tmp_path / "fused.safetensors")
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json: .* is not valid JSON"):
+        LoraDeltas(DIMS, [(lora, 1.0)])
+
+
+def test_a_lora_fuses_into_a_float32_teacher(tmp_path: Path) -> None:
+    """Its tensors are read-only views of the mapped file, and float32 needs no conversion."""
+    weights = {name: tensor.float() for name, tensor in dense_flux().items()}
+    save_file(weights, tmp_path / "flux.safetensors")
+    save_file(kohya(None), tmp_path / "lora.safetensors")
+    before = (tmp_path / "flux.safetensors").read_bytes()
+    section = TeacherSection(path=tmp_path / "flux.safetensors", loras=(Lora(path=tmp_path / "lora.safetensors"),))
+    fused = load_file(fused_file(section, tmp_path / "fused.safetensors"))
+    up, down = UPS[QKV]
+    torch.testing.assert_close(fused[f"{QKV}.weight"], weights[f"{QKV}.weight"] + up @ down)
+    assert torch.equal(fused["img_in.weight"], weights["img_in.weight"])
+    assert (tmp_path / "flux.safetensors").read_bytes() == before
+
+
 def test_biases_and_norms_of_a_control_lora_are_fused(flux: Path, tmp_path: Path) -> None:
     norm = "double_blocks.0.img_attn.norm.query_norm.scale"
     lora = SPELLINGS["BFL"](None) | {f"{QKV}.lora_B.bias": torch.ones(3 * H), norm: torch.full((128,), 3.0)}
@@ -251,10 +307,12 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(what: str, 
 def test_a_text_encoders_keys_are_counted_and_said(flux: Path, tmp_path: Path) -> None:
     lora = kohya(None) | {f"lora_te1_layer.{role}.weight": torch.zeros(1, 1) for role in ("lora_up", "lora_down")}
     save_file(lora, tmp_path / "lora.safetensors")
-    notes = fusion_notes(TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=0.125),)))
-    assert notes == (
-        "lora.safetensors changes 3 layers at strength 0.125; 2 tensors are a text encoder's and left out.",
-    )
+    section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=0.125),))
+    notes: list[str] = []
+    fused_file(section, tmp_path / "fused.safetensors", notes.append)
+    assert notes == [
+        "lora.safetensors changes 3 layers at strength 0.125; 2 tensors belong to a text encoder and are left out."
+    ]
 
 
 def test_a_missing_teacher_or_lora_is_named(flux: Path, tmp_path: Path) -> None:
@@ -271,9 +329,8 @@ def test_the_fused_file_is_kept_and_another_teachers_never_replaced(flux: Path, 
     section = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors"),))
     fused_file(section, target)
     before = target.stat()
-    written: list[int] = []
-    fused_file(section, target, written.append)
-    assert (target.stat().st_mtime_ns, target.stat().st_ino, written) == (before.st_mtime_ns, before.st_ino, [])
+    fused_file(section, target)
+    assert (target.stat().st_mtime_ns, target.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     with TensorFile(target) as file:
         assert file.metadata["modelspec.title"] == f"{METADATA['modelspec.title']} + lora"
         assert file.metadata["modelspec.license"] == METADATA["modelspec.license"]

@@ -251,6 +251,18 @@ def test_alphas_and_kohya_names_are_read_as_diffusers_reads_them(pair: Pair, mod
 
 
 @torch.no_grad()
+def test_of_several_alpha_patterns_the_first_that_matches_counts_as_in_peft(
+    pair: Pair, model: FluxMoETransformer2DModel
+) -> None:
+    target = "transformer_blocks.1.attn.to_q"
+    tensors = lora(targets=(target,))
+    expected = velocity(dense_with(pair, (tensors, 6.0 / RANK)))
+    patterns = {"attn.to_q": 6.0, "transformer_blocks.1.attn.to_q": 30.0}
+    model.load_lora_adapter(tensors, metadata={"transformer.lora_alpha": 1.0, "transformer.alpha_pattern": patterns})
+    torch.testing.assert_close(velocity(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_compressed_modulations_take_up_what_they_can(compressed: Pair, caplog: pytest.LogCaptureFixture) -> None:
     """A LoRA that reads only what U keeps loses nothing; any other loses what U does not keep, and that is said."""
     model = FluxMoETransformer2DModel.from_flux_moe(compressed.moe)
@@ -273,14 +285,16 @@ def test_what_is_no_lora_of_flux_is_refused(model: FluxMoETransformer2DModel, bi
     place = "transformer.transformer_blocks.1.attn.to_q"
     wide = {f"{place}.lora_A.weight": torch.ones(RANK, 64), f"{place}.lora_B.weight": torch.ones(128, RANK)}
     with pytest.raises(
-        ValueError, match=r"transformer_blocks.1.attn.to_q.weight by \[128, 64\]; expected \[128, 128\]"
+        ValueError, match=r"transformer_blocks.1.attn.to_q.lora_A.weight is \[3, 64\]; expected \[3, 128\]"
     ):
         model.load_lora_adapter(wide)
-    with pytest.raises(ValueError, match=r"no LoRA of FLUX.1: it changes blocks.0.to_q.weight"):
+    with pytest.raises(ValueError, match=r"not a LoRA of FLUX.1: it has blocks.0.to_q.lora_A.weight"):
         model.load_lora_adapter({"transformer.blocks.0.to_q.lora_A.weight": torch.ones(1, 1),
                                  "transformer.blocks.0.to_q.lora_B.weight": torch.ones(1, 1)})  # fmt: skip
     with pytest.raises(ValueError, match="a DoRA, LoKr"):
         model.load_lora_adapter({**lora(), f"{place}.lora_magnitude_vector": torch.ones(128)})
+    with pytest.raises(ValueError, match=r"to_q.lora_A.weight is half of a pair"):
+        model.load_lora_adapter({f"{place}.lora_A.weight": torch.ones(RANK, 128)})
     assert unchanged(model, bits)
 
 

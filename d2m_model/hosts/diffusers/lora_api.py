@@ -5,7 +5,6 @@ They do without PEFT; the pipeline's own methods refuse to run where it is not i
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -18,7 +17,8 @@ from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from torch import Tensor
 
-from .loras import FusedLoras, LowRank, changes_of
+from ...lora_file import read_lora
+from .loras import FusedLoras, changes_of_model
 
 if TYPE_CHECKING:
     from .transformer import FluxMoETransformer2DModel
@@ -46,7 +46,7 @@ class FusedLoraMixin:
         """A LoRA of FLUX.1 in diffusers' names (FluxPipeline.lora_state_dict gives them), fused and active at once.
 
         Keywords as diffusers': adapter_name, network_alphas, metadata, and those of files. Raises ValueError for a name
-        in use, for another kind of adapter than a LoRA, and for one that is not FLUX.1's.
+        in use, and LoraError (a ValueError) for other adapters than a LoRA of FLUX.1.
         """
         fetching: dict[str, Any] = {key: kwargs.pop(key, None) for key in _FETCHING}
         state_dict, metadata = _fetch_state_dict(
@@ -57,8 +57,11 @@ class FusedLoraMixin:
             **fetching,
         )
         name, alphas = kwargs.pop("adapter_name", None), kwargs.pop("network_alphas", None)
-        dense = dense_changes(state_dict, prefix, alphas, metadata)
-        if not dense:
+        start = "" if prefix is None else f"{prefix}."
+        tensors, alphas, config = (_under_prefix(named, start) for named in (state_dict, alphas, metadata))
+        lora = read_lora(_with_alphas(tensors, alphas), self.flux_moe.dims, config)
+        unknown = [*lora.unknown, *lora.norms]
+        if not lora.changes and not unknown:
             log.warning(f"No LoRA of {prefix!r} in what was loaded.")
             return
         loras = getattr(self, "fused_loras", None) or FusedLoras(self)
@@ -69,11 +72,11 @@ class FusedLoraMixin:
                 if hotswap
                 else f"There is a LoRA {name!r} already. Give another adapter_name, or delete that one."
             )
-        changes, unknown = changes_of(dense, self.flux_moe, self.state_dict())
-        if not changes:
-            raise ValueError(f"This is no LoRA of FLUX.1: it changes {unknown[0]}, which FLUX.1 does not have.")
+        if not lora.changes:
+            raise ValueError(f"This is not a LoRA of FLUX.1: it has {unknown[0]}, which FLUX.1 does not have.")
         if unknown:
-            log.warning(f"The LoRA changes what FLUX.1 does not have, which is left out: {', '.join(unknown)}.")
+            log.warning(f"Left out of the LoRA, since FLUX.1 does not have them: {', '.join(unknown)}.")
+        changes = changes_of_model(lora.changes, self.flux_moe, self.state_dict())
         pipeline = kwargs.pop("_pipeline", None)
         model_offload, sequential_offload, *_ = self._optionally_disable_offloading(pipeline)
         loras.add(name, changes)
@@ -163,52 +166,22 @@ class FusedLoraMixin:
         raise ValueError("LoRAs of a FLUX-MoE are in its neurons' order; keep the file that they were loaded from.")
 
 
-def dense_changes(
-    state_dict: Mapping[str, Tensor],
-    prefix: str | None,
-    alphas: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
-) -> dict[str, LowRank]:
-    """What a LoRA in diffusers' or PEFT's key names does to the tensors of a dense FLUX.1, by their names.
+def _under_prefix(named: Mapping[str, Any] | None, start: str) -> dict[str, Any]:
+    return {key.removeprefix(start): value for key, value in (named or {}).items() if key.startswith(start)}
 
-    Scaled by alpha / rank where there are alphas, or a LoraConfig in `metadata`. Raises ValueError for other adapters.
-    """
-    start = "" if prefix is None else f"{prefix}."
 
-    def own(named: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {key.removeprefix(start): value for key, value in (named or {}).items() if key.startswith(start)}
-
-    tensors, alpha, config = own(state_dict), own(alphas), own(metadata)
-    if tensors and not any("lora_A" in key for key in tensors):
+def _with_alphas(tensors: dict[str, Tensor], alphas: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors in PEFT's names, with an alpha for every module if `alphas` has any: else the most common one."""
+    if not any("lora_A" in key for key in tensors):
         tensors = convert_unet_state_dict_to_peft(tensors)
-    alpha = {re.split(r"\.alpha$|\.lora_", key)[0]: float(value) for key, value in alpha.items()}
-    usual = Counter(alpha.values()).most_common(1)[0][0] if alpha else None
-    changes = {}
-    for key, tensor in tensors.items():
-        if re.search(r"lora_magnitude_vector|dora_scale|\.lokr_|\.hada_|\.oft_", key):
-            raise ValueError(f"{key}: a DoRA, LoKr, LoHa or OFT; a FLUX-MoE in diffusers takes LoRAs.")
-        module, _, kind = key.rpartition(".lora_B.")
-        if not module:
-            continue
-        down = tensors.get(f"{module}.lora_A.weight")
-        if down is None:
-            raise ValueError(f"{module}.lora_A.weight is missing in the LoRA.")
-        rank = down.shape[0]
-        scale = _config_scale(config, module, rank) if config else 1.0
-        if usual is not None:
-            scale = alpha.get(module, usual) / rank
-        up = tensor.detach().to("cpu", torch.float32) * scale
-        is_weight = kind == "weight"
-        changes[f"{module}.{kind}"] = LowRank(up=up, down=down.detach().to("cpu", torch.float32) if is_weight else None)
-    return changes
-
-
-def _config_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, as PEFT reads its LoraConfig."""
-    patterns = config.get("alpha_pattern") or {}
-    fits = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
-    alpha = config.get("lora_alpha", rank) if fits is None else patterns[fits]
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    if not alphas:
+        return tensors
+    by_module = {re.split(r"\.alpha$|\.lora_", key)[0]: float(value) for key, value in alphas.items()}
+    usual = Counter(by_module.values()).most_common(1)[0][0]
+    modules = {key.partition(".lora_B.")[0] for key in tensors if ".lora_B." in key}
+    return tensors | {
+        f"{module}.alpha": torch.tensor(by_module.get(module, usual), dtype=torch.float64) for module in modules
+    }
 
 
 # Pipelines

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...adaln import lost_low_rank_change, map_change, pseudo_inverse
 from ...config import FluxMoEConfig
-from ...keys import diffusers_shapes, diffusers_sources
 from ...layout import neuron_axis
+from ...lora_file import LoraChange
 from .places import Place, ffn_module, places
 
 log = logging.getLogger(__name__)
@@ -58,66 +58,48 @@ class LowRank:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Change:
-    """What a LoRA does to one tensor of the model. `place` where that is not simply a part of the dense tensor."""
+    """A LoRA's change of one tensor of the model: `change` in the layout of the file's tensor, of which it has `place`."""
 
     change: LowRank
-    place: Place | None = None
+    place: Place
 
     def dense(self, device: torch.device) -> Tensor:
-        dense = self.change.dense(device)
-        return dense if self.place is None else self.place.take(dense, first=self.place.start)
+        return self.place.take(self.change.dense(device), first=self.place.start)
 
 
-def changes_of(
-    dense: Mapping[str, LowRank], config: FluxMoEConfig, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, list[Change]], list[str]]:
-    """Changes of a dense FLUX.1's tensors, by diffusers name, as changes of the model's `tensors`; and names of no FLUX.
+def changes_of_model(
+    lora: Iterable[LoraChange], config: FluxMoEConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, list[Change]]:
+    """Turn a LoRA's changes of a dense FLUX.1 into changes of the model's `tensors`, by their names.
 
-    Raises ValueError for a change of another shape than the dense tensor's. What a compressed modulation cannot take up
-    is logged.
+    Logs how much of the changes a compressed modulation loses.
     """
-    shapes, table = diffusers_shapes(config.dims), places(config)
-    origin = {
-        part: (name, sum(source.rows[:index]))
-        for name, source in diffusers_sources(config.dims).items()
-        for index, part in enumerate(source.names)
-    }
-    owner = {parts[-1].name: ffn for ffn in config.ffns for parts in _of_ffn(ffn, table)}
-    found: dict[str, list[Change]] = {}
-    unknown, lost, whole = [], 0.0, 0.0
+    table = places(config)
+    owner = {parts[-1].name: ffn for ffn in config.ffns for parts in _ffn_places(ffn, table)}
+    changes: dict[str, list[Change]] = {}
+    lost, whole = 0.0, 0.0
     inverse_HA = pseudo_inverse(tensors["adaln_in.weight"].cpu()) if config.adaln_rank is not None else None
-    for name, change in dense.items():
-        if name not in shapes:
-            unknown.append(name)
-            continue
-        if change.shape != shapes[name]:
-            raise ValueError(
-                f"The LoRA changes {name} by {list(change.shape)}; expected {list(shapes[name])}, FLUX.1's. LoRAs that "
-                "widen a layer (control LoRAs) do not fit a FLUX-MoE."
-            )
-        stored, first_row = origin[name]
-        parts = table[stored]
-        if name in tensors:  # as dense FLUX.1 has it, or compressed
-            held = change
-            if inverse_HA is not None and tuple(tensors[name].shape) != shapes[name]:
-                assert change.down is not None
-                down_AH = tensors["adaln_in.weight"].cpu()
-                squares = lost_low_rank_change(change.up, change.down, down_AH, inverse_HA)
-                lost, whole = lost + squares[0], whole + squares[1]
-                held = LowRank(up=change.up, down=map_change(change.down, inverse_HA))
-            found.setdefault(name, []).append(Change(change=held))
-            continue
+    for dense in lora:
+        up = dense.up.detach().to("cpu", torch.float32) * dense.scale
+        down = None if dense.down is None else dense.down.detach().to("cpu", torch.float32)
+        change, parts = LowRank(up=up, down=down), table[dense.name]
         if (ffn := owner.get(parts[-1].name)) is not None:
-            axis_and_first = neuron_axis(stored, ffn, config.dims.hidden_size)
+            order = tensors[f"{ffn_module(ffn)}.neuron_order"]
+            axis_and_first = neuron_axis(dense.name, ffn, config.dims.hidden_size)
             if axis_and_first is not None:
                 axis, first = axis_and_first
-                order = tensors[f"{ffn_module(ffn)}.neuron_order"]
-                change = change.permuted(axis, first - first_row if axis == 0 else first, order)
+                first -= dense.first if axis == 0 else 0
+                if 0 <= first < change.shape[axis]:  # of a single block's linear1 a LoRA may change q alone
+                    change = change.permuted(axis, first, order)
+        elif inverse_HA is not None and down is not None and tensors[parts[0].name].shape[1] != down.shape[1]:
+            squares = lost_low_rank_change(up, down, tensors["adaln_in.weight"].cpu(), inverse_HA)
+            lost, whole = lost + squares[0], whole + squares[1]
+            change = LowRank(up=up, down=map_change(down, inverse_HA))
         for place in parts:
-            start = place.start - first_row if place.axis == 0 else place.start
+            start = place.start - dense.first if place.axis == 0 else place.start
             if start >= 0 and start + place.size <= change.shape[place.axis]:
                 part = change.part(place.axis, start, place.size)
-                found.setdefault(place.name, []).append(Change(change=part, place=place))
+                changes.setdefault(place.name, []).append(Change(change=part, place=place))
     if whole:
         share = (lost / whole) ** 0.5
         log.log(
@@ -125,10 +107,10 @@ def changes_of(
             "%.1f %% of what this LoRA changes in the modulations is lost: they are compressed in this FLUX-MoE.",
             100 * share,
         )
-    return found, unknown
+    return changes
 
 
-def _of_ffn(ffn: str, table: Mapping[str, tuple[Place, ...]]) -> Iterable[tuple[Place, ...]]:
+def _ffn_places(ffn: str, table: Mapping[str, tuple[Place, ...]]) -> Iterable[tuple[Place, ...]]:
     """The places of every tensor that holds a part of the FFN."""
     module = f"{ffn_module(ffn)}."
     return (parts for parts in table.values() if parts[-1].name.startswith(module))
