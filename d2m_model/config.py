@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 1
+PATCH_LATENTS = 2  # latents on the side of an image token
+PATCH_PIXELS = 8 * PATCH_LATENTS  # pixels on that side: the autoencoder makes one latent of 8 x 8 pixels
 MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
 PREDICTOR_WIDTH = 128  # DiffMoE's is hidden_size wide: at 3072 that is 9.4 million parameters for each FFN
 

@@ -25,14 +25,13 @@ from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
 from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, config_of, dims_of
-from ..d2m_model.config import FluxDims, FluxMoEConfig
+from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
 from .controls.metadata_log import Graph, computed_from
 from .model.settings import active_blocks
 from .prompt_server import executing, prompt_server
 
-PATCH = 16  # pixels on the side of an image token
 MOST_PIXELS = 16_384  # on a side
 MOST_TEXT = 100_000  # tokens
 MOST_CAPACITY = 1000.0
@@ -158,9 +157,9 @@ def described(model: Model) -> str:
 
 def costs(model: Model, query: Mapping[str, str]) -> dict[str, Any]:
     """The answer. Raises Refused for a setting that no node would take."""
-    width, height = (whole(query, side, 1024, PATCH, MOST_PIXELS) for side in ("width", "height"))
+    width, height = (whole(query, side, 1024, PATCH_PIXELS, MOST_PIXELS) for side in ("width", "height"))
     text = whole(query, "text_tokens", 512, 0, MOST_TEXT)
-    tokens = Tokens(image=-(-width // PATCH) * -(-height // PATCH), text=text)
+    tokens = Tokens(image=-(-width // PATCH_PIXELS) * -(-height // PATCH_PIXELS), text=text)
     dims = model if isinstance(model, FluxDims) else model.dims
     notes: list[str] = []
     conversion = DENSE if isinstance(model, FluxDims) else settings_of(model, query, notes)

@@ -14,12 +14,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from d2m_model.config import FluxDims
+from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS, FluxDims
 from d2m_model.conversion.calibration import GUIDANCE as GUIDANCE
 
 from .. import UserError
-
-PATCH = 16  # pixels on the side of a token: 8 of the autoencoder times 2 of FLUX's patches
 
 Progress = Callable[[int, int], object]  # hears how many samples are done, and of how many
 
@@ -80,13 +78,15 @@ def batch_of(
     """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches. Without `words_BL` nothing is padding."""
     texts = Texts(context, pooled, torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL)
     batch = prompts_of(texts, guidance, (8 * latents.shape[-1], 8 * latents.shape[-2]))
-    batch.tokens_BTC = rearrange(latents.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    batch.tokens_BTC = rearrange(
+        latents.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH_LATENTS, q=PATCH_LATENTS
+    )
     return batch
 
 
 def prompts_of(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch:
     """A batch without images, for images of `size`: width and height in pixels."""
-    width, height = size[0] // PATCH, size[1] // PATCH
+    width, height = size[0] // PATCH_PIXELS, size[1] // PATCH_PIXELS
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
     ids[..., 2] = torch.arange(width)
@@ -104,7 +104,9 @@ def prompts_of(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch
 def latents_of(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
     """[B, channels, height, width]: what `batch_of` cut into tokens."""
     height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
-    return rearrange(tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=2, q=2)
+    return rearrange(
+        tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=PATCH_LATENTS, q=PATCH_LATENTS
+    )
 
 
 def draw_guidance(limits: tuple[float, float], index: int, size: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .batch import PATCH
+from d2m_model.config import PATCH_PIXELS
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -20,11 +20,11 @@ SHORTEST = 0.5  # the short side of the longest bucket, as part of the square's
 
 @cache
 def buckets(resolution: int) -> tuple[Size, ...]:
-    """Sizes of about resolution² pixels, sides multiples of PATCH: the square, and upright and lying ones up to 1 : 4."""
-    step = max(PATCH, round(resolution * (1 - SHORTEST) / STEPS / PATCH) * PATCH)
+    """Return sizes of about resolution² pixels, from the square to 1 : 4 both ways; sides are multiples of PATCH_PIXELS."""
+    step = max(PATCH_PIXELS, round(resolution * (1 - SHORTEST) / STEPS / PATCH_PIXELS) * PATCH_PIXELS)
     sizes = set()
     for short in range(resolution, math.ceil(resolution * SHORTEST) - 1, -step):
-        long = max(PATCH, round(resolution**2 / short / PATCH) * PATCH)
+        long = max(PATCH_PIXELS, round(resolution**2 / short / PATCH_PIXELS) * PATCH_PIXELS)
         sizes |= {(short, long), (long, short)}
     return tuple(sorted(sizes))
 

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS
+
 from .. import UserError
-from .batch import PATCH, Texts
+from .batch import Texts
 
 PIPELINE = (
     "a diffusers FLUX pipeline (a folder, or its name on the hub) with text_encoder, text_encoder_2, tokenizer, "
@@ -138,7 +140,7 @@ class FluxAutoencoder:
             with _loading(self.folder, "an AutoencoderKL in diffusers' layout"):
                 vae = AutoencoderKL.from_pretrained(self.folder, torch_dtype=self.dtype)
             shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
-            if shrinks * 2 != PATCH:
+            if shrinks * PATCH_LATENTS != PATCH_PIXELS:
                 raise UserError(
                     f"{self.folder}: this autoencoder makes images {shrinks} times smaller; FLUX's makes 8."
                 )

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2m_model.config import PATCH_PIXELS
+
 from .. import UserError
-from ..data.batch import PATCH, Batch, latents_of, prompts_of
+from ..data.batch import Batch, latents_of, prompts_of
 from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders
 from ..data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
 
@@ -165,10 +167,10 @@ def encoders_of(args: argparse.Namespace) -> Encoders:
 
 def _size(text: str | None, default: int) -> tuple[int, int]:
     width, cross, height = (text or f"{default}x{default}").partition("x")
-    if not (cross and width.isdigit() and height.isdigit()) or int(width) % PATCH or int(height) % PATCH:
-        raise UserError(f"--size is {text}; expected WIDTHxHEIGHT, multiples of {PATCH}, such as 1024x768.")
+    if not (cross and width.isdigit() and height.isdigit()) or int(width) % PATCH_PIXELS or int(height) % PATCH_PIXELS:
+        raise UserError(f"--size is {text}; expected WIDTHxHEIGHT, multiples of {PATCH_PIXELS}, such as 1024x768.")
     if not int(width) * int(height):
-        raise UserError(f"--size is {text}; expected {PATCH} or more each way.")
+        raise UserError(f"--size is {text}; expected {PATCH_PIXELS} or more each way.")
     return int(width), int(height)
 
 
@@ -181,5 +183,5 @@ def shift_for(args: argparse.Namespace, encoders: Encoders, guided: bool) -> flo
         return float(args.shift)
     if isinstance(encoders.autoencoder, EmojiAutoencoder):
         return EMOJI_SHIFT
-    tokens = encoders.size[0] * encoders.size[1] // PATCH**2
+    tokens = encoders.size[0] * encoders.size[1] // PATCH_PIXELS**2
     return shift_of(tokens, TimestepsSection()) if guided else 0.0

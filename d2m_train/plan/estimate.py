@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from d2m_model.checkpoint import check_file, expected_tensors, optional_tensors
-from d2m_model.config import FluxDims, FluxMoEConfig, Teacher
+from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS, FluxDims, FluxMoEConfig, Teacher
 from d2m_model.conversion.block_routers import BlockChange
 from d2m_model.conversion.convert import UNHASHED
 from d2m_model.conversion.depth_pruning import kept_blocks
@@ -47,7 +47,6 @@ KNOWN: dict[KnownFlux, FluxDims] = {
 }
 GIB = 2**30
 EMOJI_TOKENS = Tokens(image=64, text=12)
-PATCH = 16  # pixels on the side of a token
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -209,8 +208,8 @@ def tokens_of(run: RunConfig) -> Tokens:
     if data.source == "latents" and data.path is not None and data.path.exists():
         with TensorFile(data.path) as file:
             height, width = file.shapes["latents"][2:]
-            return Tokens(image=(height // 2) * (width // 2), text=file.shapes["context"][1])
-    return Tokens(image=(max(data.resolutions) // PATCH) ** 2, text=data.text_tokens)
+            return Tokens(image=(height // PATCH_LATENTS) * (width // PATCH_LATENTS), text=file.shapes["context"][1])
+    return Tokens(image=(max(data.resolutions) // PATCH_PIXELS) ** 2, text=data.text_tokens)
 
 
 def _mean_tokens(run: RunConfig) -> float:
@@ -219,7 +218,7 @@ def _mean_tokens(run: RunConfig) -> float:
     if run.data.source in ("emoji", "latents"):
         return longest.joint
     sides = run.data.resolutions
-    return sum((side // PATCH) ** 2 for side in sides) / len(sides) + longest.text
+    return sum((side // PATCH_PIXELS) ** 2 for side in sides) / len(sides) + longest.text
 
 
 def _what(run: RunConfig, config: FluxMoEConfig) -> str:

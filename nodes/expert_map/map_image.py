@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from ...d2m_model.config import PATCH_PIXELS
 from ...d2m_model.trace_record import NONE
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,7 +32,6 @@ WIDEST = 0.98  # of the patches are drawn with less than full opacity
 FAINTEST = 0.3  # of the opacity: what a margin of zero leaves of it
 
 SMALLEST = 512  # pixels of a panel's shorter side: smaller images are enlarged, or nobody could read the legend
-PATCH = 16  # pixels of one where there is no image
 PAPER, INK, BLANK = (255, 255, 255), (25, 25, 25), (96, 96, 96)
 
 
@@ -83,7 +83,7 @@ def draw(panels: Sequence[Panel], experts: int, opacity: float, *, labels: bool,
 def _paint(panel: Panel, opacity: float, full: float, labels: bool) -> Image.Image:
     height, width = panel.grid
     if panel.image_HW3 is None:
-        picture = Image.new("RGB", (width * PATCH, height * PATCH), BLANK)
+        picture = Image.new("RGB", (width * PATCH_PIXELS, height * PATCH_PIXELS), BLANK)
     else:
         picture = Image.fromarray((np.clip(panel.image_HW3, 0, 1) * 255 + 0.5).astype(np.uint8))
     factor = math.ceil(SMALLEST / min(picture.size))

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.config import PATCH_LATENTS, FluxMoEConfig
 from ...d2m_model.trace import Evaluation, Pass, Run
 from ...d2m_model.trace_record import MOST_EXPERTS, SampleKey
 from ..controls.control import flux_moe
@@ -26,7 +26,7 @@ from .trace_store import STORE, TraceHandle
 KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_options
 PIECES_KEY = "d2m_prompt_pieces"  # of a conditioning: the text of each of its tokens
 MOST_BYTES = 256 * 2**20  # of one run
-PATCH = 2  # FLUX's, in latents
+
 AREAS = "Prompts with an area of their own are not in the trace."
 
 TraceType = io.Custom("D2M_TRACE")
@@ -112,7 +112,7 @@ class Tracer:
 
 def grid_of(latents: Tensor) -> tuple[int, int]:
     """Patches of latents [..., H, W], as FLUX cuts them."""
-    height, width = (-(-side // PATCH) for side in latents.shape[-2:])
+    height, width = (-(-side // PATCH_LATENTS) for side in latents.shape[-2:])
     return height, width
 
 
