@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..data.batch import DataSource
 from ..data.store import DamagedEntry, Store
+from ..flow.held_out import held_out_seed
 from ..flow.noise import noisy_batch
-from ..monitor.validation import SEED_APART
 from ..run_config import RunConfig
 from ..teacher.frozen import held
 
@@ -159,7 +159,7 @@ class FeatureStore:
         """Depth 0, as FluxTransformer2DModel.forward begins; and the conditions, which are written."""
         run, model, place = self.run, self.teacher, self._place
         # Held-out ones as validation asks them.
-        number, seed = (index, run.seed) if index < self.batches else (index - self.batches, run.seed + SEED_APART)
+        number, seed = (index, run.seed) if index < self.batches else (index - self.batches, held_out_seed(run.seed))
         batch = self.data.batch(number, run.training.batch_size, seed)
         noisy = noisy_batch(batch, run.timesteps, seed, number, model)
         guidance = (batch.guidance_B.to(**place) * 1000,) if model.config.guidance_embeds else ()

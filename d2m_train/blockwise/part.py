@@ -24,9 +24,9 @@ from ..data.order import places
 from ..distillation.losses import feature_losses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
+from ..flow.velocity import evaluating
 from ..monitor.router_statistics import RouterStatistics
 from ..monitor.stage_log import Eyes
-from ..monitor.validation import evaluating
 from ..parallel.processes import Processes
 from ..run_config import RunConfig, Stage, StageSection
 from ..training.checkpoints import Checkpoints

@@ -43,7 +43,7 @@ from ..evaluation.prompts import (
 from ..evaluation.scores import distances, interval
 from ..flow.noise import channels_of, grid, trajectory
 from ..flow.sampling import draw_grid, noise_for, sample, save_png
-from ..monitor.validation import evaluating
+from ..flow.velocity import evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel

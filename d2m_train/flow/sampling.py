@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..data.batch import Batch, DataSource, prompts_of
-from ..monitor.validation import SEED_APART, evaluating
 from ..run_config import EyesSection, TimestepsSection
+from .held_out import held_out_seed
 from .noise import channels_of, grid, shift_of, trajectory
+from .velocity import evaluating
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -100,7 +101,7 @@ class SampleGrid:
 
     @torch.no_grad()
     def grid_of(self, student: nn.Module, every_block: bool = False) -> Image | None:
-        """`student` is put into eval mode and back (see validation.evaluating); every rank of a sharded run calls this."""
+        """`student` is put into eval mode and back (see velocity.evaluating); every rank of a sharded run calls this."""
         if self.teacher is None:
             return None
         with evaluating(student, every_block):
@@ -119,7 +120,7 @@ def new_sample_grid(
     Raises UserError where there are prompts and the source has no text encoders. A few-step teacher (timesteps.sampling
     `teacher_grid`) takes the steps of its own grid.
     """
-    example = data.batch(0, section.samples or 1, seed + SEED_APART)
+    example = data.batch(0, section.samples or 1, held_out_seed(seed))
     if section.prompts:
         texts = data.encode_prompts(section.prompts)
         height, width = (int(example.image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))

@@ -5,10 +5,12 @@ Shapes: B batch, T image tokens, C channels of a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 
@@ -41,3 +43,22 @@ def velocity(
 def noised(tokens_BTC: Tensor, noise_BTC: Tensor, t_B: Tensor) -> Tensor:
     """The rectified flow's point between image (t = 0) and noise (t = 1)."""
     return torch.lerp(tokens_BTC, noise_BTC, t_B[:, None, None].to(tokens_BTC))
+
+
+@contextmanager
+def evaluating(model: nn.Module, every_block: bool = False) -> Iterator[None]:
+    """Put every module into eval mode during the `with`, and each back into its own mode after it.
+
+    `every_block`: all blocks of a group run, and are masked where they are not chosen. A sharded run needs that: if ranks
+    chose differently in a tie, they would wait for each other forever.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    if every_block:
+        for module in modes:
+            module.training = getattr(module, "member", None) is not None
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

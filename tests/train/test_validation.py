@@ -18,9 +18,10 @@ from d2m_train.data.batch import Batch
 from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.losses import balance_loss
 from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
+from d2m_train.flow.velocity import evaluating
 from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
 from d2m_train.monitor.stage_log import Eyes, read_log
-from d2m_train.monitor.validation import Validation, evaluating
+from d2m_train.monitor.validation import Validation
 from d2m_train.run_config import EyesSection, TimestepsSection
 
 from .small_student import DIMS, LAYOUT, dense_flux, student
@@ -56,11 +57,11 @@ def test_the_teacher_itself_has_no_loss_and_another_model_has_the_mean_of_its_st
 
 def test_every_stratum_is_asked_over_its_whole_width(validation: Validation) -> None:
     levels: dict[str, list[float]] = {}
-    for question in validation.questions:
+    for question in validation.batches:
         levels.setdefault(question.stratum, []).extend(question.t_B.tolist())
     lowest = sorted(levels["t0.12"])
     assert lowest == pytest.approx([0.03125, 0.09375, 0.15625, 0.21875])
-    assert all(question.batch.guidance_B.min() >= 1.5 for question in validation.questions)
+    assert all(question.batch.guidance_B.min() >= 1.5 for question in validation.batches)
 
 
 def test_the_questions_are_the_same_every_time_and_not_what_the_run_trains_on(
@@ -71,7 +72,7 @@ def test_the_questions_are_the_same_every_time_and_not_what_the_run_trains_on(
     other = dense_flux(seed=5)
     assert again(other) == validation(other) == validation(other)
     trained_on = data.batch(0, 2, 3).images()
-    assert not torch.equal(trained_on, validation.questions[0].batch.images())
+    assert not torch.equal(trained_on, validation.batches[0].batch.images())
 
 
 def test_what_is_trained_does_not_notice_the_validation(validation: Validation) -> None:
@@ -89,7 +90,7 @@ def test_what_is_trained_does_not_notice_the_validation(validation: Validation) 
 def test_a_few_step_teacher_is_asked_at_its_own_levels(data: EmojiData) -> None:
     timesteps = TimestepsSection(sampling="teacher_grid", grid_steps=4, shift=1.15)
     asked = Validation(data, dense_flux(), SECTION, timesteps, batch_size=2, seed=3)
-    levels = sorted({round(float(t), 4) for question in asked.questions for t in question.t_B})
+    levels = sorted({round(float(t), 4) for question in asked.batches for t in question.t_B})
     e = math.exp(1.15)
     assert levels == pytest.approx([e / (e + 1 / t - 1) for t in (0.25, 0.5, 0.75, 1)], abs=1e-4)
 
@@ -102,7 +103,7 @@ class PromptsOnly(EmojiData):
 def test_prompts_alone_are_asked_on_the_teachers_own_way_from_noise_to_image(data: EmojiData) -> None:
     teacher, timesteps = dense_flux(), TimestepsSection(grid_steps=3)
     asked = Validation(PromptsOnly(), teacher, SECTION, timesteps, batch_size=2, seed=3)
-    first, second, third = [question for question in asked.questions if question.batch is asked.questions[0].batch]
+    first, second, third = [question for question in asked.batches if question.batch is asked.batches[0].batch]
     for here, following in ((first, second), (second, third)):
         step = (following.t_B - here.t_B)[:, None, None]
         torch.testing.assert_close(following.noisy_BTC, here.noisy_BTC + step * here.teacher_BTC)
