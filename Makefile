@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup host browser demo comfy test test-hosts lint format bench lock clean
+.PHONY: help setup host browser demo comfy test test-web test-hosts lint format bench lock clean
 
 PYTHON = python3
 # Set here, so that a HOST in the environment (some shells set it) does not choose a ComfyUI.
@@ -40,6 +40,9 @@ comfy: setup ## leave ComfyUI running with the example workflow
 
 test: setup ## every test
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests $(SIDE_BY_SIDE)
+
+test-web: setup ## oxlint on web/, and its unit tests in Node.js
+	@$(RUN) tools.javascript
 
 test-hosts: setup ## the tests that run in a ComfyUI, in the newest and the oldest supported (6 GB more)
 	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="$(SIDE_BY_SIDE) $$PYTEST_ADDOPTS" $(PYTHON) -m tools.on_hosts

@@ -70,7 +70,7 @@ function begin(prompt) {
   run = {
     prompt,
     shown: shown(),
-    seen: values(),
+    seen: controlValues(),
     sending: false,
     standing: new Map(), // changes that wait: see isSettled
     failures: new Set(),
@@ -86,7 +86,7 @@ function end() {
 }
 
 /** The values of every control of the graph, by execution id: { place, values }. */
-function values() {
+function controlValues() {
   const found = new Map();
   for (const place of places(app.rootGraph)) {
     if (!CONTROLS.has(place.node.comfyClass)) continue;
@@ -102,7 +102,7 @@ function values() {
 async function look(current) {
   if (current.sending) return;
   roundPromoted(app.rootGraph);
-  const now = values();
+  const now = controlValues();
   if (shown() !== current.shown) {
     [current.shown, current.seen] = [shown(), now];
     return;

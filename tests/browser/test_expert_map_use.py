@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from playwright.sync_api import expect
@@ -55,34 +53,6 @@ def test_without_a_mask_node_the_buttons_are_off_and_one_is_offered(shown: Map) 
     shown.page.locator('.d2m-expert[data-expert="5"]').click()
     expect(shown.button("Mute")).to_be_disabled()
     expect(shown.button("Insert Expert mask")).to_be_visible()
-
-
-Weigh = Callable[[str, list[Any]], Any]
-
-
-@pytest.fixture
-def rules(shown: Map) -> Weigh:
-    shown.open()
-    return lambda name, arguments: shown.page.evaluate(
-        "([name, args]) => import('/extensions/pack/expert_map/rules.mjs').then(it => it[name](...args))",
-        [name, arguments],
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "weights"),
-    [
-        ("single_blocks.*: 1=0", "single_blocks.12", [1, 0, 1]),
-        ("single_blocks.*: 1=0", "double_blocks.1.img_mlp", [1, 1, 1]),
-        ("*: *=0, 2=1", "double_blocks.1.img_mlp", [0, 0, 1]),
-        ("*: 0=0\nsingle_blocks.[13]: 0=.5", "single_blocks.3", [0.5, 1, 1]),
-        ("single_blocks.?: 0=2 # twice", "single_blocks.3", [2, 1, 1]),
-        ("single_blocks.[!3]: 0=2", "single_blocks.3", [1, 1, 1]),
-        ("single+blocks.3: 0=2", "singleblocks.3", [1, 1, 1]),
-    ],
-)
-def test_rules_weigh_as_the_mask_node_reads_them(rules: Weigh, text: str, name: str, weights: list[float]) -> None:
-    assert rules("weights", [text, name, 3]) == weights
 
 
 # Keyboard, themes, sizes, languages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.comfyui import files
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import GROUPS, Grouped, active
 from tests.comfyui.inside import Comfy, distance
+from tools.host import ROOT
 
 ALL = files.LAYOUT.experts
 SMALL = (1, 8, 8)
@@ -127,6 +129,15 @@ def test_masks_multiply_and_within_one_the_later_rule_holds(
         expected[ffn][3:5] = [4.0, 0.0]
     expected["single_blocks.0"][3] = 2.0
     assert {ffn: weights.tolist() for ffn, weights in settings["mask"].items()} == expected
+
+
+def test_rules_weigh_as_the_expert_map_reads_them(host: Comfy, pair: Pair, evaluations: Callable[[Any], Any]) -> None:
+    """The widget in the browser reads the same cases in tests/web/rules.test.mjs."""
+    for text, ffn, weights in json.loads((ROOT / "tests" / "web" / "mask_rules.json").read_text()):
+        model, seen = evaluations(mask(host, pair.moe, text))
+        host.sample(model, SMALL, steps=1)
+        ((_, settings),) = seen
+        assert settings["mask"][ffn][:3].tolist() == weights, (text, ffn)
 
 
 def test_a_mask_is_put_on_the_device_once_a_run(host: Comfy, pair: Pair, evaluations: Callable[[Any], Any]) -> None:

@@ -25,7 +25,7 @@ export function legend(state, { app, node, announce }) {
     state.set({ expert: state.view.expert === expert ? null : expert });
   }
 
-  function item(expert) {
+  function addItem(expert) {
     const rgb = expertColour(expert);
     const parts = { share: h("span", { class: "d2m-share" }), weight: h("span", { class: "d2m-weight" }), bar: h("i") };
     const chip = h("span", { class: "d2m-chip" }, String(expert));
@@ -33,7 +33,8 @@ export function legend(state, { app, node, announce }) {
     parts.bar.style.background = css(rgb);
     parts.element = h("div", { class: "d2m-expert", role: "option", "data-expert": expert },
       chip, h("span", { class: "d2m-track" }, parts.bar), parts.weight, parts.share);
-    return parts;
+    items.push(parts);
+    list.append(parts.element);
   }
 
   const scope = h("select", { "aria-label": t("map.rules.scope"), onchange: () => state.set({ scope: scope.value }) },
@@ -92,10 +93,7 @@ export function legend(state, { app, node, announce }) {
   function render() {
     const { main, view } = state;
     const { experts } = main.layers[state.layer];
-    while (items.length < experts) {
-      items.push(item(items.length));
-      list.append(items.at(-1).element);
-    }
+    while (items.length < experts) addItem(items.length);
     const place = trace();
     const mask = maskPlace(place);
     const { name } = main.layers[state.layer];

@@ -24,7 +24,7 @@ function rgbOf(colour) {
   ctx.fillRect(0, 0, 1, 1);
   ctx.fillStyle = colour;
   ctx.fillRect(0, 0, 1, 1);
-  return [...ctx.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  return [...ctx.getImageData(0, 0, 1, 1).data].slice(0, 3);
 }
 
 /** What the samples of a trace are called: which image, which prompt. */
