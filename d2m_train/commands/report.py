@@ -40,7 +40,7 @@ EMOJI = FluxDims(
     vector_size=128,
     guidance_embed=True,
 )
-EMOJI_FILE = Path(__file__).parents[1] / "demo" / "assets" / "emoji-flux.safetensors"
+EMOJI_FILE = Path(__file__).parents[2] / "demo" / "assets" / "emoji-flux.safetensors"
 MEGAPIXEL = Tokens(image=4096, text=512)  # 1024 x 1024 pixels
 PAPER_TOP_K = 2
 
