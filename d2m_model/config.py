@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .routers.routing import Gate, GateMode
+
 SCHEMA_VERSION = 1
 PATCH_LATENTS = 2  # latents on the side of an image token
 PATCH_PIXELS = 8 * PATCH_LATENTS  # pixels on that side: the autoencoder makes one latent of 8 x 8 pixels
 MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
 PREDICTOR_WIDTH = 128  # DiffMoE's is hidden_size wide: at 3072 that is 9.4 million parameters for each FFN
 
-GateMode = Literal["sum", "normalised"]
 PresetName = Literal["L", "M", "S", "XS"]
 BlockKind = Literal["double", "single"]
 Selection = Literal["topk", "window"]
@@ -55,14 +56,6 @@ class FFNLayout:
     @property
     def neurons(self) -> int:
         return self.shared + self.experts * self.width
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Gate:
-    """`sum`: every chosen expert has weight 1. `normalised`: scale * g_i, where g sums to 1 over the chosen (Eq. 3)."""
-
-    mode: GateMode
-    scale: float
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routers import Routing, UnevenRouting
+from .routers import Routing
 
 # Gathered rows of one chunk. A CPU wants them in its cache; a GPU only wants its memory bounded.
 CHUNK_BYTES_CPU = 20 * 2**20
@@ -64,17 +64,14 @@ class Dispatch:
         return token_A, self.row_TK[rows] - rows.start, self.first_T[tokens] - rows.start
 
 
-def plan_dispatch(routing: Routing | UnevenRouting, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
+def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
     """Sort the assignments of `routing`. Of x only shape, dtype and device are read, to size the chunks.
 
     `chunk_tokens` bounds the tokens of one chunk; None chooses. Results do not depend on it beyond rounding.
     """
     tokens, experts = routing.logits_TE.shape
-    if isinstance(routing, Routing):
-        rows, per_token = routing.experts_TK.numel(), float(routing.experts_TK.shape[1])
-    else:
-        rows = routing.token_A.shape[0]
-        per_token = rows / max(1, tokens)
+    top_k, rows = routing.per_token, routing.token_A.shape[0]
+    per_token = float(top_k) if top_k is not None else rows / max(1, tokens)
     if chunk_tokens is None:
         budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
         chunk_tokens = max(1, int(budget / (max(1, per_token) * x_TH.shape[1] * x_TH.element_size())))
@@ -83,13 +80,11 @@ def plan_dispatch(routing: Routing | UnevenRouting, x_TH: Tensor, chunk_tokens: 
     chunk_tokens = max(1, -(-tokens // chunks))
 
     row_A = torch.arange(rows, device=routing.logits_TE.device)
-    if isinstance(routing, Routing):
-        top_k = routing.experts_TK.shape[1]
-        token_A, expert_A, gate_A = row_A // max(1, top_k), routing.experts_TK.flatten(), routing.gates_TK.flatten()
+    token_A, expert_A = routing.token_A, routing.expert_A
+    if top_k is not None:
         first_T = None
         chunk_rows = [chunk * chunk_tokens * top_k for chunk in range(chunks)]
     else:
-        token_A, expert_A, gate_A = routing.token_A, routing.expert_A, routing.gate_A
         first_T = torch.searchsorted(token_A, torch.arange(tokens, device=token_A.device))
         chunk_rows = [0] if chunks == 1 else first_T[::chunk_tokens].tolist()
 
@@ -103,8 +98,8 @@ def plan_dispatch(routing: Routing | UnevenRouting, x_TH: Tensor, chunk_tokens: 
         tokens=tokens,
         token_A=token_A.index_select(0, order_A),
         expert_A=expert_A.index_select(0, order_A),
-        gate_A=gate_A.index_select(0, order_A),
-        row_TK=back_A.view(routing.experts_TK.shape) if isinstance(routing, Routing) else back_A,
+        gate_A=routing.gate_A.index_select(0, order_A),
+        row_TK=back_A if top_k is None else back_A.view(tokens, top_k),
         first_T=first_T,
         ends_CE=ends_CE.to(torch.int32),
         chunk_tokens=chunk_tokens,
@@ -137,7 +132,7 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
     return _joined(y)
 
 
-def mean_compensation(routing: Routing | UnevenRouting, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
+def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
     """What stands in for the experts not chosen: sum of mu_e - sum over the chosen of g_e mu_e, [T, H].
 
     So shared + sum mu + sum over the chosen g_e (E_e(x) - mu_e) is shared + routed + this. Exactly zero

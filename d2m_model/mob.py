@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import Selection
-from .routers import float32_linear
+from .routers.routing import float32_linear
 
 ALPHA = 0.5  # of Eq. 5: the weight of the tokens against that of the AdaLN vector
 RIDGES = tuple(10.0**exponent for exponent in range(-4, 3))  # of the mean square of a feature; one of them is chosen

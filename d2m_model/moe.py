@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capacity import CapacityTensors, PoolRouting, route_by_threshold, route_pool, updated_threshold
 from .config import FFNLayout, Gate
 from .experts import expert_down, expert_up, mean_compensation, plan_dispatch
 from .layout import expert_views
-from .routers import Routing, UnevenRouting, route_top_k
+from .routers import Routing
+from .routers.capacity_routing import CapacityTensors, PoolRouting, route_by_threshold, route_pool, updated_threshold
+from .routers.top_k import route_top_k
 
 
 def routed_experts(
     x_TH: Tensor,
-    routing: Routing | UnevenRouting,
+    routing: Routing,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
     down_HEF: Tensor,
@@ -183,7 +184,7 @@ class MoEFFN(nn.Module):
     routing     in training what the last forward chose, for the losses, until it is set to None; None otherwise
     """
 
-    routing: Routing | UnevenRouting | None
+    routing: Routing | None
 
     def __init__(
         self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, capacity: float | None = None
@@ -206,7 +207,7 @@ class MoEFFN(nn.Module):
         if fused.capacity is not None:
             self.capacity = CapacityPredictor(fused.capacity, capacity=top_k if capacity is None else capacity)
 
-    def route(self, x_TH: Tensor) -> Routing | UnevenRouting:
+    def route(self, x_TH: Tensor) -> Routing:
         """The router's choice for x_TH [T, H]. A capacity router in training remembers it as `capacity.pooled`."""
         (weight_EH, bias_E), capacity = self.router(), self.capacity
         if capacity is None:

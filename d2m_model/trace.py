@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import FluxMoEConfig, Gate
+from .config import FluxMoEConfig
 from .mob import BlockRouting, Samples
-from .routers import Routing, UnevenRouting
+from .routers import Gate, Routing
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace, stream_of
 
 EVENTFUL = ("cuda", "xpu")  # devices whose copies can be waited for one by one
@@ -28,23 +28,19 @@ EVENTFUL = ("cuda", "xpu")  # devices whose copies can be waited for one by one
 
 
 class Heard(NamedTuple):
-    """A router's choice. Even: experts [T, K], gates [T, K]. Uneven: tokens [A], experts [A]."""
+    """Choice of one router for the tokens of `batch` samples."""
 
     ffn: str
-    choice: Tensor
-    second: Tensor
-    logits_TE: Tensor
-    largest: float | None  # weight of one expert; None: the chosen count whole
+    routing: Routing
+    normalised: bool  # False: every expert that is chosen has weight 1
     batch: int
-    of: int  # the batch that the block was called with
-    index_S: Tensor | None  # those of it that count; None: all
-    whole: bool  # the others' choice is in it too
+    of: int  # size of the batch that the block was called with
+    index_S: Tensor | None  # samples of that batch that the choice is for; None: all
+    whole: bool  # the choice was made for the other samples too
 
     def on(self, device: torch.device) -> Heard:
         return self._replace(
-            choice=self.choice.to(device),
-            second=self.second.to(device),
-            logits_TE=self.logits_TE.to(device),
+            routing=self.routing.on(device),
             index_S=None if self.index_S is None else self.index_S.to(device),
         )
 
@@ -57,7 +53,7 @@ class Recorder:
         self.heard: list[Heard] = []
         self.chosen: list[tuple[int, Tensor]] = []
 
-    def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
+    def experts(self, ffn: str, routing: Routing, batch: int, gate: Gate) -> None:
         """The choice of `ffn`'s router for the tokens of `batch` samples, sample by sample."""
         self.heard.append(_heard(ffn, routing, gate, batch))
 
@@ -74,19 +70,14 @@ class _Part(Recorder):
     def __init__(self, recorder: Recorder, samples: Samples, whole: bool) -> None:
         self.recorder, self.samples, self.whole = recorder, samples, whole
 
-    def experts(self, ffn: str, routing: Routing | UnevenRouting, batch: int, gate: Gate) -> None:
+    def experts(self, ffn: str, routing: Routing, batch: int, gate: Gate) -> None:
         heard = _heard(ffn, routing, gate, batch)
         heard = heard._replace(of=self.samples.batch, index_S=self.samples.index_S, whole=self.whole)
         self.recorder.heard.append(heard)
 
 
-def _heard(ffn: str, routing: Routing | UnevenRouting, gate: Gate, batch: int) -> Heard:
-    normalised = gate.mode == "normalised"
-    if isinstance(routing, UnevenRouting):  # whose weights are the FFN's own scale times alpha
-        tensors, largest = (routing.token_A, routing.expert_A, routing.logits_TE), 1.0
-    else:
-        tensors, largest = (routing.experts_TK, routing.gates_TK, routing.logits_TE), gate.scale
-    return Heard(ffn, *tensors, largest if normalised else None, batch, batch, None, False)
+def _heard(ffn: str, routing: Routing, gate: Gate, batch: int) -> Heard:
+    return Heard(ffn, routing, gate.mode == "normalised", batch, batch, None, False)
 
 
 # Packing
@@ -133,7 +124,8 @@ def pack(recorders: Sequence[Recorder], sigma: Tensor) -> tuple[Tensor, list[Ent
     for number, recorder in enumerate(recorders):
         for heard in recorder.heard:
             heard = heard.on(sigma.device)
-            key = (heard.choice.dim(), heard.choice.shape[1:], heard.logits_TE.shape, heard.largest)
+            routing = heard.routing
+            key = (routing.per_token, routing.logits_TE.shape, heard.normalised, routing.gate_unit)
             alike.setdefault(key, []).append((number, heard))
         for group, chosen_BM in recorder.chosen:
             at = pieces.add(chosen_BM.to(sigma.device, torch.uint8))
@@ -141,8 +133,8 @@ def pack(recorders: Sequence[Recorder], sigma: Tensor) -> tuple[Tensor, list[Ent
             groups.append(GroupEntry(number, group, batch, blocks, at))
     entries: list[Entry] = []
     for layers in alike.values():
-        even = layers[0][1].choice.dim() == 2
-        entries += (_pack_even if even else _pack_uneven)(pieces, layers)
+        uneven = layers[0][1].routing.per_token is None
+        entries += (_pack_uneven if uneven else _pack_even)(pieces, layers)
     return torch.cat([piece.to(sigma.device) for piece in pieces.pieces]), entries, groups
 
 
@@ -150,21 +142,26 @@ def _entry(pieces: _Pieces, number: int, heard: Heard, **places: Any) -> Entry:
     rows = None
     if heard.index_S is not None:
         rows = (pieces.add(heard.index_S.to(torch.int32).view(torch.uint8)), heard.index_S.shape[0])
-    tokens = heard.logits_TE.shape[0] // heard.batch
+    tokens = heard.routing.logits_TE.shape[0] // heard.batch
     return Entry(
         ffn=heard.ffn, number=number, batch=heard.batch, of=heard.of, tokens=tokens, rows=rows, whole=heard.whole, **places
     )  # fmt: skip
 
 
 def _pack_even(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[Entry]:
-    largest = layers[0][1].largest
-    experts_LTK = torch.stack([heard.choice for _, heard in layers])
-    logits_LTE = torch.stack([heard.logits_TE for _, heard in layers])
+    routings = [heard.routing for _, heard in layers]
+    experts_LTK = torch.stack([routing.experts_TK for routing in routings])
+    logits_LTE = torch.stack([routing.logits_TE for routing in routings])
     margins = pieces.add(_margins(logits_LTE, experts_LTK))
     experts = pieces.add(experts_LTK.to(torch.uint8))
     gates = None
-    if largest is not None:
-        gates = pieces.add(_bytes(torch.stack([heard.second for _, heard in layers]) / largest))
+    if layers[0][1].normalised:
+        unit = routings[0].gate_unit
+        if unit is None:
+            shares_LTK = logits_LTE.softmax(dim=-1).gather(-1, experts_LTK)
+        else:
+            shares_LTK = torch.stack([routing.gates_TK for routing in routings]) / unit
+        gates = pieces.add(_bytes(shares_LTK))
     tokens, slots = experts_LTK.shape[1:]
     return [
         _entry(
@@ -176,25 +173,29 @@ def _pack_even(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[Ent
 
 
 def _pack_uneven(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[Entry]:
-    largest = layers[0][1].largest
-    logits_LTE = torch.stack([heard.logits_TE for _, heard in layers])
+    routings = [heard.routing for _, heard in layers]
+    logits_LTE = torch.stack([routing.logits_TE for routing in routings])
     margins = pieces.add(_margins(logits_LTE, None))
     count, tokens, experts = logits_LTE.shape
-    lengths = [heard.choice.shape[0] for _, heard in layers]
-    place_A = torch.cat([heard.choice + i * tokens for i, (_, heard) in enumerate(layers)])
-    expert_A = torch.cat([heard.second for _, heard in layers])
-    flat_A = place_A * experts + expert_A
-    # By token as they come; among a token's experts the best first. Two stable sorts: no host has to wait.
+    lengths = [routing.token_A.shape[0] for routing in routings]
+    row_A = torch.cat([routing.token_A + i * tokens for i, routing in enumerate(routings)])
+    expert_A = torch.cat([routing.expert_A for routing in routings])
+    flat_A = row_A * experts + expert_A
+    # Tokens keep their order, a token's experts are sorted best first: by two stable sorts, for which no host waits.
     by_logit_A = logits_LTE.flatten().index_select(0, flat_A).argsort(descending=True, stable=True)
-    order_A = by_logit_A.index_select(0, place_A.index_select(0, by_logit_A).argsort(stable=True))
+    order_A = by_logit_A.index_select(0, row_A.index_select(0, by_logit_A).argsort(stable=True))
     counts_LT = torch.zeros(count * tokens, dtype=torch.int32, device=logits_LTE.device)
-    counts_LT = counts_LT.scatter_add(0, place_A, torch.ones_like(place_A, dtype=torch.int32))
+    counts_LT = counts_LT.scatter_add(0, row_A, torch.ones_like(row_A, dtype=torch.int32))
     counts = pieces.add(counts_LT.to(torch.uint8))
     chosen = pieces.add(expert_A.index_select(0, order_A).to(torch.uint8))
     gates = None
-    if largest is not None:
-        alpha_A = logits_LTE.softmax(dim=-1).flatten().index_select(0, flat_A)
-        gates = pieces.add(_bytes(alpha_A.index_select(0, order_A)))
+    if layers[0][1].normalised:
+        unit = routings[0].gate_unit
+        if unit is None:
+            shares_A = logits_LTE.softmax(dim=-1).flatten().index_select(0, flat_A)
+        else:
+            shares_A = torch.cat([routing.gate_A for routing in routings]) / unit
+        gates = pieces.add(_bytes(shares_A.index_select(0, order_A)))
     entries, first = [], 0
     for i, ((number, heard), length) in enumerate(zip(layers, lengths, strict=True)):
         entries.append(

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..capacity import CapacityTensors
 from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
 from ..config import FluxMoEConfig, Teacher
 from ..layout import ffn_tensors
+from ..routers.capacity_routing import CapacityTensors
 from ..teacher import DenseTeacher
 from ..tensor_file import CheckpointError, Shape
 from ..tensor_writer import TensorWriter

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capacity import CapacityTensors
 from ..config import FFNLayout
+from ..routers.capacity_routing import CapacityTensors
 from .coactivation import coactivation_experts
 from .interfaces import FFNPlan, FFNWeights
 from .least_squares import Normal

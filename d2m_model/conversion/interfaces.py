@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..capacity import CapacityTensors
+from ..routers.capacity_routing import CapacityTensors
 from ..tensor_file import Shape
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capacity import CapacityTensors, initial_tensors, predict, select, share_of, thresholds_of
-from ..routers import float32_linear
+from ..routers.capacity_routing import CapacityTensors, initial_tensors, predict, select, share_of, thresholds_of
+from ..routers.routing import float32_linear
 
 STEPS = 300
 BATCH = 1024

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
-from d2m_model.routers import Routing, UnevenRouting
+from d2m_model.routers import Routing
 
 from .. import UserError
 from ..data.batch import Batch
@@ -202,11 +202,9 @@ def frequencies(chosen: np.ndarray, ran: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
-def selected(routing: Routing | UnevenRouting) -> Tensor:
+def selected(routing: Routing) -> Tensor:
     """bool [T, E]: which experts each token goes to, however small their weights."""
     none_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool)
-    if isinstance(routing, Routing):
-        return none_TE.scatter(1, routing.experts_TK, True)
     return none_TE.index_put((routing.token_A, routing.expert_A), torch.ones_like(routing.gate_A, dtype=torch.bool))
 
 

@@ -12,11 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from d2m_model.capacity import pool_of, updated_threshold
 from d2m_model.config import FluxMoEConfig
 from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
-from d2m_model.routers import Routing
+from d2m_model.routers.capacity_routing import pool_of, updated_threshold
 
 from ..run_config import RunConfig
 from .losses import balance_loss
@@ -140,7 +139,7 @@ class RouterTraining:
         found = []
         for name, moe in self.core.moe_ffns().items():
             routing = moe.routing
-            if not isinstance(routing, Routing) or not moe.router.weight.requires_grad:
+            if routing is None or routing.per_token is None or not moe.router.weight.requires_grad:
                 continue
             kept_BT = kept_tokens(name, tokens).to(device)
             if self.run.losses.text_padding:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
-from d2m_model.routers import Routing, UnevenRouting
+from d2m_model.routers import Routing
 
 from ..distillation.losses import balance_loss
 from ..distillation.router_losses import RoutedModel, Tokens, kept_tokens
@@ -100,7 +100,7 @@ class RouterStatistics:
         return dict(zip(self._sums, together.split([len(part) for part in parts]), strict=True))
 
 
-def layer_sums(routing: Routing | UnevenRouting, kept_BT: Tensor | None) -> Tensor:
+def layer_sums(routing: Routing, kept_BT: Tensor | None) -> Tensor:
     """float32 [E + 5]: assignments of each expert, then PARTS, of one forward pass of one FFN.
 
     Balance is GShard's and a router's that gives each token as many experts; 0 for one whose pool is balanced by itself.
@@ -111,16 +111,12 @@ def layer_sums(routing: Routing | UnevenRouting, kept_BT: Tensor | None) -> Tens
         kept_BT = torch.ones(1, tokens, dtype=torch.bool, device=probabilities_TE.device)
     kept_T = kept_BT.flatten().float()
     balance = with_padding = probabilities_TE.new_zeros(())
-    if isinstance(routing, Routing):
-        chosen, weight = routing.experts_TK.flatten(), kept_T.repeat_interleave(routing.experts_TK.shape[1])
+    if routing.per_token is not None:
         shape = (len(kept_BT), -1)
         by_sequence = probabilities_TE.unflatten(0, shape), routing.experts_TK.unflatten(0, shape)
         balance, with_padding = balance_loss(*by_sequence, kept_BT), balance_loss(*by_sequence)
-    else:
-        chosen, weight = routing.expert_A, kept_T[routing.token_A]
-    load_E = kept_T.new_zeros(experts).scatter_add(
-        0, chosen, weight
-    )  # without waiting for the device, as bincount does
+    # Without waiting for the device, as bincount does.
+    load_E = kept_T.new_zeros(experts).scatter_add(0, routing.expert_A, kept_T[routing.token_A])
     entropy_T = torch.special.entr(probabilities_TE).sum(-1) / math.log(max(2, experts))
     parts = (kept_T.new_ones(()), kept_T.sum(), (entropy_T * kept_T).sum(), balance, with_padding)
     return torch.cat([load_E, torch.stack(parts)])

@@ -23,11 +23,11 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...d2m_model.capacity import scaled_threshold
 from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.convert import metadata_of
 from ...d2m_model.keys import bfl_spelling
+from ...d2m_model.routers.capacity_routing import scaled_threshold
 from ...d2m_model.tensor_writer import TensorWriter
 from ..controls.control import flux_moe
 from ..controls.expert_mask import ExpertMask

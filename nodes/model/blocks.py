@@ -22,10 +22,11 @@ from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ...d2m_model.capacity import CapacityTensors, route_by_threshold
 from ...d2m_model.config import FFNLayout
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ...d2m_model.routers import Routing, UnevenRouting, route_top_k
+from ...d2m_model.routers import Routing
+from ...d2m_model.routers.capacity_routing import CapacityTensors, route_by_threshold
+from ...d2m_model.routers.top_k import route_top_k
 from .custom_operators import GraphChoice, Handed, down_in_graph, up_in_graph
 from .settings import Choice, FileChoice
 
@@ -69,7 +70,7 @@ def cast_router(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor
 class Routed:
     """What W1's side hands to W2's, within one call."""
 
-    routing: Routing | UnevenRouting
+    routing: Routing
     plan: Dispatch
     hidden_AF: Tensor
 
@@ -151,11 +152,11 @@ class ExpertLayer(nn.Module):
         for layer, weight, bias, token in router.casts:
             comfy.ops.uncast_bias_weight(layer, weight, bias, token)
 
-    def route(self, x_BTH: Tensor, choice: Choice) -> Routing | UnevenRouting:
+    def route(self, x_BTH: Tensor, choice: Choice) -> Routing:
         x_TH = x_BTH.flatten(0, -2)
         router = self.cast_router(x_TH.device)
         weights = (router.weight_EH, router.bias_E)
-        routing: Routing | UnevenRouting
+        routing: Routing
         if router.capacity is not None:
             routing = route_by_threshold(x_TH, *weights, router.capacity, gate=choice.gate, factor=choice.capacity)
         else:

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...d2m_model.capacity import CapacityTensors, route_by_threshold
 from ...d2m_model.config import FluxMoEConfig, Gate
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ...d2m_model.routers import Routing, UnevenRouting, route_top_k
+from ...d2m_model.routers import Routing
+from ...d2m_model.routers.capacity_routing import CapacityTensors, route_by_threshold
+from ...d2m_model.routers.top_k import route_top_k
 
 
 class GraphChoice(NamedTuple):
@@ -141,7 +142,7 @@ def _up(
 ) -> Handed:
     top_k, normalised, scale, factor, masked = choice_5.tolist()
     gate = Gate(mode="normalised" if normalised else "sum", scale=scale)
-    routing: Routing | UnevenRouting
+    routing: Routing
     if of_capacity is None:
         routing = route_top_k(x_TH, router_EH, bias_E, top_k=int(top_k), gate=gate)
     else:
@@ -220,7 +221,7 @@ def _down(
     if expert_mean_EH is None:
         return y_TH
     logits_TE = gate_A.new_empty(tokens, experts)  # of which only the shape is read
-    routing = UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
+    routing = Routing(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
     return y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from d2m_model.mob import BlockRouting
-from d2m_model.routers import Routing, UnevenRouting
+from d2m_model.routers import Routing
 from d2m_train.data.batch import Batch
 from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.losses import balance_loss
@@ -218,7 +218,7 @@ def test_captions_stand_above_their_columns() -> None:
 
 def routing(experts: list[list[int]], logits: torch.Tensor) -> Routing:
     chosen = torch.tensor(experts)
-    return Routing(experts_TK=chosen, gates_TK=torch.ones(chosen.shape), logits_TE=logits)
+    return Routing.even(experts_TK=chosen, gates_TK=torch.ones(chosen.shape), logits_TE=logits)
 
 
 def test_load_and_entropy_of_a_layer_by_hand() -> None:
@@ -249,7 +249,7 @@ def test_balance_is_given_with_and_without_padding() -> None:
 
 
 def test_a_capacity_router_counts_what_each_expert_took() -> None:
-    uneven = UnevenRouting(
+    uneven = Routing(
         token_A=torch.tensor([0, 0, 0, 2]), expert_A=torch.tensor([0, 1, 2, 0]), gate_A=torch.ones(4),
         logits_TE=torch.zeros(3, 6),
     )  # fmt: skip

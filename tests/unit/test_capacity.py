@@ -15,7 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from d2m_model.capacity import (
+from d2m_model.config import FFNLayout, Gate
+from d2m_model.moe import FusedFFN, MoEFFN
+from d2m_model.routers import Routing
+from d2m_model.routers.capacity_routing import (
     CapacityTensors,
     PoolRouting,
     initial_tensors,
@@ -27,9 +30,6 @@ from d2m_model.capacity import (
     share_of,
     updated_threshold,
 )
-from d2m_model.config import FFNLayout, Gate
-from d2m_model.moe import FusedFFN, MoEFFN
-from d2m_model.routers import UnevenRouting
 
 from .reference import MoE
 
@@ -122,7 +122,7 @@ def weights_of(ffn: FusedFFN) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double() for tensor in (*fused, ffn.capacity.scale_1[0])]
 
 
-def taken_of(routing: UnevenRouting) -> dict[int, list[int]]:
+def taken_of(routing: Routing) -> dict[int, list[int]]:
     taken: dict[int, list[int]] = {t: [] for t in range(len(routing.logits_TE))}
     for t, e in zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True):
         taken[t].append(e)
@@ -326,7 +326,6 @@ def test_the_predictor_learns_from_its_loss_and_nothing_else_does() -> None:
 
     # And then it gives at inference what the experts took in training.
     taken = layer.eval().route(x)
-    assert isinstance(taken, UnevenRouting)
     wanted = layer.train().route(x)
     agreement = ((taken.gates_TE > 0) == (wanted.gates_TE > 0)).float().mean()
     assert agreement > 0.9
@@ -424,7 +423,7 @@ def test_a_token_has_the_experts_whose_prediction_passes_their_threshold(
         assert ((y.double() - expected(x.double())).abs() <= expected.rounding(x.double(), torch.float32)).all()
 
 
-def routing(factor: float, tensors: CapacityTensors, x: Tensor, gate: Gate = SUM) -> UnevenRouting:
+def routing(factor: float, tensors: CapacityTensors, x: Tensor, gate: Gate = SUM) -> Routing:
     return route_by_threshold(x, normal(1, 6, 16), None, tensors, gate=gate, factor=factor)
 
 

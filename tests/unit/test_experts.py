@@ -18,7 +18,8 @@ from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
 from d2m_model.experts import Dispatch, expert_down, expert_up, grouped_mm, mean_compensation, plan_dispatch
 from d2m_model.layout import expert_views
-from d2m_model.routers import Routing, UnevenRouting, route_top_k
+from d2m_model.routers import Routing
+from d2m_model.routers.top_k import route_top_k
 
 from .reference import MoE
 
@@ -47,18 +48,18 @@ def random_routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> Rout
     """Distinct experts for every token, gates of any size; with few tokens, many experts stay empty."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=generator)
-    return Routing(
+    return Routing.even(
         experts_TK=logits.argsort(dim=1, descending=True)[:, :top_k],
         gates_TK=torch.rand(tokens, top_k, generator=generator) + 0.5,
         logits_TE=logits,
     )
 
 
-def random_uneven_routing(tokens: int, experts: int, density: float, seed: int = 0) -> UnevenRouting:
+def random_uneven_routing(tokens: int, experts: int, density: float, seed: int = 0) -> Routing:
     """Any number of experts for each token, 0 and all of them included."""
     generator = torch.Generator().manual_seed(seed)
     token_A, expert_A = (torch.rand(tokens, experts, generator=generator) < density).nonzero().unbind(1)
-    return UnevenRouting(
+    return Routing(
         token_A=token_A,
         expert_A=expert_A,
         gate_A=torch.rand(len(token_A), generator=generator) + 0.5,
@@ -66,11 +67,11 @@ def random_uneven_routing(tokens: int, experts: int, density: float, seed: int =
     )
 
 
-def as_uneven(routing: Routing) -> UnevenRouting:
+def as_uneven(routing: Routing) -> Routing:
     """The same choice, said the other way."""
     tokens, top_k = routing.experts_TK.shape
     experts_TK, order_TK = routing.experts_TK.sort(dim=1)
-    return UnevenRouting(
+    return Routing(
         token_A=torch.arange(tokens).repeat_interleave(top_k),
         expert_A=experts_TK.flatten(),
         gate_A=routing.gates_TK.gather(1, order_TK).flatten(),
@@ -92,12 +93,12 @@ def routed(x: Tensor, plan: Dispatch, up: Tensor, bias: Tensor, down: Tensor, la
     return expert_down(expert_up(x, plan, up_EFH, bias_EF), plan, down_HEF)
 
 
-def exact(routing: Routing | UnevenRouting, up: Tensor, bias: Tensor, down: Tensor, layout: FFNLayout) -> MoE:
+def exact(routing: Routing, up: Tensor, bias: Tensor, down: Tensor, layout: FFNLayout) -> MoE:
     """The reference with these choices and gates, and a shared expert that gives zero."""
 
     class GivenRouting(MoE):
         def gates(self, t: int, x_H: Tensor) -> dict[int, Tensor]:
-            if isinstance(routing, UnevenRouting):
+            if routing.per_token is None:
                 rows = routing.token_A == t
                 return dict(zip(routing.expert_A[rows].tolist(), routing.gate_A[rows].double(), strict=True))
             return dict(zip(routing.experts_TK[t].tolist(), routing.gates_TK[t].double(), strict=True))
@@ -211,7 +212,7 @@ def test_each_token_gets_the_weighted_sum_of_its_experts_whatever_the_widths(
     data: st.DataObject,
 ) -> None:
     """`density`: of an uneven routing; None is a top-k one."""
-    routing: Routing | UnevenRouting
+    routing: Routing
     if density is None:
         routing = random_routing(tokens, layout.experts, data.draw(st.integers(1, layout.experts)), seed)
     else:
@@ -271,7 +272,7 @@ def test_experts_that_no_token_chose_take_no_part_and_get_zero_gradients() -> No
     layout = FFNLayout(shared=0, experts=4, width=8)
     up, bias, down = (w.requires_grad_() for w in random_weights(8, layout, torch.float32))
     routing = random_routing(5, 4, 2)
-    routing.experts_TK = torch.tensor([[1, 3]]).expand(5, 2)
+    routing.expert_A = torch.tensor([1, 3]).repeat(5)
     x = torch.randn(5, 8)
     with torch.no_grad():
         for weight, axis in ((up, 0), (bias, 0), (down, 1)):
@@ -303,8 +304,7 @@ def test_weights_that_nothing_was_routed_to_get_gradients_of_zero() -> None:
     layout = FFNLayout(shared=0, experts=4, width=8)
     for routing in (random_routing(5, 4, 0), random_uneven_routing(5, 4, 0.0)):
         weights = [weight.requires_grad_() for weight in random_weights(8, layout, torch.float32)]
-        gates = routing.gates_TK if isinstance(routing, Routing) else routing.gate_A
-        inputs = [*weights, gates.requires_grad_(), torch.randn(5, 8, requires_grad=True)]
+        inputs = [*weights, routing.gate_A.requires_grad_(), torch.randn(5, 8, requires_grad=True)]
         routed(inputs[-1], plan_dispatch(routing, inputs[-1], 2), *weights, layout).sum().backward()
         for tensor in inputs:
             assert tensor.grad is not None
@@ -318,7 +318,7 @@ def test_gates_carry_a_gradient() -> None:
     routing = random_routing(6, 4, 2)
 
     def of_gates(gates: Tensor) -> Tensor:
-        routing.gates_TK = gates
+        routing.gate_A = gates
         return routed(x, plan_dispatch(routing, x), *weights, layout)
 
     def of_uneven_gates(gates: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def test_gates_carry_a_gradient() -> None:
         return routed(x, plan_dispatch(uneven, x), *weights, layout)
 
     uneven = random_uneven_routing(6, 4, 0.5)
-    torch.autograd.gradcheck(of_gates, routing.gates_TK.double().requires_grad_())
+    torch.autograd.gradcheck(of_gates, routing.gate_A.double().requires_grad_())
     torch.autograd.gradcheck(of_uneven_gates, uneven.gate_A.double().requires_grad_())
 
 

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
 from d2m_model.moe import FusedFFN, MoEFFN, moe_ffn
-from d2m_model.routers import route_top_k
+from d2m_model.routers.top_k import route_top_k
 
 from .reference import MoE
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_model.capacity import route_by_threshold, share_of
 from d2m_model.config import Gate
 from d2m_model.conversion.predictor_init import fitted_tensors, predicted, selection
+from d2m_model.routers.capacity_routing import route_by_threshold, share_of
 
 H, E, CAPACITY = 32, 6, 2.0
 

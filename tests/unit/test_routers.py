@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2m_model.config import Gate
-from d2m_model.routers import Routing, route_top_k
+from d2m_model.routers import Routing
+from d2m_model.routers.top_k import route_top_k
 
 from .reference import chosen
 

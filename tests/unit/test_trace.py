@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_model.config import BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher
 from d2m_model.mob import BlockRouting, Samples
-from d2m_model.routers import Routing, UnevenRouting, route_top_k
+from d2m_model.routers import Routing
+from d2m_model.routers.top_k import route_top_k
 from d2m_model.trace import Evaluation, Pass, Run
 from d2m_model.trace_record import NONE, SampleKey, Trace
 
@@ -49,14 +50,14 @@ def routed(rows: int, top_k: int = 2, gate: Gate = NORMALISED, seed: int = 0) ->
     return route_top_k(x_TH, weight_EH * 0.3, None, top_k=top_k, gate=gate)
 
 
-def unevenly(rows: int, seed: int = 0) -> UnevenRouting:
+def unevenly(rows: int, seed: int = 0) -> Routing:
     """Some tokens have no expert, some have many."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(rows, EXPERTS, generator=generator)
     chosen_TE = torch.rand(rows, EXPERTS, generator=generator) < torch.linspace(0, 0.9, rows)[:, None]
     token_A, expert_A = chosen_TE.nonzero().unbind(1)
     gate_A = 3.5 * logits_TE.softmax(-1)[token_A, expert_A]
-    return UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
+    return Routing(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
 
 
 def margins(logits_TE: Tensor) -> np.ndarray:
@@ -292,12 +293,17 @@ def test_prompts_that_were_evaluated_on_two_devices_are_packed_together(router: 
     assert [entry.number for entry in run.steps[0].entries] == [0, 1]
 
 
-def on_meta(router: str, length: int) -> Routing | UnevenRouting:
+def on_meta(router: str, length: int) -> Routing:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     logits_TE = empty(length, EXPERTS)
     if router == "top_k":
-        return Routing(experts_TK=empty(length, 2, dtype=torch.int64), gates_TK=empty(length, 2), logits_TE=logits_TE)
+        return Routing.even(
+            experts_TK=empty(length, 2, dtype=torch.int64),
+            gates_TK=empty(length, 2),
+            logits_TE=logits_TE,
+            gate_unit=1.0,
+        )
     ids = [empty(2 * length, dtype=torch.int64) for _ in range(2)]
-    return UnevenRouting(token_A=ids[0], expert_A=ids[1], gate_A=empty(2 * length), logits_TE=logits_TE)
+    return Routing(token_A=ids[0], expert_A=ids[1], gate_A=empty(2 * length), logits_TE=logits_TE)

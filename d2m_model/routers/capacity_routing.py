@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Gate
-from .routers import UnevenRouting, float32_linear
+from .routing import Gate, Routing, float32_linear
 
 THRESHOLD_DECAY = 0.95  # DiffMoE's
 
@@ -64,7 +63,7 @@ def route_by_threshold(
     *,
     gate: Gate,
     factor: float = 1.0,
-) -> UnevenRouting:
+) -> Routing:
     """The experts whose prediction for a token passes their threshold, token by token.
 
     gate.mode `sum`: weight 1. `normalised`: the FFN's scale times alpha = softmax(W_g x), not renormalised; gate.scale
@@ -83,7 +82,7 @@ def route_by_threshold(
     limit_E = tensors.threshold_E.float().logit() - (math.log(factor) if factor > 0 else -math.inf)
     token_A, expert_A = (predict(x_TH, tensors) > limit_E).nonzero().unbind(1)
     gates_TE = _weights(logits_TE.softmax(dim=-1), tensors.scale_1, gate)
-    return UnevenRouting(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
+    return Routing(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
 
 
 def scaled_threshold(threshold_E: Tensor, factor: float) -> Tensor:
@@ -106,7 +105,7 @@ def _weights(alpha_TE: Tensor, scale_1: Tensor, gate: Gate) -> Tensor:
 class PoolRouting:
     """What the experts took of a pool, and what the predictor made of it: float32 [P, E] logits beside bool [P, E]."""
 
-    routing: UnevenRouting
+    routing: Routing
     predicted_PE: Tensor
     selected_PE: Tensor
     share: int  # S, tokens of each expert
@@ -159,7 +158,7 @@ def route_pool(
     # Sorted by token, then by expert.
     place_A = (taken_SE * experts + torch.arange(experts, device=x_TH.device)).flatten().sort().values
     position_A = place_A // experts
-    routing = UnevenRouting(
+    routing = Routing(
         token_A=position_A if pool_P is None else pool_P.index_select(0, position_A),
         expert_A=place_A % experts,
         gate_A=_weights(alpha_PE, tensors.scale_1, gate).flatten().index_select(0, place_A),
