@@ -1,10 +1,35 @@
-"""What every test shares."""
+"""Settings of every test run: tiers, hypothesis, and an environment in which processes start fast."""
+
+from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
-# No deadlines: machines differ, and speed is the business of benchmarks/. CI tries the same examples each time.
+TESTS = Path(__file__).parent
+TIERS = {"unit": "unit", "train": "train", "comfyui": "host", "browser": "browser"}  # folder: marker
+
+# No deadlines: machines differ, and benchmarks/ measures speed. Continuous integration draws the same examples each time.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The models are tiny: one thread is faster than many, and sums in one order give the same bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if sys.dont_write_bytecode:
+    # Without a cache every process that a test starts would compile torch, diffusers and ComfyUI again: 20 seconds each.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(TESTS.parent / ".pytest_cache" / "compiled")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the tier of its folder."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(TIERS[folder])

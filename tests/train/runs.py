@@ -72,14 +72,7 @@ def run_file(folder: Path, **sections: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""} | _compiled_once()
-
-
-def _compiled_once() -> dict[str, str]:
-    """Where Python is told to keep no compiled code, every process would compile torch and diffusers anew: ten seconds."""
-    if not sys.dont_write_bytecode:
-        return {}
-    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "compiled")}
+    return {**os.environ, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # What `accelerate launch` hands to its processes; on a CPU it starts them by MPI, so torchrun does it here.
