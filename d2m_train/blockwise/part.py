@@ -23,11 +23,11 @@ from d2m_model.moe import MoEFFN
 from ..data.order import places
 from ..distillation.losses import feature_losses
 from ..distillation.router_losses import RouterTraining
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS, Plan
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS, StagePlan
 from ..flow.velocity import evaluating
 from ..monitor.router_statistics import RouterStatistics
-from ..monitor.stage_log import Eyes
-from ..parallel.processes import Processes
+from ..monitor.stage_log import StageLog
+from ..parallel.ranks import Ranks
 from ..run_config import RunConfig, Stage, StageSection
 from ..training.checkpoints import Checkpoints
 from ..training.compiling import compile_blocks
@@ -142,9 +142,9 @@ class PartTraining:
         core: FluxMoETransformer2DModel,
         part: Part,
         number: int,
-        plan: Plan,
+        plan: StagePlan,
         store: FeatureStore,
-        processes: Processes,
+        processes: Ranks,
     ) -> None:
         self.run, self.stage, self.part, self.number = run, stage, part, number
         self.store, self.processes = store, processes
@@ -168,7 +168,7 @@ class PartTraining:
         self.statistics = RouterStatistics(self.core)
         self.place = {"device": processes.device, "dtype": getattr(torch, run.student.dtype)}
 
-    def run_steps(self, start: int, checkpoints: Checkpoints, eyes: Eyes) -> None:
+    def run_steps(self, start: int, checkpoints: Checkpoints, eyes: StageLog) -> None:
         """From step `start` + 1, of which the checkpoint is loaded here, to the stage's last. Raises Stopped."""
         run, steps, first = self.run, self.section.steps, self.number * self.section.steps
         if start:

@@ -29,21 +29,21 @@ from .. import UserError
 from ..data.batch import DataSource
 from ..distillation.stages import (
     BLOCKS_OF_FLUX,
-    Plan,
+    StagePlan,
     blocks_of,
     members,
-    plan_of,
+    plan_stage,
     prepare_student,
     teacher_outputs,
     trainable_names,
 )
-from ..monitor.stage_log import Eyes
-from ..parallel.processes import Processes
+from ..monitor.stage_log import StageLog
+from ..parallel.ranks import Ranks
 from ..plan.memory import Weight, optimizer_bytes
 from ..run_config import RunConfig, Stage, StageSection
 from ..training.checkpoints import Checkpoints
 from ..training.loop import StageFiles, Stopped, with_gate
-from ..training.run_identity import of_stage
+from ..training.run_identity import stage_identity
 from .feature_store import FeatureStore, disk_bytes
 from .part import Part, PartTraining
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
 
-def check_blockwise(run: RunConfig, processes: Processes) -> None:
+def check_blockwise(run: RunConfig, processes: Ranks) -> None:
     """Raises UserError for what blockwise mode does not do."""
     if processes.strategy != "single":
         raise UserError(
@@ -73,7 +73,7 @@ def train_blockwise(
     run: RunConfig,
     stage: Stage,
     files: StageFiles,
-    processes: Processes,
+    processes: Ranks,
     teacher: FluxTransformer2DModel,
     data: DataSource,
     identity: dict[str, Any],
@@ -82,10 +82,10 @@ def train_blockwise(
 
     Raises Stopped after SIGTERM, and UserError or CheckpointError for whatever the user can put right.
     """
-    _Blockwise(run, stage, files, processes, teacher, data, of_stage(identity, stage)).train()
+    _Blockwise(run, stage, files, processes, teacher, data, stage_identity(identity, stage)).train()
 
 
-def parts_of(config: FluxMoEConfig, plan: Plan, trainable: Collection[str], teacher_doubles: int) -> list[Part]:
+def parts_of(config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str], teacher_doubles: int) -> list[Part]:
     """What a stage trains, in the order in which it runs: blocks, and groups where they choose, that have something to
     train. `teacher_doubles`: the teacher's double blocks, of which a depth-pruned student has fewer.
 
@@ -131,7 +131,7 @@ class _Blockwise:
         run: RunConfig,
         stage: Stage,
         files: StageFiles,
-        processes: Processes,
+        processes: Ranks,
         teacher: FluxTransformer2DModel,
         data: DataSource,
         identity: dict[str, Any],
@@ -142,7 +142,7 @@ class _Blockwise:
         self.source = check_file(files.source)
         core = self._core(())
         self.config = with_gate(core, stage)
-        self.plan = plan_of(stage, self.config, self.section)
+        self.plan = plan_stage(stage, self.config, self.section)
         trainable = trainable_names(core, self.plan)
         self.parts = parts_of(self.config, self.plan, trainable, len(teacher.transformer_blocks))
         self._check_outside(trainable)
@@ -153,7 +153,7 @@ class _Blockwise:
             files.folder / "features", teacher, data, run, report=processes.say, check_stop=self._check_stop
         )
         self.hidden_size: int = teacher.inner_dim
-        self.eyes: Eyes | None = None
+        self.eyes: StageLog | None = None
 
     def train(self) -> None:
         self.files.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class _Blockwise:
         if done or start:
             at = f"step {start} of {self.parts[done].name}" if done < len(self.parts) else "the end"
             self.processes.say(f"{self.stage}: going on at {at}, {done} of {len(self.parts)} parts are trained.")
-        with Eyes(
+        with StageLog(
             self.files.folder,
             self.files.tensorboard,
             self.run.eyes,
@@ -182,7 +182,7 @@ class _Blockwise:
         shutil.rmtree(self.files.folder / "parts", ignore_errors=True)
         shutil.rmtree(self.files.checkpoints, ignore_errors=True)
 
-    def _train_part(self, number: int, eyes: Eyes) -> None:
+    def _train_part(self, number: int, eyes: StageLog) -> None:
         part = self.parts[number]
         eyes.begin_part("block", part.name)
         with eyes.paused():

@@ -26,7 +26,7 @@ from d2m_model.routers import Routing
 
 from .. import UserError
 from ..data.batch import Batch
-from ..distillation.features import block_of
+from ..distillation.features import find_block
 from ..evaluation import figures
 from ..evaluation.open_model import is_flux_moe, load_flux
 from ..evaluation.prompts import (
@@ -106,7 +106,7 @@ def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], 
                 text, image = output
                 change[walk.some, walk.step, place] = mean_square_change((image, text), given).cpu()
 
-            walk.handles.append(block_of(model, name).register_forward_hook(hook, with_kwargs=True))
+            walk.handles.append(find_block(model, name).register_forward_hook(hook, with_kwargs=True))
         walk.go()
     by_prompt, by_timestep = change.mean(1), change.mean(0)
     title = f"How much blocks of {args.file.name} change their input"
@@ -179,7 +179,7 @@ def _watch_experts(
         chosen[name][walk.some, walk.step] = found
 
     walk.handles.append(model.moe_ffns()[name].register_forward_pre_hook(route))
-    member = getattr(block_of(model, ".".join(name.split(".")[:2])), "member", None)
+    member = getattr(find_block(model, ".".join(name.split(".")[:2])), "member", None)
     if member is not None:
 
         def choose(_: nn.Module, arguments: Any, routing: BlockRouting) -> None:

@@ -26,11 +26,11 @@ from ..conversion.run import convert, settings_of
 from ..data import open_source, prepare
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, stages_of
-from ..parallel.processes import Processes
+from ..parallel.ranks import Ranks
 from ..run_config import STAGES, RunConfig, Stage, load
 from ..teacher.frozen import fused_file, open_frozen_teacher
 from ..training.loop import StageFiles, Stopped, train_stage
-from ..training.run_identity import check_same_run, check_same_sources, identity_of
+from ..training.run_identity import check_same_run, check_same_sources, run_identity
 from .export import export
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(run: RunConfig) -> int:
     """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
-    processes = Processes(run)
+    processes = Ranks(run)
     try:
         Distill(run, processes).run_all()
     except Stopped:
@@ -83,7 +83,7 @@ class Distill:
     """A run in its output_dir."""
 
     run: RunConfig
-    processes: Processes
+    processes: Ranks
 
     def run_all(self) -> None:
         run = self.run
@@ -99,7 +99,7 @@ class Distill:
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.processes.device)
         prepare(data, self.processes.rank, self.processes.count)
         self.processes.wait()
-        identity = identity_of(run, path, data)
+        identity = run_identity(run, path, data)
         self._begin(identity, path, data)
         if "convert" in run.stages:
             self._convert(path, data)

@@ -42,7 +42,7 @@ def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterat
 
         return hook
 
-    handles = [block_of(model, name).register_forward_hook(hook_of(name)) for name in names]
+    handles = [find_block(model, name).register_forward_hook(hook_of(name)) for name in names]
     try:
         yield found
     finally:
@@ -50,7 +50,7 @@ def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterat
             handle.remove()
 
 
-def block_of(model: FluxTransformer2DModel, name: str) -> nn.Module:
+def find_block(model: FluxTransformer2DModel, name: str) -> nn.Module:
     """A block by its BFL name."""
     kind, index = name.split(".")
     blocks = model.transformer_blocks if kind == "double_blocks" else model.single_transformer_blocks
@@ -58,6 +58,6 @@ def block_of(model: FluxTransformer2DModel, name: str) -> nn.Module:
     return found
 
 
-def streams_of(name: str) -> tuple[str, ...]:
+def stream_names(name: str) -> tuple[str, ...]:
     """The entries that `block_outputs` has for a block."""
     return (f"{name}.img", f"{name}.txt") if name.startswith("double_blocks.") else (name,)

@@ -19,14 +19,14 @@ from d2m_model.routers.capacity_routing import pool_of, updated_threshold
 
 from ..run_config import RunConfig
 from .losses import balance_loss
-from .stages import Plan
+from .stages import StagePlan
 
 
 def as_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Tokens(Protocol):
+class PaddedTokens(Protocol):
     """What routers' losses must know of a batch's tokens: how many the image has, and which of the text's are no padding."""
 
     @property
@@ -56,7 +56,7 @@ class RouterTraining:
     """
 
     core: RoutedModel
-    plan: Plan
+    plan: StagePlan
     run: RunConfig
     average: Callable[[Tensor], Tensor] = field(default=as_is)
     fractions: dict[str, Tensor] = field(
@@ -75,7 +75,7 @@ class RouterTraining:
                     share = config.active / config.blocks
                     self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
 
-    def set_pools(self, tokens: Tokens) -> None:
+    def set_pools(self, tokens: PaddedTokens) -> None:
         """Padding text tokens stay out of a capacity router's pool. One mask for each kind of FFN."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
@@ -88,7 +88,7 @@ class RouterTraining:
                 pools[kind] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
             moe.capacity.pool_P = pools[kind]
 
-    def router_losses(self, tokens: Tokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
+    def router_losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
         """(name, loss, weight), of what the last forward pass chose: of token routers, of block routers, and of capacity
         predictors, which nothing else learns from."""
         if self.plan.token_balance:
@@ -134,7 +134,7 @@ class RouterTraining:
             if self.plan.experts_on and moe.capacity is not None and moe.capacity.in_layer.weight.requires_grad:
                 yield name, moe
 
-    def _token_balance(self, tokens: Tokens, device: torch.device) -> Tensor:
+    def _token_balance(self, tokens: PaddedTokens, device: torch.device) -> Tensor:
         """The mean over layers of GShard's loss; padding text tokens count only if the run says so."""
         found = []
         for name, moe in self.core.moe_ffns().items():
@@ -159,7 +159,7 @@ def _kind(ffn: str) -> str:
     return ffn.rsplit(".", 1)[1] if ffn.startswith("double_blocks.") else "single"
 
 
-def kept_tokens(ffn: str, tokens: Tokens) -> Tensor:
+def kept_tokens(ffn: str, tokens: PaddedTokens) -> Tensor:
     """bool [B, tokens]: which of the tokens that an FFN sees are no padding. A single block's begin with the text."""
     words_BL = tokens.words_BL
     image_BT = torch.ones(len(words_BL), len(tokens.image_ids_T3), dtype=torch.bool)

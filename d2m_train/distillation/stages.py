@@ -47,7 +47,7 @@ class Feature:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Plan:
+class StagePlan:
     """One stage of one student. `trainable` are fnmatch patterns of diffusers names."""
 
     stage: Stage
@@ -70,7 +70,7 @@ def stages_of(config: FluxMoEConfig) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def plan_of(stage: Stage, config: FluxMoEConfig, section: StageSection) -> Plan:
+def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> StagePlan:
     """How a stage runs, its patterns replaced by the section's own where it has some."""
     if stage not in TRAINING:
         raise ValueError(f"Stage {stage} trains nothing; expected one of {', '.join(TRAINING)}.")
@@ -82,7 +82,7 @@ def plan_of(stage: Stage, config: FluxMoEConfig, section: StageSection) -> Plan:
     else:
         trainable = (*_patterns_of_blocks(config), "block_groups.*")
     routed = config.capacity_router is not None or config.top_k > 0
-    return Plan(
+    return StagePlan(
         stage=stage,
         trainable=trainable if section.trainable is None else section.trainable,
         features=group_features(config) if stage == "blocks" else block_features(config),
@@ -94,7 +94,7 @@ def plan_of(stage: Stage, config: FluxMoEConfig, section: StageSection) -> Plan:
     )
 
 
-def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
+def trainable_names(model: nn.Module, plan: StagePlan) -> set[str]:
     """The parameters that a stage trains. Raises UserError for a pattern that none matches, or if there are none."""
     names = [name for name, _ in model.named_parameters()]
     found: set[str] = set()
@@ -112,7 +112,9 @@ def trainable_names(model: nn.Module, plan: Plan) -> set[str]:
     return found
 
 
-def prepare_student(model: FluxMoETransformer2DModel, plan: Plan, frozen_dtype: torch.dtype | None = None) -> list[str]:
+def prepare_student(
+    model: FluxMoETransformer2DModel, plan: StagePlan, frozen_dtype: torch.dtype | None = None
+) -> list[str]:
     """Freeze what the stage does not train, and switch experts and groups on or off. The trainable names, in the model's order.
 
     `frozen_dtype` is what frozen weights are held in (None: as they are). Routers, means and U keep theirs.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..flow.noise import Noisy, noisy_batch
 from ..flow.velocity import velocity
-from .features import block_outputs, streams_of
+from .features import block_outputs, stream_names
 from .losses import distillation_losses
 from .router_losses import RouterTraining
 
@@ -80,4 +80,4 @@ class Distillation(RouterTraining):
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for feature in self.plan.features:
-            yield from zip(streams_of(feature.student), streams_of(feature.teacher), strict=True)
+            yield from zip(stream_names(feature.student), stream_names(feature.teacher), strict=True)

@@ -20,8 +20,8 @@ from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
 
 from ..distillation.losses import balance_loss
-from ..distillation.router_losses import RoutedModel, Tokens, kept_tokens
-from .stage_log import Eyes
+from ..distillation.router_losses import PaddedTokens, RoutedModel, kept_tokens
+from .stage_log import StageLog
 
 PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
 
@@ -50,7 +50,7 @@ class RouterStatistics:
     _warned: dict[str, list[int]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, batch: Tokens | None = None) -> None:
+    def add(self, batch: PaddedTokens | None = None) -> None:
         """What MoEFFNs and block groups chose in the last forward. `batch` is the one that they saw: it knows the padding."""
         kept: dict[str, Tensor] = {}
         for name, moe in self.model.moe_ffns().items():
@@ -64,7 +64,7 @@ class RouterStatistics:
             if isinstance(group.routing, BlockRouting):
                 self._add(f"block_groups.{number}", group_sums(group.routing))
 
-    def report(self, eyes: Eyes, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def report(self, eyes: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Show what was added since the last report. `reduce` sums, or means, a tensor over ranks.
 
         Experts that got no token are a warning when they appear, and not again while they stay as they are.

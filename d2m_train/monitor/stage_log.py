@@ -30,7 +30,7 @@ LOG = "log.jsonl"
 SPOKEN = ("resumed", "stopped", "warning")  # events that are said on the terminal too
 
 
-class Eyes:
+class StageLog:
     """Of one stage. Ranks other than the main one call the same methods and show nothing."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Eyes:
         if reached is not None:
             self.event("resumed", reached=reached)
 
-    def __enter__(self) -> Eyes:
+    def __enter__(self) -> StageLog:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from ..data.batch import Batch, DataSource
 from ..distillation.step import Distillation
 from ..flow.sampling import new_sample_grid
-from ..parallel.processes import Processes
+from ..parallel.ranks import Ranks
 from .router_statistics import RouterStatistics
-from .stage_log import Eyes
+from .stage_log import StageLog
 from .validation import Validation
 
 
-class Measure:
+class StudentMonitor:
     """Of one stage. All methods are called on every rank alike.
 
     The teacher's answers are made before the first step, and again when a run goes on: they are the same.
     """
 
     def __init__(
-        self, distillation: Distillation, data: DataSource, eyes: Eyes, processes: Processes, steps: int
+        self, distillation: Distillation, data: DataSource, eyes: StageLog, processes: Ranks, steps: int
     ) -> None:
         run, teacher = distillation.run, distillation.teacher
         self.distillation, self.eyes, self.processes, self.steps = distillation, eyes, processes, steps

@@ -23,7 +23,7 @@ READ_AT_ONCE = 1 << 28  # elements of parameters, of which a checkpoint has thre
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Piece:
+class OptimizedSlice:
     """What this rank optimizes of a parameter: `count` elements of `flat`, which many parameters share."""
 
     flat: Tensor
@@ -75,15 +75,15 @@ class Zero:
         return float(total.sqrt())
 
     def _gradient(self, parameter: Any) -> Tensor | None:
-        """Of this rank's piece."""
-        if (piece := self._piece(parameter)) is None:
+        """Of this rank's own."""
+        if (own := self._own_slice(parameter)) is None:
             return None
         gradient: Tensor
         if self.stage == 3:
             gradient = self.engine.optimizer.get_local_fp32_grad_for_param(parameter)
         else:
             gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        return gradient.flatten()[: piece.count]  # without what fills it up, so that all ranks' are as long
+        return gradient.flatten()[: own.count]  # without what fills it up, so that all ranks' are as long
 
     def step(self) -> None:
         self.engine.step()
@@ -107,12 +107,12 @@ class Zero:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         whole: dict[str, dict[str, Tensor]] = {}
         for number, (name, parameter) in enumerate(parameters.items()):
-            piece = self._piece(parameter)
-            held = {} if piece is None else self._held(piece, averages.get(name))
+            own = self._own_slice(parameter)
+            held = {} if own is None else self._held(own, averages.get(name))
             for kind in _kinds(averages):
                 tensor = torch.zeros(_shape(parameter), device=self.engine.device)
-                if piece is not None:
-                    piece.of_parameter(tensor).copy_(held[kind])
+                if own is not None:
+                    own.of_parameter(tensor).copy_(held[kind])
                 torch.distributed.all_reduce(tensor)
                 if number % ranks == rank:
                     whole.setdefault(name, {})[kind] = tensor.cpu()
@@ -143,27 +143,27 @@ class Zero:
     @torch.no_grad()
     def _fill(self, parameter: Any, average: Tensor | None, whole: Mapping[str, Tensor]) -> None:
         """What is optimized is a copy of what the model runs with: both."""
-        piece = self._piece(parameter)
-        if piece is not None:
-            for kind, held in self._held(piece, average).items():
-                held.copy_(piece.of_parameter(whole[kind]))
-            self.adam.state[piece.flat]["step"].copy_(whole["step"])
+        own = self._own_slice(parameter)
+        if own is not None:
+            for kind, held in self._held(own, average).items():
+                held.copy_(own.of_parameter(whole[kind]))
+            self.adam.state[own.flat]["step"].copy_(whole["step"])
         if self.stage == 2:
             parameter.copy_(whole["weight"])
             if average is not None:
                 average.copy_(whole["average"])
-        elif piece is not None:
-            parameter.ds_tensor[: piece.count].copy_(piece.of_parameter(whole["weight"]))
+        elif own is not None:
+            parameter.ds_tensor[: own.count].copy_(own.of_parameter(whole["weight"]))
 
-    def _held(self, piece: Piece, average: Tensor | None) -> dict[str, Tensor]:
+    def _held(self, own: OptimizedSlice, average: Tensor | None) -> dict[str, Tensor]:
         """By kind, what this rank has of a parameter, to be read and written; of stage 2's averages to be read."""
-        state = self.adam.state[piece.flat]
+        state = self.adam.state[own.flat]
         if not state:  # before its first step
-            state["step"] = torch.zeros((), device=piece.flat.device if self.adam.defaults["fused"] else "cpu")
-            state |= {key: torch.zeros_like(piece.flat) for key in MOMENTS}
-        held = {"weight": piece.of_flat(piece.flat)} | {key: piece.of_flat(state[key]) for key in MOMENTS}
+            state["step"] = torch.zeros((), device=own.flat.device if self.adam.defaults["fused"] else "cpu")
+            state |= {key: torch.zeros_like(own.flat) for key in MOMENTS}
+        held = {"weight": own.of_flat(own.flat)} | {key: own.of_flat(state[key]) for key in MOMENTS}
         if average is not None:
-            held["average"] = average[: piece.count] if self.stage == 3 else piece.of_parameter(average)
+            held["average"] = average[: own.count] if self.stage == 3 else own.of_parameter(average)
         return held
 
     def _step_count(self) -> Tensor:
@@ -171,7 +171,7 @@ class Zero:
         steps: Tensor = next(iter(self.adam.state.values()))["step"]
         return steps.detach().cpu().clone()
 
-    def _piece(self, parameter: Any) -> Piece | None:
+    def _own_slice(self, parameter: Any) -> OptimizedSlice | None:
         """None: nothing of this parameter is this rank's."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
@@ -179,10 +179,10 @@ class Zero:
             first = min(torch.distributed.get_rank() * part, parameter.ds_numel)
             count = min(part, parameter.ds_numel - first)
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            return Piece(flat=flat, start=start, first=first, count=count) if count else None
+            return OptimizedSlice(flat=flat, start=start, first=first, count=count) if count else None
         if (mapping := parameter._hp_mapping) is None:
             return None
-        return Piece(
+        return OptimizedSlice(
             flat=optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
             start=mapping.hp_fragment_address.start,
             first=mapping.lp_fragment_address.start,

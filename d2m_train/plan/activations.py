@@ -26,7 +26,7 @@ from d2m_model.config import FluxDims, FluxMoEConfig
 from d2m_model.cost import Tokens
 
 from ..data.batch import Batch
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, Plan, prepare_student
+from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, StagePlan, prepare_student
 from ..distillation.step import Distillation
 from ..flow.noise import Noisy
 from ..run_config import RunConfig
@@ -68,7 +68,7 @@ def without_values() -> Iterator[None]:
 
 
 def saved_activations(
-    run: RunConfig, plan: Plan, core: FluxMoETransformer2DModel, teacher: FluxDims, tokens: Tokens
+    run: RunConfig, plan: StagePlan, core: FluxMoETransformer2DModel, teacher: FluxDims, tokens: Tokens
 ) -> Activations:
     """Of one microbatch of a stage, the student's forward pass and all losses: bytes of unique storages, weights left out.
 
@@ -99,7 +99,7 @@ def optional_of(run: RunConfig, config: FluxMoEConfig) -> list[str]:
     return [name for name in optional_tensors(config) if any(name.endswith(end) for end, wanted in kinds if wanted)]
 
 
-def valueless_student(run: RunConfig, plan: Plan, config: FluxMoEConfig) -> FluxMoETransformer2DModel:
+def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) -> FluxMoETransformer2DModel:
     """The student as a stage trains it: dtypes, what is frozen, gates, checkpointing. To be made in `without_values`."""
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
     from d2m_model.hosts.diffusers.tensors import fill
@@ -208,7 +208,7 @@ def _storage(tensor: Tensor) -> int:
     return number
 
 
-def feature_bytes(run: RunConfig, plan: Plan, dims: FluxDims, tokens: Tokens) -> int:
+def feature_bytes(run: RunConfig, plan: StagePlan, dims: FluxDims, tokens: Tokens) -> int:
     """Of the block outputs that a step keeps until its losses are known, besides those that autograd keeps.
 
     The teacher's all; of the student's those of single blocks, whose two streams are put together for it.

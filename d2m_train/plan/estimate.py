@@ -33,7 +33,7 @@ from ..blockwise.stage import parts_of
 from ..commands.report import EMOJI, FLUX_DEV
 from ..conversion.run import shallow
 from ..conversion.settings import config_of, settings_of
-from ..distillation.stages import TRAINING, plan_of, stages_of
+from ..distillation.stages import TRAINING, plan_stage, stages_of
 from ..run_config import KnownFlux, RunConfig, Stage
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
 from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
@@ -242,7 +242,7 @@ class _Setting:
 
     def estimate(self, stage: Stage) -> StageEstimate:
         run, section = self.run, getattr(self.run.stage, stage)
-        plan = plan_of(stage, self.config, section)
+        plan = plan_stage(stage, self.config, section)
         with without_values():
             core = valueless_student(run, plan, self.config)
             weights = [Weight.of(name, tensor) for name, tensor in core.named_parameters()]

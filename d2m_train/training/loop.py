@@ -21,17 +21,17 @@ from d2m_model.config import FluxMoEConfig, Gate
 from d2m_model.tensor_file import TensorFile
 
 from ..data.batch import Batch, DataSource
-from ..distillation.stages import plan_of, prepare_student
+from ..distillation.stages import plan_stage, prepare_student
 from ..distillation.step import Distillation, StepLosses
-from ..monitor.stage_log import Eyes
-from ..monitor.student_monitor import Measure
-from ..parallel.processes import Processes, held_share, whole
+from ..monitor.stage_log import StageLog
+from ..monitor.student_monitor import StudentMonitor
+from ..parallel.ranks import Ranks, local_share, whole
 from ..run_config import RunConfig, Stage, StageSection
 from .checkpoints import Checkpoints
 from .compiling import compile_blocks
 from .non_finite import find_non_finite, non_finite_error
 from .optimizers import Average, new_optimizer
-from .run_identity import of_stage
+from .run_identity import stage_identity
 from .state import TrainingState
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def train_stage(
     run: RunConfig,
     stage: Stage,
     files: StageFiles,
-    processes: Processes,
+    processes: Ranks,
     teacher: FluxTransformer2DModel,
     data: DataSource,
     identity: dict[str, Any],
@@ -77,7 +77,7 @@ def train_stage(
     training = _Training(run, stage, files, processes, teacher, data)
     checkpoints = Checkpoints(
         files.checkpoints,
-        of_stage(identity, stage) | {"microbatches of a step": run.training.accumulation * processes.count},
+        stage_identity(identity, stage) | {"microbatches of a step": run.training.accumulation * processes.count},
         keep=run.checkpoints.keep,
         main=processes.main,
         wait=processes.wait,
@@ -87,7 +87,7 @@ def train_stage(
     if start:
         training.state.load(checkpoints, start)
         processes.say(f"{stage}: going on at {checkpoints.path(start).name} of {training.section.steps} steps.")
-    with Eyes(
+    with StageLog(
         files.folder,
         files.tensorboard,
         run.eyes,
@@ -111,7 +111,7 @@ class _Training:
         run: RunConfig,
         stage: Stage,
         files: StageFiles,
-        processes: Processes,
+        processes: Ranks,
         teacher: FluxTransformer2DModel,
         data: DataSource,
     ) -> None:
@@ -122,7 +122,7 @@ class _Training:
         dtype = getattr(torch, run.student.dtype)
         core = FluxMoETransformer2DModel.from_flux_moe(files.source, dtype, processes.device)
         self.config = with_gate(core, stage)
-        plan = plan_of(stage, self.config, self.section)
+        plan = plan_stage(stage, self.config, self.section)
         frozen = run.student.frozen_dtype
         names = set(prepare_student(core, plan, None if frozen is None else getattr(torch, frozen)))
         if run.training.gradient_checkpointing:
@@ -136,7 +136,7 @@ class _Training:
         self.student, self.optimizer = processes.prepare(core, optimizer)
         self.core: FluxMoETransformer2DModel = processes.unwrap(self.student)
         if processes.count > 1:
-            share = held_share(self.core)
+            share = local_share(self.core)
             processes.say(
                 f"{stage}: {processes.count} processes, {processes.strategy}: "
                 f"each holds {share:.0%} of the student's weights."
@@ -160,11 +160,11 @@ class _Training:
             trained=self.trained,
         )
 
-    def run_steps(self, start: int, checkpoints: Checkpoints, eyes: Eyes) -> None:
+    def run_steps(self, start: int, checkpoints: Checkpoints, eyes: StageLog) -> None:
         run, processes, steps = self.run, self.processes, self.section.steps
         if start == steps:
             return
-        measure = Measure(self.distillation, self.data, eyes, processes, steps)
+        measure = StudentMonitor(self.distillation, self.data, eyes, processes, steps)
         batches = _Batches(run, self.data, processes, steps)
         for step in range(start + 1, steps + 1):
             where = f"Stage {self.stage}, step {step}"
@@ -193,7 +193,7 @@ class _Training:
                     processes.reshard(self.core)
 
     def _step(
-        self, batches: Iterator[tuple[Batch, int]], where: str, checkpoints: Checkpoints, measure: Measure
+        self, batches: Iterator[tuple[Batch, int]], where: str, checkpoints: Checkpoints, measure: StudentMonitor
     ) -> tuple[dict[str, Tensor], float, int]:
         """Forward and backward of one optimizer step: mean losses, gradient norm, tokens, all of them over all ranks."""
         found: list[StepLosses] = []
@@ -261,7 +261,7 @@ def with_gate(core: FluxMoETransformer2DModel, stage: Stage) -> FluxMoEConfig:
 class _Batches:
     """This rank's microbatches, and their numbers in the run. On a GPU the next one is made meanwhile."""
 
-    def __init__(self, run: RunConfig, data: DataSource, processes: Processes, steps: int) -> None:
+    def __init__(self, run: RunConfig, data: DataSource, processes: Ranks, steps: int) -> None:
         self.run, self.data, self.processes = run, data, processes
         self.end = self._index(steps * run.training.accumulation)
         # A CPU trains with all its cores already.

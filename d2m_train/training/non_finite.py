@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..parallel.processes import held
+from ..parallel.ranks import held
 
 ELSEWHERE = "it is on another rank, which names the module"
 

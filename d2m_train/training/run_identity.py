@@ -40,20 +40,20 @@ FREE = (
 SLICES, SLICE = 8192, 1 << 12  # of a teacher's file, in bytes: all of 32 MB, and of 24 GB a page every 3 MB
 
 
-def identity_of(run: RunConfig, teacher: Path, data: DataSource) -> dict[str, Any]:
+def run_identity(run: RunConfig, teacher: Path, data: DataSource) -> dict[str, Any]:
     """Flat, of JSON values: every field that training depends on, what the teacher is, and what the data are."""
     with open_teacher(teacher) as opened:
-        fingerprint = fingerprint_of(opened.files)
+        fingerprint = _fingerprint(opened.files)
     return {**_bound(run.model_dump(mode="json")), "teacher.fingerprint": fingerprint, "data.identity": data.identity}
 
 
-def of_stage(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
+def stage_identity(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
     """What one stage depends on: not on how the others are trained."""
     own = f"stage.{stage}."
     return {key: value for key, value in identity.items() if not key.startswith("stage.") or key.startswith(own)}
 
 
-def fingerprint_of(files: Sequence[Path]) -> str:
+def _fingerprint(files: Sequence[Path]) -> str:
     """A digest of files' sizes and of slices all over them."""
     digest = hashlib.sha256()
     for path in files:

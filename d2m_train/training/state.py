@@ -31,7 +31,7 @@ FROZEN = (".neuron_order",)  # buffers that no training changes
 
 @dataclass(kw_only=True, slots=True)
 class TrainingState:
-    """`model` and `optimizer` as `Processes.prepare` gave them. Under DeepSpeed `zero` is what has them, and `trained` the
+    """`model` and `optimizer` as `Ranks.prepare` gave them. Under DeepSpeed `zero` is what has them, and `trained` the
     parameters that it trains."""
 
     model: Any

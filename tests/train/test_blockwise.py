@@ -32,8 +32,8 @@ from d2m_train.blockwise.feature_store import Features
 from d2m_train.blockwise.part import Blocks, Part, relative_losses
 from d2m_train.blockwise.stage import check_blockwise, parts_of
 from d2m_train.data.store import Store
-from d2m_train.distillation.stages import plan_of, trainable_names
-from d2m_train.monitor.stage_log import Eyes
+from d2m_train.distillation.stages import plan_stage, trainable_names
+from d2m_train.monitor.stage_log import StageLog
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files
 from tests.train.blockwise_runs import (
@@ -98,7 +98,7 @@ def begun(room: Path, finished: Path, tmp_path: Path) -> Path:
 def parts(stage: str, config: FluxMoEConfig, teacher_doubles: int = 3) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         core = FluxMoETransformer2DModel(config)
-    plan = plan_of(stage, config, StageSection())  # type: ignore[arg-type]
+    plan = plan_stage(stage, config, StageSection())  # type: ignore[arg-type]
     found = parts_of(config, plan, trainable_names(core, plan), teacher_doubles)
     return {part.name: (part.start, part.end) for part in found}
 
@@ -233,8 +233,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: i
     [
         pytest.param(Store, "put", 5, False, id="while the data are embedded"),
         pytest.param(Store, "put", 20, True, id="while the teacher makes the first features"),
-        pytest.param(Eyes, "step", 4, False, id="in the first group, after a checkpoint"),
-        pytest.param(Eyes, "step", STEPS, True, id="at a group's last step"),
+        pytest.param(StageLog, "step", 4, False, id="in the first group, after a checkpoint"),
+        pytest.param(StageLog, "step", STEPS, True, id="at a group's last step"),
         pytest.param(TensorWriter, "finish", 2, False, id="before a group is written"),
         pytest.param(TensorWriter, "finish", 1, True, id="when a group has just been written"),
         pytest.param(TensorWriter, "finish", 3, False, id="before the student is written"),
@@ -280,15 +280,15 @@ def test_sigterm_saves_and_the_run_goes_on_there(
     room: Path, begun: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = arguments(room, begun, "stages=[blocks]", "checkpoints.every=1000")
-    real = Eyes.step
+    real = StageLog.step
 
-    def asked(self: Eyes, step: int, *args: Any, **kwargs: Any) -> None:
+    def asked(self: StageLog, step: int, *args: Any, **kwargs: Any) -> None:
         real(self, step, *args, **kwargs)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Eyes, "step", asked)
+        patched.setattr(StageLog, "step", asked)
         assert main(again) == 143
     assert [path.name for path in (begun / "blocks" / "checkpoints" / "block_groups.0").iterdir()] == ["step-000003"]
     assert main(again) == 0

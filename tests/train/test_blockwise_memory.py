@@ -16,7 +16,7 @@ import torch
 from d2m_model.config import FFNLayout
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_train.blockwise.part import Part
-from d2m_train.distillation.stages import plan_of, prepare_student
+from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.plan.estimate import plan
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files
@@ -50,7 +50,7 @@ def test_the_plan_counts_the_largest_part(room: Path) -> None:
         ("shared", Part(name="", kind="double", blocks=(1,), start=1, end=2, group=None)),
         ("blocks", Part(name="", kind="double", blocks=(1, 2), start=1, end=3, group=0)),
     ):
-        chosen = plan_of(stage, core.flux_moe, StageSection())  # type: ignore[arg-type]
+        chosen = plan_stage(stage, core.flux_moe, StageSection())  # type: ignore[arg-type]
         prepare_student(core, chosen)
         own = [p for name, p in core.named_parameters() if part.has(name)]
         trained = [p for p in own if p.requires_grad]

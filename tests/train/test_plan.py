@@ -17,7 +17,7 @@ from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.commands.report import EMOJI, EMOJI_FILE
 from d2m_train.data.batch import Batch
-from d2m_train.distillation.stages import plan_of, prepare_student
+from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.distillation.step import Distillation
 from d2m_train.flow.noise import Noisy
 from d2m_train.plan.activations import optional_of
@@ -54,7 +54,7 @@ class Real:
             for parameter in self.core.parameters():
                 parameter.normal_(std=0.1)
         section = getattr(run.stage, stage)
-        self.plan = plan_of(stage, with_gate(self.core, stage), section)
+        self.plan = plan_stage(stage, with_gate(self.core, stage), section)
         frozen = run.student.frozen_dtype
         names = prepare_student(self.core, self.plan, None if frozen is None else getattr(torch, frozen))
         if run.training.gradient_checkpointing:

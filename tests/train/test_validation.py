@@ -20,7 +20,7 @@ from d2m_train.distillation.losses import balance_loss
 from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
 from d2m_train.flow.velocity import evaluating
 from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
-from d2m_train.monitor.stage_log import Eyes, read_log
+from d2m_train.monitor.stage_log import StageLog, read_log
 from d2m_train.monitor.validation import Validation
 from d2m_train.run_config import EyesSection, TimestepsSection
 
@@ -285,7 +285,7 @@ def run(model: Any, batch: Batch) -> None:
 def test_a_run_logs_its_routers_and_warns_once_of_dead_experts(model: Any, data: EmojiData, tmp_path: Path) -> None:
     statistics = RouterStatistics(model)
     batch = data.batch(0, 2, 0)
-    with Eyes(tmp_path / "experts", tmp_path / "tensorboard", SECTION, stage="experts", steps=9, start=0, main=True,
+    with StageLog(tmp_path / "experts", tmp_path / "tensorboard", SECTION, stage="experts", steps=9, start=0, main=True,
               run_name="run") as eyes:  # fmt: skip
         for step in (1, 2):
             run(model, batch)
@@ -329,6 +329,6 @@ def test_a_stage_without_experts_has_nothing_to_report(data: EmojiData, tmp_path
     run(model, batch)
     statistics = RouterStatistics(model)
     statistics.add(batch)
-    with Eyes(tmp_path, tmp_path, SECTION, stage="shared", steps=1, start=0, main=True, run_name="run") as eyes:
+    with StageLog(tmp_path, tmp_path, SECTION, stage="shared", steps=1, start=0, main=True, run_name="run") as eyes:
         statistics.report(eyes, 1)
     assert read_log(tmp_path / "log.jsonl") == []

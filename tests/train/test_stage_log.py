@@ -19,17 +19,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2m_train import UserError
-from d2m_train.monitor.stage_log import Eyes, read_log
+from d2m_train.monitor.stage_log import StageLog, read_log
 from d2m_train.run_config import EyesSection
 
 
-def open_eyes(folder: Path, *, start: int = 0, steps: int = 10, main: bool = True, **section: Any) -> Eyes:
+def open_eyes(folder: Path, *, start: int = 0, steps: int = 10, main: bool = True, **section: Any) -> StageLog:
     eyes = EyesSection(log_every=4, **section)
-    return Eyes(folder / "shared", folder / "tensorboard", eyes, stage="shared", steps=steps, start=start, main=main,
+    return StageLog(folder / "shared", folder / "tensorboard", eyes, stage="shared", steps=steps, start=start, main=main,
                 run_name="a run")  # fmt: skip
 
 
-def take(eyes: Eyes, steps: range) -> None:
+def take(eyes: StageLog, steps: range) -> None:
     for step in steps:
         losses: dict[str, float | torch.Tensor] = {
             "total": torch.tensor(float(step), requires_grad=True),

@@ -28,7 +28,7 @@ from .zero import Zero
 PATIENCE = timedelta(hours=12)
 
 
-class Processes:
+class Ranks:
     """This process among its fellows. All methods are called on every rank alike, unless they say otherwise."""
 
     def __init__(self, run: RunConfig) -> None:
@@ -260,7 +260,7 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def held_share(model: nn.Module) -> float:
+def local_share(model: nn.Module) -> float:
     """The part of a model's parameters that this rank holds, 0..1."""
     parameters = list(model.parameters())
     return sum(held(p).numel() for p in parameters) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
