@@ -45,7 +45,7 @@ class Comfy:
     def load_pack(self) -> None:
         # Other tests of this process import the method as d2m_model. A copy of it would register its torch
         # operators in place of theirs, so here, unlike in the server, the pack gets the same modules.
-        for name in ("capacity", "checkpoint", "config", "experts", "layout", "mob", "routers"):
+        for name in ("checkpoint", "config", "experts", "layout", "mob", "routers.capacity_routing", "routers.top_k"):
             importlib.import_module(f"d2m_model.{name}")
         shared = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "d2m_model"}
         sys.modules.update({f"{self.pack_name}.{name}": module for name, module in shared.items()})
