@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -36,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def flux_of(double_blocks: int, single_blocks: int) -> FluxDims:
+def flux_of(doubles: int, singles: int) -> FluxDims:
     """FLUX.1 dev with other depths."""
-    return replace(FLUX_DEV, double_blocks=double_blocks, single_blocks=single_blocks)
+    return FLUX_DEV.with_depths(double=doubles, single=singles)
 
 
 def size_of(dims: FluxDims) -> int:

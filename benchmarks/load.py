@@ -61,7 +61,7 @@ def measure(file: Path, base: Path) -> dict[str, Any]:
     model = host.run("D2MLoadFluxMoE", model_name=file.name, weight_dtype="default")
     after = anonymous(), read_bytes()
     mapped, resident = mapping_of(file)
-    weight = model.model.diffusion_model.single_blocks[0].linear1.weight
+    weight = model.model.diffusion_model.img_in.weight
     return {
         "file_bytes": file.stat().st_size,
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),

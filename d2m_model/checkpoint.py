@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, is_modulation
 from .config import ConfigError, FluxDims, FluxMoEConfig
 from .keys import (
     DIFFUSERS,
@@ -50,7 +51,7 @@ CONFIG_KEY = "d2m_config"
 CONVERT = "python -m d2m_train convert --teacher F --out G"
 
 # Where a tensor that is not expected is an error, not something of other software.
-_BLOCKS = ("double_blocks.", "single_blocks.", "block_groups.", "transformer_blocks.", "single_transformer_blocks.")
+_BLOCKS = tuple(f"{name}." for name in (*BFL_BLOCKS.values(), *DIFFUSERS_BLOCKS.values(), "block_groups"))
 
 # A key pattern of other models that get mistaken for FLUX.1, and what they are.
 _OTHERS = (
@@ -58,11 +59,14 @@ _OTHERS = (
     (r"double_stream_modulation_img\.", "FLUX.2"),
     (r"distilled_guidance_layer\.", "Chroma"),
     (r"^controlnet_|^input_hint_block|^pos_embed_input", "a ControlNet"),
-    (r"^single_transformer_blocks\.", "a FLUX in diffusers' key names; as a teacher of d2m_train convert it would do"),
+    (
+        rf"^{DIFFUSERS_BLOCKS['single']}\.",
+        "a FLUX in diffusers' key names; as a teacher of d2m_train convert it would do",
+    ),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"^txt_in\.individual_token_refiner", "HunyuanVideo"),
     (r"input_blocks\.", "a Stable Diffusion UNet"),
-    (r"^transformer_blocks\.", "another diffusion transformer"),
+    (rf"^{DIFFUSERS_BLOCKS['double']}\.", "another diffusion transformer"),
     (r"^(encoder|decoder)\.(conv_in|down|up|mid)|taesd_", "an autoencoder (VAE)"),
     (r"^(text_model|text_encoders|encoder\.block|shared)\b", "a text encoder"),
 )
@@ -85,18 +89,18 @@ def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
         if any(re.search(pattern, name) for name in shapes):
             raise CheckpointError(f"This is {what}, not FLUX.1.")
     depths = {}
-    for kind in (names.double_blocks, names.single_blocks):
-        indices = {int(match[1]) for name in shapes if (match := re.match(rf"{kind}\.(\d+)\.", name))}
+    for kind, blocks in names.blocks.items():
+        indices = {int(match[1]) for name in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", name))}
         if not indices:
-            raise CheckpointError(f"This is not a FLUX.1 transformer: it has no {kind}.0.{_guess(shapes)}")
+            raise CheckpointError(f"This is not a FLUX.1 transformer: it has no {blocks}.0.{_guess(shapes)}")
         depths[kind] = max(indices) + 1
     hidden = sizes[names.img_in][0]
     if hidden % HEAD:
         raise CheckpointError(f"{names.img_in} has {hidden} rows; FLUX.1's hidden size is a multiple of {HEAD}.")
     return FluxDims(
         hidden_size=hidden,
-        double_blocks=depths[names.double_blocks],
-        single_blocks=depths[names.single_blocks],
+        double_blocks=depths["double"],
+        single_blocks=depths["single"],
         in_channels=sizes[names.img_in][1],
         out_channels=sizes[names.final][0],
         context_size=sizes[names.txt_in][1],
@@ -137,7 +141,7 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     shapes = dense_shapes(config.dims)
     if rank is not None:
         for name, shape in shapes.items():
-            if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+            if is_modulation(name.removesuffix(".weight")):
                 shapes[name] = (shape[0], rank)
         shapes["adaln_in.weight"] = (rank, h)
     for ffn, layout in config.ffns.items():
@@ -191,12 +195,13 @@ def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) 
 def _check_blocks(shapes: Mapping[str, Shape], dims: FluxDims) -> None:
     """Raises CheckpointError for a block that is missing before the last one."""
     names = landmarks_of(shapes)
-    for kind, depth in ((names.double_blocks, dims.double_blocks), (names.single_blocks, dims.single_blocks)):
-        there = {name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")}
-        if missing := [f"{kind}.{i}" for i in range(depth) if str(i) not in there]:
+    for kind, blocks in names.blocks.items():
+        depth = dims.depths[kind]
+        present = {name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")}
+        if missing := [f"{blocks}.{i}" for i in range(depth) if str(i) not in present]:
             raise CheckpointError(
                 f"This is not a whole FLUX.1: {', '.join(missing)} missing, though its last block of that kind is "
-                f"{kind}.{depth - 1}. A shallower FLUX must number its blocks without gaps."
+                f"{blocks}.{depth - 1}. A shallower FLUX must number its blocks without gaps."
             )
 
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .blocks import BLOCK_KINDS, FFN, Block, BlockKind
 from .routers.routing import Gate, GateMode
 
 SCHEMA_VERSION = 1
@@ -19,7 +20,6 @@ MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
 PREDICTOR_WIDTH = 128  # DiffMoE's is hidden_size wide: at 3072 that is 9.4 million parameters for each FFN
 
 PresetName = Literal["L", "M", "S", "XS"]
-BlockKind = Literal["double", "single"]
 Selection = Literal["topk", "window"]
 
 
@@ -43,6 +43,24 @@ class FluxDims:
     @property
     def neurons(self) -> int:
         return MLP_RATIO * self.hidden_size
+
+    @property
+    def depths(self) -> dict[BlockKind, int]:
+        return {"double": self.double_blocks, "single": self.single_blocks}
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Every block, in the order in which they run."""
+        return [Block(kind, index) for kind, depth in self.depths.items() for index in range(depth)]
+
+    @property
+    def ffns(self) -> list[FFN]:
+        """Every FFN, in the order in which they run."""
+        return [ffn for block in self.blocks for ffn in block.ffns]
+
+    def with_depths(self, *, double: int, single: int) -> FluxDims:
+        """The same sizes with other numbers of blocks."""
+        return dataclasses.replace(self, double_blocks=double, single_blocks=single)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -80,6 +98,16 @@ class BlockGroup:
     active: int
     selection: Selection
 
+    @property
+    def indices(self) -> range:
+        """The blocks' numbers among the blocks of their kind."""
+        return range(self.first, self.first + self.blocks)
+
+    @property
+    def members(self) -> list[Block]:
+        """The blocks in the order in which they run."""
+        return [Block(self.kind, index) for index in self.indices]
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Teacher:
@@ -96,7 +124,7 @@ class FluxMoEConfig:
     """Everything a host must know beyond the tensors. `top_k` is the k the file was made for; hosts may run another."""
 
     dims: FluxDims
-    ffns: dict[str, FFNLayout]  # by name: double_blocks.i.img_mlp, double_blocks.i.txt_mlp, single_blocks.i
+    ffns: dict[str, FFNLayout]  # by blocks.FFN.name
     groups: tuple[BlockGroup, ...]
     gate: Gate
     top_k: int
@@ -144,11 +172,11 @@ class FluxMoEConfig:
                 0 < capacity <= (fewest or capacity), "capacity_router.capacity", capacity, f"above 0, up to {fewest}"
             )
             _expect(width >= 1, "capacity_router.width", width, "1 or more")
-        taken: set[tuple[str, int]] = set()
+        taken: set[Block] = set()
         for index, group in enumerate(self.groups):
-            depth = self.dims.double_blocks if group.kind == "double" else self.dims.single_blocks
+            depth = self.dims.depths.get(group.kind, 0)
             fits = (
-                group.kind in get_args(BlockKind)
+                group.kind in BLOCK_KINDS
                 and group.first >= 0
                 and group.blocks >= 2
                 and group.first + group.blocks <= depth
@@ -161,9 +189,8 @@ class FluxMoEConfig:
                 "'topk' or 'window'",
             )
             _expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
-            members = {(group.kind, i) for i in range(group.first, group.first + group.blocks)}
-            _expect(not members & taken, f"groups[{index}]", group, "blocks that no other group has")
-            taken |= members
+            _expect(taken.isdisjoint(group.members), f"groups[{index}]", group, "blocks that no other group has")
+            taken.update(group.members)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -232,8 +259,7 @@ def _fields_of(cls: type, data: object, where: str) -> dict[str, Any]:
 
 def all_ffn_names(dims: FluxDims) -> list[str]:
     """Every FFN of a dense FLUX, in the order in which they run."""
-    double = [f"double_blocks.{i}.{stream}" for i in range(dims.double_blocks) for stream in ("img_mlp", "txt_mlp")]
-    return double + [f"single_blocks.{i}" for i in range(dims.single_blocks)]
+    return [ffn.name for ffn in dims.ffns]
 
 
 def adaln_rank_of(hidden_size: int) -> int:
@@ -250,10 +276,9 @@ def paper_layout(hidden_size: int) -> FFNLayout:
 
 def preset_layouts(dims: FluxDims) -> dict[str, FFNLayout]:
     """The paper's MoE layers: all FFNs but those of the first round(3 D / 19) double blocks (at least one)."""
-    dense = dense_double_blocks(dims)
     layout = paper_layout(dims.hidden_size)
-    skipped = tuple(f"double_blocks.{i}." for i in range(dense))
-    return {name: layout for name in all_ffn_names(dims) if not name.startswith(skipped)}
+    first = Block("double", dense_doubles(dims))
+    return {ffn.name: layout for ffn in dims.ffns if ffn.block >= first}
 
 
 def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
@@ -264,7 +289,7 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
     """
     if name == "L":
         return ()
-    dense = dense_double_blocks(dims)
+    dense = dense_doubles(dims)
     room = (dims.double_blocks - dense) // 3
     if room < 1:
         raise ConfigError(f"Preset {name} needs {dense + 3} double blocks or more; this FLUX has {dims.double_blocks}.")
@@ -292,6 +317,6 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
     return tuple(groups)
 
 
-def dense_double_blocks(dims: FluxDims) -> int:
+def dense_doubles(dims: FluxDims) -> int:
     """How many double blocks, the first ones, the presets leave dense and in no group."""
     return max(1, round(3 * dims.double_blocks / 19))

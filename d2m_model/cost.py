@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .blocks import Block
 from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
 from .keys import HEAD
 
@@ -181,8 +182,9 @@ DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)
 def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
     hidden = dims.hidden_size
     cost = attention(hidden, tokens)
-    for stream, length in (("img", tokens.image), ("txt", tokens.text)):
-        layout = conversion.ffns.get(f"double_blocks.{index}.{stream}_mlp")
+    for block_ffn in Block("double", index).ffns:
+        stream, length = block_ffn.stream, tokens.image if block_ffn.stream == "img" else tokens.text
+        layout = conversion.ffns.get(block_ffn.name)
         mlp = ffn(hidden, layout, conversion.top_k, length, conversion.capacity_router)
         cost += (
             modulation(hidden, 6, conversion.adaln_rank)
@@ -205,7 +207,7 @@ def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
         + linear(hidden, hidden, length, bias=False)
         + ffn(
             hidden,
-            conversion.ffns.get(f"single_blocks.{index}"),
+            conversion.ffns.get(Block("single", index).name),
             conversion.top_k,
             length,
             conversion.capacity_router,
@@ -224,7 +226,7 @@ def group_routers(hidden: int, group: BlockGroup) -> Cost:
 def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
     """One forward pass. Of a block group's m blocks, active / m run: each of them, where they differ, equally often."""
     hidden = dims.hidden_size
-    fractions: dict[tuple[str, int], float] = {}
+    fractions: dict[Block, float] = {}
     cost = (
         linear(dims.in_channels, hidden, tokens.image)
         + linear(dims.context_size, hidden, tokens.text)
@@ -239,12 +241,8 @@ def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
         cost += linear(hidden, conversion.adaln_rank, 1, bias=False)
     for group in conversion.groups:
         cost += group_routers(hidden, group)
-        for index in range(group.first, group.first + group.blocks):
-            fractions[group.kind, index] = group.active / group.blocks
-    for index in range(dims.double_blocks):
-        block = double_block(dims, index, conversion, tokens)
-        cost += block.activated(fractions.get(("double", index), 1))
-    for index in range(dims.single_blocks):
-        block = single_block(dims, index, conversion, tokens)
-        cost += block.activated(fractions.get(("single", index), 1))
+        fractions |= dict.fromkeys(group.members, group.active / group.blocks)
+    for block in dims.blocks:
+        cost_of_kind = double_block if block.kind == "double" else single_block
+        cost += cost_of_kind(dims, block.index, conversion, tokens).activated(fractions.get(block, 1))
     return cost

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, BlockKind
 from .config import FluxDims
 
 PREFIX = "model.diffusion_model."  # of full checkpoints and of files that ComfyUI saved with one
@@ -24,15 +25,14 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Landmarks:
-    """The names from which a FLUX.1's dimensions are read, and where its blocks are."""
+    """The names from which a FLUX.1's dimensions are read, and those of its lists of blocks."""
 
     img_in: str
     txt_in: str
     vector_in: str
     final: str
     guidance: str
-    double_blocks: str
-    single_blocks: str
+    blocks: Mapping[BlockKind, str]
 
 
 BFL = Landmarks(
@@ -41,8 +41,7 @@ BFL = Landmarks(
     vector_in="vector_in.in_layer.weight",
     final="final_layer.linear.weight",
     guidance="guidance_in.in_layer.weight",
-    double_blocks="double_blocks",
-    single_blocks="single_blocks",
+    blocks=BFL_BLOCKS,
 )
 DIFFUSERS = Landmarks(
     img_in="x_embedder.weight",
@@ -50,14 +49,14 @@ DIFFUSERS = Landmarks(
     vector_in="time_text_embed.text_embedder.linear_1.weight",
     final="proj_out.weight",
     guidance="time_text_embed.guidance_embedder.linear_1.weight",
-    double_blocks="transformer_blocks",
-    single_blocks="single_transformer_blocks",
+    blocks=DIFFUSERS_BLOCKS,
 )
 
 
 def landmarks_of(names: Iterable[str]) -> Landmarks:
-    """DIFFUSERS if there is a single_transformer_blocks, which nobody else has; else BFL."""
-    return DIFFUSERS if any(name.startswith("single_transformer_blocks.") for name in names) else BFL
+    """DIFFUSERS if there is a single block in its style, which no other model has; else BFL."""
+    single = f"{DIFFUSERS_BLOCKS['single']}."
+    return DIFFUSERS if any(name.startswith(single) for name in names) else BFL
 
 
 def prefix_of(names: Iterable[str]) -> str:
@@ -94,24 +93,21 @@ def dense_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
     if dims.guidance_embed:
         linears |= {"guidance_in.in_layer": (h, TIME_CHANNELS), "guidance_in.out_layer": (h, h)}
     norms = []
-    for i in range(dims.double_blocks):
-        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+    for ffn in dims.ffns:
+        block, (up, down) = ffn.block.name, ffn.linears
+        if ffn.stream == "joint":
+            linears |= {f"{block}.modulation.lin": (3 * h, h), up: (3 * h + n, h), down: (h, h + n)}
+            norms.append(f"{block}.norm")
+        else:
+            stream = f"{block}.{ffn.stream}"
             linears |= {
                 f"{stream}_mod.lin": (6 * h, h),
                 f"{stream}_attn.qkv": (3 * h, h),
                 f"{stream}_attn.proj": (h, h),
-                f"{stream}_mlp.0": (n, h),
-                f"{stream}_mlp.2": (h, n),
+                up: (n, h),
+                down: (h, n),
             }
             norms.append(f"{stream}_attn.norm")
-    for i in range(dims.single_blocks):
-        block = f"single_blocks.{i}"
-        linears |= {
-            f"{block}.modulation.lin": (3 * h, h),
-            f"{block}.linear1": (3 * h + n, h),
-            f"{block}.linear2": (h, h + n),
-        }
-        norms.append(f"{block}.norm")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in linears.items():
         shapes[f"{name}.weight"] = shape
@@ -142,30 +138,27 @@ def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
         modules[f"{bfl}.in_layer"] = (f"time_text_embed.{diffusers}_embedder.linear_1",)
         modules[f"{bfl}.out_layer"] = (f"time_text_embed.{diffusers}_embedder.linear_2",)
     norms = {}
-    for i in range(dims.double_blocks):
-        ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
-        modules |= {
-            f"{ours}.img_mod.lin": (f"{theirs}.norm1.linear",),
-            f"{ours}.txt_mod.lin": (f"{theirs}.norm1_context.linear",),
-            f"{ours}.img_attn.qkv": tuple(f"{theirs}.attn.to_{x}" for x in "qkv"),
-            f"{ours}.txt_attn.qkv": tuple(f"{theirs}.attn.add_{x}_proj" for x in "qkv"),
-            f"{ours}.img_attn.proj": (f"{theirs}.attn.to_out.0",),
-            f"{ours}.txt_attn.proj": (f"{theirs}.attn.to_add_out",),
-            f"{ours}.img_mlp.0": (f"{theirs}.ff.net.0.proj",),
-            f"{ours}.img_mlp.2": (f"{theirs}.ff.net.2",),
-            f"{ours}.txt_mlp.0": (f"{theirs}.ff_context.net.0.proj",),
-            f"{ours}.txt_mlp.2": (f"{theirs}.ff_context.net.2",),
-        }
-        norms[f"{ours}.img_attn.norm"] = f"{theirs}.attn.norm_"
-        norms[f"{ours}.txt_attn.norm"] = f"{theirs}.attn.norm_added_"
-    for i in range(dims.single_blocks):
-        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
-        modules |= {
-            f"{ours}.modulation.lin": (f"{theirs}.norm.linear",),
-            f"{ours}.linear1": (*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"),
-            f"{ours}.linear2": (f"{theirs}.proj_out",),
-        }
-        norms[f"{ours}.norm"] = f"{theirs}.attn.norm_"
+    for block in dims.blocks:
+        bfl, diffusers = block.name, block.diffusers_name
+        qkv = tuple(f"{diffusers}.attn.to_{x}" for x in "qkv")
+        for ffn in block.ffns:
+            modules |= {part: (name,) for part, name in zip(ffn.linears, ffn.diffusers_linears, strict=True)}
+        if block.kind == "double":
+            modules |= {
+                f"{bfl}.img_mod.lin": (f"{diffusers}.norm1.linear",),
+                f"{bfl}.txt_mod.lin": (f"{diffusers}.norm1_context.linear",),
+                f"{bfl}.img_attn.qkv": qkv,
+                f"{bfl}.txt_attn.qkv": tuple(f"{diffusers}.attn.add_{x}_proj" for x in "qkv"),
+                f"{bfl}.img_attn.proj": (f"{diffusers}.attn.to_out.0",),
+                f"{bfl}.txt_attn.proj": (f"{diffusers}.attn.to_add_out",),
+            }
+            norms[f"{bfl}.img_attn.norm"] = f"{diffusers}.attn.norm_"
+            norms[f"{bfl}.txt_attn.norm"] = f"{diffusers}.attn.norm_added_"
+        else:
+            up = block.ffns[0].linears[0]
+            modules[up] = (*qkv, *modules[up])
+            modules[f"{bfl}.modulation.lin"] = (f"{diffusers}.norm.linear",)
+            norms[f"{bfl}.norm"] = f"{diffusers}.attn.norm_"
 
     sources = {}
     for name, shape in dense_shapes(dims).items():

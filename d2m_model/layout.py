@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .blocks import FFN
 from .config import FFNLayout
 
 
@@ -29,16 +30,11 @@ class FFNTensors:
 
 
 def ffn_tensors(name: str, hidden_size: int) -> FFNTensors:
-    """Tensors of an FFN by its name: `double_blocks.i.img_mlp`, `double_blocks.i.txt_mlp` or `single_blocks.i`."""
-    if name.startswith("double_blocks."):
-        return FFNTensors(up=f"{name}.0", first_row=0, down=f"{name}.2", first_column=0)
-    if name.startswith("single_blocks."):
-        return FFNTensors(
-            up=f"{name}.linear1", first_row=3 * hidden_size, down=f"{name}.linear2", first_column=hidden_size
-        )
-    raise ValueError(
-        f"{name!r} is not an FFN's name; expected double_blocks.i.img_mlp, double_blocks.i.txt_mlp or single_blocks.i."
-    )
+    """The tensors of the FFN with this BFL name. Raises ValueError for any other name."""
+    ffn = FFN.parse(name)
+    up, down = ffn.linears
+    fused = ffn.stream == "joint"  # q, k and v come before W1, the attention's projection before W2
+    return FFNTensors(up=up, first_row=3 * hidden_size * fused, down=down, first_column=hidden_size * fused)
 
 
 def neuron_axis(tensor_name: str, name: str, hidden_size: int) -> tuple[int, int] | None:

@@ -176,15 +176,15 @@ def _layers(dims: FluxDims) -> dict[str, _Layer]:
         for part, rows in zip(source.names, source.rows, strict=True):
             layers[part.removesuffix(".weight")] = _Layer(module=module, first=first, rows=rows, swap=source.swap)
             first += rows
-    for i in range(dims.double_blocks):  # XLabs' names
-        block = f"double_blocks.{i}"
-        for number, stream in ((1, "img"), (2, "txt")):
-            layers[f"{block}.processor.qkv_lora{number}"] = layers[f"{block}.{stream}_attn.qkv"]
-            layers[f"{block}.processor.proj_lora{number}"] = layers[f"{block}.{stream}_attn.proj"]
-    for i in range(dims.single_blocks):
-        block = f"single_blocks.{i}"
-        layers[f"{block}.processor.qkv_lora"] = _Layer(module=f"{block}.linear1", first=0, rows=3 * hidden)
-        layers[f"{block}.processor.proj_lora"] = layers[f"{block}.linear2"]
+    for block in dims.blocks:  # XLabs' names
+        name = block.name
+        if block.kind == "double":
+            for number, stream in ((1, "img"), (2, "txt")):
+                layers[f"{name}.processor.qkv_lora{number}"] = layers[f"{name}.{stream}_attn.qkv"]
+                layers[f"{name}.processor.proj_lora{number}"] = layers[f"{name}.{stream}_attn.proj"]
+        else:
+            layers[f"{name}.processor.qkv_lora"] = _Layer(module=f"{name}.linear1", first=0, rows=3 * hidden)
+            layers[f"{name}.processor.proj_lora"] = layers[f"{name}.linear2"]
     return layers
 
 

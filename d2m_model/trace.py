@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import FFN
 from .config import FluxMoEConfig
 from .mob import BlockRouting, Samples
 from .routers import Gate, Routing
-from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace, stream_of
+from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace
 
 EVENTFUL = ("cuda", "xpu")  # devices whose copies can be waited for one by one
 
@@ -283,7 +284,7 @@ class Run:
     def _record(self, number: int, it: Pass, entries: Sequence[Entry]) -> PassRecord:
         """With the lengths that routers saw: other packs may add tokens on the way to the blocks."""
         image, text, references = self.grid[0] * self.grid[1], it.text_tokens, it.reference_tokens
-        seen = {stream_of(entry.ffn): entry.tokens for entry in entries if entry.number == number}
+        seen = {FFN.parse(entry.ffn).stream: entry.tokens for entry in entries if entry.number == number}
         text = seen.get("txt", text)
         if "img" in seen:
             references = seen["img"] - image

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .blocks import FFN
 from .config import FluxMoEConfig
 
 VERSION = 1
@@ -19,7 +20,6 @@ NONE = 255  # in place of an expert
 MOST_EXPERTS = 255  # that a byte can name beside NONE
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Stream = Literal["img", "txt", "joint"]
 
 
 class SampleKey(NamedTuple):
@@ -148,11 +148,6 @@ class Step:
         return Layer(experts_TK, gates_TK, margin_T)
 
 
-def stream_of(ffn: str) -> Stream:
-    """Whose tokens an FFN routes."""
-    return "img" if ffn.endswith(".img_mlp") else "txt" if ffn.endswith(".txt_mlp") else "joint"
-
-
 @dataclass(kw_only=True)
 class Trace:
     """One sampling run. Does not change."""
@@ -173,11 +168,7 @@ class Trace:
     def layers(self) -> list[str]:
         """The routed FFNs, in the order in which they run."""
 
-        def place(name: str) -> tuple[bool, int, bool]:
-            kind, index, *stream = name.split(".")
-            return kind != "double_blocks", int(index), stream == ["txt_mlp"]
-
-        return sorted(self.config.ffns, key=place)
+        return sorted(self.config.ffns, key=FFN.parse)
 
     @cached_property
     def samples(self) -> list[SampleKey]:
@@ -213,7 +204,7 @@ class Trace:
             "img": self.image_tokens + self.reference_tokens,
             "txt": self.text_tokens,
             "joint": self.text_tokens + self.image_tokens + self.reference_tokens,
-        }[stream_of(ffn)]
+        }[FFN.parse(ffn).stream]
 
     def choices(self, step: int, key: SampleKey) -> dict[str, Layer]:
         """By FFN, of those that ran on the sample in the step: its own tokens, without filling."""
@@ -228,18 +219,18 @@ class Trace:
             "joint": of.text_tokens + self.image_tokens + of.reference_tokens,
         }
         # Packs that merge tokens leave no way to tell which are where.
-        return {ffn: it for ffn, it in found.choices(*place).items() if len(it.margin_T) == own[stream_of(ffn)]}
+        return {ffn: it for ffn, it in found.choices(*place).items() if len(it.margin_T) == own[FFN.parse(ffn).stream]}
 
     def of_image(self, step: int, key: SampleKey, ffn: str) -> Layer | None:
         """The choice of an FFN for the image's patches alone, row by row; None if it did not run. Raises ValueError for
         a FFN of the text."""
-        if stream_of(ffn) == "txt":
-            raise ValueError(f"{ffn} routes no image tokens; expected a single block or an img_mlp.")
+        if FFN.parse(ffn).stream == "txt":
+            raise ValueError(f"{ffn} routes no image tokens; expected a single block's or an image stream's FFN.")
         layer = self.choices(step, key).get(ffn)
         if layer is None:
             return None
         place = self.steps[step].places()[key]
-        first = self.steps[step].passes[place[0]].text_tokens if stream_of(ffn) == "joint" else 0
+        first = self.steps[step].passes[place[0]].text_tokens if FFN.parse(ffn).stream == "joint" else 0
         return Layer(*(part[first : first + self.image_tokens] for part in layer))
 
     # As the map reads it
@@ -262,7 +253,8 @@ class Trace:
                 for index, key in enumerate(self.samples)
             ],
             "layers": [
-                {"name": ffn, "stream": stream_of(ffn), "experts": config.ffns[ffn].experts} for ffn in self.layers
+                {"name": ffn, "stream": FFN.parse(ffn).stream, "experts": config.ffns[ffn].experts}
+                for ffn in self.layers
             ],
             "groups": [{"kind": it.kind, "first": it.first, "blocks": it.blocks} for it in config.groups],
             "steps": [self._described_step(number) for number in range(len(self.steps))],
@@ -327,7 +319,7 @@ class Trace:
         shape = (self.tokens(ffn), self.slots) if part.ndim == 2 else (self.tokens(ffn),)
         found = np.full(shape, nothing, np.uint8)
         slots = (slice(0, part.shape[1]),) if part.ndim == 2 else ()
-        if stream_of(ffn) != "joint":
+        if FFN.parse(ffn).stream != "joint":
             found[(slice(0, len(part)), *slots)] = part
             return found
         found[(slice(0, text), *slots)] = part[:text]

@@ -26,7 +26,6 @@ from ..tensor_file import TensorFile
 from ..tensor_writer import write
 from .adaln import VecMoments
 from .block_routers import BlockChange, GroupObservations
-from .groups import block_name, members
 
 KEY = "calibration"  # of a part's metadata: whose it is
 VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
@@ -59,15 +58,15 @@ class Calibration:
         return moments.widened(FEW_SHARE) if self.few else moments
 
     def block_change(self, block: str) -> BlockChange:
-        """Of double_blocks.i or single_blocks.i, over all samples."""
+        """Mean change of a block (by BFL name) over all samples."""
         all_tokens, image = torch.cat(self._parts(f"change.{block}")).mean(0).tolist()
         return BlockChange(mse=all_tokens, image_mse=image)
 
     def group(self, group: BlockGroup) -> GroupObservations:
         """What a group's router would see of every sample, and what its blocks did."""
-        changes = [torch.cat(self._parts(f"change.{block}"))[:, 1].sqrt() for block in members(group)]
+        changes = [torch.cat(self._parts(f"change.{block.name}"))[:, 1].sqrt() for block in group.members]
         return GroupObservations(
-            x_mean_nH=torch.cat(self._parts(f"mean.{block_name(group.kind, group.first)}")),
+            x_mean_nH=torch.cat(self._parts(f"mean.{group.members[0].name}")),
             vec_nH=torch.cat(self._parts("vec")),
             change_nM=torch.stack(changes, dim=1),
         )

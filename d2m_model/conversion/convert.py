@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..blocks import is_modulation
 from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
 from ..config import FluxMoEConfig, Teacher
 from ..layout import ffn_tensors
@@ -155,7 +156,7 @@ class _Conversion:
 
     def _tensor(self, name: str) -> None:
         module, _, kind = name.rpartition(".")
-        if self.modulations is None or not module.endswith(("_mod.lin", ".modulation.lin")):
+        if self.modulations is None or not is_modulation(module):
             self.writer.put(name, self._read(name))
         elif kind == "weight":
             bias = f"{module}.bias"

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
+from ..blocks import Block, BlockKind
 from ..config import BlockGroup, FluxDims
 from ..teacher import DenseTeacher
 from .block_routers import BlockChange
-from .groups import block_name
 
-TeacherBlocks = dict[Literal["double", "single"], list[int]]  # position in the shallow FLUX -> block of the teacher
+TeacherBlocks = dict[BlockKind, list[int]]  # position in the shallow FLUX -> block of the teacher
 
 
 def kept_blocks(dims: FluxDims, groups: Sequence[BlockGroup], change: Mapping[str, BlockChange]) -> TeacherBlocks:
     """Of every group its `active` blocks that change the image most, and all blocks that no group has: as many as run
     with the groups."""
-    dropped: set[tuple[str, int]] = set()
+    dropped: set[Block] = set()
     for group in groups:
-        blocks = range(group.first, group.first + group.blocks)
-        ranked = sorted(blocks, key=lambda index: -change[block_name(group.kind, index)].image_mse)
-        dropped |= {(group.kind, index) for index in ranked[group.active :]}
+        ranked = sorted(group.members, key=lambda block: -change[block.name].image_mse)
+        dropped.update(ranked[group.active :])
     return {
-        "double": [index for index in range(dims.double_blocks) if ("double", index) not in dropped],
-        "single": [index for index in range(dims.single_blocks) if ("single", index) not in dropped],
+        kind: [index for index in range(depth) if Block(kind, index) not in dropped]
+        for kind, depth in dims.depths.items()
     }
 
 
@@ -38,12 +34,7 @@ def outputs_of(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBloc
     """
     outputs: TeacherBlocks = {}
     for kind, indices in kept.items():
-        last = {
-            index: group.first + group.blocks - 1
-            for group in groups
-            if group.kind == kind
-            for index in range(group.first, group.first + group.blocks)
-        }
+        last = {index: group.indices[-1] for group in groups if group.kind == kind for index in group.indices}
         outputs[kind] = [
             following - 1 if last.get(index) == last.get(following, -1) else last.get(index, index)
             for index, following in zip(indices, [*indices[1:], -1], strict=True)
@@ -53,11 +44,10 @@ def outputs_of(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBloc
 
 def teacher_name(name: str, kept: TeacherBlocks) -> str:
     """The teacher's name of a shallow FLUX's tensor or FFN."""
-    found = re.match(r"(double|single)_blocks\.(\d+)(?=\.|$)", name)
-    if found is None:
+    block = Block.parse(name)
+    if block is None:
         return name
-    kind: Literal["double", "single"] = "double" if found[1] == "double" else "single"
-    return block_name(kind, kept[kind][int(found[2])]) + name[found.end() :]
+    return Block(block.kind, kept[block.kind][block.index]).name + name.removeprefix(block.name)
 
 
 class ShallowTeacher:
@@ -67,19 +57,19 @@ class ShallowTeacher:
         self._teacher = teacher
         self.path, self.files, self.size = teacher.path, teacher.files, teacher.size
         self.metadata, self.notes = teacher.metadata, teacher.notes
-        self.dims = replace(teacher.dims, double_blocks=len(kept["double"]), single_blocks=len(kept["single"]))
-        places = {
-            block_name(kind, index): block_name(kind, place)
+        self.dims = teacher.dims.with_depths(double=len(kept["double"]), single=len(kept["single"]))
+        numbered = {
+            Block(kind, index): Block(kind, number)
             for kind, indices in kept.items()
-            for place, index in enumerate(indices)
+            for number, index in enumerate(indices)
         }
         self._sources: dict[str, str] = {}  # in the teacher's order
         for name in teacher.shapes:
-            block = re.match(r"(double|single)_blocks\.\d+", name)
+            block = Block.parse(name)
             if block is None:
                 self._sources[name] = name
-            elif block[0] in places:
-                self._sources[places[block[0]] + name[block.end() :]] = name
+            elif block in numbered:
+                self._sources[numbered[block].name + name.removeprefix(block.name)] = name
         self.shapes = {name: teacher.shapes[source] for name, source in self._sources.items()}
         self.dtypes = {name: teacher.dtypes[source] for name, source in self._sources.items()}
 

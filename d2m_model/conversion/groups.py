@@ -6,25 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..config import BlockGroup, ConfigError, FluxDims, PresetName, Selection, dense_double_blocks, preset_groups
+from ..blocks import BLOCK_KINDS, Block
+from ..config import BlockGroup, ConfigError, FluxDims, PresetName, Selection, dense_doubles, preset_groups
 from .block_routers import BlockChange
 
 SYNTAX = "kind:first-last/active, such as double:4-6/1 or single:10-14 (active is then the default)"
-
-
-def block_name(kind: str, index: int) -> str:
-    """As in the file's keys: double_blocks.3, single_blocks.12."""
-    return f"{kind}_blocks.{index}"
-
-
-def block_names(dims: FluxDims) -> list[str]:
-    """Every block, in the order in which they run."""
-    doubles = [block_name("double", index) for index in range(dims.double_blocks)]
-    return doubles + [block_name("single", index) for index in range(dims.single_blocks)]
-
-
-def members(group: BlockGroup) -> list[str]:
-    return [block_name(group.kind, index) for index in range(group.first, group.first + group.blocks)]
 
 
 def with_choice(groups: Sequence[BlockGroup], active: int, selection: Selection) -> tuple[BlockGroup, ...]:
@@ -62,16 +48,13 @@ def auto_groups(preset: PresetName, dims: FluxDims, change: Mapping[str, BlockCh
     """
     groups: list[BlockGroup] = []
     given = preset_groups(preset, dims)
-    for kind, first, depth in (
-        ("double", dense_double_blocks(dims), dims.double_blocks),
-        ("single", 0, dims.single_blocks),
-    ):
+    for kind in BLOCK_KINDS:
         of_kind = [group for group in given if group.kind == kind]
         if of_kind:
-            size = of_kind[0].blocks
-            costs = [change[block_name(kind, index)].image_mse for index in range(first, depth)]
-            places = least_runs(costs, len(of_kind), size)
-            groups += [replace(group, first=first + place) for group, place in zip(of_kind, places, strict=True)]
+            first = dense_doubles(dims) if kind == "double" else 0
+            costs = [change[Block(kind, index).name].image_mse for index in range(first, dims.depths[kind])]
+            starts = least_runs(costs, len(of_kind), of_kind[0].blocks)
+            groups += [replace(group, first=first + start) for group, start in zip(of_kind, starts, strict=True)]
     return tuple(groups)
 
 

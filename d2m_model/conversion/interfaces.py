@@ -71,5 +71,5 @@ class Modulations(Protocol):
     adaln_in_AH: Tensor  # U, float32
 
     def compress(self, name: str, weight_OH: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-        """lin' of the modulation `name` (double_blocks.0.img_mod.lin, single_blocks.0.modulation.lin): float32 [O, A], [O]."""
+        """Return lin' of the modulation with this BFL name: float32 weight [O, A] and bias [O]."""
         ...

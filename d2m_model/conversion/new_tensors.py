@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..blocks import is_modulation
 from ..config import FluxMoEConfig
 from ..keys import dense_shapes
 from .adaln import FittedModulations, VecMoments
@@ -48,7 +49,7 @@ def fitted_modulations(
     """The AdaLN compression of `config`, of the teacher's tensors by their names."""
     if config.adaln_rank is None:
         return None
-    names = [name for name in dense_shapes(config.dims) if name.endswith(("_mod.lin.weight", ".modulation.lin.weight"))]
+    names = [name for name in dense_shapes(config.dims) if is_modulation(name.removesuffix(".weight"))]
     moments = VecMoments.unknown(config.dims.hidden_size) if calibration is None else calibration.moments()
     return FittedModulations(moments, map(tensor, names), config.adaln_rank)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from ..blocks import is_modulation
 from ..checkpoint import check_file
 from ..config import FluxMoEConfig
 from ..keys import dense_shapes
@@ -58,7 +59,7 @@ def dense_pieces(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: s
 
     `tensor` gives the FLUX-MoE's by name.
     """
-    if config.adaln_rank is not None and name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+    if config.adaln_rank is not None and is_modulation(name.removesuffix(".weight")):
         basis_AH = tensor("adaln_in.weight").float()
         for rows_OA in tensor(name).split(CHUNK):
             yield (rows_OA.float() @ basis_AH).to(rows_OA.dtype)

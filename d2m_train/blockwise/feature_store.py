@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import blocks_of
+
 from ..data.batch import DataSource
 from ..data.store import DamagedEntry, Store
 from ..flow.held_out import held_out_seed
@@ -71,7 +73,7 @@ class FeatureStore:
         check_stop: Callable[[], object] = lambda: None,
     ) -> None:
         self.teacher, self.data, self.run, self.report, self.check_stop = teacher, data, run, report, check_stop
-        self.blocks: list[nn.Module] = [*teacher.transformer_blocks, *teacher.single_transformer_blocks]
+        self.blocks: list[nn.Module] = [*blocks_of(teacher).values()]
         self.batches, self.held_out = entries_of(run)
         self._store = Store(folder)
         parameter = next(teacher.x_embedder.parameters())

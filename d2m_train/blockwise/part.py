@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from d2m_model.blocks import Block, BlockKind, blocks_of
 from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers.modules import Choices
 from d2m_model.hosts.diffusers.places import ffn_module
@@ -23,7 +24,7 @@ from d2m_model.moe import MoEFFN
 from ..data.order import places
 from ..distillation.losses import feature_losses
 from ..distillation.router_losses import RouterTraining
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS, StagePlan
+from ..distillation.stages import StagePlan
 from ..flow.velocity import evaluating
 from ..monitor.router_statistics import RouterStatistics
 from ..monitor.stage_log import StageLog
@@ -48,8 +49,8 @@ class Part:
     start, end  depths of the teacher (feature_store.py): what the first block is given, and what the last is to give
     """
 
-    name: str  # double_blocks.3, say, or block_groups.0
-    kind: str
+    name: str  # of the block in BFL's style, or block_groups.0
+    kind: BlockKind
     blocks: tuple[int, ...]
     start: int
     end: int
@@ -57,7 +58,7 @@ class Part:
 
     def has(self, name: str) -> bool:
         """Whether a tensor or module, in diffusers' names, is of this part."""
-        prefixes = [f"{BLOCKS_OF_DIFFUSERS[self.kind]}.{index}." for index in self.blocks]
+        prefixes = [f"{Block(self.kind, index).diffusers_name}." for index in self.blocks]
         if self.group is not None:
             prefixes.append(f"block_groups.{self.group}.")
         return name.startswith(tuple(prefixes))
@@ -68,9 +69,9 @@ class Blocks(nn.Module):
 
     def __init__(self, core: FluxMoETransformer2DModel, part: Part, *, checkpointing: bool) -> None:
         super().__init__()
-        every = getattr(core, BLOCKS_OF_DIFFUSERS[part.kind])
+        blocks = blocks_of(core)
         self.part = part
-        self.blocks = nn.ModuleList(every[index] for index in part.blocks)
+        self.blocks = nn.ModuleList(blocks[Block(part.kind, index)] for index in part.blocks)
         self.router = None if part.group is None else core.block_groups[part.group]
         self._core = (core,)  # not a child: the others are not of this part
         self.checkpointing = checkpointing and len(part.blocks) > 1  # of one block all is computed again anyhow

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d2m_model.blocks import Block
 from d2m_model.checkpoint import CONFIG_KEY, check_file, config_tensor, optional_tensors
 from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.convert import metadata_of
+from d2m_model.hosts.diffusers import dims_of_transformer
 from d2m_model.keys import dense_shapes
 from d2m_model.tensor_file import Shape, TensorFile, bytes_of
 from d2m_model.tensor_writer import TensorWriter
@@ -28,10 +30,7 @@ from d2m_model.tensor_writer import TensorWriter
 from .. import UserError
 from ..data.batch import DataSource
 from ..distillation.stages import (
-    BLOCKS_OF_FLUX,
     StagePlan,
-    blocks_of,
-    members,
     plan_stage,
     prepare_student,
     teacher_outputs,
@@ -92,19 +91,17 @@ def parts_of(config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str],
     A block's features are those of the teacher's block whose output it is to give, and of the one before.
     """
     outputs = teacher_outputs(config)
-    groups: dict[tuple[str, int], int] = {
-        (group.kind, index): number for number, group in enumerate(config.groups) for index in members(group)
-    }
+    groups = {block: number for number, group in enumerate(config.groups) for block in group.members}
     parts: list[Part] = []
     depth = 0
-    for kind, index in blocks_of(config):
-        if (kind, index) == ("single", 0):
+    for block in config.dims.blocks:
+        kind, index = block.kind, block.index
+        if block == Block("single", 0):
             depth = teacher_doubles
         start, depth = depth, outputs[kind][index] + 1 + (teacher_doubles if kind == "single" else 0)
-        number = groups.get((kind, index)) if plan.groups_on else None
+        number = groups.get(block) if plan.groups_on else None
         if number is None:
-            name = f"{BLOCKS_OF_FLUX[kind]}.{index}"
-            parts.append(Part(name=name, kind=kind, blocks=(index,), start=start, end=depth, group=None))
+            parts.append(Part(name=block.name, kind=kind, blocks=(index,), start=start, end=depth, group=None))
         elif parts and parts[-1].group == number:
             last = parts.pop()
             parts.append(
@@ -144,7 +141,7 @@ class _Blockwise:
         self.config = with_gate(core, stage)
         self.plan = plan_stage(stage, self.config, self.section)
         trainable = trainable_names(core, self.plan)
-        self.parts = parts_of(self.config, self.plan, trainable, len(teacher.transformer_blocks))
+        self.parts = parts_of(self.config, self.plan, trainable, dims_of_transformer(teacher).depths["double"])
         self._check_outside(trainable)
         self.specs = self._specs()
         self.weights = [Weight.of(name, p) for name, p in core.named_parameters() if name in trainable]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import BLOCK_KINDS, FFN, Block, blocks_of
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
@@ -92,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
     """blocks.png, and its numbers."""
     model = load_flux(args.file, dtype_of(args), args.device)
-    names = [f"double_blocks.{i}" for i in range(len(model.transformer_blocks))]
-    names += [f"single_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
+    names = [block.name for block in blocks_of(model)]
     change = np.zeros((len(prompts), args.steps, len(names)))
     for walk in walks(args, model, prompts, encoders):
         for place, name in enumerate(names):
@@ -152,7 +152,7 @@ def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt],
             walk.go()
     maps = {name: frequencies(chosen[name], ran[name]) for name in layers}
     words = len(encoders.batch([prompts[0].text], args.guidance).text_ids_L3)
-    text_tokens = {name: 0 if name.endswith("img_mlp") else words for name in layers}
+    text_tokens = {name: 0 if FFN.parse(name).stream == "img" else words for name in layers}
     categories = [str(prompt.metadata.get(fields, "")) for prompt in prompts]
     title = f"Experts selected in {args.file.name}"
     figures.save(figures.expert_selection(maps, categories, text_tokens, title), out / "experts.png")
@@ -179,7 +179,7 @@ def _watch_experts(
         chosen[name][walk.some, walk.step] = found
 
     walk.handles.append(model.moe_ffns()[name].register_forward_pre_hook(route))
-    member = getattr(find_block(model, ".".join(name.split(".")[:2])), "member", None)
+    member = getattr(find_block(model, name), "member", None)
     if member is not None:
 
         def choose(_: nn.Module, arguments: Any, routing: BlockRouting) -> None:
@@ -223,9 +223,9 @@ def layers_of(model: FluxMoETransformer2DModel, names: str | None) -> list[str]:
                 raise UserError(f"--layers: {name} is no MoE FFN of this file; there are {known[0]} … {known[-1]}.")
         return asked
     found = []
-    for kind, ending in (("double_blocks", ".img_mlp"), ("single_blocks", "")):
-        own = [name for name in known if name.startswith(kind) and name.endswith(ending)]
-        fifth = f"{kind}.4{ending}"
+    for kind in BLOCK_KINDS:
+        own = [name for name in known if (ffn := FFN.parse(name)).block.kind == kind and ffn.stream != "txt"]
+        fifth = Block(kind, 4).ffns[0].name
         found += [fifth] if fifth in own else own[-1:]
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ class Distill:
         with open_teacher(teacher) as opened:
             dims, expected = config.dims, opened.dims
         if "teacher_outputs" in config.provenance:  # of pruned depth
-            expected = replace(expected, double_blocks=dims.double_blocks, single_blocks=dims.single_blocks)
+            expected = expected.with_depths(**dims.depths)
         if dims != expected:
             raise UserError(
                 f"student.start: {start} is of another teacher: it has {dims}, {teacher} has {expected}. Give a student "

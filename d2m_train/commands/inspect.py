@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from d2m_model.blocks import BFL_BLOCKS
 from d2m_model.checkpoint import check_file
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.cost import Conversion, Tokens, flux
@@ -76,7 +77,8 @@ def as_text(facts: dict[str, Any]) -> str:
         ("kind", facts["kind"] + (f", schema {facts['moe']['schema_version']}" if "moe" in facts else "")),
         (
             "size",
-            f"{dims['double_blocks']} double and {dims['single_blocks']} single blocks, hidden size {dims['hidden_size']}, "
+            f"{' and '.join(f'{dims[key]} {kind}' for kind, key in BFL_BLOCKS.items())} blocks, "
+            f"hidden size {dims['hidden_size']}, "
             f"guidance {'embedded' if dims['guidance_embed'] else 'not embedded'}",
         ),
         ("parameters", f"{facts['parameters']:,}"),
@@ -103,7 +105,7 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
     if dense := [name for name in names if name not in config.ffns]:
         lines.append(("dense", ", ".join(dense)))
     for group in config.groups:
-        blocks = f"{group.kind} blocks {group.first} to {group.first + group.blocks - 1}"
+        blocks = f"{group.kind} blocks {group.first} to {group.indices[-1]}"
         lines.append(("group", f"{blocks}, {group.active} active ({group.selection})"))
     weights = "changed: needs the pack"
     if config.split_only:

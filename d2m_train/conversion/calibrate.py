@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from d2m_model.blocks import FFN, blocks_of
 from d2m_model.config import FluxDims
 from d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, metadata_of, write_part
-from d2m_model.conversion.groups import block_name
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.split import generator_for
 from d2m_model.mob import mean_tokens
@@ -162,8 +162,8 @@ class Recorder:
                 if name in kept:
                     return  # computed again for the backward pass, under gradient checkpointing
                 x = arguments[0].detach().flatten(0, 1)
-                if not name.endswith("img_mlp"):
-                    x = x[(words if name.endswith("txt_mlp") else both).flatten().to(x.device)]
+                if (stream := FFN.parse(name).stream) != "img":
+                    x = x[(words if stream == "txt" else both).flatten().to(x.device)]
                 chosen = torch.randperm(len(x), generator=generator)[:count]
                 kept[name] = x[chosen.to(x.device)].cpu()
 
@@ -200,10 +200,7 @@ class Recorder:
 
             return block.register_forward_hook(hook, with_kwargs=True)
 
-        lists = (("double", self.model.transformer_blocks), ("single", self.model.single_transformer_blocks))
-        handles = [
-            watch(block_name(kind, index), block) for kind, blocks in lists for index, block in enumerate(blocks)
-        ]
+        handles = [watch(block.name, module) for block, module in blocks_of(self.model).items()]
         try:
             yield kept
         finally:

@@ -70,7 +70,7 @@ def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], 
 
 def _tell_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], object]) -> None:
     for group in config.groups:
-        last = group.first + group.blocks - 1
+        last = group.indices[-1]
         say(f"Of the {group.kind} blocks {group.first} to {last} {group.active} run ({group.selection}).")
     if not report.groups:
         say(

@@ -17,7 +17,7 @@ from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.conversion.calibration import Calibration
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
 from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
-from d2m_model.conversion.groups import auto_groups, block_names, with_choice
+from d2m_model.conversion.groups import auto_groups, with_choice
 from d2m_model.conversion.method import MethodError
 from d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from d2m_model.teacher import DenseTeacher, open_teacher
@@ -58,7 +58,7 @@ def convert(
         calibration = None if data is None else _calibration(settings, teacher, config, data)
         found = Report()
         if calibration is not None:
-            found.blocks.update({name: calibration.block_change(name) for name in block_names(teacher.dims)})
+            found.blocks.update({block.name: calibration.block_change(block.name) for block in teacher.dims.blocks})
         if settings.groups == "auto":
             placed = auto_groups(settings.preset, teacher.dims, found.blocks)
             config = replace(config, groups=with_choice(placed, settings.active, settings.selection))

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import Block
+
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 
 @contextmanager
 def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the blocks `names` (BFL: double_blocks.i, single_blocks.i) of the forward passes during the `with`.
+    """The outputs of the blocks `names` (in BFL's style) of the forward passes during the `with`.
 
     A double block has two entries, `<name>.img` [B, T, H] and `<name>.txt` [B, L, H]; a single block has one, [B, L + T, H].
     Of several passes the first counts, so that a block that is computed again for the backward pass, under gradient
@@ -30,15 +32,13 @@ def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterat
         found.setdefault(name, tensor)
 
     def hook_of(name: str) -> Any:
-        double = name.startswith("double_blocks.")
+        streams = stream_names(name)
 
         def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
             text, image = output
-            if double:
-                keep(f"{name}.img", image)
-                keep(f"{name}.txt", text)
-            else:
-                keep(name, torch.cat([text, image], dim=1))
+            outputs = (image, text) if len(streams) == 2 else (torch.cat([text, image], dim=1),)
+            for stream, tensor in zip(streams, outputs, strict=True):
+                keep(stream, tensor)
 
         return hook
 
@@ -51,13 +51,14 @@ def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterat
 
 
 def find_block(model: FluxTransformer2DModel, name: str) -> nn.Module:
-    """A block by its BFL name."""
-    kind, index = name.split(".")
-    blocks = model.transformer_blocks if kind == "double_blocks" else model.single_transformer_blocks
-    found: nn.Module = blocks[int(index)]
-    return found
+    """A block by its BFL name, or the block of an FFN."""
+    block = Block.parse(name)
+    if block is None:
+        raise ValueError(f"{name!r} is not the name of a block.")
+    return model.get_submodule(block.diffusers_name)
 
 
 def stream_names(name: str) -> tuple[str, ...]:
     """The entries that `block_outputs` has for a block."""
-    return (f"{name}.img", f"{name}.txt") if name.startswith("double_blocks.") else (name,)
+    block = Block.parse(name)
+    return (f"{name}.img", f"{name}.txt") if block is not None and block.kind == "double" else (name,)

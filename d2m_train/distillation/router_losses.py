@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import FFN
 from d2m_model.config import FluxMoEConfig
 from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
@@ -76,17 +77,17 @@ class RouterTraining:
                     self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
 
     def set_pools(self, tokens: PaddedTokens) -> None:
-        """Padding text tokens stay out of a capacity router's pool. One mask for each kind of FFN."""
+        """Padding text tokens stay out of a capacity router's pool. One mask per stream."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
             if moe.capacity is None:
                 continue
-            kind = _kind(name)
-            if kind not in pools:
+            stream = FFN.parse(name).stream
+            if stream not in pools:
                 kept_BT = kept_tokens(name, tokens)
                 device = moe.capacity.threshold.device
-                pools[kind] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
-            moe.capacity.pool_P = pools[kind]
+                pools[stream] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
+            moe.capacity.pool_P = pools[stream]
 
     def router_losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
         """(name, loss, weight), of what the last forward pass chose: of token routers, of block routers, and of capacity
@@ -155,12 +156,8 @@ class RouterTraining:
         return torch.stack(found).mean() if found else torch.zeros((), device=device)
 
 
-def _kind(ffn: str) -> str:
-    return ffn.rsplit(".", 1)[1] if ffn.startswith("double_blocks.") else "single"
-
-
 def kept_tokens(ffn: str, tokens: PaddedTokens) -> Tensor:
     """bool [B, tokens]: which of the tokens that an FFN sees are no padding. A single block's begin with the text."""
     words_BL = tokens.words_BL
     image_BT = torch.ones(len(words_BL), len(tokens.image_ids_T3), dtype=torch.bool)
-    return {"img_mlp": image_BT, "txt_mlp": words_BL, "single": torch.cat([words_BL, image_BT], 1)}[_kind(ffn)]
+    return {"img": image_BT, "txt": words_BL, "joint": torch.cat([words_BL, image_BT], 1)}[FFN.parse(ffn).stream]

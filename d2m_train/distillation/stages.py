@@ -7,7 +7,7 @@ outside of the groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from d2m_model.config import BlockGroup, FluxMoEConfig
+from d2m_model.blocks import DIFFUSERS_BLOCKS, Block, BlockKind
+from d2m_model.config import FluxMoEConfig
 
 from .. import UserError
 from ..run_config import Stage, StageSection
@@ -30,12 +31,10 @@ MODULATIONS = (
     "adaln_in.*",
     "*.norm1.linear.*",
     "*.norm1_context.linear.*",
-    "single_transformer_blocks.*.norm.linear.*",
+    f"{DIFFUSERS_BLOCKS['single']}.*.norm.linear.*",
 )
 SHARED = ("*.shared_up.*", "*.shared_down.*")
 ROUTED = ("*.routed_*", "*.router.*", "*.expert_mean", "*.capacity.*")
-BLOCKS_OF_DIFFUSERS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
-BLOCKS_OF_FLUX = {"double": "double_blocks", "single": "single_blocks"}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -136,61 +135,47 @@ def prepare_student(
 
 def block_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
     """Every block's output, but for blocks ahead of the first changed one: theirs is the teacher's exactly."""
-    blocks = blocks_of(config)
+    blocks = config.dims.blocks
     if config.adaln_rank is None:  # compressed modulations change every block
-        changed = [place for place, (kind, index) in enumerate(blocks) if _is_changed(config, kind, index)]
+        changed = [number for number, block in enumerate(blocks) if _is_changed(config, block)]
         blocks = blocks[min(changed, default=len(blocks)) :]
-    outputs = teacher_outputs(config)
-    return tuple(
-        Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
-        for kind, index in blocks
-    )
+    return _features(config, blocks)
 
 
 def group_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
     """The output of each group's last block, or of the block that stands in for a pruned group."""
+    return _features(config, [group.members[-1] for group in config.groups] + _stand_ins(config))
+
+
+def _features(config: FluxMoEConfig, blocks: Sequence[Block]) -> tuple[Feature, ...]:
     outputs = teacher_outputs(config)
-    last = [(group.kind, group.first + group.blocks - 1) for group in config.groups] + _stand_ins(config)
     return tuple(
-        Feature(student=f"{BLOCKS_OF_FLUX[kind]}.{index}", teacher=f"{BLOCKS_OF_FLUX[kind]}.{outputs[kind][index]}")
-        for kind, index in last
+        Feature(student=block.name, teacher=Block(block.kind, outputs[block.kind][block.index]).name)
+        for block in blocks
     )
 
 
-def blocks_of(config: FluxMoEConfig) -> list[tuple[str, int]]:
-    """(kind, index) of every block, in the order in which they run."""
-    depths = {"double": config.dims.double_blocks, "single": config.dims.single_blocks}
-    return [(kind, index) for kind, depth in depths.items() for index in range(depth)]
+def _is_changed(config: FluxMoEConfig, block: Block) -> bool:
+    return any(block in group.members for group in config.groups) or any(ffn.name in config.ffns for ffn in block.ffns)
 
 
-def members(group: BlockGroup) -> range:
-    return range(group.first, group.first + group.blocks)
-
-
-def _is_changed(config: FluxMoEConfig, kind: str, index: int) -> bool:
-    name = f"{BLOCKS_OF_FLUX[kind]}.{index}"
-    grouped = any(group.kind == kind and index in members(group) for group in config.groups)
-    return grouped or any(ffn == name or ffn.startswith(f"{name}.") for ffn in config.ffns)
-
-
-def teacher_outputs(config: FluxMoEConfig) -> Mapping[str, list[int]]:
+def teacher_outputs(config: FluxMoEConfig) -> Mapping[BlockKind, list[int]]:
     """Of every block the teacher's block whose output it is to give: itself, unless depth pruning has renumbered them."""
-    depths = {"double": config.dims.double_blocks, "single": config.dims.single_blocks}
     pruned: Mapping[str, list[int]] = config.provenance.get("teacher_outputs") or {}
-    return {kind: list(pruned.get(kind) or range(depth)) for kind, depth in depths.items()}
+    return {kind: list(pruned.get(kind) or range(depth)) for kind, depth in config.dims.depths.items()}
 
 
-def _stand_ins(config: FluxMoEConfig) -> list[tuple[str, int]]:
+def _stand_ins(config: FluxMoEConfig) -> list[Block]:
     """The blocks of a depth-pruned student that stand in for several of the teacher's."""
     found = []
     for kind, outputs in teacher_outputs(config).items():
         before = [-1, *outputs[:-1]]
         found += [
-            (kind, index) for index, (last, now) in enumerate(zip(before, outputs, strict=True)) if now > last + 1
+            Block(kind, index) for index, (last, now) in enumerate(zip(before, outputs, strict=True)) if now > last + 1
         ]
     return found
 
 
 def _patterns_of_blocks(config: FluxMoEConfig) -> tuple[str, ...]:
-    grouped = [(group.kind, index) for group in config.groups for index in members(group)] + _stand_ins(config)
-    return tuple(f"{BLOCKS_OF_DIFFUSERS[kind]}.{index}.*" for kind, index in grouped)
+    grouped = [block for group in config.groups for block in group.members] + _stand_ins(config)
+    return tuple(f"{block.diffusers_name}.*" for block in grouped)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from d2m_model.blocks import BFL_BLOCKS
+
 from .. import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def block_change(by_prompt: np.ndarray, by_timestep: np.ndarray, names: Sequence
 
     figure = new_figure(max(8, 0.22 * len(names) + 6), 4)
     left, right = figure.subplots(1, 2, sharey=True)
-    doubles = sum(name.startswith("double") for name in names)
+    doubles = sum(name.startswith(BFL_BLOCKS["double"]) for name in names)
     for axes, lines, what in ((left, by_prompt, "prompts"), (right, by_timestep, "timesteps")):
         # The first timestep, of pure noise, is dark.
         colours = matplotlib.colormaps["tab20" if what == "prompts" else MAP](np.linspace(0, 1, max(2, len(lines))))

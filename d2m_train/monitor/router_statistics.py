@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from d2m_model.blocks import FFN
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
@@ -56,10 +57,10 @@ class RouterStatistics:
         for name, moe in self.model.moe_ffns().items():
             if moe.routing is None:
                 continue
-            kind = name.rpartition(".")[2] if name.startswith("double") else "single"
-            if batch is not None and kind not in kept:
-                kept[kind] = kept_tokens(name, batch).to(moe.routing.logits_TE.device)
-            self._add(name, layer_sums(moe.routing, kept.get(kind)))
+            stream = FFN.parse(name).stream
+            if batch is not None and stream not in kept:
+                kept[stream] = kept_tokens(name, batch).to(moe.routing.logits_TE.device)
+            self._add(name, layer_sums(moe.routing, kept.get(stream)))
         for number, group in enumerate(self.model.block_groups):
             if isinstance(group.routing, BlockRouting):
                 self._add(f"block_groups.{number}", group_sums(group.routing))

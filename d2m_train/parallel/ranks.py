@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import blocks_of
+
 from .. import UserError
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS
 from ..run_config import RunConfig
 from .deepspeed import asked_for, configuration, not_by_accelerate
 from .zero import Zero
@@ -98,9 +99,8 @@ class Ranks:
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         }
         again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1", "full_shard")
-        for kind in BLOCKS_OF_DIFFUSERS.values():
-            for block in getattr(model, kind):
-                fully_shard(block, reshard_after_forward=again, **options)
+        for block in blocks_of(model).values():
+            fully_shard(block, reshard_after_forward=again, **options)
         fully_shard(model, **options)
         if self.accelerator.mixed_precision != "no":
             model.forward = self._autocast(model.forward)

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from d2m_model import experts
+from d2m_model.blocks import DIFFUSERS_BLOCKS, blocks_of
 from d2m_model.checkpoint import expected_tensors, optional_tensors
 from d2m_model.config import FluxDims, FluxMoEConfig
 from d2m_model.cost import Tokens
 
 from ..data.batch import Batch
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX, StagePlan, prepare_student
+from ..distillation.features import stream_names
+from ..distillation.stages import StagePlan, prepare_student
 from ..distillation.step import Distillation
 from ..flow.noise import Noisy
 from ..run_config import RunConfig
@@ -128,11 +130,11 @@ class _Teacher(nn.Module):
         super().__init__()
         self.dims, self.config = dims, SimpleNamespace(guidance_embeds=dims.guidance_embed)
         self.dtype = nn.Parameter(torch.empty(1, dtype=dtype), requires_grad=False)
-        self.transformer_blocks = nn.ModuleList(_TeacherBlock() for _ in range(dims.double_blocks))
-        self.single_transformer_blocks = nn.ModuleList(_TeacherBlock() for _ in range(dims.single_blocks))
+        for kind, depth in dims.depths.items():
+            self.add_module(DIFFUSERS_BLOCKS[kind], nn.ModuleList(_TeacherBlock() for _ in range(depth)))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+        for block in blocks_of(self).values():
             block(*(x.new_empty(*x.shape[:2], self.dims.hidden_size) for x in (encoder_hidden_states, hidden_states)))
         return (hidden_states.new_empty(*hidden_states.shape[:2], self.dims.out_channels),)
 
@@ -186,10 +188,9 @@ def _saved(model: FluxMoETransformer2DModel) -> Iterator[list[Activations]]:
         return lambda *_: block.__setitem__(0, name)
 
     handles = []
-    for kind, attribute in BLOCKS_OF_DIFFUSERS.items():
-        for index, module in enumerate(getattr(model, attribute)):
-            handles.append(module.register_forward_pre_hook(enter(f"{BLOCKS_OF_FLUX[kind]}.{index}")))
-            handles.append(module.register_forward_hook(enter(OUTSIDE)))
+    for one, module in blocks_of(model).items():
+        handles.append(module.register_forward_pre_hook(enter(one.name)))
+        handles.append(module.register_forward_hook(enter(OUTSIDE)))
     found: list[Activations] = []
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -215,6 +216,6 @@ def feature_bytes(run: RunConfig, plan: StagePlan, dims: FluxDims, tokens: Token
     """
     student = _AUTOCAST.get(run.training.mixed_precision, getattr(torch, run.student.dtype))
     elements = run.training.batch_size * tokens.joint * dims.hidden_size
-    singles = sum(feature.student.startswith("single_blocks.") for feature in plan.features)
+    singles = sum(len(stream_names(feature.student)) == 1 for feature in plan.features)
     teacher: torch.dtype = getattr(torch, run.teacher.dtype)
     return elements * (len(plan.features) * teacher.itemsize + singles * student.itemsize)

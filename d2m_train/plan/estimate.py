@@ -20,7 +20,6 @@ from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS, FluxDims, FluxMoEConfi
 from d2m_model.conversion.block_routers import BlockChange
 from d2m_model.conversion.convert import UNHASHED
 from d2m_model.conversion.depth_pruning import kept_blocks
-from d2m_model.conversion.groups import block_names
 from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.keys import dense_shapes
 from d2m_model.teacher import open_teacher
@@ -41,8 +40,8 @@ from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_
 KNOWN: dict[KnownFlux, FluxDims] = {
     "flux1-dev": FLUX_DEV,
     "flux1-schnell": replace(FLUX_DEV, guidance_embed=False),
-    "flux1-lite": replace(FLUX_DEV, double_blocks=8),
-    "flux1-mini": replace(FLUX_DEV, double_blocks=5, single_blocks=10),
+    "flux1-lite": FLUX_DEV.with_depths(double=8, single=FLUX_DEV.depths["single"]),
+    "flux1-mini": FLUX_DEV.with_depths(double=5, single=10),
     "emoji": EMOJI,
 }
 GIB = 2**30
@@ -182,9 +181,9 @@ def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     config = config_of(settings, teacher, about, None)
     if run.student.baseline == "depth_pruning":
         # Which of a group's blocks are kept only calibration knows; they are all of one size.
-        alike = dict.fromkeys(block_names(teacher), BlockChange(mse=1, image_mse=1))
+        alike = dict.fromkeys((block.name for block in teacher.blocks), BlockChange(mse=1, image_mse=1))
         kept = kept_blocks(teacher, config.groups, alike)
-        dims = replace(teacher, double_blocks=len(kept["double"]), single_blocks=len(kept["single"]))
+        dims = teacher.with_depths(double=len(kept["double"]), single=len(kept["single"]))
         config = shallow(config, dims, kept)
     return config
 
@@ -223,7 +222,7 @@ def _mean_tokens(run: RunConfig) -> float:
 
 def _what(run: RunConfig, config: FluxMoEConfig) -> str:
     name = {"none": f"FLUX-MoE {run.student.preset}", "mlp_pruning": "MLP pruning", "depth_pruning": "Depth pruning"}
-    return f"{name[run.student.baseline]} ({config.dims.double_blocks} + {config.dims.single_blocks} blocks)"
+    return f"{name[run.student.baseline]} ({' + '.join(map(str, config.dims.depths.values()))} blocks)"
 
 
 # A stage
@@ -258,7 +257,7 @@ class _Setting:
         parts: list[Part] = []
         saved = [trained]
         if run.training.blockwise:
-            parts = parts_of(self.config, plan, {weight.name for weight in trained}, self.teacher.double_blocks)
+            parts = parts_of(self.config, plan, {weight.name for weight in trained}, self.teacher.depths["double"])
             saved = [[weight for weight in trained if part.has(weight.name)] for part in parts]
             samples *= len(parts)
             memory = blockwise_memory(run, self.teacher, parts, weights, activations, working, self.tokens)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from d2m_model.blocks import Block
 from d2m_model.config import FluxDims
 from d2m_model.cost import Tokens
 from d2m_model.keys import diffusers_shapes
 
-from ..distillation.stages import BLOCKS_OF_DIFFUSERS, BLOCKS_OF_FLUX
 from ..run_config import RunConfig
 from ..teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 from .activations import Activations
@@ -54,9 +54,9 @@ class Weight:
 
     @property
     def block(self) -> str:
-        """transformer_blocks.3, say; the empty string outside of blocks."""
-        first, _, rest = self.name.partition(".")
-        return f"{first}.{rest.split('.')[0]}" if first in BLOCKS_OF_DIFFUSERS.values() else ""
+        """The block's name in diffusers' style; the empty string outside of blocks."""
+        block = Block.parse(self.name)
+        return "" if block is None else block.diffusers_name
 
 
 def shared_memory(
@@ -120,7 +120,7 @@ def blockwise_memory(
     for part in parts:
         own = [weight for weight in weights if part.has(weight.name)]
         trained = [weight for weight in own if weight.trained and not weight.name.startswith("adaln_in.")]
-        blocks = [f"{BLOCKS_OF_FLUX[part.kind]}.{index}" for index in part.blocks]
+        blocks = [Block(part.kind, index).name for index in part.blocks]
         worked = [working.by_block.get(block, 0) for block in blocks]
         activations = sum(worked)
         if run.training.gradient_checkpointing and len(blocks) > 1:
@@ -152,16 +152,15 @@ def optimizer_bytes(run: RunConfig, trained: Sequence[Weight]) -> int:
 def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) -> tuple[int, int]:
     """(bytes on the GPU, bytes of the blocks) of the frozen teacher: blocks that are offloaded come one or two at a time."""
     dtype: torch.dtype = getattr(torch, run.teacher.dtype)
-    outside, blocks = 0, dict[str, int]()
+    outside, blocks = 0, dict[Block, int]()
     for name, shape in diffusers_shapes(dims).items():
         size = math.prod(shape) * dtype.itemsize
-        kind, *rest = name.split(".")
-        if kind not in BLOCKS_OF_DIFFUSERS.values():
+        block = Block.parse(name)
+        if block is None:
             outside += size
             continue
         if len(shape) == 2 and run.teacher.quantise is not None:
             size = _quantised_bytes(run.teacher.quantise, shape, dtype)
-        block = f"{kind}.{rest[0]}"
         blocks[block] = blocks.get(block, 0) + size
     offload = run.teacher.offload if offload is None else offload
     held = {"none": sum(blocks.values()), "cpu": 2 * max(blocks.values()), "stream": max(blocks.values())}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from d2m_model.blocks import DIFFUSERS_BLOCKS, Block, blocks_of
 from d2m_model.conversion.convert import refuse_same_file
 from d2m_model.hosts.diffusers import new_transformer
 from d2m_model.keys import diffusers_sources, swap_halves
@@ -138,20 +139,16 @@ class _Weights:
     def __init__(self, teacher: DenseTeacher) -> None:
         self._teacher = teacher
         self._sources = diffusers_sources(teacher.dims)
-        self._blocks: dict[tuple[str, int], list[str]] = {}
+        self._blocks: dict[Block, list[str]] = {}
         self.outside: list[str] = []  # of no block
         for name in teacher.shapes:
-            kind, *rest = name.split(".")
-            if kind in ("double_blocks", "single_blocks"):
-                self._blocks.setdefault((kind, int(rest[0])), []).append(name)
-            else:
-                self.outside.append(name)
+            block = Block.parse(name)
+            (self.outside if block is None else self._blocks.setdefault(block, [])).append(name)
 
     def of_blocks(self, model: FluxTransformer2DModel) -> Iterator[tuple[nn.Module, list[str]]]:
         """Every block, in the order in which they run, and its tensors."""
-        for kind, blocks in (("double", model.transformer_blocks), ("single", model.single_transformer_blocks)):
-            for index, block in enumerate(blocks):
-                yield block, self._blocks[f"{kind}_blocks", index]
+        for block, module in blocks_of(model).items():
+            yield module, self._blocks[block]
 
     def lend(
         self, root: nn.Module, names: Sequence[str], device: torch.device, dtype: torch.dtype, *, keep: bool
@@ -181,7 +178,7 @@ class _Weights:
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, parameter = name.rpartition(".")
-    if not hasattr(root, "transformer_blocks"):  # a block: without its list and index
+    if not hasattr(root, DIFFUSERS_BLOCKS["double"]):  # a block: without its list and index
         module = module.split(".", 2)[2]
     return root.get_submodule(module), parameter
 

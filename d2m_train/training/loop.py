@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2m_model.blocks import blocks_of
 from d2m_model.config import FluxMoEConfig, Gate
 from d2m_model.tensor_file import TensorFile
 
@@ -128,7 +129,7 @@ class _Training:
         if run.training.gradient_checkpointing:
             core.enable_gradient_checkpointing()
         core.train()
-        compile_blocks([*core.transformer_blocks, *core.single_transformer_blocks], run.training.compile)
+        compile_blocks([*blocks_of(core).values()], run.training.compile)
         processes.shard(core)
         optimizer, schedule = new_optimizer(
             [parameter for name, parameter in core.named_parameters() if name in names], self.section, run.training

@@ -24,7 +24,8 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...d2m_model.trace_record import SampleKey, Trace, stream_of
+from ...d2m_model.blocks import FFN, Block
+from ...d2m_model.trace_record import SampleKey, Trace
 from .map_image import Panel, draw
 from .trace_node import TraceType
 from .trace_store import STORE, TraceHandle
@@ -190,7 +191,7 @@ def panel(trace: Trace, key: SampleKey, image: Tensor | None, at: int, ffn: str 
     words = [
         f"step {at} of 0-{len(trace.steps) - 1}",
         f"sigma {step.sigma:.2f}",
-        (ffn or "no experts").removesuffix(".img_mlp"),
+        "no experts" if ffn is None else FFN.parse(ffn).block.name,
         *settings,
     ]
     if ffn is not None and choice is None:
@@ -225,12 +226,9 @@ def step_of(trace: Trace, step: int) -> int:
 
 def ffn_of(trace: Trace, block: int) -> str | None:
     """The FFN that routes the image's patches in a block; None of a file that has block groups and no experts."""
-    doubles = trace.config.dims.double_blocks
-    by_block: dict[int, str] = {}
-    for ffn in trace.layers:
-        kind, index, *_ = ffn.split(".")
-        if stream_of(ffn) != "txt":
-            by_block[int(index) + (doubles if kind == "single_blocks" else 0)] = ffn
+    number: dict[Block, int] = {one: number for number, one in enumerate(trace.config.dims.blocks)}
+    ffns = [FFN.parse(ffn) for ffn in trace.layers]
+    by_block = {number[ffn.block]: ffn.name for ffn in ffns if ffn.stream != "txt"}
     if not by_block:
         return None
     if block != LAST and block not in by_block:

@@ -26,7 +26,6 @@ from torch import Tensor
 from ...d2m_model.config import BlockGroup, FluxMoEConfig
 from ...d2m_model.conversion.block_routers import FEWEST
 from ...d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, write_part
-from ...d2m_model.conversion.groups import block_name, members
 from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
 from ...d2m_model.mob import mean_tokens
@@ -132,8 +131,8 @@ class Recorder:
                 handles.append(up.register_forward_pre_hook(self._hook_of_ffn(ffn)))
             for group in self.config.groups:
                 handles += self._watch_group_at(group)
-                for name in members(group):
-                    handles += self._watch_block(name)
+                for block in group.members:
+                    handles += self._watch_block(block.name)
             if self.config.adaln_rank is not None:
                 handles.append(self.flux.vector_in.register_forward_hook(self._vecs))
             yield
@@ -154,7 +153,7 @@ class Recorder:
 
     def _watch_group_at(self, group: BlockGroup) -> list[Any]:
         """What the group's router will see, ahead of its first block; vec, which all blocks get, at the first group."""
-        name = block_name(group.kind, group.first)
+        name = group.members[0].name
         block = self.flux.get_submodule(name)
 
         def enter(_: Any, arguments: tuple, keywords: dict) -> None:

@@ -22,13 +22,13 @@ import comfy.sd
 import comfy.utils
 from torch import Tensor
 
+from ...d2m_model.blocks import Block
 from ..model.flux_moe import FluxMoEModel
 from .modulations import ModulationMap
 from .patches import PermutedPatch
 from .shapes import Shape, fits, shape_of_change, spelled
 
 PREFIX = "diffusion_model."  # of tensor names in a MODEL
-BLOCKS = (f"{PREFIX}double_blocks.", f"{PREFIX}single_blocks.")
 TEXT_ENCODERS = ("lora_te", "lora_prior_te", "text_encoder", "clip_", "t5xxl")  # a LoRA's keys that are not for us
 
 Offset = tuple[int, int, int]  # axis, start, length
@@ -91,7 +91,7 @@ def patches_for_moe(patches: dict, weights: MoEWeights) -> dict:
         else:
             found[target] = patch
     for name, what in misfits:
-        if name.startswith(BLOCKS):
+        if Block.parse(name.removeprefix(PREFIX)) is not None:
             raise ValueError(
                 f"This LoRA was made for another model than FLUX.1, or for a FLUX.1 of another size: {what} "
                 f"({len(misfits)} of its {len(patches)} changes do not fit). Nothing of it was applied."

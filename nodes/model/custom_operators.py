@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...d2m_model.blocks import blocks_of
 from ...d2m_model.config import FluxMoEConfig, Gate
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.routers import Routing
@@ -57,7 +58,7 @@ def may_compile(flux: nn.Module) -> bool:
     in place of theirs, nn.Module.compile, or another forward."""
     if torch.compiler.is_compiling():
         return True
-    parts = (flux, *flux.double_blocks, *flux.single_blocks)  # type: ignore[misc]
+    parts = (flux, *blocks_of(flux).values())
     return any(
         "_orig_mod" in part._modules or part._compiled_call_impl is not None or "forward" in vars(part)
         for part in parts

@@ -18,6 +18,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from torch import Tensor, nn
 
+from ...d2m_model.blocks import FFN, Block, blocks_of
 from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.layout import neuron_axis
@@ -45,13 +46,14 @@ class FluxMoE(Flux):
             compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
         file = FileChoice.of(config)
         for row, (name, layout) in enumerate(config.ffns.items()):
-            kind, index, *stream = name.split(".")
-            block = getattr(self, kind)[int(index)]
+            ffn = FFN.parse(name)
+            block: Any = self.get_submodule(ffn.block.name)
             # The block keeps its modules, so its keys and everything that ComfyUI built into it; only forward is new.
-            if kind == "double_blocks":
+            if ffn.block.kind == "double":
                 block.__class__, block.file = DoubleExpertBlock, file
-                mlp = ExpertFFN(*getattr(block, stream[0]))
-                setattr(block, stream[0], mlp)
+                attribute = name.removeprefix(f"{ffn.block.name}.")
+                mlp = ExpertFFN(*getattr(block, attribute))
+                setattr(block, attribute, mlp)
                 mlp.add_router(layout, file, stored, name, row, device)
             else:
                 block.__class__ = SingleExpertBlock
@@ -85,11 +87,11 @@ class FluxMoEInParts(FluxMoE):
         stored, device, groups = kwargs["stored"], kwargs.get("device"), self.config.groups
         routers = (BlockGroupRouter(groups, index, stored, device) for index in range(len(groups)))
         self.block_groups = nn.ModuleList(routers)
+        blocks: dict[Block, Any] = blocks_of(self)
         for index, group in enumerate(groups):
-            blocks = self.double_blocks if group.kind == "double" else self.single_blocks
-            for position in range(group.blocks):
-                blocks[group.first + position].place = (self.block_groups[index], position)
-        for block in (*self.double_blocks, *self.single_blocks):
+            for position, member in enumerate(group.members):
+                blocks[member].place = (self.block_groups[index], position)
+        for block in blocks.values():
             if hasattr(block, "file") or hasattr(block, "place"):
                 block.__class__ = apart(block.__class__)
 

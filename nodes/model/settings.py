@@ -97,7 +97,7 @@ def active_blocks(setting: int | Sequence[int] | None, groups: Sequence[BlockGro
         )
     for index, (active, group) in enumerate(zip(setting, groups, strict=True)):
         if not isinstance(active, int) or isinstance(active, bool) or not 0 <= active <= group.blocks:
-            last = group.first + group.blocks - 1
+            last = group.indices[-1]
             raise ValueError(
                 f"active_blocks[{index}] is {active!r}; expected 0 to {group.blocks}, the blocks of block group {index} "
                 f"({group.kind} blocks {group.first} to {last})."

@@ -10,24 +10,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2m_model.blocks import Block, BlockKind
 from d2m_model.config import BlockGroup, ConfigError, preset_groups
 from d2m_model.conversion.block_routers import BlockChange, GroupObservations, plan_block_routers
 from d2m_model.conversion.depth_pruning import kept_blocks, teacher_name
-from d2m_model.conversion.groups import auto_groups, block_name, block_names, least_runs, members, parse_groups
+from d2m_model.conversion.groups import auto_groups, least_runs, parse_groups
 from d2m_model.mob import route_blocks
 
 from .small_flux import DIMS
 
 DEEP = replace(DIMS, double_blocks=10, single_blocks=20)
 GROUP = BlockGroup(kind="single", first=4, blocks=5, active=1, selection="topk")
-FLAT = {name: BlockChange(mse=1.0, image_mse=1.0) for name in block_names(DEEP)}
+FLAT = {block.name: BlockChange(mse=1.0, image_mse=1.0) for block in DEEP.blocks}
 
 
 def changed(**image_mse: float) -> dict[str, BlockChange]:
     """By names such as double3: what the block does to the image. The text tells the contrary."""
     change = dict(FLAT)
     for name, value in image_mse.items():
-        change[block_name(name[:6], int(name[6:]))] = BlockChange(mse=1 / value, image_mse=value)
+        kind: BlockKind = "double" if name.startswith("double") else "single"
+        change[Block(kind, int(name[6:])).name] = BlockChange(mse=1 / value, image_mse=value)
     return change
 
 
@@ -80,7 +82,7 @@ def test_auto_leaves_out_the_blocks_that_change_the_image_most() -> None:
     groups = auto_groups("XS", DEEP, change)
     given_groups = preset_groups("XS", DEEP)
     assert [(group.kind, group.blocks) for group in groups] == [(group.kind, group.blocks) for group in given_groups]
-    grouped = [block for group in groups for block in members(group)]
+    grouped = [block.name for group in groups for block in group.members]
     assert len(set(grouped)) == len(grouped)
     assert not {"double_blocks.0", "double_blocks.1", "double_blocks.5", "single_blocks.7", "single_blocks.13"} & set(
         grouped

@@ -25,8 +25,8 @@ def transformer_options(dims: FluxDims) -> dict[str, Any]:
         "patch_size": 1,
         "in_channels": dims.in_channels,
         "out_channels": dims.out_channels,
-        "num_layers": dims.double_blocks,
-        "num_single_layers": dims.single_blocks,
+        "num_layers": dims.depths["double"],
+        "num_single_layers": dims.depths["single"],
         "attention_head_dim": HEAD,
         "num_attention_heads": dims.hidden_size // HEAD,
         "joint_attention_dim": dims.context_size,
@@ -91,9 +91,6 @@ def state_dict_to_bfl(model: FluxTransformer2DModel) -> dict[str, Tensor]:
 
 def ffn_linears(model: FluxTransformer2DModel) -> Iterator[tuple[str, nn.Linear, nn.Linear, int]]:
     """Every FFN of a dense FLUX.1: BFL name, up-projection, down-projection, column of `down` where its neurons begin."""
-    for i, block in enumerate(model.transformer_blocks):
-        for stream, ff in (("img_mlp", block.ff), ("txt_mlp", block.ff_context)):
-            yield f"double_blocks.{i}.{stream}", ff.net[0].proj, ff.net[2], 0
-    hidden_size = model.inner_dim
-    for i, block in enumerate(model.single_transformer_blocks):
-        yield f"single_blocks.{i}", block.proj_mlp, block.proj_out, hidden_size
+    for ffn in dims_of_transformer(model).ffns:
+        up, down = (model.get_submodule(name) for name in ffn.diffusers_linears)
+        yield ffn.name, up, down, model.inner_dim if ffn.stream == "joint" else 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...blocks import FFN
 from ...checkpoint import expected_tensors, optional_tensors
 from ...config import FluxMoEConfig
 from ...keys import diffusers_sources, swap_halves
@@ -56,10 +57,8 @@ class Place:
 
 def ffn_module(ffn: str) -> str:
     """The name of a MoEFFN in the model, by the FFN's name in the file."""
-    kind, index, *stream = ffn.split(".")
-    if kind == "single_blocks":
-        return f"single_transformer_blocks.{index}.proj_out.moe"
-    return f"transformer_blocks.{index}.{'ff' if stream[0] == 'img_mlp' else 'ff_context'}"
+    module, stream = FFN.parse(ffn).diffusers_name, FFN.parse(ffn).stream
+    return f"{module}.proj_out.moe" if stream == "joint" else module
 
 
 def places(config: FluxMoEConfig, optional: Iterable[str] = ()) -> dict[str, tuple[Place, ...]]:

@@ -17,6 +17,7 @@ from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_nam
 from diffusers.utils import _get_model_file
 from torch import Tensor, nn
 
+from ...blocks import Block, blocks_of, is_modulation
 from ...checkpoint import check_file, check_state_dict, optional_tensors, strip_prefix
 from ...config import FluxMoEConfig, Gate
 from ...keys import diffusers_sources
@@ -76,7 +77,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
     def _compress_modulations(self, adaln_in: AdaLNIn) -> None:
         for name, source in diffusers_sources(self.flux_moe.dims).items():
-            if name.endswith(("_mod.lin.weight", ".modulation.lin.weight")):
+            if is_modulation(name.removesuffix(".weight")):
                 owner, _, attribute = source.names[0].removesuffix(".weight").rpartition(".")
                 setattr(self.get_submodule(owner), attribute, CompressedModulation(adaln_in, source.rows[0]))
 
@@ -108,18 +109,14 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
     def _group_blocks(self) -> None:
         """All blocks are told of the choices, those of a group heed them."""
-        for blocks, kind in (
-            (self.transformer_blocks, RoutedTransformerBlock),
-            (self.single_transformer_blocks, RoutedSingleTransformerBlock),
-        ):
-            for block in blocks:
-                block.__class__ = kind  # the same parameters and submodules; constructing it anew would make them twice
+        routed = {"double": RoutedTransformerBlock, "single": RoutedSingleTransformerBlock}
+        blocks: dict[Block, Any] = blocks_of(self)
+        for block, module in blocks.items():
+            module.__class__ = routed[block.kind]  # keeps parameters and submodules; a new block would duplicate them
         for index, group in enumerate(self.flux_moe.groups):
-            blocks = self.transformer_blocks if group.kind == "double" else self.single_transformer_blocks
-            for place in range(group.blocks):
-                blocks[group.first + place].member = Member(group=index, block=place)
-        kinds = [kind.__name__ for kind in (RoutedTransformerBlock, RoutedSingleTransformerBlock)]
-        self._no_split_modules = self._repeated_blocks = kinds
+            for position, block in enumerate(group.members):
+                blocks[block].member = Member(group=index, block=position)
+        self._no_split_modules = self._repeated_blocks = [kind.__name__ for kind in routed.values()]
 
     # Files
 
@@ -213,7 +210,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     # Settings
 
     def moe_ffns(self) -> dict[str, MoEFFN]:
-        """Every MoE FFN by its name in the file (double_blocks.0.img_mlp ...), in the order of the configuration."""
+        """Every MoE FFN by its name in the file, in the order of the configuration."""
         found = {name: self.get_submodule(ffn_module(name)) for name in self.flux_moe.ffns}
         return {name: moe for name, moe in found.items() if isinstance(moe, MoEFFN)}
 
