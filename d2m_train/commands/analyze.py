@@ -45,6 +45,7 @@ from ..evaluation.scores import distances, interval
 from ..flow.noise import channels_of, grid, trajectory
 from ..flow.sampling import draw_grid, noise_for, sample, save_png
 from ..flow.velocity import evaluating
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -305,10 +306,8 @@ def walks(
     args: argparse.Namespace, model: FluxTransformer2DModel, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Iterator[Walk]:
     """All prompts, some at a time."""
-    from tqdm import tqdm
-
     levels = grid(args.steps, shift_for(args, encoders, bool(model.config.guidance_embeds)))
-    for start in tqdm(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
+    for start in progress_bar(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
         some = prompts[start : start + args.batch]
         batch = encoders.batch([prompt.text for prompt in some], args.guidance)
         noise_BTC = noise_for([args.seed + prompt.index for prompt in some], batch.image_ids_T3, channels_of(model))

@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import UserError
 from ..data import open_source, prepare
 from ..data.pictures import PictureSource
 from ..data.samples import described
+from ..progress import progress_bar
 from ..run_config import load
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     config = load(args.file, args.overrides)
     source = open_source(config.data, config.output_dir, guidance=config.guidance, device=args.device or _device())
-    with tqdm(desc="Cache", unit="sample", disable=None if args.rank == 0 else True) as bar:
+    with progress_bar(desc="Cache", unit="sample", disable=args.rank != 0) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -28,6 +28,7 @@ from ..evaluation.prompts import (
     shift_for,
 )
 from ..evaluation.scores import LEVEL, Clip, Scores, interval, score
+from ..progress import progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +81,6 @@ def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 def _sample(
     args: argparse.Namespace, folder: Path, file: Path, sparsity: Sparsity, prompts: list[Prompt], encoders: Encoders
 ) -> ImageFolder:
-    from tqdm import tqdm
-
     images = ImageFolder(
         folder,
         prompts,
@@ -91,7 +90,7 @@ def _sample(
     )
     missing = len(images.missing())
     total = len(prompts) * args.seeds
-    with tqdm(desc=f"{folder.name}: {file.name}", total=total, initial=total - missing, unit="image") as bar:
+    with progress_bar(desc=f"{folder.name}: {file.name}", total=total, initial=total - missing, unit="image") as bar:
         fill(
             images,
             lambda: load_flux(file, dtype_of(args), args.device, sparsity),

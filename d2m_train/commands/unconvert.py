@@ -12,6 +12,8 @@ from pathlib import Path
 
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 
+from ..progress import progress_bar
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE file")
@@ -19,10 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     size = args.file.stat().st_size if args.file.is_file() else None
-    with tqdm(total=size, desc="Un-converting", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=size, desc="Un-converting", unit="B", unit_scale=True) as bar:
         config = unconvert_file(args.file, args.out, bar.update)
     print(f"{args.out}: dense FLUX.1, {os.path.getsize(args.out):,} bytes.")
     if why := why_not_the_teacher(config):

@@ -25,6 +25,7 @@ from d2m_model.tensor_file import CheckpointError
 
 from .. import UserError
 from ..data.batch import DataSource
+from ..progress import progress_bar
 from .calibrate import CalibrationSettings, calibrate
 from .report import Report, tell, write_report
 from .settings import ConversionSettings, config_of, settings_of
@@ -43,8 +44,6 @@ def convert(
     `data`: for calibration; without, the weights alone decide. `report` hears sentences for the user.
     Raises UserError for settings that cannot be met, CheckpointError for a teacher or a target that cannot be used.
     """
-    from tqdm import tqdm
-
     settings = settings.resolved()
     if data is None:
         settings.check_data()
@@ -73,7 +72,7 @@ def convert(
         except MethodError as error:
             raise UserError(f"{error} Calibrate with more batches or larger ones.") from None
         modulations = fitted_modulations(source.tensor, config, calibration)
-        with tqdm(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
+        with progress_bar(total=teacher.size, desc="Converting", unit="B", unit_scale=True) as bar:
             config = convert_file(
                 source,
                 settings.out,
@@ -114,8 +113,6 @@ def _calibration(
     config: FluxMoEConfig,
     data: DataSource,
 ) -> Calibration:
-    from tqdm import tqdm
-
     device = settings.place
 
     def load() -> FluxTransformer2DModel:
@@ -137,10 +134,10 @@ def _calibration(
     identity = [
         f"{file.absolute()}, {file.stat().st_size} bytes, modified {file.stat().st_mtime_ns}" for file in teacher.files
     ]
-    with tqdm(total=settings.batches, desc="Calibration", unit="batch") as bar:
+    with progress_bar(total=settings.batches, desc="Calibration", unit="batch") as bar:
 
         def progress(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
         return calibrate(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import UserError
+from ..progress import progress_bar
 from ..run_config import EyesSection
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class StageLog:
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self._wandb = _open_wandb(folder, stage, run_name) if section.wandb else None
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,7 @@ class StageLog:
         # TensorBoard leaves out what an earlier attempt wrote from this step on.
         purge = None if reached is None else start + 1 if start else 0
         self._writer = SummaryWriter(str(tensorboard / stage), purge_step=purge)
-        # On a terminal several times a second; in a file, where each is a line, twice a minute.
-        often = 0.2 if sys.stderr.isatty() else 30
-        self._bar = tqdm(desc=stage, total=steps, initial=start, unit="step", mininterval=often, dynamic_ncols=True)
+        self._bar = progress_bar(desc=stage, total=steps, initial=start, unit="step")
         if reached is not None:
             self.event("resumed", reached=reached)
 

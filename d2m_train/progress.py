@@ -1,0 +1,39 @@
+"""Progress of long work: a bar on a terminal, a line every half minute in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_LOG_INTERVAL = 30  # seconds
+_LOG_LINE = "{desc}: {percentage:.0f} %, {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A tqdm with these options on standard error. Where that is no terminal, it prints lines instead of a bar."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **options)
+    lines: Any = _Lines(sys.stderr)
+    return tqdm(iterable, file=lines, mininterval=_LOG_INTERVAL, miniters=1, bar_format=_LOG_LINE, **options)
+
+
+class _Lines:
+    """A stream for tqdm, which redraws a bar in place: turns each drawing into a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last = stream, ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:  # the last drawing is repeated when a bar closes
+            self._stream.write(f"{line}\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._stream.flush()
