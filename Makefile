@@ -6,7 +6,8 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup host browser demo comfy test test-web test-hosts lint format bench lock clean
+.PHONY: help setup packages host browser demo comfy check lint format clean bench lock
+.PHONY: test test-unit test-train test-web test-host test-browser test-hosts
 
 PYTHON = python3
 # Set here, so that a HOST in the environment (some shells set it) does not choose a ComfyUI.
@@ -14,17 +15,24 @@ HOST =
 export D2M_HOST := $(HOST)
 export PYTHONUNBUFFERED = 1
 
-# One line, read after set-up: which environment belongs to the host in use.
+# Programs leave their compiled modules for the next start, also where the shell says otherwise: torch, diffusers and
+# ComfyUI take 20 seconds to compile.
+export PYTHONDONTWRITEBYTECODE =
+
+# Evaluated after set-up: the Python of the environment that belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
-# Models of tests are tiny: a core for each process beats all cores for one. Files stay whole, for what their tests share,
-# and keep their order: many short ones come last, so that no core waits for a long one.
-SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One process a core, since the models of the tests are tiny. Tests of a file (or an xdist_group) share a process and its
+# fixtures. The files keep their order: many short ones come last, so that no core waits for a long one.
+PYTEST = $(RUN) pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## virtual environment, pinned packages and a ComfyUI; again at any time
 	@$(PYTHON) -m tools.setup
+
+packages: ## virtual environment and pinned packages only, for what needs no ComfyUI
+	@$(PYTHON) -m tools.setup --without-host
 
 host: setup ## print where the ComfyUI in use stands
 	@$(PYTHON) -m tools.host
@@ -38,23 +46,37 @@ demo: setup ## convert the emoji FLUX and paint with it in ComfyUI; results in d
 comfy: setup ## leave ComfyUI running with the example workflow
 	@$(RUN) demo.run --serve
 
-test: setup ## every test
-	@OMP_NUM_THREADS=1 $(RUN) pytest tests $(SIDE_BY_SIDE)
+check: lint test-unit test-web ## the verdict on a change in three minutes; needs no ComfyUI
 
-test-web: setup ## oxlint on web/, and its unit tests in Node.js
-	@$(RUN) tools.javascript
-
-test-hosts: setup ## the tests that run in a ComfyUI, in the newest and the oldest supported (6 GB more)
-	@OMP_NUM_THREADS=1 PYTEST_ADDOPTS="$(SIDE_BY_SIDE) $$PYTEST_ADDOPTS" $(PYTHON) -m tools.on_hosts
-
-lint: setup ## ruff, types and import contracts
+lint: packages ## ruff, types and import contracts
 	@$(RUN) tools.lint
 
-format: setup ## let ruff put the code in order
+test: setup lint test-web ## everything: lint and every test
+	@$(PYTEST) tests
+
+test-unit: packages ## tests of methods, files and tools; no ComfyUI, no Chromium
+	@$(PYTEST) tests/unit
+
+test-train: packages ## tests of the trainer; no ComfyUI, no Chromium
+	@$(PYTEST) tests/train
+
+test-web: packages ## oxlint on web/, and its unit tests in Node.js
+	@$(RUN) tools.javascript
+
+test-host: setup ## tests in a ComfyUI
+	@$(PYTEST) tests/comfyui
+
+test-browser: setup ## tests of a Chromium on a ComfyUI
+	@$(PYTEST) tests/browser
+
+test-hosts: setup ## test-host and test-browser in the newest and the oldest ComfyUI supported (6 GB more)
+	@$(PYTHON) -m tools.on_hosts
+
+format: packages ## let ruff put the code in order
 	@$(RUN) ruff check --fix-only .
 	@$(RUN) ruff format .
 
-bench: setup ## speed, as ratios measured in one run
+bench: setup ## measure speed, as ratios within one run
 	@$(RUN) benchmarks
 
 lock: setup ## pin the newest packages in constraints.txt

@@ -28,8 +28,17 @@ if sys.dont_write_bytecode:
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with the tier of its folder."""
+    """Mark every test with its tier, and keep the tests of a file in one process, with their fixtures."""
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(TIERS[folder])
+        item.add_marker(TIERS[item.path.relative_to(TESTS).parts[0]])
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
+
+
+def pytest_collection_finish() -> None:
+    """Refuse to run if a test file imports the pack's root, ComfyUI's entry point: a second copy of everything."""
+    root = str(TESTS.parent / "__init__.py")
+    if copies := [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == root]:
+        raise pytest.UsageError(f"Collecting the tests imported {root} as {copies[0]}")

@@ -1,4 +1,4 @@
-"""The virtual environment: making it, filling it, and knowing whether it is up to date."""
+"""Make the virtual environment, install its packages, and check whether it is up to date."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import sys
 from pathlib import Path
 
 from tools.errors import SetupError
-from tools.host import Host
 
-OLDEST_PYTHON = (3, 10)
-# Raise it when set-up itself changes so that an environment made by an older one must be gone over again.
-SCHEMA = "1"
+_OLDEST_PYTHON = (3, 10)
+# Raise it when set-up itself changes, so that environments made by an older one are completed.
+_SCHEMA = "1"
 
 
-def digest(root: Path, host: Host) -> str:
-    """What an environment must have been made from to be up to date."""
-    inputs = (root / "pyproject.toml", root / "constraints.txt", host.requirements)
+def digest(root: Path, host_requirements: Path | None = None) -> str:
+    """Digest of everything that an environment is made from; the packages of a ComfyUI come last."""
+    inputs = [root / "pyproject.toml", root / "constraints.txt", *([host_requirements] if host_requirements else [])]
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
-    return " ".join([SCHEMA, *sums])
+    return " ".join([_SCHEMA, *sums])
 
 
 def stamp(venv: Path) -> Path:
@@ -29,28 +28,39 @@ def stamp(venv: Path) -> Path:
     return venv / "setup-complete"
 
 
-def is_current(root: Path, host: Host) -> bool:
-    """Whether the environment stands as these inputs ask. Cheap: reads a few small files."""
-    done = stamp(host.venv)
-    return host.python.exists() and done.is_file() and done.read_text() == digest(root, host)
+def is_current(root: Path, venv: Path, host_requirements: Path | None = None) -> bool:
+    """Whether the environment is up to date. Reads only a few small files.
+
+    Without `host_requirements`, an environment that also has the packages of a ComfyUI is up to date too.
+    """
+    done = stamp(venv)
+    if not python_in(venv).exists() or not done.is_file():
+        return False
+    finished, wanted = done.read_text(), digest(root, host_requirements)
+    return finished == wanted or (host_requirements is None and finished.startswith(f"{wanted} "))
+
+
+def python_in(venv: Path) -> Path:
+    """The Python of a virtual environment."""
+    return venv / "bin" / "python"
 
 
 def create(venv: Path) -> None:
-    """Make sure of a virtual environment with pip; one whose Python works is completed, never recreated."""
-    if sys.version_info[:2] < OLDEST_PYTHON:
+    """Make a virtual environment with pip, or complete one whose Python works; it is never recreated then."""
+    if sys.version_info[:2] < _OLDEST_PYTHON:
         raise SetupError(
-            f"This is Python {sys.version.split()[0]}; set-up needs {'.'.join(map(str, OLDEST_PYTHON))} or newer.\n"
+            f"This is Python {sys.version.split()[0]}; set-up needs {'.'.join(map(str, _OLDEST_PYTHON))} or newer.\n"
             "What to do: `make setup PYTHON=python3.11`, with a Python that you have."
         )
-    for info in incomplete(venv):
+    for info in _incomplete_packages(venv):
         print("Incomplete, to be installed again:", info.name.removesuffix(".dist-info"), file=sys.stderr)
         shutil.rmtree(info)  # without it the package counts as not installed
-    python = venv / "bin" / "python"
+    python = python_in(venv)
     if _runs(python, "from importlib.metadata import version; version('pip')"):
         return
     print(f"Making the virtual environment {venv.name} …", file=sys.stderr)
     command = [sys.executable, "-m", "venv", str(venv)]
-    if not _runs(python, f"import sys; assert sys.version_info >= {OLDEST_PYTHON}"):
+    if not _runs(python, f"import sys; assert sys.version_info >= {_OLDEST_PYTHON}"):
         command.append("--clear")
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
         raise SetupError(
@@ -59,8 +69,8 @@ def create(venv: Path) -> None:
         )
 
 
-def incomplete(venv: Path) -> list[Path]:
-    """The dist-info folders of packages that an interrupted installation left incomplete.
+def _incomplete_packages(venv: Path) -> list[Path]:
+    """Return the dist-info folders of packages that an interrupted installation left incomplete.
 
     Their RECORD is missing, or names a file that is missing or has another size.
     """
@@ -77,10 +87,10 @@ def _is_complete(info: Path) -> bool:
             if name.endswith(".pyc"):
                 continue
             try:
-                found = (info.parent / name).stat().st_size
+                size_on_disk = (info.parent / name).stat().st_size
             except OSError:
                 return False
-            if size and found != int(size):
+            if size and size_on_disk != int(size):
                 return False
     return True
 
@@ -92,20 +102,20 @@ def _runs(python: Path, code: str) -> bool:
         return False
 
 
-def fill(root: Path, host: Host) -> None:
-    """Bring the packages of the environment to what the project and the host ask for."""
+def fill(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
+    """Install the packages that the project and, if given, a ComfyUI require."""
     print("Installing packages (the first time several GB, most of it PyTorch) …", file=sys.stderr)
-    command = [str(host.python), "-m", "tools.packages", str(host.requirements)]
+    command = [str(python_in(venv)), "-m", "tools.packages", *([str(host_requirements)] if host_requirements else [])]
     if subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode:
         raise SetupError(
             "Not all Python packages could be installed; the message above says which.\n"
-            "What to do: check the network, proxy and free disk space (about 8 GB), then run `make setup` again:\n"
-            "it goes on where it stopped."
+            "What to do: check the network, proxy and free disk space (about 8 GB), then run `make setup` again;\n"
+            "it continues where it stopped."
         )
 
 
-def mark_complete(root: Path, host: Host) -> None:
-    """Write the stamp, whole or not at all; the last act of a set-up."""
-    unfinished = stamp(host.venv).with_suffix(".tmp")
-    unfinished.write_text(digest(root, host))
-    unfinished.replace(stamp(host.venv))
+def mark_complete(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
+    """Write the stamp atomically, as the last step of a set-up."""
+    unfinished = stamp(venv).with_suffix(".tmp")
+    unfinished.write_text(digest(root, host_requirements))
+    unfinished.replace(stamp(venv))

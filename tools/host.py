@@ -213,16 +213,19 @@ def _unpack(archive: Path, scratch: Path) -> Path:
 def main() -> int:
     """Print where the ComfyUI in use stands."""
     parser = argparse.ArgumentParser(prog="python -m tools.host", description=main.__doc__)
-    parser.add_argument("--python", action="store_true", help="print the Python that runs it instead")
+    parser.add_argument("--python", action="store_true", help="print the Python of its environment instead")
     options = parser.parse_args()
     try:
         host = host_in_use()
+        if options.python:
+            print(host.python)
+            return 0
         if not is_ready(ROOT, host):
             raise SetupError(f"There is no ComfyUI at {host.path} yet.\nWhat to do: run `make setup`.")
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(host.python if options.python else host.path)
+    print(host.path)
     return 0
 
 

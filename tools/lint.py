@@ -1,4 +1,4 @@
-"""`make lint`: style, types and import contracts. tests/unit/test_house.py runs the same checks."""
+"""`make lint`: style, types and import contracts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CHECKS: dict[str, tuple[str, ...]] = {
 
 
 def check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run one of CHECKS on the pack at root.
+    """Run one of CHECKS on the pack at `root`.
 
-    The nodes import relatively beyond their own folder, since in ComfyUI the root is their package. For
-    type checker and import contracts that package is called dense2moe: a link to the root bears the name.
+    In ComfyUI the root is the nodes' package, so they import relatively beyond their own folder. A link to the
+    root, called dense2moe, gives type checker and import contracts a name for that package.
     """
     link_root(root, root / ".host" / "package", "dense2moe")
     package = str(root / ".host" / "package")
@@ -36,14 +36,14 @@ def check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def main() -> int:
-    """Run every check and say what each found."""
+    """Run every check and print what the failed ones reported."""
     failed = []
     for name in CHECKS:
         done = check(name)
         if done.returncode:
             failed.append(name)
             print(f"── {name}\n{done.stdout}{done.stderr}")
-    print("Found something: " + ", ".join(failed) if failed else "Nothing found: " + ", ".join(CHECKS))
+    print("Failed: " + ", ".join(failed) if failed else "Passed: " + ", ".join(CHECKS))
     return 1 if failed else 0
 
 

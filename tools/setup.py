@@ -1,11 +1,13 @@
-"""`make setup`: a virtual environment, pinned packages and a ComfyUI, in the project's folder; a Chromium if need be.
+"""`make setup`: a virtual environment, pinned packages, a ComfyUI and, if there is none, a Chromium.
 
-Running it again costs next to nothing when nothing has changed, and heals what an interrupted run left.
-Runs at the same time wait for each other. Everything is said on stderr.
+`python -m tools.setup --without-host` installs only what lint and the tests in tests/unit and tests/train need.
+Running it again is fast when nothing has changed, and repairs what an interrupted run left.
+Simultaneous runs wait for each other. All messages go to stderr.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import sys
 from collections.abc import Iterator
@@ -17,10 +19,10 @@ from tools.errors import SetupError
 
 
 def prepare(root: Path, wanted: host.Host) -> bool:
-    """Bring host and environment to what the project asks for; False when there was nothing to do."""
+    """Bring host and environment up to date; return False when there was nothing to do."""
     if _is_prepared(root, wanted):
         return False
-    with _alone(root):
+    with _locked(root):
         if _is_prepared(root, wanted):  # another run did it while this one waited
             return False
         environment.stamp(wanted.venv).unlink(missing_ok=True)
@@ -28,18 +30,32 @@ def prepare(root: Path, wanted: host.Host) -> bool:
         if wanted.release:
             host.fetch(root, wanted.release, wanted.python)
         host.link_pack(root)
-        environment.fill(root, wanted)
-        environment.mark_complete(root, wanted)
+        environment.fill(root, wanted.venv, wanted.requirements)
+        environment.mark_complete(root, wanted.venv, wanted.requirements)
+    return True
+
+
+def prepare_without_host(root: Path, venv: Path) -> bool:
+    """Bring an environment up to date for work without a ComfyUI; return False when there was nothing to do."""
+    if environment.is_current(root, venv):
+        return False
+    with _locked(root):
+        if environment.is_current(root, venv):
+            return False
+        environment.stamp(venv).unlink(missing_ok=True)
+        environment.create(venv)
+        environment.fill(root, venv)
+        environment.mark_complete(root, venv)
     return True
 
 
 def _is_prepared(root: Path, wanted: host.Host) -> bool:
-    return host.is_ready(root, wanted) and environment.is_current(root, wanted)
+    return host.is_ready(root, wanted) and environment.is_current(root, wanted.venv, wanted.requirements)
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the set-up lock; the system lets go of it however the process ends."""
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the set-up lock; the system releases it however the process ends."""
     path = root / ".host" / "lock"
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as lock:
@@ -53,8 +69,14 @@ def _alone(root: Path) -> Iterator[None]:
 
 def main() -> int:
     """Set up for the host in use."""
+    parser = argparse.ArgumentParser(prog="python -m tools.setup", description=main.__doc__)
+    parser.add_argument("--without-host", action="store_true", help="do without a ComfyUI and a Chromium")
+    options = parser.parse_args()
     try:
         wanted = host.host_in_use()
+        if options.without_host:
+            prepare_without_host(host.ROOT, wanted.venv)
+            return 0
         if prepare(host.ROOT, wanted):
             print(f"Ready: {wanted.venv.name}, ComfyUI at {wanted.path}", file=sys.stderr)
         browser.prepare(host.ROOT)

@@ -128,6 +128,26 @@ def test_a_second_set_up_starts_no_process_and_writes_nothing(
     assert not project.prepare()
 
 
+def test_an_environment_without_a_host_is_up_to_date_once_and_completed_when_the_host_comes(
+    project: Project, tmp_path: Path
+) -> None:
+    venv = tmp_path / ".venv"
+    shutil.copytree(project.host.venv, venv, symlinks=True)
+    environment.mark_complete(project.root, venv)
+    assert not setup.prepare_without_host(project.root, venv)
+    assert not environment.is_current(project.root, venv, project.host.requirements)
+    for file in venv.glob("lib/*/site-packages/tiny_package*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    environment.stamp(venv).unlink()
+    assert setup.prepare_without_host(project.root, venv)
+    assert len(list(venv.glob("lib/*/site-packages/tiny_package.py"))) == 1
+
+
+def test_an_environment_with_a_host_also_serves_without(project: Project) -> None:
+    project.prepare()
+    assert not setup.prepare_without_host(project.root, project.host.venv)
+
+
 def test_an_interrupted_set_up_heals(project: Project) -> None:
     environment.stamp(project.host.venv).unlink(missing_ok=True)
     (project.root / ".host" / ".fetching-interrupted" / "ComfyUI").mkdir(parents=True)
@@ -238,29 +258,6 @@ def test_the_pins_leave_another_hosts_frontend_alone(tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text(pins)
     (tmp_path / "requirements.txt").write_text("comfyui-frontend-package==2.0\nnumpy>=1.25\n")
     assert constraints(tmp_path, tmp_path / "requirements.txt") == "numpy==2 ; sys_platform == 'x'\n"
-
-
-def test_make_host_prints_the_path_of_a_comfyui_and_nothing_else() -> None:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    done = subprocess.run(["make", "-s", "host"], cwd=host.ROOT, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (Path(done.stdout.removesuffix("\n")) / "main.py").is_file()
-
-
-def test_the_server_learns_of_the_pack_without_a_trace_in_its_own_folder(tmp_path: Path) -> None:
-    used = host.host_in_use()
-    arguments = host.server_command(host.ROOT, used, tmp_path)[2:]
-    code = (
-        "import comfy.options; comfy.options.enable_args_parsing()\n"
-        "import os, folder_paths, utils.extra_config; from comfy.cli_args import args\n"
-        "utils.extra_config.load_extra_path_config(args.extra_model_paths_config[0][0])\n"
-        "print(*(os.path.join(f, n) for f in folder_paths.get_folder_paths('custom_nodes') for n in os.listdir(f)))"
-    )
-    command = [str(used.python), "-c", code, *arguments]
-    done = subprocess.run(command, cwd=used.path, capture_output=True, text=True)
-    [pack] = done.stdout.split()
-    assert Path(pack).name == host.PACK_NAME
-    assert Path(pack).samefile(host.ROOT)
 
 
 @pytest.mark.parametrize(("outcomes", "code"), [((0, 0), 0), ((0, 1), 1), ((1, 0), 1)])
