@@ -19,7 +19,7 @@ from torch import Tensor
 from d2m_model.config import FluxDims
 from d2m_model.keys import dense_shapes
 from d2m_model.tensor_writer import TensorWriter
-from d2m_train.commands.report import FLUX_DEV
+from d2m_train.teacher.known_flux import FLUX_DEV
 
 PIECE = 1 << 22  # elements made at a time
 METADATA = {"modelspec.title": "FLUX.1 with random weights", "modelspec.license": "none: random numbers"}

@@ -29,6 +29,7 @@ from d2m_model.tensor_writer import TensorWriter
 
 from .. import UserError
 from ..data.batch import DataSource
+from ..data.token_counts import longest_sample
 from ..distillation.stages import (
     StagePlan,
     plan_stage,
@@ -38,10 +39,10 @@ from ..distillation.stages import (
 )
 from ..monitor.stage_log import StageLog
 from ..parallel.ranks import Ranks
-from ..plan.memory import Weight, optimizer_bytes
 from ..run_config import RunConfig, Stage, StageSection
 from ..training.checkpoints import Checkpoints
 from ..training.loop import StageFiles, Stopped, with_gate
+from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from ..training.run_identity import stage_identity
 from .feature_store import FeatureStore, disk_bytes
 from .part import Part, PartTraining
@@ -144,7 +145,7 @@ class _Blockwise:
         self.parts = parts_of(self.config, self.plan, trainable, dims_of_transformer(teacher).depths["double"])
         self._check_outside(trainable)
         self.specs = self._specs()
-        self.weights = [Weight.of(name, p) for name, p in core.named_parameters() if name in trainable]
+        self.weights = [ParameterSize.of(name, p) for name, p in core.named_parameters() if name in trainable]
         self.names = {part.name: self._names_of(core, part) for part in self.parts}
         self.store = FeatureStore(
             files.folder / "features", teacher, data, run, report=processes.say, check_stop=self._check_stop
@@ -309,12 +310,10 @@ class _Blockwise:
 
     def _check_disk(self) -> None:
         """Say what the stage will take. Raises UserError if there is not as much."""
-        from ..plan.estimate import tokens_of
-
         parts = stage_disk(
             self.run,
             self.hidden_size,
-            tokens_of(self.run).joint,
+            longest_sample(self.run.data).joint,
             self.specs,
             [(self.names[part.name], [w for w in self.weights if part.has(w.name)]) for part in self.parts],
         )
@@ -338,12 +337,11 @@ def stage_disk(
     hidden_size: int,
     tokens: int,
     specs: dict[str, tuple[torch.dtype, Shape]],
-    parts: Sequence[tuple[Collection[str], Sequence[Weight]]],
+    parts: Sequence[tuple[Collection[str], Sequence[ParameterSize]]],
 ) -> dict[str, int]:
     """The most that a stage takes of the disk, in bytes. `specs`: of the student's file; `parts`: names of each part's
     tensors in it, and what is trained of it; `tokens` of a sample."""
-    copies = 2 if run.training.ema is not None else 1
-    checkpoints = [copies * sum(w.nbytes for w in trained) + optimizer_bytes(run, trained) for _, trained in parts]
+    checkpoints = [checkpoint_bytes(run, trained) for _, trained in parts]
     return {
         "the teacher's features": disk_bytes(run, hidden_size, tokens),
         "trained parts": sum(bytes_of(*specs[name]) for names, _ in parts for name in names),

@@ -59,9 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args.file, args.overrides)
     if args.dry_run:
-        from ..plan.estimate import plan
+        from ..plan.estimate import plan_run
+        from ..plan.text import plan_text
 
-        print(plan(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory).text())
+        plan = plan_run(config, processes=args.processes, strategy=args.strategy, gpu_memory=args.gpu_memory)
+        print(plan_text(plan))
         return 0
     return distill(config)
 

@@ -19,27 +19,8 @@ from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
+from ..teacher.known_flux import EMOJI_FLUX, FLUX_DEV
 
-FLUX_DEV = FluxDims(
-    hidden_size=3072,
-    double_blocks=19,
-    single_blocks=38,
-    in_channels=64,
-    out_channels=64,
-    context_size=4096,
-    vector_size=768,
-    guidance_embed=True,
-)
-EMOJI = FluxDims(
-    hidden_size=128,
-    double_blocks=7,
-    single_blocks=14,
-    in_channels=64,
-    out_channels=64,
-    context_size=128,
-    vector_size=128,
-    guidance_embed=True,
-)
 EMOJI_FILE = Path(__file__).parents[2] / "demo" / "assets" / "emoji-flux.safetensors"
 MEGAPIXEL = Tokens(image=4096, text=512)  # 1024 x 1024 pixels
 PAPER_TOP_K = 2
@@ -157,7 +138,7 @@ def _model(name: str) -> tuple[FluxDims, Tokens]:
     if name == "flux-dev":
         return FLUX_DEV, MEGAPIXEL
     if name == "emoji":
-        return (_read_dims(EMOJI_FILE) if EMOJI_FILE.exists() else EMOJI), Tokens(image=64, text=12)
+        return (_read_dims(EMOJI_FILE) if EMOJI_FILE.exists() else EMOJI_FLUX), Tokens(image=64, text=12)
     return _read_dims(Path(name)), MEGAPIXEL
 
 

@@ -16,90 +16,35 @@ from dataclasses import dataclass, replace
 import torch
 
 from d2m_model.checkpoint import check_file, expected_tensors, optional_tensors
-from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS, FluxDims, FluxMoEConfig, Teacher
+from d2m_model.config import FluxDims, FluxMoEConfig, Teacher
 from d2m_model.conversion.block_routers import BlockChange
 from d2m_model.conversion.convert import UNHASHED
 from d2m_model.conversion.depth_pruning import kept_blocks
-from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
+from d2m_model.cost import DENSE, Conversion, Tokens, flux
 from d2m_model.keys import dense_shapes
 from d2m_model.teacher import open_teacher
-from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
 from ..blockwise.feature_store import disk_bytes
 from ..blockwise.part import Part
 from ..blockwise.stage import parts_of
-from ..commands.report import EMOJI, FLUX_DEV
 from ..conversion.run import shallow
 from ..conversion.settings import config_of, settings_of
+from ..data.token_counts import longest_sample, mean_sample
 from ..distillation.stages import TRAINING, plan_stage, stages_of
-from ..run_config import KnownFlux, RunConfig, Stage
+from ..run_config import RunConfig, Stage
+from ..teacher.known_flux import KNOWN_DIMS
+from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
-from .memory import Strategy, Weight, blockwise_memory, optimizer_bytes, shared_memory, teacher_bytes
+from .memory import Strategy, blockwise_memory, shared_memory, teacher_bytes
+from .run_plan import RunPlan, StageEstimate
 
-KNOWN: dict[KnownFlux, FluxDims] = {
-    "flux1-dev": FLUX_DEV,
-    "flux1-schnell": replace(FLUX_DEV, guidance_embed=False),
-    "flux1-lite": FLUX_DEV.with_depths(double=8, single=FLUX_DEV.depths["single"]),
-    "flux1-mini": FLUX_DEV.with_depths(double=5, single=10),
-    "emoji": EMOJI,
-}
 GIB = 2**30
-EMOJI_TOKENS = Tokens(image=64, text=12)
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class StageEstimate:
-    """One training stage. `memory` is bytes of one GPU by part; `flops` of one sample's training step."""
-
-    stage: Stage
-    steps: int
-    trained: int
-    samples: int
-    tokens: int
-    flops: float
-    memory: dict[str, int]
-    checkpoint: int  # bytes of one
-    parts: tuple[int, ...] = ()  # bytes in the file of what blockwise mode trains one by one
-
-    @property
-    def gpu_memory(self) -> int:
-        return sum(self.memory.values())
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Plan:
-    """A run before it has begun. Sizes are bytes; `host` is the memory beside the GPU, `disk` by what is written."""
-
-    title: str
-    processes: int
-    strategy: Strategy
-    tokens: Tokens
-    dense: Cost
-    student: Cost
-    stages: tuple[StageEstimate, ...]
-    host: dict[str, int]
-    disk: dict[str, int]
-    gpu_memory: int | None
-    notes: tuple[str, ...]
-
-    @property
-    def fits(self) -> bool | None:
-        """None where it is not known how much memory there is."""
-        if self.gpu_memory is None:
-            return None
-        return all(stage.gpu_memory <= self.gpu_memory for stage in self.stages)
-
-    def text(self) -> str:
-        """For a terminal."""
-        from .text import text_of
-
-        return text_of(self)
-
-
-def plan(
+def plan_run(
     run: RunConfig, *, processes: int | None = None, strategy: str | None = None, gpu_memory: str | None = None
-) -> Plan:
+) -> RunPlan:
     """The plan of a run on so many GPUs (default: as many as the launcher says, else one), sharing as `strategy` says.
 
     `gpu_memory`: of each, such as 24GB; by default of the GPU that is here. Raises UserError and CheckpointError for what
@@ -109,12 +54,12 @@ def plan(
     chosen = strategy_of(strategy, count)
     teacher, teacher_dtypes = _teacher(run)
     config = student_config(run, teacher)
-    tokens = tokens_of(run)
+    tokens = longest_sample(run.data)
     dense, student = flux(teacher, DENSE, tokens), flux(config.dims, _conversion(config), tokens)
     names = [stage for stage in run.stages if stage in TRAINING and stage in stages_of(config)]
     setting = _Setting(run=run, config=config, teacher=teacher, tokens=tokens, processes=count, strategy=chosen)
     stages = tuple(setting.estimate(stage) for stage in names)
-    return Plan(
+    return RunPlan(
         title=f"{_what(run, config)} of {run.teacher.path.name}",
         processes=count,
         strategy=chosen,
@@ -162,11 +107,11 @@ def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
         if not section.path.exists():
             raise UserError(
                 f"{section.path}: there is no such file. Fetch it, or say what it is by teacher.dims "
-                f"({', '.join(KNOWN)}): that is enough for --dry-run."
+                f"({', '.join(KNOWN_DIMS)}): that is enough for --dry-run."
             )
         with open_teacher(section.path) as teacher:
             return teacher.dims, teacher.dtypes
-    dims = KNOWN[section.dims]
+    dims = KNOWN_DIMS[section.dims]
     return dims, dict.fromkeys(dense_shapes(dims), torch.bfloat16)
 
 
@@ -199,27 +144,6 @@ def _conversion(config: FluxMoEConfig) -> Conversion:
     )
 
 
-def tokens_of(run: RunConfig) -> Tokens:
-    """The longest that a sample gets."""
-    data = run.data
-    if data.source == "emoji":
-        return EMOJI_TOKENS
-    if data.source == "latents" and data.path is not None and data.path.exists():
-        with TensorFile(data.path) as file:
-            height, width = file.shapes["latents"][2:]
-            return Tokens(image=(height // PATCH_LATENTS) * (width // PATCH_LATENTS), text=file.shapes["context"][1])
-    return Tokens(image=(max(data.resolutions) // PATCH_PIXELS) ** 2, text=data.text_tokens)
-
-
-def _mean_tokens(run: RunConfig) -> float:
-    """Of a sample, image and text."""
-    longest = tokens_of(run)
-    if run.data.source in ("emoji", "latents"):
-        return longest.joint
-    sides = run.data.resolutions
-    return sum((side // PATCH_PIXELS) ** 2 for side in sides) / len(sides) + longest.text
-
-
 def _what(run: RunConfig, config: FluxMoEConfig) -> str:
     name = {"none": f"FLUX-MoE {run.student.preset}", "mlp_pruning": "MLP pruning", "depth_pruning": "Depth pruning"}
     return f"{name[run.student.baseline]} ({' + '.join(map(str, config.dims.depths.values()))} blocks)"
@@ -244,7 +168,7 @@ class _Setting:
         plan = plan_stage(stage, self.config, section)
         with without_values():
             core = valueless_student(run, plan, self.config)
-            weights = [Weight.of(name, tensor) for name, tensor in core.named_parameters()]
+            weights = [ParameterSize.of(name, tensor) for name, tensor in core.named_parameters()]
             buffers = sum(buffer.nbytes for buffer in core.buffers())
             activations = saved_activations(run, plan, core, self.teacher, self.tokens)
             working = activations
@@ -253,7 +177,6 @@ class _Setting:
                 working = saved_activations(run, plan, core, self.teacher, self.tokens)
         trained = [weight for weight in weights if weight.trained]
         samples = section.steps * run.training.accumulation * run.training.batch_size * self.processes
-        copies = 2 if run.training.ema is not None else 1
         parts: list[Part] = []
         saved = [trained]
         if run.training.blockwise:
@@ -273,16 +196,14 @@ class _Setting:
             steps=section.steps,
             trained=sum(weight.count for weight in trained),
             samples=samples,
-            tokens=round(samples * _mean_tokens(run)),
+            tokens=round(samples * mean_sample(run.data)),
             flops=self._flops(weights, len(parts)),
             memory=memory,
-            checkpoint=max(copies * sum(w.nbytes for w in part) + optimizer_bytes(run, part) for part in saved)
-            if saved
-            else 0,
+            checkpoint=max((checkpoint_bytes(run, part) for part in saved), default=0),
             parts=tuple(sum(w.nbytes for w in weights if part.has(w.name)) for part in parts),
         )
 
-    def _flops(self, weights: Sequence[Weight], parts: int) -> float:
+    def _flops(self, weights: Sequence[ParameterSize], parts: int) -> float:
         """Of one sample's step: the teacher forward; the student forward, back through what it computes and through the
         weights that are trained, and forward again under gradient checkpointing. All blocks of a group run, and are masked.
 
@@ -335,7 +256,7 @@ def _disk(
         kept = run.checkpoints.keep + 1
         disk["checkpoints of a block"] = max(stage.checkpoint for stage in stages) * kept
         disk["trained blocks"] = max(sum(stage.parts) for stage in stages)
-        disk["teacher's features"] = disk_bytes(run, teacher.hidden_size, tokens_of(run).joint)
+        disk["teacher's features"] = disk_bytes(run, teacher.hidden_size, longest_sample(run.data).joint)
     if "export" in run.stages:
         disk["export"] = file(getattr(torch, run.export.dtype))
     return disk

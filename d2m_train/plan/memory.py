@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -17,55 +16,28 @@ from d2m_model.config import FluxDims
 from d2m_model.cost import Tokens
 from d2m_model.keys import diffusers_shapes
 
+from ..blockwise.part import Part
 from ..run_config import RunConfig
 from ..teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
+from ..training.parameter_sizes import ParameterSize, optimizer_bytes
 from .activations import Activations
-
-if TYPE_CHECKING:
-    from ..blockwise.part import Part
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Weight:
-    """A parameter: what is needed of it to say what it takes, whole or sharded."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    trained: bool
-
-    @classmethod
-    def of(cls, name: str, parameter: torch.Tensor) -> Weight:
-        return cls(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, trained=parameter.requires_grad)
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    def shard(self, processes: int) -> Weight:
-        """FSDP2's: the first axis in equal parts, the last ones padded."""
-        return replace(self, shape=(-(-self.shape[0] // processes), *self.shape[1:]))
-
-    @property
-    def block(self) -> str:
-        """The block's name in diffusers' style; the empty string outside of blocks."""
-        block = Block.parse(self.name)
-        return "" if block is None else block.diffusers_name
+def block_name(parameter: str) -> str:
+    """The block of a parameter, in diffusers' style; the empty string outside of blocks."""
+    block = Block.parse(parameter)
+    return "" if block is None else block.diffusers_name
 
 
 def shared_memory(
-    run: RunConfig, weights: Sequence[Weight], buffers: int, processes: int, strategy: Strategy
+    run: RunConfig, weights: Sequence[ParameterSize], buffers: int, processes: int, strategy: Strategy
 ) -> dict[str, int]:
     """What the strategy shares out: weights, gradients, optimizer state, average, and what it takes itself."""
     whole = list(weights)
     trained = [weight for weight in whole if weight.trained]
-    parts: list[Weight] = whole
+    parts: list[ParameterSize] = whole
     if strategy == "fsdp2":
         parts = [weight.shard(processes) for weight in whole]
     trained_parts = [weight for weight in parts if weight.trained]
@@ -89,10 +61,11 @@ def shared_memory(
         of_gradients: dict[str, int] = {}
         reduced = None if run.training.mixed_precision == "no" else torch.float32
         for weight in whole:
-            blocks[weight.block] = blocks.get(weight.block, 0) + weight.nbytes
+            block = block_name(weight.name)
+            blocks[block] = blocks.get(block, 0) + weight.nbytes
             # Once as the backward pass gives them, and once in the buffer from which they are reduced.
             gradient = weight.nbytes + weight.count * (reduced or weight.dtype).itemsize
-            of_gradients[weight.block] = of_gradients.get(weight.block, 0) + weight.trained * gradient
+            of_gradients[block] = of_gradients.get(block, 0) + weight.trained * gradient
         outside = blocks.pop("", 0)
         # Of this block and the next; in the backward pass, before they are shared out, this one's gradients.
         size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(of_gradients.values())
@@ -103,7 +76,7 @@ def blockwise_memory(
     run: RunConfig,
     teacher: FluxDims,
     parts: Sequence[Part],
-    weights: Sequence[Weight],
+    weights: Sequence[ParameterSize],
     kept: Activations,
     working: Activations,
     tokens: Tokens,
@@ -138,15 +111,6 @@ def blockwise_memory(
             size["average"] = sum(weight.nbytes for weight in trained)
         found.append(size)
     return max(found, key=lambda size: sum(size.values()), default={})
-
-
-def optimizer_bytes(run: RunConfig, trained: Sequence[Weight]) -> int:
-    """AdamW: two moments like the weight, and a float32 step for each. In 8 bits: a byte for each moment and a float32
-    scale for every 256 of them, but for tensors of fewer than 4,096 numbers."""
-    if run.training.optimizer != "adamw_8bit":
-        return sum(2 * weight.nbytes + 4 for weight in trained)
-    small = sum(8 * weight.count for weight in trained if weight.count < 4096)
-    return small + sum(2 * (weight.count + 4 * -(-weight.count // 256)) for weight in trained if weight.count >= 4096)
 
 
 def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) -> tuple[int, int]:

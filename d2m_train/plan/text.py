@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from d2m_model.cost import Cost
 
-if TYPE_CHECKING:
-    from .estimate import Plan, StageEstimate
+from .run_plan import RunPlan, StageEstimate
 
 GIB = 2**30
 # What to try, for the part of the memory that is the largest.
@@ -26,7 +24,7 @@ ADVICE = {
 }
 
 
-def text_of(plan: Plan) -> str:
+def plan_text(plan: RunPlan) -> str:
     many = f"{plan.processes} GPUs, {plan.strategy}" if plan.processes > 1 else "one GPU (or CPU)"
     lines = [
         f"{plan.title}; {many}; samples of {plan.tokens.image:,} image and {plan.tokens.text:,} text tokens",
@@ -45,7 +43,7 @@ def text_of(plan: Plan) -> str:
     return "\n".join([*lines, "", *_verdict(plan)]).rstrip()
 
 
-def _stages(plan: Plan) -> list[str]:
+def _stages(plan: RunPlan) -> list[str]:
     """A column for each stage, memory by part."""
     stages = plan.stages
     parts = list(dict.fromkeys(part for stage in stages for part in stage.memory))
@@ -76,7 +74,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     ).rstrip()
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: RunPlan) -> list[str]:
     if not plan.stages:
         return []
     worst = max(plan.stages, key=lambda stage: stage.gpu_memory)

@@ -17,7 +17,7 @@ from d2m_model.config import FFNLayout
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_train.blockwise.part import Part
 from d2m_train.distillation.stages import plan_stage, prepare_student
-from d2m_train.plan.estimate import plan
+from d2m_train.plan.estimate import plan_run
 from d2m_train.run_config import StageSection, load
 from tests.comfyui import files
 from tests.train.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare
@@ -44,7 +44,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_counts_the_largest_part(room: Path) -> None:
     run = load(room / "run-file.yaml")
     core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors")
-    planned: dict[str, Any] = {stage.stage: stage for stage in plan(run).stages}
+    planned: dict[str, Any] = {stage.stage: stage for stage in plan_run(run).stages}
     assert core.adaln_in is not None
     for stage, part in (
         ("shared", Part(name="", kind="double", blocks=(1,), start=1, end=2, group=None)),
@@ -61,7 +61,7 @@ def test_the_plan_counts_the_largest_part(room: Path) -> None:
         assert planned[stage].steps == STEPS
     assert planned["shared"].samples == 7 * STEPS * run.training.batch_size
     entry = 2 * (16 + 6) * 128 * 4  # samples, tokens, channels, bytes
-    assert plan(run).disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
+    assert plan_run(run).disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
 
 
 MEASURE = """

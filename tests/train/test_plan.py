@@ -15,18 +15,22 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer, save_flux_moe
 from d2m_train import UserError
 from d2m_train.__main__ import main
-from d2m_train.commands.report import EMOJI, EMOJI_FILE
+from d2m_train.commands.report import EMOJI_FILE
 from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.distillation.step import Distillation
 from d2m_train.flow.noise import Noisy
 from d2m_train.plan.activations import optional_of
-from d2m_train.plan.estimate import Plan, memory_of, plan, strategy_of, student_config
-from d2m_train.plan.memory import Weight, shared_memory, teacher_bytes
+from d2m_train.plan.estimate import memory_of, plan_run, strategy_of, student_config
+from d2m_train.plan.memory import shared_memory, teacher_bytes
+from d2m_train.plan.run_plan import RunPlan
+from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
+from d2m_train.teacher.known_flux import EMOJI_FLUX
 from d2m_train.training.loop import with_gate
 from d2m_train.training.optimizers import Average, new_optimizer
+from d2m_train.training.parameter_sizes import ParameterSize
 
 IMAGE, TEXT = 64, 12
 
@@ -48,7 +52,7 @@ class Real:
     """The stage's real student, of random weights, after one real step."""
 
     def __init__(self, run: RunConfig, stage: Stage) -> None:
-        config: FluxMoEConfig = student_config(run, EMOJI)
+        config: FluxMoEConfig = student_config(run, EMOJI_FLUX)
         self.core = FluxMoETransformer2DModel(config, optional_of(run, config))
         with torch.no_grad():
             for parameter in self.core.parameters():
@@ -67,7 +71,7 @@ class Real:
 
     def _step(self, run: RunConfig) -> int:
         """Forward, losses, backward and update; bytes that saved-tensor hooks see but for the weights."""
-        teacher = new_transformer(EMOJI).requires_grad_(False).eval()
+        teacher = new_transformer(EMOJI_FLUX).requires_grad_(False).eval()
         student = self.core
         if run.training.mixed_precision != "no":
             from accelerate.utils.operations import convert_outputs_to_fp32
@@ -131,7 +135,7 @@ CASES: dict[str, tuple[Stage, dict[str, dict[str, Any]]]] = {
 def test_memory_is_what_the_real_step_takes(case: str, tmp_path: Path) -> None:
     stage, sections = CASES[case]
     run = run_of(tmp_path, stage, **sections)
-    (planned,) = plan(run).stages
+    (planned,) = plan_run(run).stages
     torch.manual_seed(0)
     real = Real(run, stage)
     assert {name: planned.memory[name] for name in real.sizes()} == real.sizes()
@@ -141,7 +145,7 @@ def test_memory_is_what_the_real_step_takes(case: str, tmp_path: Path) -> None:
 
 def test_the_average_and_the_file_of_a_stage_are_what_they_take(tmp_path: Path) -> None:
     run = run_of(tmp_path, "experts", training={"ema": 0.99}, data={"source": "emoji"})
-    planned = plan(run)
+    planned = plan_run(run)
     real = Real(run, "experts")
     average = Average(real.trained, 0.99)
     assert planned.stages[0].memory["average"] == sum(tensor.nbytes for tensor in average.averages.values())
@@ -167,7 +171,7 @@ def test_fsdp2_shares_weights_gradients_and_state_as_planned() -> None:
 
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))  # 5 rows on 3 processes: 2, 2 and 1
     model[0].requires_grad_(False)
-    weights = [Weight.of(name, parameter) for name, parameter in model.named_parameters()]
+    weights = [ParameterSize.of(name, parameter) for name, parameter in model.named_parameters()]
     run = RunConfig.model_validate({**MINIMAL, "training": {"optimizer": "adamw"}})
     planned = shared_memory(run, weights, 0, 3, "fsdp2")
     fully_shard(model)
@@ -196,7 +200,7 @@ def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path)
 
     teacher = open_frozen_teacher(run.teacher)
     found = sum(held(parameter.data) for parameter in teacher.parameters())
-    assert teacher_bytes(run, EMOJI)[0] == found
+    assert teacher_bytes(run, EMOJI_FLUX)[0] == found
 
 
 MINIMAL: dict[str, Any] = {
@@ -208,15 +212,15 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def dev_plan(gpu_memory: str | None, **training: Any) -> Plan:
+def dev_plan(gpu_memory: str | None, **training: Any) -> RunPlan:
     teacher = {"path": "models/flux1-dev.safetensors", "dims": "flux1-dev"}
     run = RunConfig.model_validate({**MINIMAL, "teacher": teacher, "training": training})
-    return plan(run, processes=2, strategy="ddp", gpu_memory=gpu_memory)
+    return plan_run(run, processes=2, strategy="ddp", gpu_memory=gpu_memory)
 
 
 def test_flux1_dev_is_planned_without_its_file_and_what_does_not_fit_is_said() -> None:
     found = dev_plan("24GB", gradient_checkpointing=True, mixed_precision="bf16", accumulation=4)
-    text = found.text()
+    text = plan_text(found)
     assert found.student.total == pytest.approx(8.94e9, rel=0.002)
     assert found.student.paper == pytest.approx(5.13e9, rel=0.002)
     (stage,) = found.stages
@@ -230,7 +234,7 @@ def test_flux1_dev_is_planned_without_its_file_and_what_does_not_fit_is_said() -
 
 def test_a_missing_teacher_without_dims_is_an_error_that_says_how_to_plan_without() -> None:
     with pytest.raises(UserError, match=r"there is no such file.*teacher\.dims \(flux1-dev, flux1-schnell"):
-        plan(RunConfig.model_validate(MINIMAL))
+        plan_run(RunConfig.model_validate(MINIMAL))
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24), ("80 GiB", 80), ("1.5", 1.5)])
@@ -257,15 +261,15 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(tmp_path: Path) -> None:
     run = run_of(tmp_path, training={"accumulation": 4})
     said = "gradients are reduced at each of a step's 4 microbatches"
-    assert any(said in note for note in plan(run, processes=2, strategy="fsdp2").notes)
-    assert not any(said in note for note in plan(run, processes=2, strategy="ddp").notes)
-    assert not plan(run_of(tmp_path), processes=2, strategy="fsdp2").notes
+    assert any(said in note for note in plan_run(run, processes=2, strategy="fsdp2").notes)
+    assert not any(said in note for note in plan_run(run, processes=2, strategy="ddp").notes)
+    assert not plan_run(run_of(tmp_path), processes=2, strategy="fsdp2").notes
 
 
 def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(tmp_path: Path) -> None:
     """Under mixed precision; weights are gathered in the dtype in which they are stored."""
-    linear = Weight(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.bfloat16, trained=True)
-    frozen = Weight(name="transformer_blocks.0.frozen.weight", shape=(8, 4), dtype=torch.bfloat16, trained=False)
+    linear = ParameterSize(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.bfloat16, trained=True)
+    frozen = ParameterSize(name="transformer_blocks.0.frozen.weight", shape=(8, 4), dtype=torch.bfloat16, trained=False)
     for precision, gradients in (("no", 64 + 64), ("bf16", 64 + 128)):
         run = run_of(tmp_path, training={"mixed_precision": precision})
         planned = shared_memory(run, [linear, frozen], 0, 2, "fsdp2")

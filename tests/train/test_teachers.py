@@ -21,11 +21,12 @@ from d2m_model.keys import dense_shapes, diffusers_shapes, to_diffusers
 from d2m_model.lora_file import read_lora
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_train import UserError
-from d2m_train.commands.report import EMOJI_FILE, FLUX_DEV
+from d2m_train.commands.report import EMOJI_FILE
 from d2m_train.data.emoji import EmojiData
 from d2m_train.flow.velocity import noised, velocity
 from d2m_train.run_config import Lora, TeacherSection
 from d2m_train.teacher.frozen import fused_file, open_frozen_teacher
+from d2m_train.teacher.known_flux import FLUX_DEV
 from d2m_train.teacher.loras import LoraDeltas
 
 from ..unit.small_flux import DIMS, METADATA, dense_flux, save_flux

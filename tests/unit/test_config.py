@@ -28,7 +28,7 @@ from d2m_model.config import (
     preset_groups,
     preset_layouts,
 )
-from d2m_train.commands.report import FLUX_DEV
+from d2m_train.teacher.known_flux import FLUX_DEV
 
 
 def with_depth(double: int, single: int, hidden_size: int = 3072) -> FluxDims:

@@ -16,7 +16,7 @@ from d2m_model.config import FluxDims
 from d2m_model.keys import dense_shapes, to_diffusers
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_file import CheckpointError
-from d2m_train.commands.report import FLUX_DEV
+from d2m_train.teacher.known_flux import FLUX_DEV
 
 from .small_flux import DIMS, METADATA, dense_flux
 
