@@ -28,7 +28,6 @@ from .adaln import VecMoments
 from .block_routers import BlockChange, GroupObservations
 
 KEY = "calibration"  # of a part's metadata: whose it is
-VECS_PER_SAMPLE = 64  # conditioning vectors from one pooled text: timesteps and guidances cost next to nothing
 FEW_SHARE = 0.2  # see VecMoments.widened
 GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
 

@@ -1,10 +1,10 @@
-"""Calibration: what a conversion without training wants to know of the dense model.
+"""Calibration of a conversion without training: runs batches through the dense model and records what it needs.
 
-Neurons' importance (Eq. 6), some of every FFN's inputs, conditioning vectors, and what every block does to its input
-(Fig. 3), gathered batch by batch. Each batch is a file of its own, written whole or not at all, so that an interrupted
-calibration goes on where it stopped and ends as if it had not been.
+Recorded are neurons' importance (Eq. 6), some inputs of every FFN, conditioning vectors, and how every block changes its
+input (Fig. 3). Each batch is a file of its own, written atomically, so that an interrupted calibration goes on where it
+stopped and gives the same result.
 
-Shapes: B batch, T image tokens, L text tokens, C channels of a token, H hidden size, N neurons, n samples.
+Shapes: B batch, T image tokens, L text tokens, C channels of a token, H hidden size, V pooled width, n samples.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from d2m_model.blocks import FFN, blocks_of
 from d2m_model.config import FluxDims
-from d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, metadata_of, write_part
+from d2m_model.conversion.calibration import Calibration, metadata_of, write_part
 from d2m_model.conversion.importance import TaylorImportance
+from d2m_model.conversion.recorder import Recorder
 from d2m_model.conversion.split import generator_for
-from d2m_model.mob import mean_tokens
 from d2m_model.tensor_file import CheckpointError
 
 from .. import UserError
@@ -34,12 +34,16 @@ from ..flow.velocity import noised, velocity
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-FORMAT = 2  # of a batch file: another one is another calibration
+_FORMAT = 2  # of a batch file; files of another format count as another calibration
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class CalibrationSettings:
-    """`tokens`: inputs kept of every FFN, in all. `taylor`: measure importance, which takes a backward pass."""
+class CalibrationBatches:
+    """Batches of a calibration.
+
+    tokens  inputs kept of every FFN, over all batches
+    taylor  measure Taylor importance, which takes a backward pass
+    """
 
     batches: int
     batch_size: int
@@ -48,24 +52,24 @@ class CalibrationSettings:
     seed: int
 
 
-def calibrate(
+def calibrate_on_batches(
     load_model: Callable[[], FluxTransformer2DModel],
     dims: FluxDims,
     ffns: Sequence[str],
     data: DataSource,
-    settings: CalibrationSettings,
+    settings: CalibrationBatches,
     folder: Path,
     teacher: str,
     progress: Callable[[float], object] = lambda loss: None,
 ) -> Calibration:
-    """Gather what is missing in `folder`. The model is loaded only if anything is; its parameters are frozen.
+    """Record the batches that are missing in `folder`. The model is loaded only if there are any; it is frozen.
 
-    `teacher` identifies the teacher; `progress` hears each batch's loss. Raises UserError if the data do not fit, or if
+    `teacher` identifies the teacher; `progress` gets each batch's loss. Raises UserError if the data do not fit, or if
     the folder holds another calibration.
     """
-    identity = {"format": FORMAT, "teacher": teacher, "data": data.identity, "ffns": len(ffns), **asdict(settings)}
+    identity = {"format": _FORMAT, "teacher": teacher, "data": data.identity, "ffns": len(ffns), **asdict(settings)}
     files = [folder / f"batch-{index:05}.safetensors" for index in range(settings.batches)]
-    missing = [index for index, file in enumerate(files) if not _is_ours(file, identity)]
+    missing = [index for index, file in enumerate(files) if not _is_whole(file, identity)]
     for index in sorted(set(range(len(files))) - set(missing)):
         progress(metadata_of(files[index])["loss"])
     if missing:
@@ -75,38 +79,38 @@ def calibrate(
             raise UserError(
                 f"{folder}: cannot be made ({error.strerror or error}); name another with --calibration."
             ) from None
-        recorder = Recorder(load_model(), dims, ffns, settings)
+        batches = BatchRecorder(load_model(), dims, ffns, settings)
         for index in missing:
             batch = data.batch(index, settings.batch_size, settings.seed)
             check_fits(batch, dims)
-            tensors, loss = recorder.record(index, batch)
+            tensors, loss = batches.record(index, batch)
             write_part(files[index], tensors, {"identity": identity, "loss": loss})
             progress(loss)
     return Calibration(files)
 
 
-def _is_ours(file: Path, identity: dict[str, object]) -> bool:
-    """Whether this batch is there. Raises UserError if it is another calibration's."""
+def _is_whole(file: Path, identity: dict[str, object]) -> bool:
+    """Whether this batch has been recorded. Raises UserError if it belongs to another calibration."""
     if not file.exists():
         return False
     try:
-        found = metadata_of(file).get("identity")
+        stored = metadata_of(file).get("identity")
     except CheckpointError:
-        return False  # damaged: made again
-    if found == identity:
+        return False  # damaged: recorded again
+    if stored == identity:
         return True
-    differs = [key for key in identity if not isinstance(found, dict) or found.get(key) != identity[key]]
+    differs = [key for key in identity if not isinstance(stored, dict) or stored.get(key) != identity[key]]
     raise UserError(
         f"{file.parent} holds another calibration: {', '.join(differs)} differ. Give the same options to go on with it, "
         "name another folder with --calibration, or delete this one."
     )
 
 
-class Recorder:
-    """Runs batches through a dense FLUX and keeps what the conversion needs of each."""
+class BatchRecorder:
+    """Runs batches through a dense FLUX in diffusers and feeds a Recorder by hooks."""
 
     def __init__(
-        self, model: FluxTransformer2DModel, dims: FluxDims, ffns: Sequence[str], settings: CalibrationSettings
+        self, model: FluxTransformer2DModel, dims: FluxDims, ffns: Sequence[str], settings: CalibrationBatches
     ) -> None:
         from d2m_model.hosts.diffusers import ffn_linears
 
@@ -118,27 +122,23 @@ class Recorder:
         self.levels = (torch.randperm(total, generator=generator) + torch.rand(total, generator=generator)) / total
 
     def record(self, index: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
-        """The tensors of batch number `index`, on the CPU, and its loss."""
+        """Return the tensors of batch number `index`, on the CPU, and its loss."""
         generator = generator_for(self.settings.seed, f"batch {index}")
+        recorder = Recorder(-(-self.settings.tokens // self.settings.batches), generator)
         t_B = self.levels[index * self.settings.batch_size :][: self.settings.batch_size]
         batch = self._with_images(batch, generator)
         taylor = TaylorImportance.of(self.model, self.linears) if self.settings.taylor else None
-        with (
-            torch.set_grad_enabled(taylor is not None),
-            self._inputs(batch, generator) as inputs,
-            self._blocks() as blocks,
-        ):
+        with torch.set_grad_enabled(taylor is not None), self._hooked(recorder, batch):
             loss = flow_matching_loss(self.model, batch, t_B, generator)
             if taylor is not None:
                 loss.backward()
-        tensors = {f"inputs.{name}": tensor for name, tensor in inputs.items()} | blocks
-        if taylor is not None:
-            tensors |= {f"importance.{name}": tensor for name, tensor in taylor.close().items()}
-        tensors["silu_vec"] = self._silu_vecs(batch, generator)
-        return tensors, float(loss.detach())
+                recorder.importance(taylor.close())
+        with torch.no_grad():
+            recorder.silu_vecs(batch.pooled_BV, self.dims.guidance_embed, self._vec)
+        return recorder.tensors(), float(loss.detach())
 
     def _with_images(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """The batch; if it is prompts only, with the teacher's own images of them."""
+        """Return the batch; if it has prompts only, with images that the teacher samples from them."""
         if batch.tokens_BTC is not None:
             return batch
         from ..flow.noise import grid, shift_of, trajectory
@@ -150,75 +150,57 @@ class Recorder:
         return replace(batch, tokens_BTC=trajectory(self.model, batch, noise_BTC, levels).cpu())
 
     @contextmanager
-    def _inputs(self, batch: Batch, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-        """Some inputs of every FFN during the `with`, chosen at random from image tokens and words."""
-        count = -(-self.settings.tokens // self.settings.batches)
-        words = batch.words_BL
-        both = torch.cat([words, torch.ones(batch.images().shape[:2], dtype=torch.bool)], 1)
-        kept: dict[str, Tensor] = {}
-
-        def watch(name: str, up: torch.nn.Linear) -> torch.utils.hooks.RemovableHandle:
-            def hook(_: torch.nn.Module, arguments: tuple[Tensor]) -> None:
-                if name in kept:
-                    return  # computed again for the backward pass, under gradient checkpointing
-                x = arguments[0].detach().flatten(0, 1)
-                if (stream := FFN.parse(name).stream) != "img":
-                    x = x[(words if stream == "txt" else both).flatten().to(x.device)]
-                chosen = torch.randperm(len(x), generator=generator)[:count]
-                kept[name] = x[chosen.to(x.device)].cpu()
-
-            return up.register_forward_pre_hook(hook)
-
-        handles = [watch(name, up) for name, up, _, _ in self.linears]
+    def _hooked(self, recorder: Recorder, batch: Batch) -> Iterator[None]:
+        """Feed `recorder` from every FFN and block during the `with`."""
+        handles = [self._hook_ffn(recorder, name, up, batch) for name, up, _, _ in self.linears]
+        handles += [self._hook_block(recorder, block.name, module) for block, module in blocks_of(self.model).items()]
         try:
-            yield kept
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def _blocks(self) -> Iterator[dict[str, Tensor]]:
-        """Of every block during the `with`, float32: `mean` [B, H] of its input's tokens; `change` [B, 2], the mean squares
-        of output - input over all tokens and over those of the image; and `vec` [B, H], which all of them get."""
-        kept: dict[str, Tensor] = {}
+    def _hook_ffn(
+        self, recorder: Recorder, name: str, up: torch.nn.Linear, batch: Batch
+    ) -> torch.utils.hooks.RemovableHandle:
+        """Record inputs of an FFN, without text padding."""
+        words_BL, stream = batch.words_BL, FFN.parse(name).stream
+        valid: Tensor | None = None  # of the FFN's tokens, text first; None: all
+        if stream == "txt":
+            valid = words_BL
+        elif stream != "img":
+            valid = torch.cat([words_BL, torch.ones(batch.images().shape[:2], dtype=torch.bool)], 1)
 
-        def watch(name: str, block: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
-            takes = list(inspect.signature(block.forward).parameters)
+        def hook(_: torch.nn.Module, arguments: tuple[Tensor]) -> None:
+            if recorder.has(f"inputs.{name}"):
+                return  # computed again for the backward pass, under gradient checkpointing
+            x_TH = arguments[0].detach().flatten(0, 1)
+            recorder.ffn_inputs(name, x_TH if valid is None else x_TH[valid.flatten().to(x_TH.device)])
 
-            @torch.no_grad()
-            def hook(_: torch.nn.Module, arguments: tuple, keywords: dict, found: tuple[Tensor, Tensor]) -> None:
-                if f"mean.{name}" in kept:
-                    return  # computed again for the backward pass, under gradient checkpointing
-                given = dict(zip(takes, arguments, strict=False)) | keywords
-                # diffusers' blocks give text before image.
-                x = text, image = given["encoder_hidden_states"], given["hidden_states"]
-                text_BT, image_BT = ((new - old).float().square().mean(2) for old, new in zip(x, found, strict=True))
-                both_B = torch.cat([text_BT, image_BT], 1).mean(1)
-                kept[f"mean.{name}"] = mean_tokens(text, image).cpu()
-                kept[f"change.{name}"] = torch.stack([both_B, image_BT.mean(1)], 1).cpu()
-                kept["vec"] = given["temb"].float().cpu()
+        return up.register_forward_pre_hook(hook)
 
-            return block.register_forward_hook(hook, with_kwargs=True)
+    def _hook_block(self, recorder: Recorder, name: str, block: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Record a block's inputs and how it changes them; with the first block also vec."""
+        parameters = list(inspect.signature(block.forward).parameters)
 
-        handles = [watch(block.name, module) for block, module in blocks_of(self.model).items()]
-        try:
-            yield kept
-        finally:
-            for handle in handles:
-                handle.remove()
+        @torch.no_grad()
+        def hook(_: torch.nn.Module, arguments: tuple, keywords: dict, outputs: tuple[Tensor, Tensor]) -> None:
+            if recorder.has(f"mean.{name}"):
+                return  # computed again for the backward pass, under gradient checkpointing
+            inputs = dict(zip(parameters, arguments, strict=False)) | keywords
+            # diffusers' blocks return text before image.
+            streams = text, _ = inputs["encoder_hidden_states"], inputs["hidden_states"]
+            recorder.block_inputs(name, streams, None if recorder.has("vec") else inputs["temb"])
+            recorder.block_change(name, streams, outputs, slice(text.shape[1], None))
 
-    @torch.no_grad()
-    def _silu_vecs(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """[n, H]: the batch's pooled texts under other timesteps and guidances."""
-        pooled_nV = batch.pooled_BV.repeat_interleave(VECS_PER_SAMPLE, 0)
-        place = {"device": self.model.device, "dtype": self.model.dtype}
-        t_n = torch.rand(len(pooled_nV), generator=generator)
-        conditions = [1000 * t_n]
-        if self.dims.guidance_embed:
-            low, high = GUIDANCE
-            conditions.append(1000 * (low + (high - low) * torch.rand(len(pooled_nV), generator=generator)))
-        vec_nH = self.model.time_text_embed(*(c.to(**place) for c in conditions), pooled_nV.to(**place))
-        return torch.nn.functional.silu(vec_nH.float()).cpu()
+        return block.register_forward_hook(hook, with_kwargs=True)
+
+    def _vec(self, pooled_nV: Tensor, t_n: Tensor, guidance_n: Tensor | None) -> Tensor:
+        """Conditioning vectors [n, H]."""
+        conditions = [1000 * condition_n for condition_n in (t_n, guidance_n) if condition_n is not None]
+        to_model = {"device": self.model.device, "dtype": self.model.dtype}
+        vec_nH: Tensor = self.model.time_text_embed(*(c.to(**to_model) for c in conditions), pooled_nV.to(**to_model))
+        return vec_nH
 
 
 def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor, generator: torch.Generator) -> Tensor:
@@ -226,5 +208,5 @@ def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor,
     images_BTC = batch.images()
     noise_BTC = torch.randn(images_BTC.shape, generator=generator)
     noisy_BTC = noised(images_BTC, noise_BTC, t_B)
-    found_BTC = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, model.config.guidance_embeds)
-    return (found_BTC.float() - (noise_BTC - images_BTC).to(found_BTC.device)).square().mean()
+    velocity_BTC = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, model.config.guidance_embeds)
+    return (velocity_BTC.float() - (noise_BTC - images_BTC).to(velocity_BTC.device)).square().mean()

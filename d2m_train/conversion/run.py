@@ -26,7 +26,7 @@ from d2m_model.tensor_file import CheckpointError
 from .. import UserError
 from ..data.batch import DataSource
 from ..progress import progress_bar
-from .calibrate import CalibrationSettings, calibrate
+from .calibrate import CalibrationBatches, calibrate_on_batches
 from .report import Report, tell, write_report
 from .settings import ConversionSettings, config_of, settings_of
 
@@ -124,7 +124,7 @@ def _calibration(
             model.enable_gradient_checkpointing()
         return model
 
-    calibration = CalibrationSettings(
+    calibration = CalibrationBatches(
         batches=settings.batches,
         batch_size=settings.batch_size,
         tokens=settings.tokens,
@@ -140,7 +140,7 @@ def _calibration(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        return calibrate(
+        return calibrate_on_batches(
             load,
             teacher.dims,
             list(config.ffns),

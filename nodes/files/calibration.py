@@ -18,17 +18,16 @@ from typing import Any
 
 import comfy.sample
 import torch
-import torch.nn.functional as F
 from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...d2m_model.config import BlockGroup, FluxMoEConfig
 from ...d2m_model.conversion.block_routers import FEWEST
-from ...d2m_model.conversion.calibration import GUIDANCE, VECS_PER_SAMPLE, Calibration, write_part
+from ...d2m_model.conversion.calibration import Calibration, write_part
+from ...d2m_model.conversion.recorder import Recorder
 from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
-from ...d2m_model.mob import mean_tokens
 
 TOKENS = 8192  # inputs kept of every FFN, in all
 PIXELS = 8  # of an image on the side of a latent
@@ -38,7 +37,7 @@ Prompt = list  # one [text, options] in a list, as comfy.sample takes it
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class CalibrationSettings:
+class CalibrationSamples:
     """`samples` images of `size` pixels on the side, prompt after prompt, each in `steps` evaluations."""
 
     samples: int
@@ -66,11 +65,11 @@ def prompts_of(conditioning: Sequence[Any]) -> list[Prompt]:
     return prompts
 
 
-def calibrate(
+def calibrate_on_prompts(
     model: Any,
     config: FluxMoEConfig,
     prompts: Sequence[Prompt],
-    settings: CalibrationSettings,
+    settings: CalibrationSamples,
     folder: Path,
     progress: Callable[[], object],
 ) -> Calibration:
@@ -92,10 +91,10 @@ def calibrate(
     for index in range(settings.samples):
         prompt = prompts[index % len(prompts)]
         generator = generator_for(settings.seed, f"sample {index}")
-        recorder = Recorder(model.model.diffusion_model, config, -(-TOKENS // settings.evaluations), generator)
+        recorder = Recorder(-(-TOKENS // settings.evaluations), generator)
         channels = model.model.latent_format.latent_channels
         noise = torch.randn(1, channels, settings.size // PIXELS, settings.size // PIXELS, generator=generator)
-        with recorder.recording():
+        with FluxHooks(model.model.diffusion_model, config, recorder).attached():
             comfy.sample.sample(
                 plain, noise, settings.steps, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise),
                 callback=lambda *_: progress(), disable_pbar=True, seed=settings.seed + index,
@@ -110,107 +109,90 @@ def sampling_patches(model: Any) -> dict[str, Any]:
     return {key: patch for key, patch in model.object_patches.items() if key == "model_sampling"}
 
 
-class Recorder:
-    """Listens to a ComfyUI Flux while it samples one image, by hooks that go when it ends."""
+class FluxHooks:
+    """Hooks on a ComfyUI Flux that feed a Recorder while it samples one image."""
 
-    def __init__(self, flux: Any, config: FluxMoEConfig, tokens: int, generator: torch.Generator) -> None:
-        self.flux, self.config = flux, config
-        self.count, self.generator = tokens, generator  # of tokens kept at every evaluation
-        self._found: dict[str, list[Tensor]] = {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By the names of a calibration's parts."""
-        return {name: torch.cat(parts) for name, parts in self._found.items()}
+    def __init__(self, flux: Any, config: FluxMoEConfig, recorder: Recorder) -> None:
+        self.flux, self.config, self.recorder = flux, config, recorder
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         handles: list[Any] = []
         try:
             for ffn in self.config.ffns:
-                up = self.flux.get_submodule(ffn_tensors(ffn, self.config.dims.hidden_size).up)
-                handles.append(up.register_forward_pre_hook(self._hook_of_ffn(ffn)))
+                handles.append(self._hook_ffn(ffn))
             for group in self.config.groups:
-                handles += self._watch_group_at(group)
+                handles.append(self._hook_group(group))
                 for block in group.members:
-                    handles += self._watch_block(block.name)
+                    handles += self._hook_block(block.name)
             if self.config.adaln_rank is not None:
-                handles.append(self.flux.vector_in.register_forward_hook(self._vecs))
+                handles.append(self.flux.vector_in.register_forward_hook(self._silu_vecs))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
-        self._found.setdefault(name, []).append(tensor.detach().to("cpu", copy=True))
+    def _hook_ffn(self, ffn: str) -> Any:
+        up = self.flux.get_submodule(ffn_tensors(ffn, self.config.dims.hidden_size).up)
 
-    def _hook_of_ffn(self, ffn: str) -> Callable[..., None]:
-        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            x_TH = arguments[0].flatten(0, -2)
-            chosen = torch.randperm(len(x_TH), generator=self.generator)[: self.count]
-            self._keep(f"inputs.{ffn}", x_TH[chosen.to(x_TH.device)])
+        def enter(_: Any, arguments: tuple[Tensor, ...]) -> None:
+            self.recorder.ffn_inputs(ffn, arguments[0].flatten(0, -2))
 
-        return hook
+        return up.register_forward_pre_hook(enter)
 
-    def _watch_group_at(self, group: BlockGroup) -> list[Any]:
-        """What the group's router will see, ahead of its first block; vec, which all blocks get, at the first group."""
+    def _hook_group(self, group: BlockGroup) -> Any:
+        """Record what the group's router will read, before its first block; vec with the first group."""
         name = group.members[0].name
         block = self.flux.get_submodule(name)
 
         def enter(_: Any, arguments: tuple, keywords: dict) -> None:
-            given = given_to(block, arguments, keywords)
-            self._keep(f"mean.{name}", mean_tokens(*streams_of(given)))
-            if group == self.config.groups[0]:
-                self._keep("vec", given["vec"].float())
+            inputs = inputs_by_name(block, arguments, keywords)
+            vec_BH = inputs["vec"] if group == self.config.groups[0] else None
+            self.recorder.block_inputs(name, streams_in(inputs), vec_BH)
 
-        return [block.register_forward_pre_hook(enter, with_kwargs=True)]
+        return block.register_forward_pre_hook(enter, with_kwargs=True)
 
-    def _watch_block(self, name: str) -> list[Any]:
-        """What it does to its streams."""
+    def _hook_block(self, name: str) -> list[Any]:
+        """Record how a block changes its streams."""
         block = self.flux.get_submodule(name)
         before: list[Tensor] = []
 
         def enter(_: Any, arguments: tuple, keywords: dict) -> None:
-            before[:] = [stream.clone() for stream in streams_of(given_to(block, arguments, keywords))]
+            before[:] = [stream.clone() for stream in streams_in(inputs_by_name(block, arguments, keywords))]
 
-        def leave(_: Any, arguments: tuple, keywords: dict, found: Tensor | tuple[Tensor, ...]) -> None:
-            after = found if isinstance(found, tuple) else (found,)
-            changes = [(new - old).float().square().mean(2) for old, new in zip(before, after, strict=True)]
+        def leave(_: Any, arguments: tuple, keywords: dict, output: Tensor | tuple[Tensor, ...]) -> None:
+            after = output if isinstance(output, tuple) else (output,)
+            image = slice(before[0].shape[1])
+            if len(before) == 1:  # one stream, text first
+                inputs = inputs_by_name(block, arguments, keywords)
+                image = slice(inputs["transformer_options"]["img_slice"][0], None)
+            self.recorder.block_change(name, before, after, image)
             before.clear()
-            all_BT = torch.cat(changes, 1)
-            if len(changes) > 1:
-                image_BT = changes[0]
-            else:  # text first, in one stream
-                image_BT = all_BT[:, given_to(block, arguments, keywords)["transformer_options"]["img_slice"][0] :]
-            self._keep(f"change.{name}", torch.stack([all_BT.mean(1), image_BT.mean(1)], 1))
 
         return [
             block.register_forward_pre_hook(enter, with_kwargs=True),  # blocks write in place
             block.register_forward_hook(leave, with_kwargs=True),
         ]
 
-    def _vecs(self, module: Any, arguments: tuple[Tensor, ...], vector_BH: Tensor) -> None:
-        """Of the sample's pooled text under other timesteps and guidances, once."""
-        if "silu_vec" in self._found:
-            return
-        place = {"device": vector_BH.device, "dtype": vector_BH.dtype}
-        vec_nH = vector_BH.repeat_interleave(VECS_PER_SAMPLE, 0)
+    def _silu_vecs(self, module: Any, arguments: tuple[Tensor, ...], vector_BH: Tensor) -> None:
+        """Record the sample's conditioning vectors, once."""
+        if not self.recorder.has("silu_vec"):
+            self.recorder.silu_vecs(vector_BH, self.config.dims.guidance_embed, self._vec)
 
+    def _vec(self, vector_nH: Tensor, t_n: Tensor, guidance_n: Tensor | None) -> Tensor:
         def embedded(values_n: Tensor) -> Tensor:
-            return timestep_embedding(values_n.to(vector_BH.device), 256).to(**place)
+            return timestep_embedding(values_n.to(vector_nH.device), 256).to(vector_nH)
 
-        vec_nH = vec_nH + self.flux.time_in(embedded(torch.rand(len(vec_nH), generator=self.generator)))
-        if self.config.dims.guidance_embed:
-            low, high = GUIDANCE
-            guidance_n = low + (high - low) * torch.rand(len(vec_nH), generator=self.generator)
-            vec_nH = vec_nH + self.flux.guidance_in(embedded(guidance_n))
-        self._keep("silu_vec", F.silu(vec_nH.float()))
+        vec_nH: Tensor = vector_nH + self.flux.time_in(embedded(t_n))
+        return vec_nH if guidance_n is None else vec_nH + self.flux.guidance_in(embedded(guidance_n))
 
 
-def given_to(block: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """What a block was called with, by name."""
+def inputs_by_name(block: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a block was called with, by name."""
     names = list(inspect.signature(type(block).forward).parameters)[1:]
     return dict(zip(names, arguments, strict=False)) | dict(keywords)
 
 
-def streams_of(given: Mapping[str, Any]) -> list[Tensor]:
-    return [given["img"], given["txt"]] if "img" in given else [given["x"]]
+def streams_in(inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return a block's input streams: image and text of a double block, the one stream of a single block."""
+    return [inputs["img"], inputs["txt"]] if "img" in inputs else [inputs["x"]]

@@ -32,7 +32,7 @@ from ...d2m_model.conversion.method import Method, config_of, resolved
 from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from ...d2m_model.teacher import FLOAT8
 from ..cost import remember
-from .calibration import TOKENS, CalibrationSettings, calibrate, prompts_of, sampling_patches
+from .calibration import TOKENS, CalibrationSamples, calibrate_on_prompts, prompts_of, sampling_patches
 from .dense_teacher import open_dense, refuse_others
 from .load_node import load_flux_moe
 from .save_node import note_of, patches_of, unload
@@ -105,7 +105,7 @@ class Progress:
 
 
 def convert(
-    model: Any, method: Method, conditioning: Any | None, settings: CalibrationSettings, target: Path
+    model: Any, method: Method, conditioning: Any | None, settings: CalibrationSamples, target: Path
 ) -> FluxMoEConfig:
     """Write the FLUX-MoE of `model` to `target`; without a conditioning the weights alone decide.
 
@@ -127,7 +127,7 @@ def convert(
         progress = Progress(0 if prompts is None else settings.evaluations)
         calibration: Calibration | None = None
         if prompts is not None:
-            calibration = calibrate(model, config, prompts, settings, folder, progress.evaluated)
+            calibration = calibrate_on_prompts(model, config, prompts, settings, folder, progress.evaluated)
         unload(model)  # its patches are to be out of the weights, and fits want the device's memory
         # ComfyUI runs nodes in inference mode, where nothing can be fitted by gradients (capacity routers).
         with torch.inference_mode(False), torch.no_grad():
@@ -359,7 +359,7 @@ class ConvertFlux(io.ComfyNode):
             calibrated=calibration is not None,
         )
         refuse_others(model, NAME)
-        settings = CalibrationSettings(samples=samples, steps=steps, size=size // 16 * 16, seed=seed)
+        settings = CalibrationSamples(samples=samples, steps=steps, size=size // 16 * 16, seed=seed)
         folder = Path(folder_paths.get_temp_directory())
         folder.mkdir(parents=True, exist_ok=True)
         file = TemporaryFile(folder / f"flux-moe-{uuid.uuid4().hex}.safetensors")

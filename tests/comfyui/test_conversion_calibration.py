@@ -103,9 +103,9 @@ def test_what_is_recorded_is_what_the_blocks_saw(host: Comfy, deep: Any, tmp_pat
         block.register_forward_hook(lambda _, given, found: seen[-1].append(found.clone())),
         block.linear1.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).clone())),
     ]
-    settings = calibration.CalibrationSettings(samples=2, steps=4, size=64, seed=0)
+    settings = calibration.CalibrationSamples(samples=2, steps=4, size=64, seed=0)
     with torch.inference_mode():
-        found = calibration.calibrate(
+        found = calibration.calibrate_on_prompts(
             deep, config, calibration.prompts_of(prompts(host, deep, 2)), settings, tmp_path, lambda: None
         )
     for handle in ours:
@@ -127,9 +127,9 @@ def test_conditioning_vectors_are_the_models_own_under_any_timestep_and_guidance
 
     config, calibration = check_file(made(host, pair.teacher)), host.module("nodes.files.calibration")
     asked, flux = prompts(host, pair.teacher, 2), pair.teacher.model.diffusion_model
-    settings = calibration.CalibrationSettings(samples=40, steps=1, size=64, seed=0)
+    settings = calibration.CalibrationSamples(samples=40, steps=1, size=64, seed=0)
     with torch.inference_mode():
-        found = calibration.calibrate(
+        found = calibration.calibrate_on_prompts(
             pair.teacher, config, calibration.prompts_of(asked), settings, tmp_path, lambda: None
         )
         generator = torch.Generator().manual_seed(9)

@@ -16,20 +16,16 @@ from .small_flux import DIMS, save_flux
 
 pytest.importorskip("diffusers")
 
+from d2m_model.conversion.calibration import Calibration
+from d2m_model.conversion.recorder import VECS_PER_SAMPLE
 from d2m_model.hosts.diffusers import load_transformer
 from d2m_train import UserError
-from d2m_train.conversion.calibrate import (
-    VECS_PER_SAMPLE,
-    Calibration,
-    CalibrationSettings,
-    calibrate,
-    flow_matching_loss,
-)
+from d2m_train.conversion.calibrate import CalibrationBatches, calibrate_on_batches, flow_matching_loss
 from d2m_train.data.emoji import EmojiData
 from d2m_train.data.latents import LatentFile
 
 FFNS = all_ffn_names(DIMS)
-SETTINGS = CalibrationSettings(batches=3, batch_size=2, tokens=12, taylor=True, seed=0)
+SETTINGS = CalibrationBatches(batches=3, batch_size=2, tokens=12, taylor=True, seed=0)
 
 
 def save_calibration(path: Path, samples: int = 3) -> None:
@@ -43,10 +39,10 @@ def save_calibration(path: Path, samples: int = 3) -> None:
 
 
 def run(
-    folder: Path, settings: CalibrationSettings = SETTINGS, teacher: str = "flux", losses: list | None = None
+    folder: Path, settings: CalibrationBatches = SETTINGS, teacher: str = "flux", losses: list | None = None
 ) -> Calibration:
     """On the files flux.safetensors and data.safetensors beside `folder`."""
-    return calibrate(
+    return calibrate_on_batches(
         lambda: load_transformer(folder.parent / "flux.safetensors", torch.float32),
         DIMS,
         FFNS,
@@ -167,7 +163,7 @@ def test_inputs_are_what_the_ffns_read_and_leave_padding_out(folder: Path) -> No
     model = load_transformer(folder.parent / "flux.safetensors", torch.float32)
     seen: list[torch.Tensor] = []
     model.transformer_blocks[0].ff.net[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    calibrate(
+    calibrate_on_batches(
         lambda: model, DIMS, FFNS, LatentFile(path), replace(SETTINGS, tokens=10_000), folder.with_name("other"), "flux"
     )
     found = {tuple(row.tolist()) for row in calibration.inputs("double_blocks.0.img_mlp")}
@@ -212,7 +208,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_as_if_it_had_not_been(folde
 
     arguments = (DIMS, FFNS, LatentFile(folder.parent / "data.safetensors"), SETTINGS)
     with pytest.raises(Stop):
-        calibrate(
+        calibrate_on_batches(
             lambda: load_transformer(folder.parent / "flux.safetensors", torch.float32),
             *arguments, folder, "flux", stop_after_two,
         )  # fmt: skip
@@ -227,7 +223,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_as_if_it_had_not_been(folde
         raise AssertionError("the model was loaded though nothing is missing")
 
     losses.clear()
-    calibrate(not_again, *arguments, folder, "flux", losses.append)  # type: ignore[arg-type]
+    calibrate_on_batches(not_again, *arguments, folder, "flux", losses.append)  # type: ignore[arg-type]
     assert losses == resumed.losses
 
 
@@ -248,7 +244,7 @@ def test_a_folder_of_another_calibration_is_refused(folder: Path) -> None:
 
 def test_a_folder_of_an_older_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files lack what later versions ask of them."""
-    monkeypatch.setattr("d2m_train.conversion.calibrate.FORMAT", 1)
+    monkeypatch.setattr("d2m_train.conversion.calibrate._FORMAT", 1)
     run(folder)
     monkeypatch.undo()
     with pytest.raises(UserError, match="holds another calibration: format differ"):

@@ -125,7 +125,7 @@ def test_a_preset_gets_block_routers_that_know_which_blocks_matter(room: Path, t
 
 def test_block_changes_are_those_of_the_teacher(room: Path, tmp_path: Path) -> None:
     """Asked again, at the noise levels and with the noise of the calibration."""
-    from d2m_train.conversion.calibrate import CalibrationSettings, Recorder
+    from d2m_train.conversion.calibrate import BatchRecorder, CalibrationBatches
 
     _, report, _ = made(room, tmp_path / "m.safetensors", preset="M")
     model = load_transformer(room / "teacher.safetensors", torch.float32)
@@ -136,8 +136,8 @@ def test_block_changes_are_those_of_the_teacher(room: Path, tmp_path: Path) -> N
         seen.append((torch.cat([text, image], 1).detach(), image.detach()))
 
     model.single_transformer_blocks[2].register_forward_hook(hook, with_kwargs=True)
-    asked = CalibrationSettings(batches=4, batch_size=4, tokens=8, taylor=False, seed=0)
-    recorder, data = Recorder(model, DEEP, ["single_blocks.0"], asked), LatentFile(room / "data.safetensors")
+    asked = CalibrationBatches(batches=4, batch_size=4, tokens=8, taylor=False, seed=0)
+    recorder, data = BatchRecorder(model, DEEP, ["single_blocks.0"], asked), LatentFile(room / "data.safetensors")
     for index in range(4):
         recorder.record(index, data.batch(index, 4, 0))
     both, image = (torch.cat([pair[i].square().flatten() for pair in seen]).mean() for i in (0, 1))
