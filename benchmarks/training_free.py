@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_model.hosts.diffusers import experts_of, load_flux_moe, load_transformer
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from demo import dataset, prompt_encoder
 from demo.sample import sample
 from demo.score import decode, score
@@ -144,10 +144,10 @@ def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, A
             kind = "weight-norm" if "weight-norm" in variant_options else "taylor"
             target = Path(folder, "moe.safetensors")
             convert(target, Path(folder, f"{kind}-{seed}"), seed, variant_options)
-            model, _ = load_flux_moe(target, torch.float32)
+            model = FluxMoETransformer2DModel.from_flux_moe(target, torch.float32)
             for top_k in every_k:
                 if variant in study.every_k:
-                    for moe in experts_of(model):
+                    for moe in model.moe_ffns().values():
                         moe.top_k = top_k
                 found = measure(paint(model, pictures, noise), dense, pictures)
                 rows.append({"variant": variant, "seed": seed, "top_k": top_k} | found)

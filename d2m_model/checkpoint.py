@@ -24,7 +24,7 @@ from .keys import (
     prefix_of,
     strip_prefix,
 )
-from .quantised import COMPANIONS, is_companion, layers_of, problems
+from .quantised import COMPANIONS, is_companion, quantisation_problems, quantised_layers
 from .tensor_file import CheckpointError, Shape, TensorFile
 
 __all__ = [
@@ -38,11 +38,11 @@ __all__ = [
     "check_opened",
     "check_state_dict",
     "check_values",
-    "config_of",
     "config_tensor",
     "dims_of",
     "expected_tensors",
     "optional_tensors",
+    "parse_config",
     "prefix_of",
     "strip_prefix",
 ]
@@ -121,7 +121,7 @@ def config_tensor(config: FluxMoEConfig) -> Tensor:
     return torch.frombuffer(bytearray(config.to_json().encode()), dtype=torch.uint8)
 
 
-def config_of(tensor: Tensor) -> FluxMoEConfig:
+def parse_config(tensor: Tensor) -> FluxMoEConfig:
     """Read a `d2m_config` tensor. Raises CheckpointError naming what is wrong with it."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise CheckpointError(
@@ -215,7 +215,7 @@ def _check_tensors(
     wrong = [
         f"{name} is missing (expected shape {list(shape)})" for name, shape in expected.items() if name not in shapes
     ]
-    wrong += problems(shapes, expected)
+    wrong += quantisation_problems(shapes, expected)
     for name, found in shapes.items():
         shape = expected.get(name, optional.get(name))
         module, _, kind = name.rpartition(".")
@@ -287,7 +287,7 @@ def check_file(path: str | os.PathLike[str]) -> FluxMoEConfig:
 
 def check_opened(file: TensorFile) -> FluxMoEConfig:
     """`check_file` of a file that is open."""
-    listed = {f"{layer}.comfy_quant": (0,) for layer in layers_of(file.metadata)}
+    listed = {f"{layer}.comfy_quant": (0,) for layer in quantised_layers(file.metadata)}
     return _check_moe({**file.shapes, **listed}, file.dtypes, file.tensor, str(file.path))
 
 
@@ -298,7 +298,7 @@ def _check_moe(
         if CONFIG_KEY not in shapes:
             dims_of(shapes)
             raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {CONVERT}")
-        config = config_of(tensor(CONFIG_KEY))
+        config = parse_config(tensor(CONFIG_KEY))
         check(shapes, dtypes, config)
         check_values(tensor, config)
     except CheckpointError as error:

@@ -185,7 +185,7 @@ def diffusers_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
     }
 
 
-def to_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
+def diffusers_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
     """BFL -> diffusers. The results are views wherever nothing has to move."""
     result: dict[str, Tensor] = {}
     for name, source in diffusers_sources(dims).items():
@@ -194,7 +194,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Ten
     return result
 
 
-def from_diffusers(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
+def bfl_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
     """diffusers -> BFL. Fused tensors are new, the others are the given ones."""
     result = {}
     for name, source in diffusers_sources(dims).items():

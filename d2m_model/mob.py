@@ -87,7 +87,7 @@ def route_blocks(
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Samples:
+class SampleSubset:
     """Which of a batch's samples a block runs on. `index_S` is None where it is all of them, or none."""
 
     batch: int
@@ -95,12 +95,12 @@ class Samples:
     index_S: Tensor | None
 
     @classmethod
-    def of(cls, indices: Sequence[int], batch: int, device: torch.device) -> Samples:
+    def of(cls, indices: Sequence[int], batch: int, device: torch.device) -> SampleSubset:
         some = 0 < len(indices) < batch
         return cls(batch=batch, count=len(indices), index_S=torch.tensor(indices, device=device) if some else None)
 
 
-def samples_of(routing: BlockRouting) -> list[Samples]:
+def samples_per_block(routing: BlockRouting) -> list[SampleSubset]:
     """Of every block of the group, in order, the samples that chose it.
 
     Here the host waits for the device, once for a group, since it cannot leave out a block that it does not know of.
@@ -111,12 +111,12 @@ def samples_of(routing: BlockRouting) -> list[Samples]:
     device = routing.chosen_BM.device
     if routing.active in (0, blocks):
         everyone = range(batch if routing.active else 0)
-        return [Samples.of(everyone, batch, device)] * blocks
+        return [SampleSubset.of(everyone, batch, device)] * blocks
     chosen = routing.chosen_BM.T.tolist()
-    return [Samples.of([b for b, runs in enumerate(row) if runs], batch, device) for row in chosen]
+    return [SampleSubset.of([b for b, runs in enumerate(row) if runs], batch, device) for row in chosen]
 
 
-def select_samples(value: Value, samples: Samples) -> Value:
+def select_samples(value: Value, samples: SampleSubset) -> Value:
     """Of a tensor that has one entry for each sample (its first dimension is the batch's size), those of `samples`.
 
     What all samples share stays as it is: tensors with another first dimension (1, as a rule), and whatever is
@@ -136,13 +136,13 @@ def select_samples(value: Value, samples: Samples) -> Value:
     return found
 
 
-def scatter_samples(stream_BTH: Tensor, found_STH: Tensor, samples: Samples) -> Tensor:
+def scatter_samples(stream_BTH: Tensor, found_STH: Tensor, samples: SampleSubset) -> Tensor:
     """stream_BTH with the rows of `samples` replaced by found_STH; a new tensor unless they are all of the batch."""
     return found_STH if samples.index_S is None else stream_BTH.index_copy(0, samples.index_S, found_STH)
 
 
 def run_on(
-    samples: Samples, block: Callable[..., tuple[Tensor, ...]], streams: tuple[Tensor, ...], **conditions: Any
+    samples: SampleSubset, block: Callable[..., tuple[Tensor, ...]], streams: tuple[Tensor, ...], **conditions: Any
 ) -> tuple[Tensor, ...]:
     """block(*streams, **conditions), run on `samples` alone; the streams [B, T, H] of the others are returned as given.
 

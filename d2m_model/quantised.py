@@ -21,7 +21,7 @@ COMPANIONS = (
 )
 
 
-def layers_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+def quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The quantised layers that the header lists, by BFL name, and their formats. Empty if it lists none."""
     try:
         layers = json.loads(metadata.get(HEADER_KEY, "{}")).get("layers", {})
@@ -36,7 +36,7 @@ def is_companion(name: str, expected: Mapping[str, object]) -> bool:
     return kind in COMPANIONS and f"{module}.weight" in expected
 
 
-def problems(names: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+def quantisation_problems(names: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
     """What is wrong with the quantised layers among a file's tensors."""
     found = []
     for name in names:

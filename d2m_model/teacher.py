@@ -21,10 +21,9 @@ from torch import Tensor
 
 from .checkpoint import check_dense
 from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, landmarks_of, swap_halves
-from .quantised import is_companion, layers_of
-from .tensor_file import CheckpointError, Shape, TensorFile
+from .quantised import is_companion, quantised_layers
+from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's comfy_quant
 CHUNK = 1 << 22  # elements dequantised at a time
 
@@ -69,7 +68,7 @@ class _Stored:
         if tensor.dtype not in FLOAT8:
             return tensor
         scale = None if self.scale is None else _per_row(self.file.tensor(self.scale).float(), self.shape)
-        return from_float8(tensor, scale)
+        return dequantise_float8(tensor, scale)
 
 
 class DenseTeacher:
@@ -251,7 +250,7 @@ def _refuse_quantised(files: list[TensorFile]) -> None:
 def _formats(file: TensorFile) -> Iterator[tuple[str, object]]:
     """(layer, ComfyUI's name of its quantisation), from the tensors comfy_quant or from the header's metadata."""
     try:
-        for layer, about in layers_of(file.metadata).items():
+        for layer, about in quantised_layers(file.metadata).items():
             if f"{layer}.weight" in file.shapes:  # else a text encoder's
                 yield layer, about.get("format")
         for name in file.shapes:
@@ -284,7 +283,7 @@ def _per_row(scale: Tensor, shape: Shape) -> Tensor:
     )
 
 
-def from_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
+def dequantise_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
     """bfloat16, which holds every float8; times `scale` in float32, rounded once."""
     if scale is None:
         return tensor.to(torch.bfloat16)

@@ -37,6 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 # How files begin that get mistaken for safetensors files, and what they are.
 _OTHER_FILES = (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .blocks import FFN
 from .config import FluxMoEConfig
-from .mob import BlockRouting, Samples
+from .mob import BlockRouting, SampleSubset
 from .routers import Gate, Routing
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace
 
@@ -62,13 +62,13 @@ class Recorder:
         """The choice of block group `group`, for every sample."""
         self.chosen.append((group, routing.chosen_BM))
 
-    def part(self, samples: Samples, whole: bool) -> Recorder:
+    def part(self, samples: SampleSubset, whole: bool) -> Recorder:
         """For a block that runs on these samples of the batch; `whole`: that is shown the others too."""
         return _Part(self, samples, whole)
 
 
 class _Part(Recorder):
-    def __init__(self, recorder: Recorder, samples: Samples, whole: bool) -> None:
+    def __init__(self, recorder: Recorder, samples: SampleSubset, whole: bool) -> None:
         self.recorder, self.samples, self.whole = recorder, samples, whole
 
     def experts(self, ffn: str, routing: Routing, batch: int, gate: Gate) -> None:

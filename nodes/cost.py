@@ -24,7 +24,7 @@ import folder_paths
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
-from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, config_of, dims_of
+from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, dims_of, parse_config
 from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
@@ -134,7 +134,7 @@ def model_of(query: Mapping[str, str]) -> tuple[Model, str]:
         model = FILES.get(key)
         if model is None:
             with TensorFile(path) as file:
-                model = config_of(file.tensor(CONFIG_KEY)) if CONFIG_KEY in file.shapes else dims_of(file.shapes)
+                model = parse_config(file.tensor(CONFIG_KEY)) if CONFIG_KEY in file.shapes else dims_of(file.shapes)
             FILES.put(key, model)
     except CheckpointError as error:
         raise Refused(400, str(error)) from None

@@ -49,7 +49,7 @@ class GroupObservations:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Choice:
+class ChoiceReport:
     """`agreement`: part of the chosen blocks that the oracle chooses too. `skipped`: the change of the blocks not chosen,
     as a part of all of the group's."""
 
@@ -65,10 +65,10 @@ class GroupReport:
     needed for; `ridge`; `oracle`: those of the largest change. `converted` is the file's, of the first or the third.
     """
 
-    random: Choice
-    fixed: Choice
-    ridge: Choice
-    oracle: Choice
+    random: ChoiceReport
+    fixed: ChoiceReport
+    ridge: ChoiceReport
+    oracle: ChoiceReport
     converted: BlockRouterInit
 
     def to_dict(self) -> dict[str, object]:
@@ -115,15 +115,15 @@ def _best(score_nM: Tensor, group: BlockGroup) -> Tensor:
     return route_blocks(score_nM, nothing_nM, identity_MM, identity_MM, group.active, group.selection).chosen_BM
 
 
-def _judge(seen: GroupObservations, group: BlockGroup, routers: BlockRouters) -> Choice:
+def _judge(seen: GroupObservations, group: BlockGroup, routers: BlockRouters) -> ChoiceReport:
     routing: BlockRouting = route_blocks(
         seen.x_mean_nH, seen.vec_nH, routers.x_MH, routers.y_MH, group.active, group.selection
     )
     return _choice(seen, group, routing.chosen_BM)
 
 
-def _choice(seen: GroupObservations, group: BlockGroup, chosen_nM: Tensor) -> Choice:
+def _choice(seen: GroupObservations, group: BlockGroup, chosen_nM: Tensor) -> ChoiceReport:
     oracle_nM = _best(seen.change_nM, group)
     agreement_n = (chosen_nM & oracle_nM).sum(dim=1) / max(1, group.active)
     skipped_n = (seen.change_nM * ~chosen_nM).sum(dim=1)
-    return Choice(agreement=float(agreement_n.mean()), skipped=float(skipped_n.mean()))
+    return ChoiceReport(agreement=float(agreement_n.mean()), skipped=float(skipped_n.mean()))

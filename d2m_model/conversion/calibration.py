@@ -41,7 +41,7 @@ class Calibration:
     @property
     def losses(self) -> list[float]:
         """Of each part, where one was measured."""
-        return [metadata_of(file)["loss"] for file in self.files]
+        return [part_metadata(file)["loss"] for file in self.files]
 
     def importance(self, ffn: str) -> Tensor:
         """Eq. 6 summed over the parts, float32 [N]."""
@@ -83,7 +83,7 @@ def write_part(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     write(file, announced, tensors.__getitem__, {KEY: json.dumps(about)})
 
 
-def metadata_of(file: Path) -> dict:
+def part_metadata(file: Path) -> dict:
     """What `write_part` was told `about` it; empty of another file. Raises CheckpointError for a damaged one."""
     with TensorFile(file) as stored:
         found: dict = json.loads(stored.metadata.get(KEY, "null")) or {}

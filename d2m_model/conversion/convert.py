@@ -79,7 +79,7 @@ def convert_file(
         raise ValueError("split_only is true; expected false with compressed modulations.")
     config = replace(config, teacher=replace(config.teacher, sha256=UNHASHED))
     tensors = _announce(teacher, config, router_bias=router_bias, expert_mean=expert_mean)
-    metadata = metadata_of(config, teacher.metadata)
+    metadata = file_metadata(config, teacher.metadata)
     hashing = PacedDigest(teacher.files) if teacher.files else TensorDigest()
     with hashing as digest, TensorWriter(target, tensors, metadata) as writer:
         for name, tensor in (block_routers or {}).items():
@@ -90,7 +90,7 @@ def convert_file(
         conversion.run(router_bias=router_bias, expert_mean=expert_mean)
         config = replace(config, teacher=replace(config.teacher, sha256=digest.result()))
         writer.put(CONFIG_KEY, config_tensor(config))
-        writer.finish(metadata_of(config, teacher.metadata))
+        writer.finish(file_metadata(config, teacher.metadata))
     return config
 
 
@@ -236,7 +236,7 @@ def _with_columns(pieces: Iterable[Tensor], first: int, columns_HS: Tensor) -> I
         row += len(piece)
 
 
-def metadata_of(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None) -> dict[str, str]:
+def file_metadata(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None) -> dict[str, str]:
     """The header's metadata, for people and model managers: the configuration and modelspec fields."""
     architecture = "Flux.1-dev" if config.dims.guidance_embed else "Flux.1-schnell"
     dense = (

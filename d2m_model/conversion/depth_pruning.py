@@ -27,7 +27,7 @@ def kept_blocks(dims: FluxDims, groups: Sequence[BlockGroup], change: Mapping[st
     }
 
 
-def outputs_of(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBlocks:
+def output_blocks(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBlocks:
     """Of every kept block the teacher's block whose output it is to give once trained: the last that it stands for.
 
     In a group that is the one ahead of the next kept block, and of the last kept one the group's last.

@@ -126,7 +126,7 @@ def groups_of(method: Method, dims: FluxDims) -> tuple[BlockGroup, ...]:
     return with_choice(preset_groups(method.preset, dims), method.active, method.selection)
 
 
-def config_of(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str, object] | None) -> FluxMoEConfig:
+def new_config(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str, object] | None) -> FluxMoEConfig:
     """The file's configuration, but for the teacher's hash; of a resolved method. Raises MethodError or ConfigError.
 
     `data` says for the file's provenance what it was calibrated with, if it was. For groups `auto` and depth pruning it

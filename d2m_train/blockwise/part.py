@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from d2m_model.blocks import Block, BlockKind, blocks_of
 from d2m_model.config import FluxMoEConfig
-from d2m_model.hosts.diffusers.modules import Choices
-from d2m_model.hosts.diffusers.places import ffn_module
+from d2m_model.hosts.diffusers.modules import GroupRoutings
+from d2m_model.hosts.diffusers.tensor_map import ffn_module
 from d2m_model.moe import MoEFFN
 
 from ..data.order import places
@@ -93,9 +93,9 @@ class Blocks(nn.Module):
         self, image_BTH: Tensor, text_BLH: Tensor, temb_BH: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(image, text) after the last block."""
-        from d2m_model.hosts.diffusers.blocks import CHOICES
+        from d2m_model.hosts.diffusers.blocks import ROUTINGS
 
-        attention = None if self.router is None else {CHOICES: Choices(routers=self.block_groups)}
+        attention = None if self.router is None else {ROUTINGS: GroupRoutings(routers=self.block_groups)}
         for block in self.blocks:
             arguments = (image_BTH, text_BLH, temb_BH, rotary, attention)
             if self.checkpointing and torch.is_grad_enabled():

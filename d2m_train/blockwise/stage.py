@@ -21,7 +21,7 @@ import torch
 from d2m_model.blocks import Block
 from d2m_model.checkpoint import CONFIG_KEY, check_file, config_tensor, optional_tensors
 from d2m_model.config import FluxMoEConfig
-from d2m_model.conversion.convert import metadata_of
+from d2m_model.conversion.convert import file_metadata
 from d2m_model.hosts.diffusers import dims_of_transformer
 from d2m_model.keys import dense_shapes
 from d2m_model.tensor_file import Shape, TensorFile, bytes_of
@@ -213,7 +213,7 @@ class _Blockwise:
     def _core(self, names: Collection[str]) -> FluxMoETransformer2DModel:
         """The student without weights but for these tensors of its file, and U."""
         from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-        from d2m_model.hosts.diffusers.tensors import fill
+        from d2m_model.hosts.diffusers.tensors import load_tensors
 
         config = self.source
         with TensorFile(self.files.source) as file:
@@ -225,17 +225,19 @@ class _Blockwise:
                 return file.tensor(name)
 
             wanted = {*names, "adaln_in.weight"} if names else set()
-            fill(core, config, optional, tensor, getattr(torch, self.run.student.dtype), self.processes.device, wanted)
+            load_tensors(
+                core, config, optional, tensor, getattr(torch, self.run.student.dtype), self.processes.device, wanted
+            )
             for name in names:
                 file.release(name)
         return core
 
     def _names_of(self, core: FluxMoETransformer2DModel, part: Part) -> list[str]:
         """The file's tensors of a part."""
-        from d2m_model.hosts.diffusers.places import places
+        from d2m_model.hosts.diffusers.tensor_map import tensor_map
 
-        table = places(self.config, core.optional)
-        return [name for name, found in table.items() if any(part.has(place.name) for place in found)]
+        slices = tensor_map(self.config, core.optional)
+        return [name for name, found in slices.items() if any(part.has(one.name) for one in found)]
 
     def _check_outside(self, trainable: Collection[str]) -> None:
         """Raises UserError for patterns of the run that reach outside of blocks."""
@@ -291,7 +293,7 @@ class _Blockwise:
 
     def _write_student(self) -> None:
         """Of the parts, and for the rest of the file that the stage began with; tensor by tensor."""
-        metadata = metadata_of(self.config)
+        metadata = file_metadata(self.config)
         trained = {name: part for part in self.parts for name in self.names[part.name]}
         with TensorWriter(self.files.student, self.specs, metadata) as writer:
             writer.put(CONFIG_KEY, config_tensor(self.config))

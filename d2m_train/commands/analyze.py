@@ -184,7 +184,7 @@ def _watch_experts(
     if member is not None:
 
         def choose(_: nn.Module, arguments: Any, routing: BlockRouting) -> None:
-            ran[walk.some, walk.step] = routing.chosen_BM[:, member.block].cpu().numpy()
+            ran[walk.some, walk.step] = routing.chosen_BM[:, member.position].cpu().numpy()
 
         walk.handles.append(model.block_groups[member.group].register_forward_hook(choose))
 

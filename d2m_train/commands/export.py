@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 
 from d2m_model.checkpoint import CONFIG_KEY, check_opened
-from d2m_model.conversion.convert import metadata_of, refuse_same_file
+from d2m_model.conversion.convert import file_metadata, refuse_same_file
 from d2m_model.keys import dense_shapes
 from d2m_model.tensor_file import TensorFile
 from d2m_model.tensor_writer import TensorWriter
@@ -47,7 +47,7 @@ def export(source: Path, target: Path, dtype: torch.dtype) -> None:
         specs = {name: (dtype if name in weights else file.dtypes[name], shape) for name, shape in file.shapes.items()}
         target.parent.mkdir(parents=True, exist_ok=True)
         # The header may say more than the configuration: a title that the maker has given, say.
-        metadata = metadata_of(config) | {k: v for k, v in file.metadata.items() if k != CONFIG_KEY}
+        metadata = file_metadata(config) | {k: v for k, v in file.metadata.items() if k != CONFIG_KEY}
         with TensorWriter(target, specs, metadata) as writer:
             for name in writer.names:
                 writer.put(name, file.tensor(name).to(specs[name][0]))

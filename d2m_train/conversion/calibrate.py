@@ -21,7 +21,7 @@ from torch import Tensor
 
 from d2m_model.blocks import FFN, blocks_of
 from d2m_model.config import FluxDims
-from d2m_model.conversion.calibration import Calibration, metadata_of, write_part
+from d2m_model.conversion.calibration import Calibration, part_metadata, write_part
 from d2m_model.conversion.importance import TaylorImportance
 from d2m_model.conversion.recorder import Recorder
 from d2m_model.conversion.split import generator_for
@@ -71,7 +71,7 @@ def calibrate_on_batches(
     files = [folder / f"batch-{index:05}.safetensors" for index in range(settings.batches)]
     missing = [index for index, file in enumerate(files) if not _is_whole(file, identity)]
     for index in sorted(set(range(len(files))) - set(missing)):
-        progress(metadata_of(files[index])["loss"])
+        progress(part_metadata(files[index])["loss"])
     if missing:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _is_whole(file: Path, identity: dict[str, object]) -> bool:
     if not file.exists():
         return False
     try:
-        stored = metadata_of(file).get("identity")
+        stored = part_metadata(file).get("identity")
     except CheckpointError:
         return False  # damaged: recorded again
     if stored == identity:

@@ -16,7 +16,7 @@ import torch
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.conversion.calibration import Calibration
 from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_same_file
-from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, kept_blocks, outputs_of, teacher_name
+from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, kept_blocks, output_blocks, teacher_name
 from d2m_model.conversion.groups import auto_groups, with_choice
 from d2m_model.conversion.method import MethodError
 from d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
@@ -100,7 +100,7 @@ def shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxM
     ffns = {
         name: config.ffns[source] for name in all_ffn_names(dims) if (source := teacher_name(name, kept)) in config.ffns
     }
-    blocks = {"teacher_blocks": kept, "teacher_outputs": outputs_of(config.groups, kept)}
+    blocks = {"teacher_blocks": kept, "teacher_outputs": output_blocks(config.groups, kept)}
     return replace(config, dims=dims, ffns=ffns, groups=(), provenance=config.provenance | blocks)
 
 

@@ -128,4 +128,4 @@ def config_of(settings: ConversionSettings, dims: FluxDims, teacher: Teacher, da
     if data_name is not None:
         data = {"name": data_name, "batches": settings.batches, "batch_size": settings.batch_size}
     with as_user_error():
-        return method.config_of(settings, dims, teacher, data)
+        return method.new_config(settings, dims, teacher, data)

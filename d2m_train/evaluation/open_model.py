@@ -48,7 +48,7 @@ def load_flux(
     """In eval mode, without gradients. Raises CheckpointError for a file that is no FLUX, UserError for a sparsity that
     it does not have."""
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
-    from d2m_model.hosts.diffusers.modules import BlockGroupRouter
+    from d2m_model.hosts.diffusers.modules import GroupRouter
 
     sparsity = sparsity or Sparsity()
     if not is_flux_moe(path):
@@ -76,7 +76,7 @@ def load_flux(
             has = f"groups of {fewest} blocks or more" if config.groups else "no block groups"
             raise UserError(f"--active-blocks is {sparsity.active_blocks}, but {path} has {has}.")
         for group in model.block_groups:
-            assert isinstance(group, BlockGroupRouter)
+            assert isinstance(group, GroupRouter)
             group.active = sparsity.active_blocks
     found: FluxTransformer2DModel = model.requires_grad_(False)
     return found

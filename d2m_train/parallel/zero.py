@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2m_model.hosts.diffusers.modules import BlockGroupRouter
+from d2m_model.hosts.diffusers.modules import GroupRouter
 from d2m_model.moe import MoEFFN, RouterLinear
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -53,7 +53,7 @@ class Zero:
         if self.stage == 3:
             # A parameter is there while its module runs. A router's own module gives its weight to another.
             for user in model.modules():
-                if isinstance(user, MoEFFN | BlockGroupRouter):
+                if isinstance(user, MoEFFN | GroupRouter):
                     for router in (module for module in user.modules() if isinstance(module, RouterLinear)):
                         for parameter in router.parameters(recurse=False):
                             deepspeed.zero.register_external_parameter(user, parameter)

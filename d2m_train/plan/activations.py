@@ -104,7 +104,7 @@ def optional_of(run: RunConfig, config: FluxMoEConfig) -> list[str]:
 def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) -> FluxMoETransformer2DModel:
     """The student as a stage trains it: dtypes, what is frozen, gates, checkpointing. To be made in `without_values`."""
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-    from d2m_model.hosts.diffusers.tensors import fill
+    from d2m_model.hosts.diffusers.tensors import load_tensors
 
     optional = optional_of(run, config)
     shapes = expected_tensors(config) | optional_tensors(config)
@@ -114,7 +114,7 @@ def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) ->
 
     with torch.device("meta"):
         core = FluxMoETransformer2DModel(config, optional)
-    fill(core, config, optional, empty, getattr(torch, run.student.dtype), "cpu")
+    load_tensors(core, config, optional, empty, getattr(torch, run.student.dtype), "cpu")
     with_gate(core, plan.stage)
     frozen = run.student.frozen_dtype
     prepare_student(core, plan, None if frozen is None else getattr(torch, frozen))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2m_model.blocks import DIFFUSERS_BLOCKS, Block, blocks_of
 from d2m_model.conversion.convert import refuse_same_file
-from d2m_model.hosts.diffusers import new_transformer
+from d2m_model.hosts.diffusers import untrained_transformer
 from d2m_model.keys import diffusers_sources, swap_halves
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
@@ -52,7 +52,7 @@ def open_frozen_teacher(
     quantise = None if section.quantise is None else _quantiser(section.quantise)
     teacher = open_teacher(section.path if fused is None else fused)
     with torch.device("meta"):
-        model = new_transformer(teacher.dims)
+        model = untrained_transformer(teacher.dims)
     model.eval().requires_grad_(False)
     weights = _Weights(teacher)
     weights.lend(model, weights.outside, device, dtype, keep=True)

@@ -28,9 +28,9 @@ from ...d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
 from ...d2m_model.conversion.calibration import Calibration
 from ...d2m_model.conversion.convert import convert_file
 from ...d2m_model.conversion.ffn import Recipe
-from ...d2m_model.conversion.method import Method, config_of, resolved
+from ...d2m_model.conversion.method import Method, new_config, resolved
 from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
-from ...d2m_model.teacher import FLOAT8
+from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember
 from .calibration import TOKENS, CalibrationSamples, calibrate_on_prompts, prompts_of, sampling_patches
 from .dense_teacher import open_dense, refuse_others
@@ -119,7 +119,7 @@ def convert(
             settings = replace(settings, samples=max(settings.samples, len(prompts)))
             data = {"name": f"{len(prompts)} prompts in ComfyUI", "samples": settings.samples, "steps": settings.steps}
         dims = teacher.dims
-        config = config_of(method, dims, about, data)
+        config = new_config(method, dims, about, data)
         if patches := patches_of(model):
             config = replace(config, provenance=config.provenance | {"baked": [note_of(patches)]})
         kept = 0 if prompts is None else 4 * TOKENS * dims.hidden_size * len(config.ffns)

@@ -19,8 +19,8 @@ from ...d2m_model.checkpoint import CheckpointError, check_dense
 from ...d2m_model.config import Teacher
 from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
 from ...d2m_model.keys import bfl_spelling, dense_shapes
-from ...d2m_model.teacher import FLOAT8, DenseTeacher, from_float8, open_teacher
-from ...d2m_model.tensor_file import Shape, bytes_of
+from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
+from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of
 from ..model.flux_moe import FluxMoEModel
 from .injections import refuse_injections
 from .save_node import PREFIX, patches_of, unload
@@ -154,9 +154,9 @@ class LoadedTeacher:
             weight = comfy.utils.get_attr(self._patcher.model, key)
         if isinstance(weight, QuantizedTensor):
             scale = weight.params.scale.detach().float().cpu().reshape(-1, 1)
-            return from_float8(weight._qdata.detach().cpu(), scale)
+            return dequantise_float8(weight._qdata.detach().cpu(), scale)
         found: Tensor = weight.detach().cpu()
-        return from_float8(found, None) if found.dtype in FLOAT8 else found
+        return dequantise_float8(found, None) if found.dtype in FLOAT8 else found
 
     def span(self, name: str) -> tuple[int, int]:
         return self._spans[name]

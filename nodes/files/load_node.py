@@ -19,7 +19,7 @@ import torch
 from comfy_api.latest import io
 
 from ...d2m_model.checkpoint import check_file, check_opened
-from ...d2m_model.quantised import HEADER_KEY, layers_of
+from ...d2m_model.quantised import HEADER_KEY, quantised_layers
 from ...d2m_model.tensor_file import TensorFile
 from ..cost import remember
 
@@ -34,7 +34,7 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     file = TensorFile(path, copy_on_write=True)  # hooks patch weights in place
     check_opened(file)
     tensors = {name: file.tensor(name) for name in file.shapes}
-    metadata, layers = dict(file.metadata), layers_of(file.metadata)
+    metadata, layers = dict(file.metadata), quantised_layers(file.metadata)
     if layers:
         metadata[HEADER_KEY] = json.dumps({"layers": layers})
     options = dict(model_options)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
 from ...d2m_model.config import FluxMoEConfig
-from ...d2m_model.conversion.convert import metadata_of
+from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
 from ...d2m_model.routers.capacity_routing import scaled_threshold
 from ...d2m_model.tensor_writer import TensorWriter
@@ -149,7 +149,7 @@ def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
 
 def metadata_of_saved(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str]:
     """As a converted file's."""
-    metadata = metadata_of(config)
+    metadata = file_metadata(config)
     if was_split_only and not config.split_only:
         start = metadata["modelspec.description"].partition(". ")[0]
         metadata["modelspec.description"] = f"{start}. {BAKED}"

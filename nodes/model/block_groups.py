@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from ...d2m_model.config import BlockGroup
 from ...d2m_model.mob import (
     BlockRouting,
-    Samples,
+    SampleSubset,
     mean_tokens,
     route_blocks,
-    samples_of,
+    samples_per_block,
     scatter_samples,
     select_samples,
 )
@@ -41,7 +41,9 @@ from .settings import Choice, FileChoice, active_blocks, settings_of
 
 CHOSEN_KEY = "d2m_chosen"  # of transformer_options: what groups chose in this evaluation
 
-Chosen = dict[int, list[Samples] | None]  # by group, of each of its blocks; None where there is more than one choice
+Chosen = dict[
+    int, list[SampleSubset] | None
+]  # by group, of each of its blocks; None where there is more than one choice
 
 
 class BlockGroupRouter(nn.Module):
@@ -57,7 +59,7 @@ class BlockGroupRouter(nn.Module):
 
     def samples(
         self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None
-    ) -> Samples:
+    ) -> SampleSubset:
         """Those that run the group's block at `position`.
 
         The first of the group's blocks that is asked chooses for all of them: its first, unless another pack has put
@@ -69,7 +71,7 @@ class BlockGroupRouter(nn.Module):
         known = None if chosen is None or position == 0 else chosen.get(self.index)
         if known is not None and known[position].batch == batch:
             return known[position]
-        found = samples_of(self.route(streams, vec_BH, options))
+        found = samples_per_block(self.route(streams, vec_BH, options))
         if chosen is not None and (position == 0 or self.index not in chosen):
             # Asked twice in one evaluation, the first block sees the batch in parts: no choice is everyone's.
             chosen[self.index] = None if self.index in chosen else found
@@ -96,7 +98,7 @@ class Call:
     """One call of a block: the streams as they came, the samples that it runs on, and what it is then called with."""
 
     streams: tuple[Tensor, ...]
-    samples: Samples
+    samples: SampleSubset
     choice: Choice | None  # None: of a dense block
     arguments: dict[str, Any]
     whole: bool  # it sees the others' samples too
@@ -127,7 +129,7 @@ class ApartBlock:
         options = arguments.pop("transformer_options", None)
         streams = tuple(arguments[name] for name in self.streams)
         batch = streams[0].shape[0]
-        samples, whole = Samples(batch=batch, count=batch, index_S=None), False
+        samples, whole = SampleSubset(batch=batch, count=batch, index_S=None), False
         if self.place is not None:
             group, position = self.place
             samples = group.samples(position, streams, arguments["vec"], options)

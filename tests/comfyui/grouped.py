@@ -50,13 +50,13 @@ def grouped(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Grouped:
 def watched(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """What was chosen since: of every choice, for each block of the group, the samples that run it."""
     block_groups, seen = host.module("nodes.model.block_groups"), []
-    samples_of = block_groups.samples_of
+    samples_per_block = block_groups.samples_per_block
 
     def watching(routing: Any) -> Any:
         seen.append([column.nonzero().flatten().tolist() for column in routing.chosen_BM.T])
-        return samples_of(routing)
+        return samples_per_block(routing)
 
-    monkeypatch.setattr(block_groups, "samples_of", watching)
+    monkeypatch.setattr(block_groups, "samples_per_block", watching)
     return seen
 
 

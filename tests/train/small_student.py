@@ -15,7 +15,7 @@ from d2m_model.config import (
     Teacher,
     all_ffn_names,
 )
-from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, untrained_transformer
 
 DIMS = FluxDims(
     hidden_size=128,
@@ -33,7 +33,7 @@ GROUP = BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk")
 
 def dense_flux(seed: int = 0) -> FluxTransformer2DModel:
     torch.manual_seed(seed)
-    return new_transformer(DIMS).eval().requires_grad_(False)
+    return untrained_transformer(DIMS).eval().requires_grad_(False)
 
 
 def student_config(*, capacity: bool = False, groups: bool = True) -> FluxMoEConfig:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import check_file
 from d2m_model.config import CapacityRouter, FluxMoEConfig
-from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, outputs_of
+from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, output_blocks
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_writer import TensorWriter
@@ -340,7 +340,7 @@ def test_a_block_that_stands_for_a_pruned_group_learns_what_the_group_did(tmp_pa
         shallow = ShallowTeacher(teacher, kept)
         student = {name: shallow.tensor(name).clone() for name in shallow.shapes}
     moe = FluxMoEConfig.from_json(bytes(files.split(dense, DIMS)["d2m_config"].numpy()))
-    provenance = {"teacher_blocks": kept, "teacher_outputs": outputs_of(GROUPS, kept)}
+    provenance = {"teacher_blocks": kept, "teacher_outputs": output_blocks(GROUPS, kept)}
     config = replace(moe, dims=shallow.dims, ffns={}, groups=(), provenance=provenance, split_only=False)
     student["d2m_config"] = files.config_tensor(config.to_json())
     assert parts("blocks", config) == {"double_blocks.1": (1, 3), "single_blocks.1": (4, 6)}

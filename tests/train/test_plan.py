@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2m_model.config import FluxMoEConfig
-from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, new_transformer, save_flux_moe
+from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, save_flux_moe, untrained_transformer
 from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.commands.report import EMOJI_FILE
@@ -71,7 +71,7 @@ class Real:
 
     def _step(self, run: RunConfig) -> int:
         """Forward, losses, backward and update; bytes that saved-tensor hooks see but for the weights."""
-        teacher = new_transformer(EMOJI_FLUX).requires_grad_(False).eval()
+        teacher = untrained_transformer(EMOJI_FLUX).requires_grad_(False).eval()
         student = self.core
         if run.training.mixed_precision != "no":
             from accelerate.utils.operations import convert_outputs_to_fp32

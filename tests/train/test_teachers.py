@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2m_model.config import FluxDims
 from d2m_model.hosts.diffusers import load_transformer
-from d2m_model.keys import dense_shapes, diffusers_shapes, to_diffusers
+from d2m_model.keys import dense_shapes, diffusers_shapes, diffusers_tensors
 from d2m_model.lora_file import read_lora
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_train import UserError
@@ -416,7 +416,8 @@ def test_wherever_its_weights_wait_the_teacher_says_the_same(offload: str, dtype
 
 def test_a_streamed_teacher_may_be_float8_shards_in_diffusers_names(tmp_path: Path) -> None:
     tensors = {
-        name: tensor.to(torch.float8_e4m3fn).contiguous() for name, tensor in to_diffusers(dense_flux(), DIMS).items()
+        name: tensor.to(torch.float8_e4m3fn).contiguous()
+        for name, tensor in diffusers_tensors(dense_flux(), DIMS).items()
     }
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}

@@ -17,11 +17,11 @@ from d2m_model.checkpoint import (
     check_dense,
     check_file,
     check_state_dict,
-    config_of,
     config_tensor,
     dims_of,
     expected_tensors,
     optional_tensors,
+    parse_config,
 )
 from d2m_model.config import (
     BlockGroup,
@@ -241,7 +241,7 @@ def test_a_newer_schema_and_a_damaged_configuration_are_refused(moe: dict[str, t
 
 
 def test_the_configuration_survives_the_tensor() -> None:
-    assert config_of(config_tensor(CONFIG)) == CONFIG
+    assert parse_config(config_tensor(CONFIG)) == CONFIG
 
 
 def test_groups_and_adaln_compression_bring_their_tensors() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter, FluxMoEConfig
 from d2m_model.conversion import predictor_init
-from d2m_model.conversion.depth_pruning import outputs_of
+from d2m_model.conversion.depth_pruning import output_blocks
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_train import UserError
 from d2m_train.conversion.run import ConversionSettings, convert, settings_of
@@ -279,7 +279,7 @@ def test_depth_pruning_is_the_teacher_without_the_blocks_that_change_least(
 
 def test_of_several_kept_blocks_of_a_group_each_stands_for_those_up_to_the_next() -> None:
     group = BlockGroup(kind="single", first=2, blocks=5, active=2, selection="topk")
-    assert outputs_of((group,), {"double": [0, 1], "single": [0, 1, 3, 5, 7]}) == {
+    assert output_blocks((group,), {"double": [0, 1], "single": [0, 1, 3, 5, 7]}) == {
         "double": [0, 1],
         "single": [0, 1, 4, 6, 7],
     }

@@ -16,12 +16,11 @@ from .small_flux import DIMS, save_flux
 pytest.importorskip("diffusers")
 
 from d2m_model.hosts.diffusers import (
+    FluxMoETransformer2DModel,
     dims_of_transformer,
-    experts_of,
     ffn_linears,
-    load_flux_moe,
+    flux_moe_tensors,
     load_transformer,
-    state_dict_of_flux_moe,
     state_dict_to_bfl,
 )
 
@@ -85,17 +84,16 @@ def split(tmp_path: Path, *options: str, dtype: torch.dtype = torch.float32) -> 
     return moe
 
 
-def set_top_k(model: torch.nn.Module, top_k: int) -> torch.nn.Module:
-    for moe in experts_of(model):
-        moe.top_k = top_k
+def set_top_k(model: FluxMoETransformer2DModel, top_k: int) -> FluxMoETransformer2DModel:
+    model.set_top_k(top_k)
     return model
 
 
 @torch.no_grad()
 def test_all_experts_are_the_dense_model(tmp_path: Path) -> None:
-    model, config = load_flux_moe(split(tmp_path, "--split-only"))
+    model = FluxMoETransformer2DModel.from_flux_moe(split(tmp_path, "--split-only"))
     dense = velocity(load_transformer(tmp_path / "flux.safetensors"))
-    assert len(experts_of(model)) == len(config.ffns) == 4
+    assert len(model.moe_ffns()) == len(model.flux_moe.ffns) == 4
     torch.testing.assert_close(velocity(set_top_k(model, 12)), dense, rtol=1e-5, atol=1e-5)
     assert (velocity(set_top_k(model, 2)) - dense).norm() / dense.norm() > 0.01
 
@@ -103,20 +101,20 @@ def test_all_experts_are_the_dense_model(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_compressed_modulations_run_with_one_shared_matrix(tmp_path: Path) -> None:
     """At full rank nothing is lost, below it something is."""
-    full, _ = load_flux_moe(split(tmp_path, "--adaln-rank", "128"))
+    full = FluxMoETransformer2DModel.from_flux_moe(split(tmp_path, "--adaln-rank", "128"))
     dense = velocity(load_transformer(tmp_path / "flux.safetensors"))
     torch.testing.assert_close(velocity(set_top_k(full, 12)), dense, rtol=1e-4, atol=1e-4)
     assert sum("adaln_in" in name for name, _ in full.named_parameters()) == 1
-    low, config = load_flux_moe(split(tmp_path))
-    assert config.adaln_rank == 11
+    low = FluxMoETransformer2DModel.from_flux_moe(split(tmp_path))
+    assert low.flux_moe.adaln_rank == 11
     found = velocity(set_top_k(low, 12))
     assert 0.001 < (found - dense).norm() / dense.norm() < 1
 
 
 def test_routers_keep_the_precision_of_their_file(tmp_path: Path) -> None:
-    model, _ = load_flux_moe(split(tmp_path, dtype=torch.bfloat16), torch.float16)
-    assert {moe.router.weight.dtype for moe in experts_of(model)} == {torch.float32}
-    assert {moe.routed_up.dtype for moe in experts_of(model)} == {torch.float16}
+    model = FluxMoETransformer2DModel.from_flux_moe(split(tmp_path, dtype=torch.bfloat16), torch.float16)
+    assert {moe.router.weight.dtype for moe in model.moe_ffns().values()} == {torch.float32}
+    assert {moe.routed_up.dtype for moe in model.moe_ffns().values()} == {torch.float16}
     assert model.adaln_in is not None
     assert model.adaln_in.weight.dtype == torch.float32
     assert model.x_embedder.weight.dtype == model.transformer_blocks[0].norm1.linear.weight.dtype == torch.float16
@@ -126,13 +124,14 @@ def test_routers_keep_the_precision_of_their_file(tmp_path: Path) -> None:
 def test_a_dense_file_is_no_flux_moe(tmp_path: Path) -> None:
     save_flux(tmp_path / "flux.safetensors")
     with pytest.raises(CheckpointError, match="This is a dense FLUX, not a FLUX-MoE"):
-        load_flux_moe(tmp_path / "flux.safetensors")
+        FluxMoETransformer2DModel.from_flux_moe(tmp_path / "flux.safetensors")
 
 
 def test_a_flux_moe_comes_back_as_the_tensors_of_its_file(tmp_path: Path) -> None:
     for options in (("--split-only",), ()):
         file = split(tmp_path, *options, dtype=torch.bfloat16)
-        stored, back = load_file(file), state_dict_of_flux_moe(*load_flux_moe(file))
+        stored, model = load_file(file), FluxMoETransformer2DModel.from_flux_moe(file)
+        back = dict(flux_moe_tensors(model, model.flux_moe))
         assert back.keys() == stored.keys()
         for name, tensor in stored.items():
             assert back[name].dtype == tensor.dtype, name

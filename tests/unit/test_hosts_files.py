@@ -19,7 +19,6 @@ from d2m_model.hosts.diffusers import (
     FluxMoETransformer2DModel,
     flux_moe_specs,
     flux_moe_tensors,
-    load_flux_moe,
     load_transformer,
 )
 
@@ -45,12 +44,12 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def test_a_file_becomes_a_model_and_the_same_file_again(pair: Pair, tmp_path: Path) -> None:
-    model, config = load_flux_moe(pair.moe)
-    assert config == check_file(pair.moe) == model.flux_moe
+    model = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
+    assert check_file(pair.moe) == model.flux_moe
     model.save_flux_moe(tmp_path / "again.safetensors")
     stored = load_file(pair.moe)
     assert same(load_file(tmp_path / "again.safetensors"), stored)
-    assert check_file(tmp_path / "again.safetensors") == config
+    assert check_file(tmp_path / "again.safetensors") == model.flux_moe
     model.save_flux_moe(tmp_path / "half.safetensors", dtype=torch.float16)
     half = load_file(tmp_path / "half.safetensors")
     for name, tensor in stored.items():
@@ -61,10 +60,10 @@ def test_a_file_becomes_a_model_and_the_same_file_again(pair: Pair, tmp_path: Pa
 
 
 def test_an_empty_model_has_every_tensor_of_the_full_one(pair: Pair) -> None:
-    full, config = load_flux_moe(pair.moe)
-    optional = [name for name in optional_tensors(config) if name in load_file(pair.moe)]
+    full = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
+    optional = [name for name in optional_tensors(full.flux_moe) if name in load_file(pair.moe)]
     with torch.device("meta"):
-        empty = FluxMoETransformer2DModel(config, optional)
+        empty = FluxMoETransformer2DModel(full.flux_moe, optional)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     assert [(name, t.shape) for name, t in empty.named_parameters()] == [
         (name, t.shape) for name, t in full.named_parameters()
@@ -75,13 +74,13 @@ def test_an_empty_model_has_every_tensor_of_the_full_one(pair: Pair) -> None:
 
 
 def test_save_pretrained_and_from_pretrained_give_the_same_model(pair: Pair, tmp_path: Path) -> None:
-    model, config = load_flux_moe(pair.moe)
+    model = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
     model.save_pretrained(tmp_path, max_shard_size="2MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "FluxMoETransformer2DModel"
     again = FluxMoETransformer2DModel.from_pretrained(tmp_path, torch_dtype=model.dtype)
     assert same(again.state_dict(), model.state_dict())
-    assert again.flux_moe == config
+    assert again.flux_moe == model.flux_moe
     assert (again.config.in_channels, again.config.guidance_embeds) == (64, True)
     half = FluxMoETransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert half.transformer_blocks[2].ff.routed_up.dtype == torch.float16
@@ -97,7 +96,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def test_from_single_file_takes_a_path_or_tensors(every: Pair) -> None:
-    expected = load_flux_moe(every.moe)[0].state_dict()
+    expected = FluxMoETransformer2DModel.from_flux_moe(every.moe).state_dict()
     stored = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(every.moe).items()}
     for given in (every.moe, str(every.moe), stored):
         assert same(FluxMoETransformer2DModel.from_single_file(given).state_dict(), expected)
@@ -112,7 +111,7 @@ def test_models_that_are_offloaded_layer_by_layer_run(every: Pair) -> None:
     """Weights come in when a module is called, and only then."""
     from accelerate import cpu_offload
 
-    model, _ = load_flux_moe(every.moe, torch.float32)
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe, torch.float32)
     expected = velocity(model, inputs(3))
     cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -121,7 +120,7 @@ def test_models_that_are_offloaded_layer_by_layer_run(every: Pair) -> None:
 
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_depend_on_each_other(every: Pair) -> None:
-    model, _ = load_flux_moe(every.moe, torch.float32)
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe, torch.float32)
     asked = inputs(3)
     together = velocity(model, asked)
     for index in range(3):
@@ -130,15 +129,15 @@ def test_samples_of_a_batch_do_not_depend_on_each_other(every: Pair) -> None:
 
 
 def test_tensors_come_one_by_one_and_every_rank_is_asked_for_the_same_parts(every: Pair) -> None:
-    model, config = load_flux_moe(every.moe)
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe)
     parts: list[int] = []
 
     def whole(tensor: Tensor) -> Tensor:
         parts.append(tensor.data_ptr())
         return tensor
 
-    seen, specs = 0, flux_moe_specs(model, config)
-    for name, tensor in flux_moe_tensors(model, config, whole):
+    seen, specs = 0, flux_moe_specs(model, model.flux_moe)
+    for name, tensor in flux_moe_tensors(model, model.flux_moe, whole):
         assert specs[name] == (tensor.dtype, tuple(tensor.shape))
         assert len(parts) - seen <= 5, name  # q, k, v, shared and routed: those of this tensor alone
         seen = len(parts)
@@ -147,7 +146,7 @@ def test_tensors_come_one_by_one_and_every_rank_is_asked_for_the_same_parts(ever
 
 @torch.no_grad()
 def test_without_experts_the_shared_ones_run_alone(every: Pair) -> None:
-    model, _ = load_flux_moe(every.moe)
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe)
     for moe in model.moe_ffns().values():
         moe.experts_on = False
     alone = velocity(model)
@@ -169,7 +168,7 @@ def test_without_experts_the_shared_ones_run_alone(every: Pair) -> None:
 def test_all_experts_and_blocks_of_a_compressed_file_are_its_teacher(tmp_path: Path) -> None:
     """Whose modulations lose nothing by the compression; in diffusers as on every host."""
     pair = save_pair(tmp_path, rank=16, groups=GROUPS)
-    model, _ = load_flux_moe(pair.moe)
+    model = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
     model.set_top_k(12)
     for router in model.block_routers():
         router.active = len(router.router_x.weight)
@@ -194,22 +193,21 @@ def test_a_quantised_file_is_refused(every: Pair, tmp_path: Path) -> None:
     name = "double_blocks.0.img_attn.qkv"
     tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "float8.safetensors")  # stored so, not quantised
-    assert (
-        load_flux_moe(tmp_path / "float8.safetensors")[0].transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
-    )
+    model = FluxMoETransformer2DModel.from_flux_moe(tmp_path / "float8.safetensors")
+    assert model.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
     tensors[f"{name}.scale_weight"] = torch.ones(1)
     save_file(tensors, tmp_path / "scaled.safetensors")
     with pytest.raises(CheckpointError, match=r"is quantised \(double_blocks.0.img_attn.qkv.scale_weight\)"):
-        load_flux_moe(tmp_path / "scaled.safetensors")
+        FluxMoETransformer2DModel.from_flux_moe(tmp_path / "scaled.safetensors")
 
 
 def test_a_pipeline_is_saved_and_loaded_with_it(every: Pair, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    model, config = load_flux_moe(every.moe)
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe)
     others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=model, **others).save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, **others)
     assert type(loaded.transformer) is FluxMoETransformer2DModel
-    assert loaded.transformer.flux_moe == config
+    assert loaded.transformer.flux_moe == model.flux_moe
     assert same(loaded.transformer.state_dict(), model.state_dict())

@@ -9,14 +9,14 @@ from d2m_model.config import FluxDims
 from d2m_model.keys import (
     BFL,
     DIFFUSERS,
+    bfl_tensors,
     dense_shapes,
     diffusers_shapes,
     diffusers_sources,
-    from_diffusers,
+    diffusers_tensors,
     landmarks_of,
     strip_prefix,
     swap_halves,
-    to_diffusers,
 )
 
 DIMS = FluxDims(
@@ -38,7 +38,7 @@ def random_flux(dims: FluxDims) -> dict[str, torch.Tensor]:
 
 def test_weights_survive_the_way_to_diffusers_and_back_bit_for_bit() -> None:
     tensors = random_flux(DIMS)
-    back = from_diffusers(to_diffusers(tensors, DIMS), DIMS)
+    back = bfl_tensors(diffusers_tensors(tensors, DIMS), DIMS)
     assert list(back) == list(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -46,12 +46,12 @@ def test_weights_survive_the_way_to_diffusers_and_back_bit_for_bit() -> None:
 @pytest.mark.parametrize("guidance", [True, False])
 def test_diffusers_model_is_filled_whole_and_gives_the_same_weights_back(guidance: bool) -> None:
     pytest.importorskip("diffusers")
-    from d2m_model.hosts.diffusers import new_transformer, state_dict_to_bfl
+    from d2m_model.hosts.diffusers import state_dict_to_bfl, untrained_transformer
 
     dims = FluxDims(**{f: getattr(DIMS, f) for f in DIMS.__slots__} | {"guidance_embed": guidance})
     tensors = random_flux(dims)
-    model = new_transformer(dims)
-    model.load_state_dict(to_diffusers(tensors, dims), strict=True)
+    model = untrained_transformer(dims)
+    model.load_state_dict(diffusers_tensors(tensors, dims), strict=True)
     back = state_dict_to_bfl(model)
     assert set(back) == set(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
@@ -59,10 +59,10 @@ def test_diffusers_model_is_filled_whole_and_gives_the_same_weights_back(guidanc
 
 def test_names_and_shapes_of_diffusers_are_those_of_its_model() -> None:
     pytest.importorskip("diffusers")
-    from d2m_model.hosts.diffusers import new_transformer
+    from d2m_model.hosts.diffusers import untrained_transformer
 
     with torch.device("meta"):
-        model = new_transformer(DIMS)
+        model = untrained_transformer(DIMS)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert diffusers_shapes(DIMS) == theirs
     assert landmarks_of(theirs) is DIFFUSERS
@@ -73,14 +73,14 @@ def test_final_modulation_is_shift_first_in_bfl_and_scale_first_in_diffusers() -
     tensors = random_flux(DIMS)
     name = "final_layer.adaLN_modulation.1.weight"
     shift, scale = tensors[name].chunk(2)
-    theirs = to_diffusers(tensors, DIMS)["norm_out.linear.weight"]
+    theirs = diffusers_tensors(tensors, DIMS)["norm_out.linear.weight"]
     assert torch.equal(theirs, torch.cat([scale, shift]))
     assert torch.equal(swap_halves(theirs), tensors[name])
 
 
 def test_single_block_up_projection_follows_q_k_v() -> None:
     tensors = random_flux(DIMS)
-    theirs = to_diffusers(tensors, DIMS)
+    theirs = diffusers_tensors(tensors, DIMS)
     up = theirs["single_transformer_blocks.1.proj_mlp.weight"]
     assert torch.equal(up, tensors["single_blocks.1.linear1.weight"][3 * 128 :])
     assert diffusers_sources(DIMS)["single_blocks.1.linear1.bias"].rows == (128, 128, 128, 512)

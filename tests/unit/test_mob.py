@@ -15,7 +15,7 @@ from d2m_model.config import Selection
 from d2m_model.mob import (
     RIDGES,
     BlockRouting,
-    Samples,
+    SampleSubset,
     block_balance_loss,
     choice_fractions,
     masked,
@@ -24,7 +24,7 @@ from d2m_model.mob import (
     ridge_block_routers,
     route_blocks,
     run_on,
-    samples_of,
+    samples_per_block,
     select_samples,
 )
 
@@ -155,7 +155,7 @@ def test_a_batch_runs_as_its_samples_do_one_by_one(
 
     routing = route_blocks(mean_tokens(*streams), vec, *routers, active, selection)
     found = tuple(stream.clone() for stream in streams)
-    for index, samples in enumerate(samples_of(routing)):
+    for index, samples in enumerate(samples_per_block(routing)):
         found = run_on(samples, block(index), found, vec=vec, pe=pe, mask=mask)
 
     for b in range(batch):
@@ -181,13 +181,13 @@ def test_a_block_sees_only_the_samples_that_chose_it_and_nothing_is_copied_for_a
 
     x, vec = normal(0, 3, 2, 4), normal(1, 3, 4)
     out = (x,)
-    for samples in samples_of(routing_of([[0, 1, 0], [1, 1, 0], [0, 1, 0]], active=2)):
+    for samples in samples_per_block(routing_of([[0, 1, 0], [1, 1, 0], [0, 1, 0]], active=2)):
         out = run_on(samples, look, out, vec=vec)
     assert [len(called) for called, _ in seen] == [1, 3]
     assert torch.equal(seen[0][1], vec[1:2])
     assert seen[1][1] is vec
     assert torch.equal(out[0], x + torch.tensor([1.0, 2.0, 1.0])[:, None, None])
-    unchanged = run_on(Samples(batch=3, count=0, index_S=None), look, (x,), vec=vec)
+    unchanged = run_on(SampleSubset(batch=3, count=0, index_S=None), look, (x,), vec=vec)
     assert unchanged[0] is x
     assert len(seen) == 2
 
@@ -198,7 +198,7 @@ class Pair(NamedTuple):
 
 
 def test_what_belongs_to_samples_is_taken_and_what_they_share_is_left() -> None:
-    (samples, _) = samples_of(routing_of([[1, 0], [0, 1], [1, 0]]))
+    (samples, _) = samples_per_block(routing_of([[1, 0], [0, 1], [1, 0]]))
     per_sample, shared, square = normal(0, 3, 2), normal(1, 1, 2), normal(2, 7, 7)
     given = {"vec": Pair(per_sample, shared), "mask": square, "list": [per_sample, None], "options": "untouched"}
     found = select_samples(given, samples)
@@ -216,11 +216,11 @@ def test_the_host_waits_for_the_device_only_where_a_block_may_be_left_out() -> N
             routing = route_blocks(
                 torch.ones(2, 4), torch.ones(2, 4), torch.ones(3, 4), torch.ones(3, 4), active, "topk"
             )
-            assert [samples.count for samples in samples_of(routing)] == [2 if active else 0] * 3
+            assert [samples.count for samples in samples_per_block(routing)] == [2 if active else 0] * 3
         routing = route_blocks(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3, 4), torch.ones(3, 4), 2, "topk")
         masked(routing, 0, [torch.ones(2, 5, 4)], [torch.ones(2, 5, 4)])
         with pytest.raises(DataDependentOutputException):
-            samples_of(routing)
+            samples_per_block(routing)
 
 
 def test_running_every_block_and_masking_compiles_to_one_graph() -> None:
@@ -236,7 +236,7 @@ def test_running_every_block_and_masking_compiles_to_one_graph() -> None:
         return out
 
     expected = streams
-    for index, samples in enumerate(samples_of(route_blocks(mean_tokens(*streams), vec, *routers, 1, "topk"))):
+    for index, samples in enumerate(samples_per_block(route_blocks(mean_tokens(*streams), vec, *routers, 1, "topk"))):
         copies = tuple(stream.clone() for stream in expected)
         expected = run_on(samples, block(index), copies, vec=vec, pe=pe, mask=None)
     compiled = torch.compile(group, fullgraph=True, backend="eager")(*streams)

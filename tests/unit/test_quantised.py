@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from d2m_model.quantised import HEADER_KEY, is_companion, layers_of, problems
+from d2m_model.quantised import HEADER_KEY, is_companion, quantisation_problems, quantised_layers
 
 EXPECTED = {
     "single_blocks.0.linear1.weight": (),
@@ -17,7 +17,7 @@ EXPECTED = {
 
 def test_layers_of_the_header_lose_their_prefix() -> None:
     layers = {"model.diffusion_model.img_in": {"format": "nvfp4"}, "txt_in": {"format": "float8_e4m3fn"}}
-    assert layers_of({HEADER_KEY: json.dumps({"layers": layers})}) == {
+    assert quantised_layers({HEADER_KEY: json.dumps({"layers": layers})}) == {
         "img_in": {"format": "nvfp4"},
         "txt_in": {"format": "float8_e4m3fn"},
     }
@@ -25,8 +25,8 @@ def test_layers_of_the_header_lose_their_prefix() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not JSON", '{"layers": []}'])
 def test_a_header_that_lists_none_or_cannot_be_read_lists_none(text: str) -> None:
-    assert layers_of({HEADER_KEY: text}) == {}
-    assert layers_of({}) == {}
+    assert quantised_layers({HEADER_KEY: text}) == {}
+    assert quantised_layers({}) == {}
 
 
 def test_companions_stand_beside_a_weight_that_is_expected() -> None:
@@ -46,6 +46,6 @@ def test_companions_stand_beside_a_weight_that_is_expected() -> None:
     ],
 )
 def test_what_is_missing_or_must_not_be_is_named(names: list[str], found: list[str]) -> None:
-    said = problems(dict.fromkeys(names, ()), EXPECTED)
+    said = quantisation_problems(dict.fromkeys(names, ()), EXPECTED)
     assert len(said) == len(found)
     assert all(expected in text for expected, text in zip(found, said, strict=True))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2m_model.config import FluxDims
-from d2m_model.keys import dense_shapes, to_diffusers
+from d2m_model.keys import dense_shapes, diffusers_tensors
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_file import CheckpointError
 from d2m_train.teacher.known_flux import FLUX_DEV
@@ -79,7 +79,7 @@ def test_norms_in_comfyuis_spelling(tmp_path: Path) -> None:
 
 def test_diffusers_keys_in_one_file(tmp_path: Path) -> None:
     flux = dense_flux()
-    path = save(tmp_path / "diffusion_pytorch_model.safetensors", to_diffusers(flux, DIMS))
+    path = save(tmp_path / "diffusion_pytorch_model.safetensors", diffusers_tensors(flux, DIMS))
     assert_same(path, flux)
     with open_teacher(path) as teacher:
         assert any("diffusers" in note for note in teacher.notes)
@@ -88,7 +88,7 @@ def test_diffusers_keys_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("naming", ["bfl", "diffusers"])
 def test_shards_are_found_by_their_index_by_any_of_them_and_by_their_folder(tmp_path: Path, naming: str) -> None:
     flux = dense_flux()
-    tensors = flux if naming == "bfl" else to_diffusers(flux, DIMS)
+    tensors = flux if naming == "bfl" else diffusers_tensors(flux, DIMS)
     folder = tmp_path / "FLUX.1-small" / "transformer"
     index = save_shards(folder, tensors, "diffusion_pytorch_model")
     shards = sorted(folder.glob("*.safetensors"))
@@ -192,7 +192,7 @@ def test_scaled_float8_in_each_of_comfyuis_forms(tmp_path: Path, form: str, rows
 
 def test_scaled_float8_in_diffusers_names_is_dequantised_before_it_is_fused(tmp_path: Path) -> None:
     flux = dense_flux()
-    theirs = to_diffusers(flux, DIMS)
+    theirs = diffusers_tensors(flux, DIMS)
     q = "single_transformer_blocks.0.attn.to_q"
     quantised = quantise(theirs[f"{q}.weight"], rows=False)
     expected = flux[LINEAR].clone()
@@ -271,7 +271,7 @@ VARIANTS = {
 def test_every_variant_is_known_by_its_shapes(tmp_path: Path, changes: dict[str, int], naming: str) -> None:
     dims: FluxDims = dataclasses.replace(DIMS, **changes)
     flux = dense_flux(dims)
-    path = save(tmp_path / "flux.safetensors", flux if naming == "bfl" else to_diffusers(flux, dims))
+    path = save(tmp_path / "flux.safetensors", flux if naming == "bfl" else diffusers_tensors(flux, dims))
     with open_teacher(path) as teacher:
         assert teacher.dims == dims
     assert_same(path, flux)
@@ -329,7 +329,7 @@ def test_what_is_no_whole_flux_is_refused_with_what_is_wrong(
     tmp_path: Path, naming: str, damage: Callable[[Tensors], Tensors], message: str
 ) -> None:
     flux = dense_flux()
-    path = save(tmp_path / "flux.safetensors", damage(flux if naming == "bfl" else to_diffusers(flux, DIMS)))
+    path = save(tmp_path / "flux.safetensors", damage(flux if naming == "bfl" else diffusers_tensors(flux, DIMS)))
     with pytest.raises(CheckpointError, match=rf"flux\.safetensors: .*{message}"):
         open_teacher(path)
 

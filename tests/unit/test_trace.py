@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_model.config import BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher
-from d2m_model.mob import BlockRouting, Samples
+from d2m_model.mob import BlockRouting, SampleSubset
 from d2m_model.routers import Routing
 from d2m_model.routers.top_k import route_top_k
 from d2m_model.trace import Evaluation, Pass, Run
@@ -131,7 +131,7 @@ def test_blocks_of_a_group_tell_which_samples_they_ran_on() -> None:
     listening = Pass(samples, TEXT, 0)
     chosen_BM = torch.tensor([[True, False], [False, True], [True, False]])
     listening.recorder.blocks(0, BlockRouting(chosen_BM=chosen_BM, logits_BM=chosen_BM.float(), active=1))
-    some = Samples.of([0, 2], 3, torch.device("cpu"))
+    some = SampleSubset.of([0, 2], 3, torch.device("cpu"))
     routing = routed(2 * LENGTHS[JOINT])
     listening.recorder.part(some, whole=False).experts(JOINT, routing, batch=2, gate=NORMALISED)
     trace = traced(config(groups=(GROUP,)), listening)
@@ -146,7 +146,7 @@ def test_a_block_that_is_shown_the_whole_batch_counts_for_those_who_chose_it() -
     """As it is where another pack has a say in the attention."""
     listening = Pass([ONE, TWO, NEGATIVE], TEXT, 0)
     routing = routed(3 * LENGTHS[JOINT])
-    some = Samples.of([1], 3, torch.device("cpu"))
+    some = SampleSubset.of([1], 3, torch.device("cpu"))
     listening.recorder.part(some, whole=True).experts(JOINT, routing, batch=3, gate=NORMALISED)
     trace = traced(config(), listening)
     assert [JOINT in trace.choices(0, key) for key in (ONE, TWO, NEGATIVE)] == [False, True, False]
@@ -156,7 +156,7 @@ def test_a_block_that_is_shown_the_whole_batch_counts_for_those_who_chose_it() -
 
 def test_a_block_that_another_pack_runs_on_an_unknown_part_of_the_batch_is_left_out() -> None:
     listening = Pass([ONE, TWO, NEGATIVE], TEXT, 0)
-    part = Samples.of([1], 2, torch.device("cpu"))
+    part = SampleSubset.of([1], 2, torch.device("cpu"))
     listening.recorder.part(part, whole=False).experts(JOINT, routed(LENGTHS[JOINT]), batch=1, gate=NORMALISED)
     listening.recorder.experts(IMG, routed(2 * IMAGE), batch=2, gate=NORMALISED)
     trace = traced(config(), listening)
@@ -266,7 +266,7 @@ def test_an_evaluation_leaves_the_device_in_one_copy(router: str) -> None:
                     listening.recorder.experts(ffn, on_meta(router, length), batch=1, gate=NORMALISED)
                 chosen_BM = torch.zeros(1, 2, dtype=torch.bool, device="meta")
                 listening.recorder.blocks(0, BlockRouting(chosen_BM=chosen_BM, logits_BM=chosen_BM.float(), active=1))
-                some = Samples(batch=1, count=1, index_S=torch.zeros(1, dtype=torch.int64, device="meta"))
+                some = SampleSubset(batch=1, count=1, index_S=torch.zeros(1, dtype=torch.int64, device="meta"))
                 listening.recorder.part(some, whole=False).experts(JOINT, on_meta(router, TEXT + IMAGE), 1, NORMALISED)
                 passes.append(listening)
             run.end(Evaluation(torch.empty(1, device="meta"), {}, passes))
@@ -279,7 +279,7 @@ def test_prompts_that_were_evaluated_on_two_devices_are_packed_together(router: 
     """As ComfyUI's split of the work over several GPUs has it."""
     run = Run(config(groups=(GROUP,)), GRID, 2**20)
     there, here = Pass([ONE], TEXT, 0), Pass([NEGATIVE], TEXT, 0)
-    some = Samples.of([0], 1, torch.device("cpu"))
+    some = SampleSubset.of([0], 1, torch.device("cpu"))
     for listening, routing in (
         (there, on_meta(router, LENGTHS[JOINT])),
         (here, routed(LENGTHS[JOINT]) if router == "top_k" else unevenly(LENGTHS[JOINT])),

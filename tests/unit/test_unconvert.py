@@ -14,7 +14,7 @@ from d2m_model.config import BlockGroup, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
 from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.unconvert import unconvert_file
-from d2m_model.keys import to_diffusers
+from d2m_model.keys import diffusers_tensors
 from d2m_model.teacher import open_teacher
 from d2m_train.__main__ import main
 
@@ -111,7 +111,7 @@ def test_a_float8_teacher_comes_back_with_its_values_in_bfloat16(tmp_path: Path,
 
 def test_a_teacher_in_diffusers_names_comes_back_in_bfls(tmp_path: Path) -> None:
     teacher = dense_flux()
-    theirs = {name: tensor.contiguous().clone() for name, tensor in to_diffusers(teacher, DIMS).items()}
+    theirs = {name: tensor.contiguous().clone() for name, tensor in diffusers_tensors(teacher, DIMS).items()}
     save_file(theirs, tmp_path / "teacher.safetensors")
     convert(tmp_path / "teacher.safetensors", tmp_path / "moe.safetensors")
     unconvert_file(tmp_path / "moe.safetensors", tmp_path / "dense.safetensors")

@@ -1,7 +1,7 @@
-"""diffusers' two kinds of blocks in a model with block groups (Eq. 4-5): those of a group run where they are chosen.
+"""diffusers' two kinds of blocks in a model with block groups (Eq. 4-5): a block of a group runs where it is chosen.
 
-Their forward is diffusers' own. What was chosen in this call comes with the keyword arguments for attention, under
-CHOICES, and is taken out before diffusers sees them.
+Their forward is diffusers' own. The choices of the current call travel in the keyword arguments for attention, under
+ROUTINGS, and are taken out before diffusers sees them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor
 
 from ...mob import masked, mean_tokens, run_on
-from .modules import Choices, Member
+from .modules import GroupMember, GroupRoutings
 
-CHOICES = "d2m_choices"
+ROUTINGS = "d2m_routings"
 
 
 class RoutedTransformerBlock(FluxTransformerBlock):
-    """A double block. `member` is None for one that is in no group."""
+    """A double block. `member` is None for a block that is in no group."""
 
-    member: Member | None = None
+    member: GroupMember | None = None
 
     def forward(
         self,
@@ -32,15 +32,15 @@ class RoutedTransformerBlock(FluxTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return _where_chosen(
+        return _run_where_chosen(
             self, super().forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
 
 
 class RoutedSingleTransformerBlock(FluxSingleTransformerBlock):
-    """A single block. `member` is None for one that is in no group."""
+    """A single block. `member` is None for a block that is in no group."""
 
-    member: Member | None = None
+    member: GroupMember | None = None
 
     def forward(
         self,
@@ -50,12 +50,12 @@ class RoutedSingleTransformerBlock(FluxSingleTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return _where_chosen(
+        return _run_where_chosen(
             self, super().forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
 
 
-def _where_chosen(
+def _run_where_chosen(
     block: RoutedTransformerBlock | RoutedSingleTransformerBlock,
     dense: Callable[..., tuple[Tensor, Tensor]],
     image_BTH: Tensor,
@@ -64,29 +64,30 @@ def _where_chosen(
     rotary: tuple[Tensor, Tensor] | None,
     joint_attention_kwargs: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(text, image), as diffusers' blocks return them; those of samples that did not choose this block, unchanged."""
+    """Return (text, image), in the order of diffusers' blocks; samples that did not choose this block are unchanged."""
     attention = dict(joint_attention_kwargs or {})
-    choices: Choices | None = attention.pop(CHOICES, None)
+    routings: GroupRoutings | None = attention.pop(ROUTINGS, None)
 
     def run(text: Tensor, image: Tensor, *, temb: Tensor, attention: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        # `rotary` is every sample's; a batch as large as there are tokens must not make it look like one's own.
+        # All samples share `rotary`. It is bound here because select_samples would take it for a tensor with one row
+        # per sample if the batch were as large as the number of tokens.
         return dense(image, text, temb, image_rotary_emb=rotary, joint_attention_kwargs=attention)
 
     member = block.member
-    if member is None or choices is None:
+    if member is None or routings is None:
         return run(text_BLH, image_BTH, temb=temb_BH, attention=attention)
     streams = (text_BLH, image_BTH)
-    if member.block == 0:
-        choices.route(member.group, mean_tokens(image_BTH, text_BLH), temb_BH)
+    if member.position == 0:
+        routings.route(member.group, mean_tokens(image_BTH, text_BLH), temb_BH)
     if block.training:
-        found = run(*streams, temb=temb_BH, attention=attention)
-        text, image = masked(choices.routings[member.group], member.block, streams, found)
+        outputs = run(*streams, temb=temb_BH, attention=attention)
+        text, image = masked(routings.by_group[member.group], member.position, streams, outputs)
     else:
-        text, image = run_on(choices.samples_of(member), run, streams, temb=temb_BH, attention=attention)
+        text, image = run_on(routings.samples(member), run, streams, temb=temb_BH, attention=attention)
     return text, image
 
 
-with suppress(ImportError):  # caches of blocks (enable_cache) ask there what a block returns
+with suppress(ImportError):  # block caches (enable_cache) look up in this registry what a block returns
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
     for kind in (RoutedTransformerBlock, RoutedSingleTransformerBlock):

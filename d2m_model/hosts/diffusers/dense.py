@@ -1,4 +1,4 @@
-"""A dense FLUX.1 in diffusers: filled from and read back into BFL tensors."""
+"""A dense FLUX.1 in diffusers: filled from BFL tensors and read back into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import FluxDims
-from ...keys import HEAD, diffusers_sources, from_diffusers, swap_halves
+from ...keys import HEAD, bfl_tensors, diffusers_sources, swap_halves
 from ...teacher import DenseTeacher, open_teacher
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ AXES = (16, 56, 56)  # rotary channels of (index, row, column)
 
 
 def transformer_options(dims: FluxDims) -> dict[str, Any]:
-    """What diffusers' FluxTransformer2DModel is constructed with."""
+    """Return the arguments that construct diffusers' FluxTransformer2DModel."""
     return {
         "patch_size": 1,
         "in_channels": dims.in_channels,
@@ -36,8 +36,8 @@ def transformer_options(dims: FluxDims) -> dict[str, Any]:
     }
 
 
-def new_transformer(dims: FluxDims) -> FluxTransformer2DModel:
-    """A FLUX.1 with these dimensions and diffusers' initial weights."""
+def untrained_transformer(dims: FluxDims) -> FluxTransformer2DModel:
+    """Return a FLUX.1 with these dimensions and diffusers' initial weights."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(**transformer_options(dims))
@@ -60,13 +60,13 @@ def dims_of_transformer(model: FluxTransformer2DModel) -> FluxDims:
 def load_transformer(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> FluxTransformer2DModel:
-    """A dense FLUX.1 in any form that open_teacher reads, as diffusers' model; `dtype` None keeps what the teacher gives.
+    """Load a dense FLUX.1 in any form that open_teacher reads as diffusers' model; `dtype` None keeps the teacher's.
 
-    Raises CheckpointError if the file is no dense FLUX.1. Nothing is held twice.
+    Raises CheckpointError if the file is not a dense FLUX.1. No weight is in memory twice.
     """
     with open_teacher(path) as teacher:
         with torch.device("meta"):
-            model = new_transformer(teacher.dims)
+            model = untrained_transformer(teacher.dims)
         _fill(model, teacher, dtype, device)
     return model.eval()
 
@@ -85,12 +85,12 @@ def _fill(
 
 
 def state_dict_to_bfl(model: FluxTransformer2DModel) -> dict[str, Tensor]:
-    """Every tensor of a dense FLUX.1 in BFL names, as dense_shapes lists them."""
-    return from_diffusers(model.state_dict(), dims_of_transformer(model))
+    """Return every tensor of a dense FLUX.1 in BFL names, in the order of dense_shapes."""
+    return bfl_tensors(model.state_dict(), dims_of_transformer(model))
 
 
 def ffn_linears(model: FluxTransformer2DModel) -> Iterator[tuple[str, nn.Linear, nn.Linear, int]]:
-    """Every FFN of a dense FLUX.1: BFL name, up-projection, down-projection, column of `down` where its neurons begin."""
+    """Yield BFL name, up-projection, down-projection and the first column of its neurons in `down`, per FFN."""
     for ffn in dims_of_transformer(model).ffns:
         up, down = (model.get_submodule(name) for name in ffn.diffusers_linears)
         yield ffn.name, up, down, model.inner_dim if ffn.stream == "joint" else 0

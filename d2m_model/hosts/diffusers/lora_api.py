@@ -1,6 +1,6 @@
-"""diffusers' methods for LoRAs, on a FLUX-MoE: the pipeline's load_lora_weights, set_adapters, fuse_lora, ... call them.
+"""diffusers' methods for LoRAs on a FLUX-MoE: the pipeline's load_lora_weights, set_adapters, fuse_lora, ... call them.
 
-They do without PEFT; the pipeline's own methods refuse to run where it is not installed.
+They do not use PEFT, but the pipeline's own methods refuse to run where PEFT is not installed.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from torch import Tensor
 
+from ...config import FluxMoEConfig
 from ...lora_file import read_lora
 from .loras import FusedLoras, changes_of_model
-
-if TYPE_CHECKING:
-    from .transformer import FluxMoETransformer2DModel
 
 log = logging.get_logger(__name__)
 
@@ -31,21 +30,23 @@ _FETCHING = (
 )
 
 
-class FusedLoraMixin:
-    """In place of diffusers' PeftAdapterMixin, whose methods these are."""
+class FusedLoraMixin(PeftAdapterMixin):
+    """The methods of diffusers' PeftAdapterMixin, for LoRAs that are fused into the weights."""
 
+    flux_moe: FluxMoEConfig
     fused_loras: FusedLoras
+    weights_changed = False  # True after LoRAs were unloaded while they were fused
 
-    def load_lora_adapter(  # type: ignore[misc]
-        self: FluxMoETransformer2DModel,
+    def load_lora_adapter(
+        self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
         prefix: str | None = "transformer",
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """A LoRA of FLUX.1 in diffusers' names (FluxPipeline.lora_state_dict gives them), fused and active at once.
+        """Fuse a LoRA of FLUX.1 in diffusers' names (as FluxPipeline.lora_state_dict returns) and make it active.
 
-        Keywords as diffusers': adapter_name, network_alphas, metadata, and those of files. Raises ValueError for a name
+        Keywords are diffusers': adapter_name, network_alphas, metadata, and those of files. Raises ValueError for a name
         in use, and LoraError (a ValueError) for other adapters than a LoRA of FLUX.1.
         """
         fetching: dict[str, Any] = {key: kwargs.pop(key, None) for key in _FETCHING}
@@ -62,7 +63,7 @@ class FusedLoraMixin:
         lora = read_lora(_with_alphas(tensors, alphas), self.flux_moe.dims, config)
         unknown = [*lora.unknown, *lora.norms]
         if not lora.changes and not unknown:
-            log.warning(f"No LoRA of {prefix!r} in what was loaded.")
+            log.warning(f"The loaded file has no LoRA for {prefix!r}.")
             return
         loras = getattr(self, "fused_loras", None) or FusedLoras(self)
         name = f"default_{len(loras.adapters)}" if name is None else name
@@ -88,7 +89,7 @@ class FusedLoraMixin:
             pipeline.enable_sequential_cpu_offload()
 
     def _name_adapters(self) -> None:
-        """`peft_config` is where pipelines look for the adapters' names."""
+        """Set `peft_config`, in which pipelines look up the adapters' names."""
         self.peft_config = dict.fromkeys(self._loras().adapters)
         self._hf_peft_config_loaded = True
 
@@ -106,11 +107,13 @@ class FusedLoraMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         scales = weights if isinstance(weights, list) else [weights] * len(names)
         if len(names) != len(scales):
-            raise ValueError(f"There are {len(names)} names of adapters and {len(scales)} weights; expected as many.")
+            raise ValueError(
+                f"There are {len(names)} adapter names and {len(scales)} weights; expected one weight per name."
+            )
         loras = self._loras()
         for scale in scales:
             if isinstance(scale, Mapping):
-                raise ValueError(f"{dict(scale)}: weights by block; a FLUX-MoE takes one number for each adapter.")
+                raise ValueError(f"{dict(scale)}: scales per block; a FLUX-MoE takes one number per adapter.")
         loras.scaling |= {
             name: 1.0 if scale is None else float(scale) for name, scale in zip(names, scales, strict=True)
         }
@@ -125,7 +128,7 @@ class FusedLoraMixin:
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        """The weights have them already; from now on they stay, also when the LoRAs are unloaded, until unfuse_lora."""
+        """Keep the active LoRAs in the weights until unfuse_lora, even when they are unloaded."""
         loras = self._loras()
         if lora_scale != 1:
             loras.scale_layer(lora_scale)
@@ -147,8 +150,8 @@ class FusedLoraMixin:
             self._loras().delete_adapter(name)
         self._name_adapters()
 
-    def unload_lora(self: FluxMoETransformer2DModel) -> None:  # type: ignore[misc]
-        """Forget all LoRAs. Those that were fused stay in the weights, as in diffusers."""
+    def unload_lora(self) -> None:
+        """Drop all LoRAs. Fused ones stay in the weights, as in diffusers."""
         if getattr(self, "fused_loras", None) is None:
             return
         if self.fused_loras.leave():
@@ -163,7 +166,9 @@ class FusedLoraMixin:
         )
 
     def save_lora_adapter(self, *_: Any, **__: Any) -> None:
-        raise ValueError("LoRAs of a FLUX-MoE are in its neurons' order; keep the file that they were loaded from.")
+        raise ValueError(
+            "The LoRAs of a FLUX-MoE are permuted to its neuron order; keep the file that they were loaded from."
+        )
 
 
 def _under_prefix(named: Mapping[str, Any] | None, start: str) -> dict[str, Any]:
@@ -188,10 +193,10 @@ def _with_alphas(tensors: dict[str, Tensor], alphas: Mapping[str, Any]) -> dict[
 
 
 def _leave_to_transformer(mixin: type, method: str, answer: Callable[[Any], Any]) -> None:
-    """Let pipelines leave a FLUX-MoE's LoRAs to it: of those, `method` gives `answer(lora_state_dict)`.
+    """Make the pipeline's `method` return `answer(lora_state_dict)` if its transformer is a FLUX-MoE.
 
-    Before a pipeline hands a LoRA to its transformer it compares shapes with layers that a FLUX-MoE holds otherwise, and
-    nothing on the transformer could tell it so. Other transformers are treated as before.
+    Before a pipeline passes a LoRA to its transformer, these methods compare it with the shapes of dense layers, which a
+    FLUX-MoE does not have, and the transformer has no way to override them. Other transformers are treated as before.
     """
     original = getattr(mixin, method).__func__
 
@@ -212,4 +217,4 @@ with suppress(ImportError):  # without transformers there is no FluxPipeline
 with suppress(ImportError):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    BaseTunerLayer.register(FusedLoras)  # as which pipelines look for it among the model's modules
+    BaseTunerLayer.register(FusedLoras)  # the class that pipelines look for among the model's modules

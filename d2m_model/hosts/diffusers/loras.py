@@ -1,8 +1,8 @@
 """LoRAs in a FLUX-MoE: permuted and fused into the weights, reversibly.
 
-A LoRA is trained on dense FLUX: its neurons stand in the teacher's order, and beside a thinner layer it would not fit. So
-its factors are brought into the model's order, their product is added to the weights, and what the weights were is kept
-on the CPU: taking a LoRA away gives back every bit.
+A LoRA is trained on dense FLUX. Its neurons are in the teacher's order, and its shapes do not fit the layers of a MoE FFN.
+So its factors are brought into the model's order and their product is added to the weights. The original weights stay on
+the CPU: removing a LoRA restores every bit.
 
 Shapes: O outputs, I inputs, R rank of a LoRA, A rank of the AdaLN compression, H hidden size.
 """
@@ -20,14 +20,14 @@ from ...adaln import lost_low_rank_change, map_change, pseudo_inverse
 from ...config import FluxMoEConfig
 from ...layout import neuron_axis
 from ...lora_file import LoraChange
-from .places import Place, ffn_module, places
+from .tensor_map import TensorSlice, ffn_module, tensor_map
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LowRank:
-    """A change of one dense tensor: up [O, R] times down [R, I] of a weight, or `up` alone, [O], of a bias. Scaled."""
+    """A scaled change of one dense tensor: up [O, R] times down [R, I] for a weight, `up` [O] alone for a bias."""
 
     up: Tensor
     down: Tensor | None
@@ -37,7 +37,7 @@ class LowRank:
         return tuple(self.up.shape) if self.down is None else (self.up.shape[0], self.down.shape[1])
 
     def permuted(self, axis: int, first: int, order: Tensor) -> LowRank:
-        """Of a tensor whose neurons, from index `first` of the axis on, stand in `order`."""
+        """Return the change of a tensor whose neurons, from index `first` of the axis on, are in `order`."""
         index = torch.arange(self.shape[axis])
         index[first : first + len(order)] = first + order.cpu().long()
         if axis == 0:
@@ -58,13 +58,13 @@ class LowRank:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Change:
-    """A LoRA's change of one tensor of the model: `change` in the layout of the file's tensor, of which it has `place`."""
+    """A LoRA's change of one tensor of the model: `change` is laid out as the slice `part` of the file's tensor."""
 
     change: LowRank
-    place: Place
+    part: TensorSlice
 
     def dense(self, device: torch.device) -> Tensor:
-        return self.place.take(self.change.dense(device), first=self.place.start)
+        return self.part.to_model(self.change.dense(device), first=self.part.start)
 
 
 def changes_of_model(
@@ -74,15 +74,15 @@ def changes_of_model(
 
     Logs how much of the changes a compressed modulation loses.
     """
-    table = places(config)
-    owner = {parts[-1].name: ffn for ffn in config.ffns for parts in _ffn_places(ffn, table)}
+    slices = tensor_map(config)
+    owner = {parts[-1].name: ffn for ffn in config.ffns for parts in _ffn_slices(ffn, slices)}
     changes: dict[str, list[Change]] = {}
     lost, whole = 0.0, 0.0
     inverse_HA = pseudo_inverse(tensors["adaln_in.weight"].cpu()) if config.adaln_rank is not None else None
     for dense in lora:
         up = dense.up.detach().to("cpu", torch.float32) * dense.scale
         down = None if dense.down is None else dense.down.detach().to("cpu", torch.float32)
-        change, parts = LowRank(up=up, down=down), table[dense.name]
+        change, parts = LowRank(up=up, down=down), slices[dense.name]
         if (ffn := owner.get(parts[-1].name)) is not None:
             order = tensors[f"{ffn_module(ffn)}.neuron_order"]
             axis_and_first = neuron_axis(dense.name, ffn, config.dims.hidden_size)
@@ -95,11 +95,11 @@ def changes_of_model(
             squares = lost_low_rank_change(up, down, tensors["adaln_in.weight"].cpu(), inverse_HA)
             lost, whole = lost + squares[0], whole + squares[1]
             change = LowRank(up=up, down=map_change(down, inverse_HA))
-        for place in parts:
-            start = place.start - dense.first if place.axis == 0 else place.start
-            if start >= 0 and start + place.size <= change.shape[place.axis]:
-                part = change.part(place.axis, start, place.size)
-                changes.setdefault(place.name, []).append(Change(change=part, place=place))
+        for part in parts:
+            start = part.start - dense.first if part.axis == 0 else part.start
+            if start >= 0 and start + part.size <= change.shape[part.axis]:
+                own = change.part(part.axis, start, part.size)
+                changes.setdefault(part.name, []).append(Change(change=own, part=part))
     if whole:
         share = (lost / whole) ** 0.5
         log.log(
@@ -110,16 +110,16 @@ def changes_of_model(
     return changes
 
 
-def _ffn_places(ffn: str, table: Mapping[str, tuple[Place, ...]]) -> Iterable[tuple[Place, ...]]:
-    """The places of every tensor that holds a part of the FFN."""
+def _ffn_slices(ffn: str, slices: Mapping[str, tuple[TensorSlice, ...]]) -> Iterable[tuple[TensorSlice, ...]]:
+    """Return the slices of every tensor that holds a part of the FFN."""
     module = f"{ffn_module(ffn)}."
-    return (parts for parts in table.values() if parts[-1].name.startswith(module))
+    return (parts for parts in slices.values() if parts[-1].name.startswith(module))
 
 
 class FusedLoras(nn.Module):
-    """The LoRAs of one model, under the names of PEFT's tuner layers, as which diffusers' pipelines see it.
+    """The LoRAs of one model. diffusers' pipelines take it for one of PEFT's tuner layers, whose names its methods have.
 
-    What runs is `merged_adapters` with the weights they had when merged, if there are any; else the active ones.
+    If any LoRAs are merged, those run, with the scales they had when they were merged; otherwise the active ones run.
     """
 
     lora_A: Mapping[str, Tensor] = {}
@@ -138,7 +138,7 @@ class FusedLoras(nn.Module):
 
     @property
     def r(self) -> dict[str, dict[str, list[Change]]]:
-        """By adapter; PEFT's are ranks, of which diffusers wants to know how many there are."""
+        """Adapters by name. PEFT has their ranks here; diffusers only counts them."""
         return self.adapters
 
     @property
@@ -150,7 +150,7 @@ class FusedLoras(nn.Module):
         return self.active_adapters
 
     def add(self, name: str, changes: dict[str, list[Change]]) -> None:
-        """Load a LoRA, or replace one of that name, and make it the active one as PEFT does."""
+        """Load a LoRA, or replace the one of that name, and make it the only active one, as PEFT does."""
         self.undo()
         self.adapters[name], self.scaling[name] = changes, 1.0
         self.set_adapter([name])
@@ -172,7 +172,7 @@ class FusedLoras(nn.Module):
         self.refresh()
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """At the next forward: one with the same scale then finds its weights as they are."""
+        """Restore the scales. The weights follow at the next forward pass, so one with the same scale changes nothing."""
         for name in self.active_adapters:
             self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
@@ -203,7 +203,7 @@ class FusedLoras(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the weights up to the settings, always from what they were without any LoRA."""
+        """Bring the weights up to date with the settings, starting from the weights without any LoRA."""
         wanted = self._merged or {name: self.scaling[name] for name in self.active_adapters}
         if self.disable_adapters:
             wanted = {}
@@ -228,14 +228,14 @@ class FusedLoras(nn.Module):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """The weights as they were, bit for bit; settings stay, for the next `refresh`."""
+        """Restore the weights bit for bit. The settings stay, for the next `refresh`."""
         tensors = dict(self._model[0].named_parameters())
         for name, original in self._originals.items():
             tensors[name].copy_(original)
         self._originals, self._applied = {}, {}
 
     def leave(self) -> bool:
-        """Before this is thrown away: LoRAs that were merged stay in the weights, others go. Whether any stay."""
+        """Remove the LoRAs that are not merged before this object is dropped. Return True if merged ones stay."""
         self.disable_adapters = False
         if not self._merged:
             self.undo()

@@ -1,4 +1,4 @@
-"""What a FLUX-MoE has in place of, or beside, the modules of diffusers' FLUX.
+"""Modules that replace or join those of diffusers' FLUX in a FLUX-MoE.
 
 Shapes: B batch, H hidden size, A rank of the compression, O modulation outputs, M blocks of a group.
 """
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from ...adaln import compress
 from ...config import BlockGroup
-from ...mob import BlockRouting, Samples, route_blocks, samples_of
+from ...mob import BlockRouting, SampleSubset, route_blocks, samples_per_block
 from ...moe import MoEFFN, RouterLinear, recomputed
 
 
 class SingleExpertOut(nn.Module):
-    """A single block's proj_out with its MLP routed: on [attention, normed input] instead of [attention, hidden].
+    """A single block's proj_out with a routed FFN. Takes [attention, normed input] instead of [attention, hidden].
 
-    The block's own forward hands it that when its proj_mlp and act_mlp are identities.
+    The block's own forward passes that input when its proj_mlp and act_mlp are identities.
     """
 
     def __init__(self, attention: nn.Linear, moe: MoEFFN) -> None:
         super().__init__()
-        self.attention = attention  # without bias, which is the MLP's
+        self.attention = attention  # without a bias: the bias of proj_out is the FFN's
         self.moe = moe
 
     def forward(self, both: Tensor) -> Tensor:
@@ -34,19 +34,19 @@ class SingleExpertOut(nn.Module):
 
 
 class AdaLNIn(nn.Linear):
-    """U of the AdaLN compression, in float32 if it can be: multiplied in it, as everywhere."""
+    """U of the AdaLN compression, multiplied in float32 (adaln.compress)."""
 
     def forward(self, silu_vec: Tensor) -> Tensor:
         return compress(silu_vec, self.weight)
 
 
 class CompressedModulation(nn.Module):
-    """lin'(U silu(vec)) in place of lin(silu(vec)) (Sec. 4.1). U is the model's `adaln_in`, one for all of them."""
+    """A modulation lin'(U silu(vec)) in place of lin(silu(vec)) (Sec. 4.1). All share U, the model's `adaln_in`."""
 
     def __init__(self, adaln_in: AdaLNIn, outputs: int) -> None:
         super().__init__()
         self._adaln_in = (adaln_in,)  # not a child: it belongs to the model
-        # Parameters of its own, since a child's name would stand in theirs.
+        # Parameters of this module itself: those of a child module would have the child's name in theirs.
         lin = nn.Linear(adaln_in.out_features, outputs, device=adaln_in.weight.device)
         self.weight, self.bias = lin.weight, lin.bias
 
@@ -57,11 +57,11 @@ class CompressedModulation(nn.Module):
 # Mixture of Blocks
 
 
-class BlockGroupRouter(nn.Module):
+class GroupRouter(nn.Module):
     """The router of one group of blocks (Eq. 5): parameters `router_x` and `router_y` [M, H].
 
-    active, selection  how many blocks run, 0 ... M, and how they are chosen; may be set between two forwards
-    routing            in training the last choice, for the losses, until it is set to None; None otherwise
+    active, selection  how many blocks run, 0 ... M, and how they are chosen; may be set between two forward passes
+    routing            the last choice in training, for the losses; None in eval() and after it is set to None
     """
 
     routing: BlockRouting | None
@@ -81,34 +81,35 @@ class BlockGroupRouter(nn.Module):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Member:
-    """Which block of which group a block is."""
+class GroupMember:
+    """A block's position in a group; `group` is the group's number."""
 
     group: int
-    block: int
+    position: int
 
 
-class Choices:
-    """What the groups' routers chose in one forward of the model. Handed to every block, kept by nobody.
+class GroupRoutings:
+    """The choices of the block groups in one forward pass of the model. Passed to every block, kept by none.
 
-    No dataclass: FSDP2 copies those that it finds among a block's arguments, and every block would have its own.
+    Not a dataclass: FSDP2 copies dataclasses among a block's arguments, so that every block would have its own.
     """
 
     def __init__(self, routers: nn.ModuleList) -> None:
         self.routers = routers
-        self.routings: dict[int, BlockRouting] = {}
-        self.samples: dict[int, list[Samples]] = {}  # in eval()
+        self.by_group: dict[int, BlockRouting] = {}
+        self._samples: dict[int, list[SampleSubset]] = {}  # in eval()
 
     def route(self, group: int, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
-        """The choice ahead of a group's first block.
+        """Choose a group's blocks, before its first block runs.
 
-        A checkpoint that runs that block again must find the same computation, so it is made again, and not used: the
-        other blocks and the losses have the first.
+        Gradient checkpointing runs that block again and must find the same computation, so the router runs again too.
+        Its second choice is discarded: the other blocks and the losses have the first.
         """
         routing: BlockRouting = self.routers[group](x_mean_BH, vec_BH)
-        return self.routings.setdefault(group, routing)
+        return self.by_group.setdefault(group, routing)
 
-    def samples_of(self, member: Member) -> Samples:
-        if member.group not in self.samples:
-            self.samples[member.group] = samples_of(self.routings[member.group])
-        return self.samples[member.group][member.block]
+    def samples(self, member: GroupMember) -> SampleSubset:
+        """Return the samples that chose a block."""
+        if member.group not in self._samples:
+            self._samples[member.group] = samples_per_block(self.by_group[member.group])
+        return self._samples[member.group][member.position]

@@ -1,44 +1,48 @@
-"""Tensors of a FLUX-MoE file into diffusers' model, and out of it one by one."""
+"""Loading a FLUX-MoE file's tensors into diffusers' model, and writing them out of it one by one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
 from ...config import FluxMoEConfig
-from ...conversion.convert import metadata_of
+from ...conversion.convert import file_metadata
 from ...keys import dense_shapes
-from ...quantised import is_companion, layers_of
-from ...tensor_file import CheckpointError, Shape, TensorFile
+from ...quantised import is_companion, quantised_layers
+from ...tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
 from ...tensor_writer import TensorWriter
-from .places import places
+from .tensor_map import tensor_map
 
-if TYPE_CHECKING:
-    from .transformer import FluxMoETransformer2DModel
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+class SavableModel(Protocol):
+    """A model whose tensors `tensor_map` describes."""
+
+    @property
+    def optional(self) -> tuple[str, ...]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def refuse_quantised(file: TensorFile) -> None:
-    """Raises CheckpointError for a file with quantised weights, which ComfyUI alone unpacks."""
-    layers = [*layers_of(file.metadata), *(name for name in file.shapes if is_companion(name, file.shapes))]
+    """Raises CheckpointError for a file with quantised weights, which only ComfyUI unpacks."""
+    layers = [*quantised_layers(file.metadata), *(name for name in file.shapes if is_companion(name, file.shapes))]
     if layers or "scaled_fp8" in file.shapes:
-        what = layers[0] if layers else "scaled_fp8"
+        example = layers[0] if layers else "scaled_fp8"
         raise CheckpointError(
-            f"{file.path}: is quantised ({what}), which diffusers does not run here; expected a FLUX-MoE in bfloat16, "
+            f"{file.path}: is quantised ({example}), which diffusers does not run here; expected a FLUX-MoE in bfloat16, "
             "float16 or float32, as python -m d2m_train writes it."
         )
 
 
 @torch.no_grad()
-def fill(
-    model: FluxMoETransformer2DModel,
+def load_tensors(
+    model: nn.Module,
     config: FluxMoEConfig,
     optional: Iterable[str],
     tensor: Callable[[str], Tensor],
@@ -46,91 +50,97 @@ def fill(
     device: str | torch.device,
     only: Container[str] | None = None,
 ) -> None:
-    """Every parameter and buffer, copied from the file's tensors; of `only` these, where it is given."""
+    """Copy the file's tensors into parameters and buffers of `model`. With `only`, copy those tensors alone.
+
+    `dtype` applies to tensors that a dense FLUX.1 has too; None keeps the file's (float8 becomes bfloat16).
+    """
     dense = dense_shapes(config.dims)
-    for name, parts in places(config, optional).items():
+    for name, slices in tensor_map(config, optional).items():
         if only is not None and name not in only:
             continue
         stored = tensor(name)
         target = stored.dtype if stored.dtype not in FLOAT8 else torch.bfloat16
         if dtype is not None and name in dense:
             target = dtype
-        for place in parts:
-            part = place.take(stored)
-            value = torch.empty(part.shape, dtype=target, device=device).copy_(part)
-            owner, _, attribute = place.name.rpartition(".")
+        for part in slices:
+            values = part.to_model(stored)
+            copy = torch.empty(values.shape, dtype=target, device=device).copy_(values)
+            owner, _, attribute = part.name.rpartition(".")
             module = model.get_submodule(owner)
-            setattr(module, attribute, value if attribute in module._buffers else nn.Parameter(value))
+            setattr(module, attribute, copy if attribute in module._buffers else nn.Parameter(copy))
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
-    """`whole` of a model that is in one piece."""
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor itself: the `whole` of a model that is not sharded."""
     return tensor
 
 
 def flux_moe_tensors(
-    model: FluxMoETransformer2DModel,
+    model: SavableModel,
     config: FluxMoEConfig,
-    whole: Callable[[Tensor], Tensor] = as_it_is,
+    whole: Callable[[Tensor], Tensor] = whole_tensor,
     only: Container[str] | None = None,
     unchanged: Container[str] = (),
     stored: Callable[[str], Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model's FLUX-MoE file, one at a time, `d2m_config` last; of `only` these, where it is given.
+    """Yield (name, tensor) of the model's FLUX-MoE file, one at a time, `d2m_config` last. With `only`, those alone.
 
-    `whole` turns a parameter or buffer, of which this rank may hold a part, into all of it; it is called for each of them
-    once, in the same order on every rank. What is yielded may be the model's own: to be read, not written.
-    Of the parameters in `unchanged` the values are those of `stored`, a file's tensors by name: the model may hold them in
-    less precision.
+    whole      returns all of a parameter or buffer, of which this rank may hold a shard; called once for each of them,
+               in the same order on every rank
+    unchanged  parameters whose values are read from `stored`, a file's tensors by name, since the model may hold them
+               in lower precision
+    A yielded tensor may share memory with the model: read it, do not write to it.
     """
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, parts in places(config, model.optional).items():
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, slices in tensor_map(config, model.optional).items():
         if only is not None and name not in only:
             continue
         with torch.no_grad():
-            found = []
-            for place in parts:
-                if stored is not None and place.name in unchanged:
-                    found.append(place.give(place.take(stored(name))))
+            parts = []
+            for part in slices:
+                if stored is not None and part.name in unchanged:
+                    parts.append(part.to_file(part.to_model(stored(name))))
                 else:
-                    found.append(place.give(whole(held[place.name]).detach()))
-            tensor = found[0] if len(found) == 1 else torch.cat(found, dim=parts[0].axis)
-        del found
+                    parts.append(part.to_file(whole(tensors[part.name]).detach()))
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0].axis)
+        del parts
         yield name, tensor
     if only is None or CONFIG_KEY in only:
         yield CONFIG_KEY, config_tensor(config)
 
 
 def flux_moe_specs(
-    model: FluxMoETransformer2DModel, config: FluxMoEConfig, dtype: torch.dtype | None = None
+    model: SavableModel, config: FluxMoEConfig, dtype: torch.dtype | None = None
 ) -> dict[str, tuple[torch.dtype, Shape]]:
-    """dtype and shape of what flux_moe_tensors yields, in its order. `dtype`, if given, of what a dense FLUX.1 has too."""
-    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    """Return dtype and shape of everything that `flux_moe_tensors` yields, in its order.
+
+    `dtype` applies to tensors that a dense FLUX.1 has too; None keeps the model's.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     dense, shapes = dense_shapes(config.dims), expected_tensors(config) | optional_tensors(config)
     specs: dict[str, tuple[torch.dtype, Shape]] = {}
-    for name, parts in places(config, model.optional).items():
-        own = reduce(torch.promote_types, (held[place.name].dtype for place in parts))
+    for name, slices in tensor_map(config, model.optional).items():
+        own = reduce(torch.promote_types, (tensors[part.name].dtype for part in slices))
         specs[name] = (dtype if dtype is not None and name in dense else own, shapes[name])
     carried = config_tensor(config)
     return specs | {CONFIG_KEY: (carried.dtype, tuple(carried.shape))}
 
 
 def save_flux_moe(
-    model: FluxMoETransformer2DModel,
+    model: SavableModel,
     config: FluxMoEConfig,
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    whole: Callable[[Tensor], Tensor] = as_it_is,
+    whole: Callable[[Tensor], Tensor] = whole_tensor,
     write: bool = True,
     unchanged: Container[str] = (),
     stored: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """The model as a FLUX-MoE v1 file, tensor by tensor and atomically.
+    """Write the model as a FLUX-MoE v1 file, tensor by tensor and atomically.
 
-    `dtype`: of what a dense FLUX.1 has too; None keeps the model's. Of several ranks all call it, with `whole`, and all
-    but one pass `write` False. `unchanged` and `stored` as in flux_moe_tensors. Raises CheckpointError if the file cannot
-    be written.
+    `dtype` as in flux_moe_specs; `whole`, `unchanged` and `stored` as in flux_moe_tensors. Every rank of a sharded model
+    calls this, and all but one pass `write` False. Raises CheckpointError if the file cannot be written.
     """
     tensors = flux_moe_tensors(model, config, whole, unchanged=unchanged, stored=stored)
     if not write:
@@ -138,13 +148,8 @@ def save_flux_moe(
             pass
         return
     specs = flux_moe_specs(model, config, dtype)
-    metadata = metadata_of(config)
+    metadata = file_metadata(config)
     with TensorWriter(path, specs, metadata) as writer:
         for name, tensor in tensors:
             writer.put(name, tensor.to(specs[name][0]))
         writer.finish(metadata)
-
-
-def state_dict_of_flux_moe(model: FluxMoETransformer2DModel, config: FluxMoEConfig) -> dict[str, Tensor]:
-    """Every tensor of the model's FLUX-MoE file, `d2m_config` among them."""
-    return dict(flux_moe_tensors(model, config))

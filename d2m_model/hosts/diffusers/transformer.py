@@ -19,40 +19,39 @@ from torch import Tensor, nn
 
 from ...blocks import Block, blocks_of, is_modulation
 from ...checkpoint import check_file, check_state_dict, optional_tensors, strip_prefix
-from ...config import FluxMoEConfig, Gate
+from ...config import FluxMoEConfig
 from ...keys import diffusers_sources
 from ...moe import FusedFFN, MoEFFN
 from ...tensor_file import TensorFile
-from .blocks import CHOICES, RoutedSingleTransformerBlock, RoutedTransformerBlock
+from .blocks import ROUTINGS, RoutedSingleTransformerBlock, RoutedTransformerBlock
 from .dense import transformer_options
 from .lora_api import FusedLoraMixin
 from .loras import FusedLoras
-from .modules import AdaLNIn, BlockGroupRouter, Choices, CompressedModulation, Member, SingleExpertOut
-from .places import ffn_module
-from .tensors import as_it_is, fill, refuse_quantised, save_flux_moe
+from .modules import AdaLNIn, CompressedModulation, GroupMember, GroupRouter, GroupRoutings, SingleExpertOut
+from .tensor_map import ffn_module
+from .tensors import load_tensors, refuse_quantised, save_flux_moe, whole_tensor
 
-FETCHING = ("token", "revision", "cache_dir", "proxies", "force_download", "local_files_only")
+_FETCHING = ("token", "revision", "cache_dir", "proxies", "force_download", "local_files_only")
 
 
 class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
-    """diffusers' FLUX.1 transformer with MoE FFNs, compressed modulations and block groups, as its configuration says.
+    """diffusers' FLUX.1 transformer with the MoE FFNs, compressed modulations and block groups of its configuration.
 
-    flux_moe      its FluxMoEConfig
+    flux_moe      the FluxMoEConfig
     optional      names of the file's tensors that not every FLUX-MoE has (checkpoint.optional_tensors)
-    adaln_in      U of the AdaLN compression, where there is one
-    block_groups  a BlockGroupRouter for each of the configuration's groups; `active` and `selection` may be set
+    adaln_in      U of the AdaLN compression, or None
+    block_groups  a GroupRouter for each of the configuration's groups; `active` and `selection` may be set
 
     On the meta device it has every parameter by name and shape. In train() all blocks run on all samples and are masked
-    (ranks of a sharded run must not differ); in eval() a block runs on the samples that chose it.
+    (ranks of a sharded run must do the same work); in eval() a block runs on the samples that chose it.
     """
 
     _keep_in_fp32_modules = ["router", "router_x", "router_y", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
-    config_keys = ("flux_moe", "optional")  # of config.json what makes a model; diffusers' own stand beside them
+    config_keys = ("flux_moe", "optional")  # the keys of config.json that construct a model; the others are diffusers'
 
-    groups_on: bool = True  # False: every block runs for itself (the stages of training ahead of `blocks`)
+    groups_on: bool = True  # False: every block runs on every sample (the training stages before `blocks`)
     block_groups: nn.ModuleList
     adaln_in: AdaLNIn | None
-    weights_changed = False  # by LoRAs that were unloaded while fused
 
     def __init__(self, flux_moe: FluxMoEConfig | Mapping[str, Any], optional: Iterable[str] = ()) -> None:
         config = flux_moe if isinstance(flux_moe, FluxMoEConfig) else FluxMoEConfig.from_json(json.dumps(flux_moe))
@@ -71,7 +70,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
                 moe.to_empty(device=device)
                 moe.reset_parameters()
                 moe.get_buffer("neuron_order").copy_(torch.arange(moe.layout.neurons))
-        self.block_groups = nn.ModuleList(BlockGroupRouter(group, hidden_size) for group in config.groups)
+        self.block_groups = nn.ModuleList(GroupRouter(group, hidden_size) for group in config.groups)
         if config.groups:
             self._group_blocks()
 
@@ -108,14 +107,14 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         block.proj_out = SingleExpertOut(nn.Linear(hidden_size, hidden_size, bias=False), moe)
 
     def _group_blocks(self) -> None:
-        """All blocks are told of the choices, those of a group heed them."""
+        """Give every block the class that understands ROUTINGS, and the blocks of a group their membership."""
         routed = {"double": RoutedTransformerBlock, "single": RoutedSingleTransformerBlock}
         blocks: dict[Block, Any] = blocks_of(self)
         for block, module in blocks.items():
             module.__class__ = routed[block.kind]  # keeps parameters and submodules; a new block would duplicate them
         for index, group in enumerate(self.flux_moe.groups):
             for position, block in enumerate(group.members):
-                blocks[block].member = Member(group=index, block=position)
+                blocks[block].member = GroupMember(group=index, position=position)
         self._no_split_modules = self._repeated_blocks = [kind.__name__ for kind in routed.values()]
 
     # Files
@@ -124,10 +123,10 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     def from_flux_moe(
         cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> FluxMoETransformer2DModel:
-        """A FLUX-MoE file as a model in eval(); `dtype` None keeps the file's (float8 becomes bfloat16).
+        """Load a FLUX-MoE file as a model in eval(); `dtype` None keeps the file's (float8 becomes bfloat16).
 
-        Routers, expert means, thresholds and U keep the file's dtypes. Raises CheckpointError for a file that is none, or
-        is quantised. Nothing is held twice.
+        Routers, expert means, thresholds and U keep the file's dtypes. Raises CheckpointError for another file or a
+        quantised one. No weight is in memory twice.
         """
         config = check_file(path)
         with TensorFile(path) as file:
@@ -138,15 +137,15 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     def from_single_file(
         cls, pretrained_model_link_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor], **kwargs: Any
     ) -> FluxMoETransformer2DModel:
-        """As diffusers' from_single_file: a FLUX-MoE by its path, by its address on the Hugging Face hub, or as tensors.
+        """Load a FLUX-MoE by its path, by its address on the Hugging Face hub, or from its tensors, as diffusers does.
 
-        torch_dtype  as `dtype` of from_flux_moe
-        device       where the weights go; the CPU unless given
-        Of a file on the hub besides: token, revision, cache_dir, proxies, force_download, local_files_only.
+        torch_dtype  `dtype` of from_flux_moe
+        device       the device of the weights; the CPU by default
+        For a file on the hub also: token, revision, cache_dir, proxies, force_download, local_files_only.
         """
         given = pretrained_model_link_or_path_or_dict
         dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device", "cpu")
-        fetching = {key: kwargs.pop(key, None) for key in FETCHING}
+        fetching = {key: kwargs.pop(key, None) for key in _FETCHING}
         if kwargs:
             raise TypeError(f"from_single_file() of a FLUX-MoE does not take {', '.join(kwargs)}.")
         if isinstance(given, Mapping):
@@ -165,10 +164,10 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         dtype: torch.dtype | None,
         device: str | torch.device,
     ) -> FluxMoETransformer2DModel:
-        there = set(stored)
+        names = set(stored)
         with torch.device("meta"):
-            model = cls(config, tuple(name for name in optional_tensors(config) if name in there))
-        fill(model, config, model.optional, tensor, dtype, device)
+            model = cls(config, tuple(name for name in optional_tensors(config) if name in names))
+        load_tensors(model, config, model.optional, tensor, dtype, device)
         found: FluxMoETransformer2DModel = model.eval()
         return found
 
@@ -178,24 +177,24 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         *,
         config: FluxMoEConfig | None = None,
         dtype: torch.dtype | None = None,
-        whole: Callable[[Tensor], Tensor] = as_it_is,
+        whole: Callable[[Tensor], Tensor] = whole_tensor,
         write: bool = True,
     ) -> None:
-        """The model as a FLUX-MoE v1 file: tensors.save_flux_moe. `config` None is the model's own.
+        """Write the model as a FLUX-MoE v1 file: see tensors.save_flux_moe. `config` None is the model's own.
 
-        With the LoRAs that are in the weights; such a file is no longer split-only.
+        Fused LoRAs are in the weights; a file with them is no longer split-only.
         """
-        config = config or self._config_as_it_runs()
+        config = config or self._current_config()
         save_flux_moe(self, config, path, dtype=dtype, whole=whole, write=write)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' save_pretrained, with the LoRAs that are in the weights."""
-        config = self._config_as_it_runs()
+        """Save as diffusers does, with the fused LoRAs in the weights."""
+        config = self._current_config()
         self.register_to_config(flux_moe=json.loads(config.to_json()))
         super().save_pretrained(*args, **kwargs)
         self.register_to_config(flux_moe=json.loads(self.flux_moe.to_json()))
 
-    def _config_as_it_runs(self) -> FluxMoEConfig:
+    def _current_config(self) -> FluxMoEConfig:
         loras: FusedLoras | None = getattr(self, "fused_loras", None)
         if loras is not None:
             loras.refresh()
@@ -210,40 +209,36 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     # Settings
 
     def moe_ffns(self) -> dict[str, MoEFFN]:
-        """Every MoE FFN by its name in the file, in the order of the configuration."""
-        found = {name: self.get_submodule(ffn_module(name)) for name in self.flux_moe.ffns}
-        return {name: moe for name, moe in found.items() if isinstance(moe, MoEFFN)}
+        """Return every MoE FFN by its name in the file, in the order of the configuration."""
+        modules = {name: self.get_submodule(ffn_module(name)) for name in self.flux_moe.ffns}
+        return {name: module for name, module in modules.items() if isinstance(module, MoEFFN)}
 
-    def block_routers(self) -> list[BlockGroupRouter]:
-        """`block_groups`, typed."""
-        return [router for router in self.block_groups if isinstance(router, BlockGroupRouter)]
+    def block_routers(self) -> list[GroupRouter]:
+        """Return `block_groups` as a typed list."""
+        return [router for router in self.block_groups if isinstance(router, GroupRouter)]
 
     def set_top_k(self, top_k: int) -> None:
-        """Experts of a token in every FFN, 0 to all. ValueError for another number."""
+        """Set the number of experts per token in every FFN. Raises ValueError unless it is 0 to all experts."""
         for name, moe in self.moe_ffns().items():
             if not 0 <= top_k <= moe.layout.experts:
                 raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
             moe.top_k = top_k
 
-    def set_gate(self, gate: Gate) -> None:
-        for moe in self.moe_ffns().values():
-            moe.gate = gate
-
     def set_capacity_factor(self, factor: float) -> None:
-        """Of capacity routers: the compute slider, 1 is the file's own (capacity.route_by_threshold)."""
+        """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold)."""
         for moe in self.moe_ffns().values():
             if moe.capacity is not None:
                 moe.capacity.factor = factor
 
     def clear_routings(self) -> None:
-        """Forget what the last forward in training chose."""
+        """Forget the choices of the last forward pass in training."""
         for moe in self.moe_ffns().values():
             moe.routing = None
         for router in self.block_routers():
             router.routing = None
 
     def train(self, mode: bool = True) -> FluxMoETransformer2DModel:
-        """As nn.Module.train. In eval() no choice is kept: a skipped block would not forget its own."""
+        """Switch between train() and eval(). eval() drops the last choices: a skipped block would keep an old one."""
         if not mode:
             self.clear_routings()
         found: FluxMoETransformer2DModel = super().train(mode)
@@ -264,11 +259,14 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
     ) -> Any:
-        """As FluxTransformer2DModel.forward."""
+        """Run the model like FluxTransformer2DModel.forward."""
         if (loras := getattr(self, "fused_loras", None)) is not None:
             loras.refresh()
         if self.block_groups and self.groups_on:
-            joint_attention_kwargs = {**(joint_attention_kwargs or {}), CHOICES: Choices(routers=self.block_groups)}
+            joint_attention_kwargs = {
+                **(joint_attention_kwargs or {}),
+                ROUTINGS: GroupRoutings(routers=self.block_groups),
+            }
         return super().forward(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
