@@ -17,7 +17,6 @@ from .config import ConfigError, FluxDims, FluxMoEConfig
 from .keys import (
     DIFFUSERS,
     HEAD,
-    PREFIX,
     dense_shapes,
     diffusers_shapes,
     landmarks_of,
@@ -29,12 +28,11 @@ from .tensor_file import CheckpointError, Shape, TensorFile
 
 __all__ = [
     "CONFIG_KEY",
-    "PREFIX",
     "CheckpointError",
     "TensorFile",
-    "check",
     "check_dense",
     "check_file",
+    "check_moe",
     "check_opened",
     "check_state_dict",
     "check_values",
@@ -48,7 +46,7 @@ __all__ = [
 ]
 
 CONFIG_KEY = "d2m_config"
-CONVERT = "python -m d2m_train convert --teacher F --out G"
+_CONVERT = "python -m d2m_train convert --teacher F --out G"
 
 # Where a tensor that is not expected is an error, not something of other software.
 _BLOCKS = tuple(f"{name}." for name in (*BFL_BLOCKS.values(), *DIFFUSERS_BLOCKS.values(), "block_groups"))
@@ -169,7 +167,7 @@ def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     return shapes
 
 
-def check(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config: FluxMoEConfig) -> None:
+def check_moe(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config: FluxMoEConfig) -> None:
     """Raises CheckpointError for a missing, surplus or misshapen tensor of a FLUX-MoE: which, found, expected."""
     what = f"FLUX-MoE schema {config.schema_version}"
     _check_tensors(shapes, dtypes, expected_tensors(config), optional_tensors(config), what)
@@ -297,9 +295,9 @@ def _check_moe(
     try:
         if CONFIG_KEY not in shapes:
             dims_of(shapes)
-            raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {CONVERT}")
+            raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {_CONVERT}")
         config = parse_config(tensor(CONFIG_KEY))
-        check(shapes, dtypes, config)
+        check_moe(shapes, dtypes, config)
         check_values(tensor, config)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 from .blocks import Block
 from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
-from .keys import HEAD
-
-TIMESTEP_CHANNELS = 256  # sinusoids fed to the timestep and guidance embedders
+from .keys import HEAD, TIME_CHANNELS
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -63,9 +61,6 @@ class Cost:
 
     def not_in_paper(self) -> Cost:
         return dataclasses.replace(self, paper=0)
-
-
-NOTHING = Cost()
 
 
 # Layers
@@ -230,13 +225,13 @@ def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
     cost = (
         linear(dims.in_channels, hidden, tokens.image)
         + linear(dims.context_size, hidden, tokens.text)
-        + embedder(TIMESTEP_CHANNELS, hidden).not_in_paper()
+        + embedder(TIME_CHANNELS, hidden).not_in_paper()
         + embedder(dims.vector_size, hidden).not_in_paper()
         + linear(hidden, dims.out_channels, tokens.image)
         + linear(hidden, 2 * hidden, 1).not_in_paper()
     )
     if dims.guidance_embed:
-        cost += embedder(TIMESTEP_CHANNELS, hidden).not_in_paper()
+        cost += embedder(TIME_CHANNELS, hidden).not_in_paper()
     if conversion.adaln_rank is not None:
         cost += linear(hidden, conversion.adaln_rank, 1, bias=False)
     for group in conversion.groups:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, BlockKind
 from .config import FluxDims
 
-PREFIX = "model.diffusion_model."  # of full checkpoints and of files that ComfyUI saved with one
+CHECKPOINT_PREFIX = "model.diffusion_model."  # of full checkpoints and of files that ComfyUI saved with one
 HEAD = 128  # channels of an attention head, in every FLUX.1
 TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
 
@@ -61,7 +61,7 @@ def landmarks_of(names: Iterable[str]) -> Landmarks:
 
 def prefix_of(names: Iterable[str]) -> str:
     """`model.diffusion_model.` if any tensor's name starts with it, else the empty string."""
-    return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+    return CHECKPOINT_PREFIX if any(name.startswith(CHECKPOINT_PREFIX) for name in names) else ""
 
 
 def strip_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -183,15 +183,6 @@ def diffusers_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
         for name, source in diffusers_sources(dims).items()
         for part, rows in zip(source.names, source.rows, strict=True)
     }
-
-
-def diffusers_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
-    """BFL -> diffusers. The results are views wherever nothing has to move."""
-    result: dict[str, Tensor] = {}
-    for name, source in diffusers_sources(dims).items():
-        tensor = swap_halves(tensors[name]) if source.swap else tensors[name]
-        result |= dict(zip(source.names, tensor.split(source.rows), strict=True))
-    return result
 
 
 def bfl_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:

@@ -19,8 +19,10 @@ from torch import Tensor
 from .config import Selection
 from .routers.routing import float32_linear
 
-ALPHA = 0.5  # of Eq. 5: the weight of the tokens against that of the AdaLN vector
-RIDGES = tuple(10.0**exponent for exponent in range(-4, 3))  # of the mean square of a feature; one of them is chosen
+_ALPHA = 0.5  # of Eq. 5: the weight of the tokens against that of the AdaLN vector
+BLOCK_RIDGES = tuple(
+    10.0**exponent for exponent in range(-4, 3)
+)  # of the mean square of a feature; one of them is chosen
 
 Value = TypeVar("Value")
 
@@ -67,8 +69,8 @@ def route_blocks(
     """
     blocks = router_x_MH.shape[0]
     check_active(active, blocks)
-    logits_BM = ALPHA * float32_linear(x_mean_BH, router_x_MH, None)
-    logits_BM = logits_BM + (1 - ALPHA) * float32_linear(vec_BH, router_y_MH, None)
+    logits_BM = _ALPHA * float32_linear(x_mean_BH, router_x_MH, None)
+    logits_BM = logits_BM + (1 - _ALPHA) * float32_linear(vec_BH, router_y_MH, None)
     scores_BM = logits_BM.detach()
     if active == 0:
         chosen_BM = torch.zeros_like(scores_BM, dtype=torch.bool)
@@ -218,7 +220,7 @@ def ridge_block_routers(x_mean_nH: Tensor, vec_nH: Tensor, change_nM: Tensor) ->
     norm of B(x) - x. Only how blocks differ decides a choice, so what they have in common is taken off each observation.
     Routers have no bias: the regression goes through the origin, and the constant part of a preference is carried by
     what the features have in common, which is much (of vec above all). With fewer observations than features as a rule,
-    the ridge is the one of RIDGES with the least leave-one-out error.
+    the ridge is the one of BLOCK_RIDGES with the least leave-one-out error.
 
     Scaled so that alpha and 1 - alpha of Eq. 5 cancel and logits vary by 1 over samples and blocks.
     Raises ValueError with fewer than two observations, or if no block differs from another: there is nothing to learn.
@@ -235,7 +237,7 @@ def ridge_block_routers(x_mean_nH: Tensor, vec_nH: Tensor, change_nM: Tensor) ->
     eigenvalues_n, vectors_nn = torch.linalg.eigh(features_nI @ features_nI.T)
     unit = eigenvalues_n.clamp_min(0).mean()
     best = None
-    for ridge in RIDGES:
+    for ridge in BLOCK_RIDGES:
         inverse_nn = (vectors_nn / (eigenvalues_n.clamp_min(0) + ridge * unit)) @ vectors_nn.T
         dual_nM = inverse_nn @ change_nM
         left_out = float((dual_nM / inverse_nn.diagonal()[:, None]).norm())  # the leave-one-out residuals
@@ -245,7 +247,7 @@ def ridge_block_routers(x_mean_nH: Tensor, vec_nH: Tensor, change_nM: Tensor) ->
     weight_IM = features_nI.T @ best[1]
     weight_MI = (weight_IM / (features_nI @ weight_IM).square().mean().sqrt() / size_I[:, None]).T
     x_MH, y_MH = weight_MI.float().tensor_split([x_mean_nH.shape[1]], dim=1)
-    return BlockRouters(x_MH=(x_MH / ALPHA).contiguous(), y_MH=(y_MH / (1 - ALPHA)).contiguous())
+    return BlockRouters(x_MH=(x_MH / _ALPHA).contiguous(), y_MH=(y_MH / (1 - _ALPHA)).contiguous())
 
 
 def _sizes(features_nH: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .keys import PREFIX
+from .keys import CHECKPOINT_PREFIX
 
 HEADER_KEY = "_quantization_metadata"  # of the header's metadata
 
@@ -25,7 +25,7 @@ def quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The quantised layers that the header lists, by BFL name, and their formats. Empty if it lists none."""
     try:
         layers = json.loads(metadata.get(HEADER_KEY, "{}")).get("layers", {})
-        return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+        return {name.removeprefix(CHECKPOINT_PREFIX): layer for name, layer in layers.items()}
     except (ValueError, AttributeError):
         return {}
 

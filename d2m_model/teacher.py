@@ -24,8 +24,8 @@ from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, l
 from .quantised import is_companion, quantised_layers
 from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
 
-FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's comfy_quant
-CHUNK = 1 << 22  # elements dequantised at a time
+_FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's comfy_quant
+_CHUNK = 1 << 22  # elements dequantised at a time
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\b.*\.safetensors$")
 _STANDARD = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")  # diffusers'
@@ -243,7 +243,7 @@ def _refuse_quantised(files: list[TensorFile]) -> None:
                 if re.search(pattern, name):
                     raise CheckpointError(f"This FLUX is quantised: {what}, {name}. Not read; {_TAKE_INSTEAD}.")
         for layer, form in _formats(file):
-            if form not in FLOAT8_FORMATS:
+            if form not in _FLOAT8_FORMATS:
                 raise CheckpointError(f"This FLUX is quantised: {form}, {layer}. Not read; {_TAKE_INSTEAD}.")
 
 
@@ -288,7 +288,7 @@ def dequantise_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return tensor.to(torch.bfloat16)
     result = torch.empty(tensor.shape, dtype=torch.bfloat16)
-    rows = max(1, CHUNK // tensor.shape[1])
+    rows = max(1, _CHUNK // tensor.shape[1])
     for first in range(0, tensor.shape[0], rows):
         part = slice(first, first + rows)
         result[part] = tensor[part].float().mul_(scale if len(scale) == 1 else scale[part])

@@ -48,7 +48,7 @@ _OTHER_FILES = (
     (b"<", "a web page, probably an error message; download the file again"),
 )
 
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 ALIGNMENT = 64  # bytes; a mapped tensor that lies otherwise is slower to compute with
 
 Shape = tuple[int, ...]
@@ -146,10 +146,10 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
             if size == 0:
                 raise CheckpointError(f"{path}: the file is empty (0 bytes). Download or convert it again.")
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= MAX_HEADER else b""
+            text = file.read(length) if length <= _MAX_HEADER else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    if size < 8 or length > MAX_HEADER or text[:1] not in (b"{", b""):
+    if size < 8 or length > _MAX_HEADER or text[:1] not in (b"{", b""):
         raise CheckpointError(f"{path}: not a safetensors file{_what_it_is(path)}.")
     if len(text) < length:
         raise _damaged(path, size, 8 + length)

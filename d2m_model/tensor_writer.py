@@ -19,7 +19,7 @@ from torch import Tensor
 from .atomic import PartFile, remove_leftovers
 from .tensor_file import ALIGNMENT, DTYPES, CheckpointError, Shape, bytes_of
 
-SYNC_EVERY = 256 << 20  # bytes
+_SYNC_EVERY = 256 << 20  # bytes
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -103,7 +103,7 @@ class TensorWriter:
                 count = self._part.file.write(data)
                 data = data[count:]
                 self._unsynced += count
-            if self._unsynced >= SYNC_EVERY:
+            if self._unsynced >= _SYNC_EVERY:
                 self._sync()
 
     def _sync(self) -> None:
@@ -134,7 +134,7 @@ class TensorWriter:
             self._undo.close()
 
 
-def write(
+def write_tensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, tuple[torch.dtype, Shape]],
     produce: Callable[[str], Tensor],

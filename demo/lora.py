@@ -27,7 +27,7 @@ LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
 SEPIA = (1.0, 0.86, 0.65)
 RANK = 8
 TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_out)"
-GUIDANCE = 1.0  # as data are; guidance then strengthens what was learned
+_GUIDANCE = 1.0  # as data are; guidance then strengthens what was learned
 SHIFT = 2.0  # as the model itself was trained
 
 
@@ -62,7 +62,7 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float, examples: 
             image = to_tokens(latents[index])
             t, noise = timesteps(batch, SHIFT), torch.randn_like(image)
             noisy = torch.lerp(image, noise, t[:, None, None])
-            flow = velocity(transformer, noisy, t, context, pooled, torch.full((batch,), GUIDANCE))
+            flow = velocity(transformer, noisy, t, context, pooled, torch.full((batch,), _GUIDANCE))
             loss = (flow.float() - (noise - image)).square().mean()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED_ROWS = 128  # of every H rows of a modulation: enough to find what they all read
+_SAMPLED_ROWS = 128  # of every H rows of a modulation: enough to find what they all read
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -56,7 +56,7 @@ class FittedModulations:
         read_HH = torch.zeros_like(root_HH)
         for weight_OH in weights_OH:
             # Contiguous rows, so that of a mapped file only they are read.
-            rows = torch.cat([part[:SAMPLED_ROWS] for part in weight_OH.split(hidden_size)]).float()
+            rows = torch.cat([part[:_SAMPLED_ROWS] for part in weight_OH.split(hidden_size)]).float()
             gram_HH = (rows.T @ rows).to(dtype)
             read_HH += gram_HH / (gram_HH * covariance_HH).sum()  # each modulation counts alike
         directions_HA = torch.linalg.eigh(root_HH.T @ read_HH @ root_HH).eigenvectors[:, -rank:]
@@ -80,7 +80,7 @@ class FittedModulations:
 
     def _error(self, weight_OH: Tensor, bias_O: Tensor) -> float:
         """From the moments, on a sample of the rows."""
-        rows = slice(None, None, max(1, len(weight_OH) // SAMPLED_ROWS))  # from all of its outputs
+        rows = slice(None, None, max(1, len(weight_OH) // _SAMPLED_ROWS))  # from all of its outputs
         weight_OH, bias_O = weight_OH[rows].to(self._lost_HH), bias_O[rows].to(self._lost_HH)
         lost = ((weight_OH @ self._lost_HH) * weight_OH).sum()
         mean_O = weight_OH @ self.moments.mean_H + bias_O

@@ -16,8 +16,8 @@ from ..mob import BlockRouters, BlockRouting, random_block_routers, ridge_block_
 from .split import generator_for
 
 BlockRouterInit = Literal["ridge", "random"]
-REPORTED = 4  # one observation in so many is kept from the fit that the report is of
-FEWEST = 2 * REPORTED  # observations
+_REPORTED = 4  # one observation in so many is kept from the fit that the report is of
+FEWEST = 2 * _REPORTED  # observations
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -86,7 +86,7 @@ def plan_block_routers(
     seen = replace(seen, change_nM=seen.change_nM / seen.change_nM.sum(dim=1, keepdim=True))
     if len(seen.change_nM) < FEWEST:
         raise ValueError(f"There are {len(seen.change_nM)} calibration samples; expected {FEWEST} or more.")
-    kept_n = torch.arange(len(seen.change_nM)) % REPORTED == 0
+    kept_n = torch.arange(len(seen.change_nM)) % _REPORTED == 0
     fit, rest = seen.of(~kept_n), seen.of(kept_n)
     random = random_block_routers_of(name, group, seen.x_mean_nH.shape[1], seed)
     fixed_nM = fit.change_nM.mean(dim=0).expand_as(rest.change_nM)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..config import BlockGroup
 from ..tensor_file import TensorFile
-from ..tensor_writer import write
+from ..tensor_writer import write_tensors
 from .adaln import VecMoments
 from .block_routers import BlockChange, GroupObservations
 
-KEY = "calibration"  # of a part's metadata: whose it is
-FEW_SHARE = 0.2  # see VecMoments.widened
+_KEY = "calibration"  # of a part's metadata: whose it is
+_FEW_SHARE = 0.2  # see VecMoments.widened
 GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
 
 
@@ -54,7 +54,7 @@ class Calibration:
     def moments(self) -> VecMoments:
         """Of silu(vec)."""
         moments = VecMoments.of(torch.cat(self._parts("silu_vec")))
-        return moments.widened(FEW_SHARE) if self.few else moments
+        return moments.widened(_FEW_SHARE) if self.few else moments
 
     def block_change(self, block: str) -> BlockChange:
         """Mean change of a block (by BFL name) over all samples."""
@@ -80,11 +80,11 @@ class Calibration:
 
 def write_part(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write(file, announced, tensors.__getitem__, {KEY: json.dumps(about)})
+    write_tensors(file, announced, tensors.__getitem__, {_KEY: json.dumps(about)})
 
 
 def part_metadata(file: Path) -> dict:
     """What `write_part` was told `about` it; empty of another file. Raises CheckpointError for a damaged one."""
     with TensorFile(file) as stored:
-        found: dict = json.loads(stored.metadata.get(KEY, "null")) or {}
+        found: dict = json.loads(stored.metadata.get(_KEY, "null")) or {}
         return found

@@ -25,7 +25,7 @@ UNKNOWN_LICENCE = "not stated in the teacher's file"
 ARCHITECTURE = "modelspec.architecture"
 UNHASHED = "0" * 64  # as long as a sha256, so that the file's header has its length before the hash is known
 
-Progress = Callable[[int], object]  # told the bytes done since it was last called
+ByteProgress = Callable[[int], object]  # told the bytes done since it was last called
 
 
 def describe_teacher(teacher: DenseTeacher) -> Teacher:
@@ -61,7 +61,7 @@ def convert_file(
     router_bias: bool = False,
     expert_mean: bool = False,
     block_routers: Mapping[str, Tensor] | None = None,
-    progress: Progress = lambda done: None,
+    progress: ByteProgress = lambda done: None,
 ) -> FluxMoEConfig:
     """Write the FLUX-MoE of `teacher` that `config` describes, and give its configuration with the teacher's sha256.
 
@@ -121,7 +121,7 @@ class _Conversion:
         modulations: Modulations | None,
         writer: TensorWriter,
         digest: Digest,
-        progress: Progress,
+        progress: ByteProgress,
     ) -> None:
         self.teacher, self.config, self.plan, self.modulations = teacher, config, plan, modulations
         self.writer, self.digest, self.progress = writer, digest, progress

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..tensor_file import CheckpointError
 
-CHUNK = 4 << 20  # bytes
-LEAD = 512 << 20  # bytes
+_CHUNK = 4 << 20  # bytes
+_LEAD = 512 << 20  # bytes
 
 
 class Digest(Protocol):
@@ -54,7 +54,7 @@ class TensorDigest:
 class PacedDigest:
     """sha256 of files laid end to end, on a thread of its own that keeps near whoever else is reading them.
 
-    Neither of the two gets further ahead than LEAD, so that what one has read from the disk the other finds in memory.
+    Neither of the two gets further ahead than _LEAD, so that what one has read from the disk the other finds in memory.
     To be used in a `with`. Raises CheckpointError, from `reach` and `result`, for a file that cannot be read.
     """
 
@@ -73,7 +73,7 @@ class PacedDigest:
         with self._moved:
             self._reached = max(self._reached, position)
             self._moved.notify_all()
-            self._moved.wait_for(lambda: self.hashed + LEAD >= position or not self._working)
+            self._moved.wait_for(lambda: self.hashed + _LEAD >= position or not self._working)
             self._check()
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -95,7 +95,7 @@ class PacedDigest:
 
     def _run(self) -> None:
         try:
-            buffer = memoryview(bytearray(CHUNK))
+            buffer = memoryview(bytearray(_CHUNK))
             for path in self._files:
                 with open(path, "rb", buffering=0) as file:
                     while count := file.readinto(buffer):
@@ -114,7 +114,7 @@ class PacedDigest:
         with self._moved:
             self.hashed += count
             self._moved.notify_all()
-            self._moved.wait_for(lambda: self.hashed <= self._reached + LEAD or not self._wanted)
+            self._moved.wait_for(lambda: self.hashed <= self._reached + _LEAD or not self._wanted)
             return self._wanted
 
     def __enter__(self) -> PacedDigest:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 2 << 20  # bytes; fits a processor's cache
+_PIECE = 2 << 20  # bytes; fits a processor's cache
 
 _AS_INTEGERS = {
     1: torch.uint8,
@@ -26,7 +26,7 @@ def permuted_pieces(tensor: Tensor, axis: int, first: int, order: Tensor) -> Ite
     source = tensor.detach().view(_AS_INTEGERS[tensor.dtype.itemsize]).numpy()
     index = np.arange(source.shape[axis])  # what stays where it is, is gathered too: as fast as copying
     index[first : first + len(order)] = first + order.numpy()
-    count = max(1, PIECE // source[:1].nbytes)
+    count = max(1, _PIECE // source[:1].nbytes)
     buffer = np.empty((min(count, len(source)), *source.shape[1:]), source.dtype)
     for begin in range(0, len(source), count):
         part = slice(begin, begin + count)

@@ -15,14 +15,14 @@ from ..layout import inverse_order, neuron_axis
 from ..quantised import HEADER_KEY, is_companion
 from ..tensor_file import CheckpointError, TensorFile
 from ..tensor_writer import TensorWriter
-from .convert import ARCHITECTURE, Progress, refuse_same_file
+from .convert import ARCHITECTURE, ByteProgress, refuse_same_file
 from .permute import permuted_pieces
 
-CHUNK = 1024  # rows of a modulation computed at a time
+_ROWS = 1024  # rows of a modulation computed at a time
 
 
 def unconvert_file(
-    path: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done: None
+    path: str | os.PathLike[str], target: str | os.PathLike[str], progress: ByteProgress = lambda done: None
 ) -> FluxMoEConfig:
     """Write the dense FLUX of the FLUX-MoE `path`, BFL keys, each tensor of the dtype that it has there; give its config.
 
@@ -61,7 +61,7 @@ def dense_pieces(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: s
     """
     if config.adaln_rank is not None and is_modulation(name.removesuffix(".weight")):
         basis_AH = tensor("adaln_in.weight").float()
-        for rows_OA in tensor(name).split(CHUNK):
+        for rows_OA in tensor(name).split(_ROWS):
             yield (rows_OA.float() @ basis_AH).to(rows_OA.dtype)
         return
     for ffn in config.ffns:

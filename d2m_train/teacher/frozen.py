@@ -22,7 +22,7 @@ from d2m_model.hosts.diffusers import untrained_transformer
 from d2m_model.keys import diffusers_sources, swap_halves
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
-from d2m_model.tensor_writer import write
+from d2m_model.tensor_writer import write_tensors
 
 from .. import UserError
 from ..run_config import Lora, TeacherSection
@@ -104,7 +104,9 @@ def fused_file(section: TeacherSection, path: Path, report: Callable[[str], obje
         metadata[_TITLE] = f"{metadata.get(_TITLE, section.path.stem)} + {names}"
         metadata[IDENTITY] = json.dumps(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items()}, produce, metadata)
+        write_tensors(
+            path, {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items()}, produce, metadata
+        )
     return path
 
 

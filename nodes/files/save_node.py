@@ -23,7 +23,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check, config_tensor
+from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_moe, config_tensor
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
@@ -187,7 +187,7 @@ def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     stored = config_tensor(config)
     specs[CONFIG_KEY] = (stored.dtype, tuple(stored.shape))
     dtypes = {name: dtype for name, (dtype, _) in specs.items()}
-    check({name: shape for name, (_, shape) in specs.items()}, dtypes, config)
+    check_moe({name: shape for name, (_, shape) in specs.items()}, dtypes, config)
     metadata = {**notes, **metadata_of_saved(config, patcher.model.diffusion_model.config.split_only)}
     with TensorWriter(target, specs, metadata) as writer:
         progress, done = comfy.utils.ProgressBar(writer.size), 0

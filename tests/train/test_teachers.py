@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2m_model.config import FluxDims
 from d2m_model.hosts.diffusers import load_transformer
-from d2m_model.keys import dense_shapes, diffusers_shapes, diffusers_tensors
+from d2m_model.keys import dense_shapes, diffusers_shapes
 from d2m_model.lora_file import read_lora
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_train import UserError
@@ -29,7 +29,7 @@ from d2m_train.teacher.frozen import fused_file, open_frozen_teacher
 from d2m_train.teacher.known_flux import FLUX_DEV
 from d2m_train.teacher.loras import LoraDeltas
 
-from ..unit.small_flux import DIMS, METADATA, dense_flux, save_flux
+from ..unit.small_flux import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
 
 ROOT = Path(__file__).parents[2]
 RANK = 3

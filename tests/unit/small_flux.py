@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from d2m_model.config import FluxDims
-from d2m_model.keys import dense_shapes
+from d2m_model.keys import dense_shapes, diffusers_sources, swap_halves
 
 DIMS = FluxDims(
     hidden_size=128,
@@ -39,3 +40,12 @@ def save_flux(path: Path, *, prefix: str = "", dtype: torch.dtype = torch.bfloat
     tensors = dense_flux(dtype=dtype)
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata=METADATA)
     return tensors
+
+
+def diffusers_tensors(tensors: Mapping[str, torch.Tensor], dims: FluxDims) -> dict[str, torch.Tensor]:
+    """Rename and split BFL tensors into those of diffusers' FluxTransformer2DModel."""
+    result: dict[str, torch.Tensor] = {}
+    for name, source in diffusers_sources(dims).items():
+        tensor = swap_halves(tensors[name]) if source.swap else tensors[name]
+        result |= dict(zip(source.names, tensor.split(source.rows), strict=True))
+    return result

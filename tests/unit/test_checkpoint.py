@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from d2m_model.checkpoint import (
     CheckpointError,
-    check,
     check_dense,
     check_file,
+    check_moe,
     check_state_dict,
     config_tensor,
     dims_of,
@@ -114,7 +114,7 @@ def test_leaving_out_any_tensor_is_an_error_that_names_it(moe: dict[str, torch.T
     for name, shape in expected_tensors(CONFIG).items():
         without = {other: found for other, found in shapes.items() if other != name}
         with pytest.raises(CheckpointError) as caught:
-            check(without, dtypes, CONFIG)
+            check_moe(without, dtypes, CONFIG)
         assert f"FLUX-MoE schema 1: {name} is missing (expected shape {list(shape)})" in str(caught.value)
 
 

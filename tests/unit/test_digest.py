@@ -17,8 +17,8 @@ from d2m_model.tensor_file import CheckpointError
 def test_the_hash_is_right_however_its_companion_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(digest, "CHUNK", 1000)
-    monkeypatch.setattr(digest, "LEAD", 3000)
+    monkeypatch.setattr(digest, "_CHUNK", 1000)
+    monkeypatch.setattr(digest, "_LEAD", 3000)
     content = torch.randint(0, 256, (100_000,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "a").write_bytes(content[:33_333])
     (tmp_path / "b").write_bytes(content[33_333:])

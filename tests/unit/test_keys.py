@@ -13,11 +13,12 @@ from d2m_model.keys import (
     dense_shapes,
     diffusers_shapes,
     diffusers_sources,
-    diffusers_tensors,
     landmarks_of,
     strip_prefix,
     swap_halves,
 )
+
+from .small_flux import diffusers_tensors
 
 DIMS = FluxDims(
     hidden_size=128,

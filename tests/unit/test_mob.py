@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from d2m_model.config import Selection
 from d2m_model.mob import (
-    RIDGES,
+    BLOCK_RIDGES,
     BlockRouting,
     SampleSubset,
     block_balance_loss,
@@ -383,7 +383,7 @@ def test_ridge_routers_are_the_least_squares_of_their_ridge() -> None:
     every = torch.arange(12)
     left_out = {
         ridge: sum((y[i] - features[i] @ fit(every[every != i], ridge)).square().sum() for i in range(12))
-        for ridge in RIDGES
+        for ridge in BLOCK_RIDGES
     }
     weight = fit(every, min(left_out, key=lambda ridge: float(left_out[ridge])))
     logits = features @ weight / (features @ weight).square().mean().sqrt()

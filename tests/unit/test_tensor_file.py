@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2m_model.tensor_file import CheckpointError, TensorFile
-from d2m_model.tensor_writer import TensorWriter, write
+from d2m_model.tensor_writer import TensorWriter, write_tensors
 
 TENSORS = {
     "flag": torch.tensor([True, False, True]),
@@ -47,7 +47,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_a_written_file_is_what_safetensors_itself_reads(tmp_path: Path) -> None:
     target = tmp_path / "file.safetensors"
-    write(target, SPECS, TENSORS.__getitem__, {"note": "größer"})
+    write_tensors(target, SPECS, TENSORS.__getitem__, {"note": "größer"})
     loaded = load_file(target)
     assert set(loaded) == set(TENSORS)
     assert all(same(loaded[name], TENSORS[name]) for name in TENSORS)
@@ -66,7 +66,7 @@ def test_a_file_of_safetensors_is_read_with_its_names_in_order_of_place(tmp_path
 
 def test_tensors_are_aligned_to_their_element_size(tmp_path: Path) -> None:
     target = tmp_path / "file.safetensors"
-    write(target, SPECS, TENSORS.__getitem__, {})
+    write_tensors(target, SPECS, TENSORS.__getitem__, {})
     raw = target.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -141,14 +141,14 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, torch
-from d2m_model.tensor_writer import write
+from d2m_model.tensor_writer import write_tensors
 
 def produce(name):
     if name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.ones(1 << 20)
 
-write(sys.argv[1], {name: (torch.float32, (1 << 20,)) for name in "abc"}, produce, {})
+write_tensors(sys.argv[1], {name: (torch.float32, (1 << 20,)) for name in "abc"}, produce, {})
 """
 
 
@@ -160,7 +160,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file_or_none(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", KILLED, str(target)], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (target.read_bytes() if target.exists() else None) == old
-    write(target, SPECS, TENSORS.__getitem__, {})
+    write_tensors(target, SPECS, TENSORS.__getitem__, {})
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"], "what was left is in the way"
 
 
@@ -172,7 +172,7 @@ def test_the_old_file_is_replaced_only_by_a_whole_one_and_nothing_else_stays(tmp
         assert target.read_bytes() == b"the old file"
         return TENSORS[name]
 
-    write(target, SPECS, produce, {})
+    write_tensors(target, SPECS, produce, {})
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
     assert len(load_file(target)) == len(TENSORS)
 
@@ -183,7 +183,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExc
         raise error
 
     with pytest.raises(error):
-        write(tmp_path / "file.safetensors", SPECS, produce, {})
+        write_tensors(tmp_path / "file.safetensors", SPECS, produce, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +194,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, mon
         raise AssertionError("asked for a tensor")
 
     with pytest.raises(CheckpointError, match=r"the disk is full\. \d{3} bytes are needed, 100 are free"):
-        write(tmp_path / "file.safetensors", SPECS, produce, {})
+        write_tensors(tmp_path / "file.safetensors", SPECS, produce, {})
 
 
 @pytest.fixture
@@ -222,18 +222,18 @@ def test_a_disk_that_fills_while_writing_leaves_the_old_file_alone(small_disk: P
     with pytest.raises(
         CheckpointError, match=r"the disk is full\. 3,\d{3},\d{3} bytes are needed, 2,\d{3},\d{3} are free"
     ):
-        write(target, dict.fromkeys(names, (torch.float32, (1 << 18,))), produce, {})
+        write_tensors(target, dict.fromkeys(names, (torch.float32, (1 << 18,))), produce, {})
     assert sorted(path.name for path in small_disk.iterdir()) == ["file.safetensors", "other"]
     assert target.read_bytes() == b"the old file"
 
 
 TOO_LARGE = """
 import resource, signal, sys, torch
-from d2m_model.tensor_writer import write
+from d2m_model.tensor_writer import write_tensors
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-write(sys.argv[1], {"a": (torch.float32, (1 << 20,))}, lambda name: torch.ones(1 << 20), {})
+write_tensors(sys.argv[1], {"a": (torch.float32, (1 << 20,))}, lambda name: torch.ones(1 << 20), {})
 """
 
 
@@ -258,9 +258,9 @@ def test_an_error_of_the_disk_itself_is_reported_and_leaves_nothing(
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("d2m_model.tensor_writer.SYNC_EVERY", 1)
+    monkeypatch.setattr("d2m_model.tensor_writer._SYNC_EVERY", 1)
     with pytest.raises(CheckpointError, match=r"cannot be written \(Input/output error\)"):
-        write(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+        write_tensors(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,7 +276,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         assert not left.exists()
         living_part = tmp_path / f".file.safetensors.{os.getpid()}.part"
         monkeypatch.setattr(os, "getpid", lambda: 54321)
-        write(target, SPECS, TENSORS.__getitem__, {})
+        write_tensors(target, SPECS, TENSORS.__getitem__, {})
         assert sorted(tmp_path.iterdir()) == sorted([target, living_part, *others])
         for name in SPECS:
             living.put(name, torch.zeros_like(TENSORS[name]).contiguous())
@@ -340,21 +340,21 @@ def test_released_pages_can_be_read_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="missing: there is no such folder"):
-        write(tmp_path / "missing" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+        write_tensors(tmp_path / "missing" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
     with pytest.raises(CheckpointError, match="a folder, not a file"):
-        write(tmp_path, SPECS, TENSORS.__getitem__, {})
+        write_tensors(tmp_path, SPECS, TENSORS.__getitem__, {})
     (tmp_path / "file").write_text("a file")
     with pytest.raises(CheckpointError, match="file: there is no such folder"):
-        write(tmp_path / "file" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+        write_tensors(tmp_path / "file" / "file.safetensors", SPECS, TENSORS.__getitem__, {})
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match="this folder cannot be written to"):
-        write(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+        write_tensors(tmp_path / "file.safetensors", SPECS, TENSORS.__getitem__, {})
 
 
 def test_a_disk_that_is_read_only_is_reported_to_root_too(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match="disk: this folder cannot be written to"):
-        write(small_disk / "file.safetensors", SPECS, TENSORS.__getitem__, {})
+        write_tensors(small_disk / "file.safetensors", SPECS, TENSORS.__getitem__, {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need a privilege there")
@@ -362,6 +362,6 @@ def test_writing_to_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     link = tmp_path / "link.safetensors"
     link.symlink_to(tmp_path / "models" / "file.safetensors")
-    write(link, SPECS, TENSORS.__getitem__, {})
+    write_tensors(link, SPECS, TENSORS.__getitem__, {})
     assert link.is_symlink()
     assert len(load_file(tmp_path / "models" / "file.safetensors")) == len(TENSORS)
