@@ -1,12 +1,12 @@
-"""What a FLUX-MoE costs under the settings of a moment: GET /d2m/cost, and the configurations of nodes that have run.
+"""What a FLUX-MoE costs under given settings: GET /d2m/cost, and the configurations of nodes that have run.
 
 GET /d2m/cost?model_name=FILE          a file in diffusion_models, dense or FLUX-MoE
-GET /d2m/cost?node=EXECUTION_ID        a node that has run and gave a FLUX-MoE
+GET /d2m/cost?node=EXECUTION_ID        a node that has run and returned a FLUX-MoE
     &top_k= &active_blocks=N or N,N,… &capacity= &width= &height= &text_tokens=
 
-A node is known by its id: another workflow may have run since with a node of the same, so the answer's `of` says what it
-is of. Counted as `python -m d2m_train report` counts. A setting that the model does not have (top_k of a file with capacity
-routers, active blocks of one without groups) changes nothing.
+A node is known by its id, and another workflow with a node of the same id may have run since. So `of` in the answer
+names the model that was counted. Costs are counted as in `python -m d2m_train report`. A setting that the model does
+not have (top_k of a file with capacity routers, active blocks of one without block groups) changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import folder_paths
@@ -28,161 +28,159 @@ from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, dims_of, parse_c
 from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
 from ..d2m_model.tensor_file import TensorFile
-from .controls.metadata_log import Graph, computed_from
 from .model.settings import active_blocks
-from .prompt_server import executing, prompt_server
+from .prompt_graph import PromptGraph, result_digests
+from .prompt_server import RequestError, executing_items, prompt_server, with_json_errors
 
-MOST_PIXELS = 16_384  # on a side
-MOST_TEXT = 100_000  # tokens
-MOST_CAPACITY = 1000.0
-REMEMBERED = 1024  # nodes, and files
+_MAX_SIDE = 16_384  # pixels
+_MAX_TEXT_TOKENS = 100_000
+_MAX_CAPACITY = 1000.0
+_REMEMBERED = 1024  # nodes, files and results
 
-Model = FluxDims | FluxMoEConfig  # dense, or not
-
-
-class Refused(ValueError):
-    """What is asked for cannot be; `status` is HTTP's."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+KnownModel = FluxDims | FluxMoEConfig  # dense or FLUX-MoE
 
 
-# What is known
+# Models that are known
 
 
-class Known:
-    """The last so many configurations, by any key. Executor and event loop are two threads."""
+class RecentModels:
+    """The last `size` models by key. Used by two threads: the executor's and the event loop's."""
 
-    def __init__(self, most: int = REMEMBERED) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._models: OrderedDict[Any, Model] = OrderedDict()
+    def __init__(self, size: int = _REMEMBERED) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._models: OrderedDict[Hashable, KnownModel] = OrderedDict()
 
-    def put(self, key: Any, model: Model) -> bool:
-        """Whether that is new."""
+    def put(self, key: Hashable, model: KnownModel) -> bool:
+        """Remember a model. Returns whether it is another than before."""
         with self._lock:
-            new = self._models.get(key) != model
+            changed = self._models.get(key) != model
             self._models[key] = model
             self._models.move_to_end(key)
-            while len(self._models) > self._most:
+            while len(self._models) > self._size:
                 self._models.popitem(last=False)
-            return new
+            return changed
 
-    def get(self, key: Any) -> Model | None:
+    def get(self, key: Hashable) -> KnownModel | None:
         with self._lock:
             return self._models.get(key)
 
 
-NODES, FILES = Known(), Known()
-RESULTS = Known()  # by what a node's result is computed from
+_BY_NODE, _BY_FILE, _BY_RESULT = RecentModels(), RecentModels(), RecentModels()  # result: digest of a node's
 
 
-def remember(config: FluxMoEConfig) -> None:
-    """The node that is executing gives a FLUX-MoE of this configuration. The log says once what it costs.
+def remember_model(config: FluxMoEConfig) -> None:
+    """Remember that the executing node returns a FLUX-MoE of this configuration, and log its cost if that is new.
 
-    Which node that is ComfyUI knows: one that asked for its own id would not be taken from the cache under another. And
-    nothing is added to its output, so what ComfyUI keeps of it stays as it is.
+    ComfyUI says which node that is: a node that asked for its own id would not be taken from the cache under another
+    id. And nothing is added to the node's output, so ComfyUI can cache it as it is.
     """
     context = get_executing_context()
     if context is None:
         return
     node = str(context.node_id)
-    if NODES.put(node, config):
-        logging.info("FLUX-MoE of node %s: %s", node, costs(config, {})["text"])
-    graph: Graph = next((item[2] for item in executing() if item[1] == context.prompt_id), {})
-    if result := computed_from(graph, [node], {}).get(node):
-        RESULTS.put(result, config)
+    if _BY_NODE.put(node, config):
+        logging.info("FLUX-MoE of node %s: %s", node, cost_report(config, {})["text"])
+    graph: PromptGraph = next((item[2] for item in executing_items() if item[1] == context.prompt_id), {})
+    if digest := result_digests(graph, [node]).get(node):
+        _BY_RESULT.put(digest, config)
 
 
-def recognise(json_data: dict[str, Any]) -> dict[str, Any]:
-    """PromptServer's on_prompt handler: a node whose result ComfyUI has in its cache, from another id, does not run."""
+def recognise_cached_results(json_data: dict[str, Any]) -> dict[str, Any]:
+    """Handle PromptServer's on_prompt: a node whose result ComfyUI has cached under another node's id does not run."""
     graph = json_data.get("prompt")
     if isinstance(graph, dict) and all(isinstance(node.get("inputs"), dict) for node in graph.values()):
-        for node, result in computed_from(graph, graph, {}).items():
-            if (model := RESULTS.get(result)) is not None:
-                NODES.put(node, model)
+        for node, digest in result_digests(graph, graph).items():
+            if (model := _BY_RESULT.get(digest)) is not None:
+                _BY_NODE.put(node, model)
     return json_data
 
 
-def answer(query: Mapping[str, str]) -> dict[str, Any]:
-    """Raises Refused."""
-    model, of = model_of(query)
-    found = costs(model, query)
-    if "node" in query:  # which shows in the readout's tooltip
-        found["text"] += f" Of {of}."
-    return {**found, "of": of}
+# Answers
 
 
-def model_of(query: Mapping[str, str]) -> tuple[Model, str]:
-    """What is asked about, and what to call it. Raises Refused."""
+def cost_answer(query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the answer to a query as JSON. Raises RequestError."""
+    model, name = _requested_model(query)
+    report = cost_report(model, query)
+    if "node" in query:
+        report["text"] += f" Of {name}."  # shown in the readout's tooltip
+    return {**report, "of": name}
+
+
+def _requested_model(query: Mapping[str, str]) -> tuple[KnownModel, str]:
+    """Return the model that a query names, and its description. Raises RequestError."""
     name, node = query.get("model_name"), query.get("node")
     if (name is None) == (node is None):
-        raise Refused(
-            400, "Give model_name (a file in diffusion_models) or node (the execution id of a node), one of them."
+        raise RequestError(
+            400, "Give model_name (a file in diffusion_models) or node (the execution id of a node), not both."
         )
     if node is not None:
-        if (found := NODES.get(node)) is None:
-            raise Refused(404, f"Node {node[:40]} has given no FLUX-MoE yet. Queue the workflow.")
-        return found, f"what node {node[:40]} gave last: {described(found)}"
+        if (model := _BY_NODE.get(node)) is None:
+            raise RequestError(404, f"Node {node[:40]} has given no FLUX-MoE yet. Queue the workflow.")
+        return model, f"what node {node[:40]} gave last: {_describe(model)}"
     assert name is not None
     if name not in folder_paths.get_filename_list("diffusion_models"):
-        raise Refused(404, f"There is no {name[:200]} in diffusion_models.")
+        raise RequestError(404, f"There is no {name[:200]} in diffusion_models.")
     path = folder_paths.get_full_path_or_raise("diffusion_models", name)
     try:
-        about = os.stat(path)
-        key = path, about.st_size, about.st_mtime_ns
-        model = FILES.get(key)
-        if model is None:
-            with TensorFile(path) as file:
-                model = parse_config(file.tensor(CONFIG_KEY)) if CONFIG_KEY in file.shapes else dims_of(file.shapes)
-            FILES.put(key, model)
+        return _read_model(path), name
     except CheckpointError as error:
-        raise Refused(400, str(error)) from None
+        raise RequestError(400, str(error)) from None
     except OSError as error:
-        raise Refused(404, f"{name[:200]}: cannot be read ({error.strerror or error}).") from None
-    return model, name
+        raise RequestError(404, f"{name[:200]}: cannot be read ({error.strerror or error}).") from None
 
 
-def described(model: Model) -> str:
+def _read_model(path: str) -> KnownModel:
+    status = os.stat(path)
+    key = path, status.st_size, status.st_mtime_ns
+    model = _BY_FILE.get(key)
+    if model is None:
+        with TensorFile(path) as file:
+            model = parse_config(file.tensor(CONFIG_KEY)) if CONFIG_KEY in file.shapes else dims_of(file.shapes)
+        _BY_FILE.put(key, model)
+    return model
+
+
+def _describe(model: KnownModel) -> str:
     if isinstance(model, FluxDims):
         return "a dense FLUX"
-    known = model.provenance
-    data = known.get("data")
-    about = f"preset {known.get('preset', '?')} of {model.teacher.title}"
-    return f"{about}, calibrated with {data['name']}" if isinstance(data, dict) and "name" in data else about
+    provenance = model.provenance
+    data = provenance.get("data")
+    text = f"preset {provenance.get('preset', '?')} of {model.teacher.title}"
+    return f"{text}, calibrated with {data['name']}" if isinstance(data, dict) and "name" in data else text
 
 
-# What it costs
-
-
-def costs(model: Model, query: Mapping[str, str]) -> dict[str, Any]:
-    """The answer. Raises Refused for a setting that no node would take."""
-    width, height = (whole(query, side, 1024, PATCH_PIXELS, MOST_PIXELS) for side in ("width", "height"))
-    text = whole(query, "text_tokens", 512, 0, MOST_TEXT)
+def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the cost under the settings of a query. Raises RequestError for a setting that no node would take."""
+    width, height = (_whole_number(query, side, 1024, PATCH_PIXELS, _MAX_SIDE) for side in ("width", "height"))
+    text = _whole_number(query, "text_tokens", 512, 0, _MAX_TEXT_TOKENS)
     tokens = Tokens(image=-(-width // PATCH_PIXELS) * -(-height // PATCH_PIXELS), text=text)
     dims = model if isinstance(model, FluxDims) else model.dims
     notes: list[str] = []
-    conversion = DENSE if isinstance(model, FluxDims) else settings_of(model, query, notes)
-    dense, found = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
-    about: dict[str, Any] = {"experts": 0, "groups": []}
+    conversion = DENSE if isinstance(model, FluxDims) else _requested_conversion(model, query, notes)
+    dense, cost = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
+    sliders: dict[str, Any] = {"experts": 0, "groups": []}
     if isinstance(model, FluxMoEConfig):
         if model.capacity_router is None:
-            about["experts"] = min((layout.experts for layout in model.ffns.values()), default=0)
-        about["groups"] = [group.blocks for group in model.groups]
+            sliders["experts"] = min((layout.experts for layout in model.ffns.values()), default=0)
+        sliders["groups"] = [group.blocks for group in model.groups]
     return {
-        "total": round(found.total),
-        **figures(found),
-        "dense": figures(dense),
-        "flops_ratio": found.flops / dense.flops,
-        "text": " ".join([sentence(found, dense, f"{width} × {height} pixels and {text} text tokens"), *notes]),
-        **about,
+        "total": round(cost.total),
+        **_figures(cost),
+        "dense": _figures(dense),
+        "flops_ratio": cost.flops / dense.flops,
+        "text": " ".join([_sentence(cost, dense, f"{width} × {height} pixels and {text} text tokens"), *notes]),
+        **sliders,
     }
 
 
-def settings_of(config: FluxMoEConfig, query: Mapping[str, str], notes: list[str]) -> Conversion:
-    """`notes` fills with sentences on what the figures do not say. Raises Refused."""
+def _requested_conversion(config: FluxMoEConfig, query: Mapping[str, str], notes: list[str]) -> Conversion:
+    """Return the conversion under the settings of a query, and add remarks on the figures to `notes`.
+
+    Raises RequestError.
+    """
     experts = min((layout.experts for layout in config.ffns.values()), default=0)
-    top_k, capacity = None, number(query, "capacity", 1.0, MOST_CAPACITY)
+    top_k, capacity = None, _number(query, "capacity", 1.0, _MAX_CAPACITY)
     if config.capacity_router is not None:
         mean = experts_at(capacity, config)
         if capacity in (0, 1):
@@ -192,18 +190,18 @@ def settings_of(config: FluxMoEConfig, query: Mapping[str, str], notes: list[str
                 f"At capacity {capacity:g} an estimate: about {mean:.1f} experts a token, which depends on the image."
             )
     elif experts:
-        top_k = whole(query, "top_k", config.top_k, 0, experts)
+        top_k = _whole_number(query, "top_k", config.top_k, 0, experts)
     active = None
     if config.groups:
         try:
-            active = active_blocks(blocks_asked(query.get("active_blocks", "")), config.groups)
+            active = active_blocks(_requested_blocks(query.get("active_blocks", "")), config.groups)
         except ValueError as error:
-            raise Refused(400, str(error)) from None
+            raise RequestError(400, str(error)) from None
     return Conversion.of(config, top_k, active_blocks=active, capacity=capacity)
 
 
-def blocks_asked(text: str) -> int | list[int] | None:
-    """As the node Active blocks has it. Raises ValueError."""
+def _requested_blocks(text: str) -> int | list[int] | None:
+    """Parse active_blocks as the node Active blocks does. Raises ValueError."""
     try:
         numbers = [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
@@ -211,53 +209,50 @@ def blocks_asked(text: str) -> int | list[int] | None:
     return None if not numbers else numbers[0] if "," not in text else numbers
 
 
-def whole(query: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+def _whole_number(query: Mapping[str, str], name: str, default: int, smallest: int, largest: int) -> int:
     text = query.get(name, "")
     value = default if not text else int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-    if not least <= value <= most:
-        raise Refused(400, f"{name} is {text[:40]!r}; expected a whole number, {least} to {most}.")
+    if not smallest <= value <= largest:
+        raise RequestError(400, f"{name} is {text[:40]!r}; expected a whole number, {smallest} to {largest}.")
     return value
 
 
-def number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+def _number(query: Mapping[str, str], name: str, default: float, largest: float) -> float:
     text = query.get(name, "")
     try:
         value = float(text) if text else default
     except ValueError:
         value = math.nan
-    if not 0 <= value <= most:
-        raise Refused(400, f"{name} is {text[:40]!r}; expected a number, 0 to {most:g}.")
+    if not 0 <= value <= largest:
+        raise RequestError(400, f"{name} is {text[:40]!r}; expected a number, 0 to {largest:g}.")
     return value
 
 
-def figures(cost: Cost) -> dict[str, int]:
+def _figures(cost: Cost) -> dict[str, int]:
     return {"touched": round(cost.touched), "paper": round(cost.paper), "flops": round(cost.flops)}
 
 
-def sentence(found: Cost, dense: Cost, where: str) -> str:
+def _sentence(cost: Cost, dense: Cost, where: str) -> str:
     size, unit = (1e9, "B") if dense.total >= 1e9 else (1e6, "M")
-    work, flop = (1e12, "TFLOPs") if dense.flops >= 1e12 else (1e9, "GFLOPs")
+    work, flops = (1e12, "TFLOPs") if dense.flops >= 1e12 else (1e9, "GFLOPs")
     return (
-        f"{found.touched / size:.2f} of {dense.touched / size:.2f} {unit} parameters are active "
-        f"({found.paper / size:.2f} {unit} as the paper counts), and {found.flops / work:.2f} of {dense.flops / work:.2f} "
-        f"{flop} per evaluation ({found.flops / dense.flops:.0%} of the dense model), at {where}."
+        f"{cost.touched / size:.2f} of {dense.touched / size:.2f} {unit} parameters are active "
+        f"({cost.paper / size:.2f} {unit} as the paper counts), and {cost.flops / work:.2f} of {dense.flops / work:.2f} "
+        f"{flops} per evaluation ({cost.flops / dense.flops:.0%} of the dense model), at {where}."
     )
 
 
 # The route
 
 
+@with_json_errors
 async def get_cost(request: web.Request) -> web.Response:
-    query = request.query
-    try:
-        return web.json_response(await asyncio.to_thread(answer, query))
-    except Refused as error:
-        return web.json_response({"error": str(error)}, status=error.status)
+    return web.json_response(await asyncio.to_thread(cost_answer, request.query))
 
 
 def register() -> None:
-    """The route, and the handler of prompts, where there is a server."""
+    """Add the route and the handler of prompts, if ComfyUI runs a server."""
     server = prompt_server()
     if server is not None:
         server.routes.get("/d2m/cost")(get_cost)
-        server.add_on_prompt_handler(recognise)
+        server.add_on_prompt_handler(recognise_cached_results)

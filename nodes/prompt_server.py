@@ -1,20 +1,47 @@
-"""ComfyUI's server, where there is one."""
+"""Access to ComfyUI's server, if one runs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from aiohttp import web
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+class RequestError(ValueError):
+    """A request that is answered with an error message and the HTTP status `status`."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def prompt_server() -> Any | None:
-    """Not imported here: a ComfyUI with a server has done so long before it loads packs, and one without may not be able
-    to (`server` imports a `utils`, of which ComfyUI has two)."""
+    """Return the server's PromptServer, or None without a server.
+
+    `server` is not imported here: a ComfyUI with a server has imported it before it loads packs, and one without may
+    be unable to (`server` imports a module `utils`, and ComfyUI has two of that name).
+    """
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def executing() -> Sequence[tuple]:
-    """The queue's items that are executing: (number, prompt id, graph, extra data, outputs, …)."""
+def executing_items() -> Sequence[tuple]:
+    """Return the queue's items that are executing: (number, prompt id, graph, extra data, outputs, …)."""
     server = prompt_server()
-    found: Sequence[tuple] = () if server is None else server.prompt_queue.get_current_queue_volatile()[0]
-    return found
+    items: Sequence[tuple] = () if server is None else server.prompt_queue.get_current_queue_volatile()[0]
+    return items
+
+
+def with_json_errors(handler: Handler) -> Handler:
+    """Wrap a handler so that a RequestError is answered with {"error": message} and its status."""
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return web.json_response({"error": str(error)}, status=error.status)
+
+    return handle

@@ -6,31 +6,27 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .control import MODEL_TOOLTIP, Control, model_output
-from .transforms import MOST_BLOCKS
+from .control_node import ControlNode
+from .kinds import MAX_BLOCKS
 
 
-class ActiveBlocks(Control):
+class ActiveBlocks(ControlNode):
     node_id, title = "D2MActiveBlocks", "FLUX-MoE Active blocks"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=cls.node_id,
-            display_name=cls.title,
-            category="FLUX-MoE",
+        return cls.control_schema(
             description=(
                 "Sets how many blocks of every block group run (Mixture of Blocks: presets M, S and XS). Each sample's "
                 "router chooses which; the others are skipped. Move the slider while it samples: the next step follows."
             ),
             search_aliases=["mixture of blocks", "skip blocks", "block groups", "depth", "dense2moe", "flux moe speed"],
-            inputs=[
-                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+            widgets=[
                 io.Int.Input(
                     "active_blocks",
                     default=1,
                     min=0,
-                    max=MOST_BLOCKS,
+                    max=MAX_BLOCKS,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
                         "Blocks that run in each group, 0 (none) up to as many as the largest group has. A smaller group "
@@ -47,10 +43,8 @@ class ActiveBlocks(Control):
                     advanced=True,
                 ),
             ],
-            outputs=[model_output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, active_blocks: int, per_group: str = "") -> io.NodeOutput:
-        return cls.put_on(model, active_blocks=active_blocks, per_group=per_group)
+        return cls.add_to(model, active_blocks=active_blocks, per_group=per_group)

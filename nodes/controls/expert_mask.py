@@ -6,18 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .control import MODEL_TOOLTIP, Control, model_output
+from .control_node import ControlNode
 
 
-class ExpertMask(Control):
+class ExpertMask(ControlNode):
     node_id, title = "D2MExpertMask", "FLUX-MoE Expert mask"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=cls.node_id,
-            display_name=cls.title,
-            category="FLUX-MoE",
+        return cls.control_schema(
             description=(
                 "Mutes or boosts single experts in the blocks that you name, to hear what each of them paints. Tokens are "
                 "routed as before; a chosen expert's output is multiplied by its weight. Can be rewritten while it samples."
@@ -30,8 +27,7 @@ class ExpertMask(Control):
                 "dense2moe",
                 "mixture of experts",
             ],
-            inputs=[
-                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+            widgets=[
                 io.String.Input(
                     "mask",
                     multiline=True,
@@ -44,10 +40,8 @@ class ExpertMask(Control):
                     ),
                 ),
             ],
-            outputs=[model_output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, mask: str) -> io.NodeOutput:
-        return cls.put_on(model, mask=mask)
+        return cls.add_to(model, mask=mask)

@@ -6,21 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .control import MODEL_TOOLTIP, Control, model_output
-from .transforms import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
+from .control_node import ControlNode
+from .effects import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
 
 PIECES = "0 - 40: 1\n40 - 100: 4"
 
 
-class Schedule(Control):
+class Schedule(ControlNode):
     node_id, title = "D2MSchedule", "FLUX-MoE Schedule"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=cls.node_id,
-            display_name=cls.title,
-            category="FLUX-MoE",
+        return cls.control_schema(
             description=(
                 "Changes Top-K, active blocks or capacity in the course of sampling: a value for each part of the way from "
                 "noise to image. "
@@ -34,8 +31,7 @@ class Schedule(Control):
                 "dense2moe",
                 "flux moe speed",
             ],
-            inputs=[
-                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+            widgets=[
                 io.Combo.Input(
                     "setting",
                     options=[TOP_K, ACTIVE_BLOCKS, CAPACITY],
@@ -66,10 +62,8 @@ class Schedule(Control):
                     ),
                 ),
             ],
-            outputs=[model_output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, setting: str, unit: str, pieces: str) -> io.NodeOutput:
-        return cls.put_on(model, setting=setting, unit=unit, pieces=pieces)
+        return cls.add_to(model, setting=setting, unit=unit, pieces=pieces)

@@ -6,32 +6,29 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .control import MODEL_TOOLTIP, Control, model_output
-from .transforms import AS_IN_FILE, GATES, MOST_CAPACITY, MOST_EXPERTS
+from .control_node import ControlNode
+from .effects import AS_IN_FILE
+from .kinds import GATES, MAX_CAPACITY, MAX_EXPERTS
 
 
-class TopK(Control):
+class TopK(ControlNode):
     node_id, title = "D2MTopK", "FLUX-MoE Top-K"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=cls.node_id,
-            display_name=cls.title,
-            category="FLUX-MoE",
+        return cls.control_schema(
             description=(
                 "Sets how many experts every token is sent to, or how much compute a file with capacity routers spends. "
                 "More experts cost more time and add detail; all of them give a converted file its dense teacher's images. "
                 "Move the slider while it samples: the next step follows."
             ),
             search_aliases=["experts", "top k", "capacity", "mixture of experts", "dense2moe", "flux moe speed"],
-            inputs=[
-                io.Model.Input("model", tooltip=MODEL_TOOLTIP),
+            widgets=[
                 io.Int.Input(
                     "top_k",
                     default=2,
                     min=0,
-                    max=MOST_EXPERTS,
+                    max=MAX_EXPERTS,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
                         "Experts per token, 0 (the shared expert alone) up to as many as the file has (12 in the paper). "
@@ -52,7 +49,7 @@ class TopK(Control):
                     "capacity",
                     default=1.0,
                     min=0.0,
-                    max=MOST_CAPACITY,
+                    max=MAX_CAPACITY,
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
@@ -63,10 +60,8 @@ class TopK(Control):
                     advanced=True,
                 ),
             ],
-            outputs=[model_output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, top_k: int, gate: str, capacity: float = 1.0) -> io.NodeOutput:
-        return cls.put_on(model, top_k=top_k, gate=gate, capacity=capacity)
+        return cls.add_to(model, top_k=top_k, gate=gate, capacity=capacity)

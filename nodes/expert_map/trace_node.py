@@ -18,8 +18,8 @@ from torch import Tensor
 from ...d2m_model.config import PATCH_LATENTS, FluxMoEConfig
 from ...d2m_model.trace import Evaluation, Pass, Run
 from ...d2m_model.trace_record import MOST_EXPERTS, SampleKey
-from ..controls.control import flux_moe
-from ..controls.transforms import in_full
+from ..controls.effects import effective_settings
+from ..model.flux_moe import require_flux_moe
 from ..model.settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle
 
@@ -98,7 +98,7 @@ class Tracer:
                 listening = Pass(rows, c_crossattn.shape[1], references)
                 evaluation.passes.append(listening)
                 if evaluation.settings is None:
-                    evaluation.settings = in_full(settings_of(options), self.config)
+                    evaluation.settings = effective_settings(settings_of(options), self.config)
                 options[OPTIONS_KEY] = {**settings_of(options), "trace": listening.recorder}
             else:
                 run.note(AREAS)
@@ -181,7 +181,7 @@ class TraceRouting(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        config = flux_moe(model, "FLUX-MoE Trace Routing").diffusion_model.config
+        config = require_flux_moe(model, "FLUX-MoE Trace Routing").diffusion_model.config
         most = max((layout.experts for layout in config.ffns.values()), default=0)
         if most > MOST_EXPERTS:
             raise ValueError(f"This FLUX-MoE has {most} experts per FFN; a trace can name up to {MOST_EXPERTS}.")

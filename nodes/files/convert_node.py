@@ -31,7 +31,7 @@ from ...d2m_model.conversion.ffn import Recipe
 from ...d2m_model.conversion.method import Method, new_config, resolved
 from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from ...d2m_model.tensor_file import FLOAT8
-from ..cost import remember
+from ..cost import remember_model
 from .calibration import TOKENS, CalibrationSamples, calibrate_on_prompts, prompts_of, sampling_patches
 from .dense_teacher import open_dense, refuse_others
 from .load_node import load_flux_moe
@@ -363,7 +363,7 @@ class ConvertFlux(io.ComfyNode):
         folder = Path(folder_paths.get_temp_directory())
         folder.mkdir(parents=True, exist_ok=True)
         file = TemporaryFile(folder / f"flux-moe-{uuid.uuid4().hex}.safetensors")
-        remember(convert(model, method, calibration, settings, file.path))
+        remember_model(convert(model, method, calibration, settings, file.path))
         held = model.model.diffusion_model.dtype
         converted = load(file, {"dtype": held} if held in FLOAT8 else {})
         return io.NodeOutput(like(model, converted))

@@ -21,9 +21,9 @@ from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_
 from ...d2m_model.keys import bfl_spelling, dense_shapes
 from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
 from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of
-from ..model.flux_moe import FluxMoEModel
+from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .injections import refuse_injections
-from .save_node import PREFIX, patches_of, unload
+from .save_node import patches_of, unload
 
 FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
 
@@ -142,7 +142,7 @@ class LoadedTeacher:
             raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
 
     def _key(self, name: str) -> str:
-        return f"{PREFIX}{self._names[name]}"
+        return f"{TRANSFORMER_PREFIX}{self._names[name]}"
 
     def tensor(self, name: str) -> Tensor:
         """As ComfyUI would sample with it, on the CPU."""

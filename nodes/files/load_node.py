@@ -21,7 +21,7 @@ from comfy_api.latest import io
 from ...d2m_model.checkpoint import check_file, check_opened
 from ...d2m_model.quantised import HEADER_KEY, quantised_layers
 from ...d2m_model.tensor_file import TensorFile
-from ..cost import remember
+from ..cost import remember_model
 
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -82,5 +82,5 @@ class LoadFluxMoE(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         dtype = WEIGHT_DTYPES[weight_dtype]
         model = load_flux_moe(path, {} if dtype is None else {"dtype": dtype})
-        remember(model.model.diffusion_model.config)
+        remember_model(model.model.diffusion_model.config)
         return io.NodeOutput(model)

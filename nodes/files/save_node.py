@@ -29,16 +29,15 @@ from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
 from ...d2m_model.routers.capacity_routing import scaled_threshold
 from ...d2m_model.tensor_writer import TensorWriter
-from ..controls.control import flux_moe
 from ..controls.expert_mask import ExpertMask
 from ..controls.replay import Replay
 from ..controls.schedule import Schedule
-from ..controls.text_rules import pieces_of, rules_of
+from ..controls.widget_text import parse_mask, parse_schedule
+from ..model.flux_moe import TRANSFORMER_PREFIX, require_flux_moe
 from ..model.settings import active_blocks, settings_of
 from .injections import refuse_injections
 
 NAME = "Save FLUX-MoE"
-PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL's patches
 BAKED = (
     "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
     "without the pack it opens and samples as the dense teacher with these patches."
@@ -62,7 +61,7 @@ def specs_of(patcher: Any) -> Specs:
     """What the file of this MODEL holds, by BFL name."""
     specs: Specs = {}
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
-        key, shape = f"{PREFIX}{name}", tuple(tensor.shape)
+        key, shape = f"{TRANSFORMER_PREFIX}{name}", tuple(tensor.shape)
         if key in patcher.patches and not isinstance(comfy.utils.get_attr(patcher.model, key), QuantizedTensor):
             shape = tuple(comfy.lora.calculate_shape(patcher.patches[key], tensor, key))
         specs[bfl_spelling(name)] = (as_loaders_know(tensor).dtype, shape)
@@ -80,9 +79,9 @@ def tensors_of(patcher: Any) -> Iterator[tuple[str, Tensor]]:
         pieces: Mapping[str, Tensor] = {name: tensor}
         if name.endswith(".threshold") and capacity != 1:
             pieces = {name: scaled_threshold(tensor, capacity)}
-        elif f"{PREFIX}{name}" in patcher.patches:
+        elif f"{TRANSFORMER_PREFIX}{name}" in patcher.patches:
             weight = patcher.patch_weight_to_device(
-                f"{PREFIX}{name}", device_to=patcher.load_device, return_weight=True
+                f"{TRANSFORMER_PREFIX}{name}", device_to=patcher.load_device, return_weight=True
             )
             pieces = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
         for piece, values in pieces.items():
@@ -97,7 +96,7 @@ def as_loaders_know(tensor: Tensor) -> Tensor:
 
 def patches_of(patcher: Any) -> dict[str, list]:
     """Of this MODEL's transformer, by its tensors' names in a MODEL."""
-    return {key: found for key, found in patcher.patches.items() if key.startswith(PREFIX) and found}
+    return {key: found for key, found in patcher.patches.items() if key.startswith(TRANSFORMER_PREFIX) and found}
 
 
 def what_no_file_holds(patcher: Any) -> list[str]:
@@ -105,9 +104,9 @@ def what_no_file_holds(patcher: Any) -> list[str]:
     found = []
     for control in settings_of(patcher.model_options.get("transformer_options")).get("controls", ()):
         kind, values, node = control["kind"], control["values"], control["node"]
-        if kind == Schedule.node_id and not pieces_of(values["pieces"]):
+        if kind == Schedule.node_id and not parse_schedule(values["pieces"]):
             continue
-        if kind == ExpertMask.node_id and not rules_of(values["mask"]):
+        if kind == ExpertMask.node_id and not parse_mask(values["mask"]):
             continue
         if kind in OF_A_WORKFLOW:
             found.append(f"{OF_A_WORKFLOW[kind]} (node {node})" if node else OF_A_WORKFLOW[kind])
@@ -137,7 +136,7 @@ def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
         return config
     baked = [*config.provenance.get("baked", ()), note_of(patches)]
     dims = config.dims
-    if f"{PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
+    if f"{TRANSFORMER_PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
         dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # which some LoRAs (Depth, Canny) raise
     return replace(
         config,
@@ -231,7 +230,7 @@ class SaveFluxMoE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
-        flux_moe(model, NAME)
+        require_flux_moe(model, NAME)
         refuse_injections(model, NAME)
         target = target_of(filename_prefix)
         save(model, target, workflow_of(cls.hidden.prompt, cls.hidden.extra_pnginfo))

@@ -23,12 +23,11 @@ import comfy.utils
 from torch import Tensor
 
 from ...d2m_model.blocks import Block
-from ..model.flux_moe import FluxMoEModel
+from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .modulations import ModulationMap
 from .patches import PermutedPatch
 from .shapes import Shape, fits, shape_of_change, spelled
 
-PREFIX = "diffusion_model."  # of tensor names in a MODEL
 TEXT_ENCODERS = ("lora_te", "lora_prior_te", "text_encoder", "clip_", "t5xxl")  # a LoRA's keys that are not for us
 
 Offset = tuple[int, int, int]  # axis, start, length
@@ -43,10 +42,13 @@ class MoEWeights:
         self.shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         # Behind U: the shapes of the dense weights that they stand for.
         self.compressed = {
-            name: (self.shapes[name][0], flux.hidden_size) for name in map(PREFIX.__add__, flux.compressed())
+            name: (self.shapes[name][0], flux.hidden_size)
+            for name in map(TRANSFORMER_PREFIX.__add__, flux.compressed())
         }
         # (axis, first neuron, neuron_order)
-        self.neurons: dict[str, tuple[int, int, Tensor]] = {PREFIX + name: at for name, at in flux.neurons().items()}
+        self.neurons: dict[str, tuple[int, int, Tensor]] = {
+            TRANSFORMER_PREFIX + name: at for name, at in flux.neurons().items()
+        }
 
     def weight(self, name: str) -> Tensor:
         """As in the file, also while the model is loaded with other patches."""
@@ -81,17 +83,18 @@ def patches_for_moe(patches: dict, weights: MoEWeights) -> dict:
         shape, dense = narrowed(weights.shapes.get(name), offset), narrowed(weights.compressed.get(name), offset)
         if dense is not None and (change is None or fits(change, dense)):
             if modulations is None:
-                modulations = ModulationMap(weights.weight(f"{PREFIX}adaln_in.weight"))
+                modulations = ModulationMap(weights.weight(f"{TRANSFORMER_PREFIX}adaln_in.weight"))
             found[target] = modulations.map(patch, name, weights.weight)
         elif change is not None and shape is not None and not fits(change, shape):
-            what = f"{name.removeprefix(PREFIX)} is {spelled(dense or shape)} here and {spelled(change)} in the LoRA"
+            tensor = name.removeprefix(TRANSFORMER_PREFIX)
+            what = f"{tensor} is {spelled(dense or shape)} here and {spelled(change)} in the LoRA"
             misfits.append((name, what))
         elif name in weights.neurons:
             found[target] = permuted(patch, name, offset, *weights.neurons[name])
         else:
             found[target] = patch
     for name, what in misfits:
-        if Block.parse(name.removeprefix(PREFIX)) is not None:
+        if Block.parse(name.removeprefix(TRANSFORMER_PREFIX)) is not None:
             raise ValueError(
                 f"This LoRA was made for another model than FLUX.1, or for a FLUX.1 of another size: {what} "
                 f"({len(misfits)} of its {len(patches)} changes do not fit). Nothing of it was applied."
@@ -150,7 +153,7 @@ def key_map_of_moe(original: Callable[..., dict]) -> Callable[..., dict]:
             weights = MoEWeights(model)
             for lora_key, target in key_map.items():
                 name, *rest = (target,) if isinstance(target, str) else target
-                if name.startswith(PREFIX):
+                if name.startswith(TRANSFORMER_PREFIX):
                     name = MoEKey(name)
                     name.weights = weights
                     key_map[lora_key] = (name, *rest) if rest else name

@@ -173,6 +173,20 @@ class FluxMoEModel(comfy.model_base.Flux):
         return found
 
 
+TRANSFORMER_PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL
+
+
+def require_flux_moe(model: Any, node: str) -> FluxMoEModel:
+    """Return the FLUX-MoE in the ModelPatcher `model`. Raises ValueError, naming the node, for another model."""
+    base_model = model.model
+    if not isinstance(base_model, FluxMoEModel):
+        raise ValueError(
+            f"{node} works on a FLUX-MoE, but this MODEL is a {type(base_model).__name__} without experts. "
+            "Connect a MODEL from Load FLUX-MoE, or put Convert FLUX to MoE before this node."
+        )
+    return base_model
+
+
 # Entries of comfy.supported_models
 
 

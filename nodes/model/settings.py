@@ -8,9 +8,10 @@
 - `mask`: weights of experts, {FFN: float32 [E]}: 0 mutes one, 1 leaves it. They multiply the gates of the experts chosen.
 - `trace` (d2m_model.trace.Recorder): hears what every router chooses.
 
-`controls` is not for the model: a tuple of records {"node": execution id, "kind": node id, "values": by widget}, in the
-order of the chain, of which these settings are the fold (transforms.py) so far as it does not depend on the moment. While
-sampling evaluation_settings.py folds them anew for every evaluation, with live values in place of widgets' (live_values.py).
+`controls` is not read by the model: it lists the controls of the clone in the order of their chain, as
+evaluation_settings.ControlRecord. The settings above are their effects, as far as these do not depend on the moment.
+While sampling, evaluation_settings.py applies the controls anew for every evaluation, with the live values of their
+widgets (live_values.py).
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def watched(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]
 
 
 def active(host: Comfy, model: Any, blocks: int | list[int]) -> Any:
-    return host.module("nodes.controls.control").with_settings(model, active_blocks=blocks)
+    if isinstance(blocks, int):
+        return host.control("D2MActiveBlocks", model, active_blocks=blocks)
+    return host.control("D2MActiveBlocks", model, active_blocks=0, per_group=",".join(map(str, blocks)))
 
 
 def with_groups(host: Comfy, grouped: Grouped, folder: Path, *groups: BlockGroup) -> Any:

@@ -91,6 +91,13 @@ class Comfy:
 
         return self.execute(node_id, hidden={io.Hidden.unique_id: node}, model=model, **inputs).result[0]
 
+    def with_settings(self, model: Any, **settings: Any) -> Any:
+        """A clone with these settings, as the model reads them, and no control. A control that follows replaces them."""
+        clone = model.clone()
+        options = clone.model_options.get("transformer_options", {})
+        clone.model_options["transformer_options"] = {**options, "d2m": {**options.get("d2m", {}), **settings}}
+        return clone
+
     def sample(
         self,
         model: Any,

@@ -233,7 +233,7 @@ def test_one_number_is_for_every_group_and_a_list_for_each(host: Comfy, grouped:
 )
 def test_a_wrong_number_of_active_blocks_is_said(host: Comfy, grouped: Grouped, setting: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        host.sample(active(host, grouped.moe, setting), steps=1)
+        host.sample(host.with_settings(grouped.moe, active_blocks=setting), steps=1)
 
 
 # The file

@@ -226,7 +226,7 @@ def test_a_compiled_model_follows_every_setting(host: Comfy, tmp_path: Path, fre
     whole = TorchCompileModel.execute(moe, "eager").result[0]  # its own backends need a C++ compiler
 
     def check(size: int, **settings: Any) -> None:
-        models = [host.module("nodes.controls.control").with_settings(model, **settings) for model in (moe, whole)]
+        models = [host.with_settings(model, **settings) for model in (moe, whole)]
         eager, compiled = (host.sample(model, (size, 8, 8), steps=1) for model in models)
         assert distance(compiled, eager) <= 1e-6
 
@@ -255,8 +255,6 @@ def test_blocks_compiled_one_by_one_follow_every_setting(host: Comfy, grouped: G
     options: Any = {"guard_filter_fn": skip_torch_compile_dict}
     set_torch_compile_wrapper(compiled, backend="eager", options=options, keys=keys)
     for settings in ({}, {"active_blocks": 3}, {"top_k": 4}):
-        models = [
-            host.module("nodes.controls.control").with_settings(model, **settings) for model in (grouped.moe, compiled)
-        ]
+        models = [host.with_settings(model, **settings) for model in (grouped.moe, compiled)]
         eager, found = (host.sample(model, (1, 8, 8), steps=1) for model in models)
         assert distance(found, eager) <= 1e-6

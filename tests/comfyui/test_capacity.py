@@ -39,7 +39,7 @@ def uneven(host: Comfy, pair: Pair, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def under(host: Comfy, model: Any, **settings: Any) -> Any:
-    return host.module("nodes.controls.control").with_settings(model, **settings)
+    return host.with_settings(model, **settings)
 
 
 def literal_gates(x: Tensor, tensors: dict[str, Tensor], ffn: str, factor: float, gate: str) -> Tensor:

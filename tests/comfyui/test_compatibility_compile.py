@@ -64,7 +64,7 @@ def blocks_compiled(model: Any) -> Any:
 
 
 def agree(host: Comfy, eager: Any, other: Any, size: tuple[int, int, int] = SMALL, **settings: Any) -> Any:
-    with_settings = host.module("nodes.controls.control").with_settings
+    with_settings = host.with_settings
     models = [with_settings(model, **settings) if settings else model for model in (eager, other)]
     expected, found = (host.sample(model, size, steps=1) for model in models)
     assert distance(found, expected) <= 1e-6
@@ -187,7 +187,7 @@ def test_every_run_of_a_compiled_model_has_its_own_trace(host: Comfy, tmp_path: 
         graphs = counters["stats"]["unique_graphs"]
         for top_k in (2, 4):
             trace = Listening()
-            traced = host.module("nodes.controls.control").with_settings(whole, top_k=top_k, trace=trace)
+            traced = host.with_settings(whole, top_k=top_k, trace=trace)
             found = host.sample(traced, SMALL, steps=1)
             assert trace.heard == [(ffn, top_k) for ffn in moe.model.diffusion_model.config.ffns]
             assert (distance(found, expected) <= 1e-6) == (top_k == 2)

@@ -93,7 +93,7 @@ def test_settings_do_not_make_a_model_of_their_own(host: Comfy, of_kind: Callabl
     import comfy.model_management
 
     host.unload()
-    moe, with_settings = of_kind(kind), host.module("nodes.controls.control").with_settings
+    moe, with_settings = of_kind(kind), host.with_settings
     patches = moe.model.diffusion_model.single_blocks[0].linear1.weight.data_ptr()
     for k in range(13):
         settings = {"capacity": k / 4, "active_blocks": k % 4} if kind == "everything" else {"top_k": k}

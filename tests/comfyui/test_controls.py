@@ -244,7 +244,7 @@ def test_controls_compose_in_any_order(host: Comfy, both: dict[str, Any], router
             model = host.control(node_id, model, **widgets)
         chains.append(host.sample(model, SMALL))
     assert torch.equal(*chains)
-    without = host.module("nodes.controls.control").with_settings(both[router], **{setting: value}, gate="normalised")
+    without = host.with_settings(both[router], **{setting: value}, gate="normalised")
     assert distance(chains[0], host.sample(without, SMALL)) >= 1e-2
 
 
@@ -365,7 +365,7 @@ def test_every_way_of_compiling_is_seen(host: Comfy, tmp_path: Path, part: str, 
         ("D2MExpertMask", {"mask": "*: 1=-2"}, r"'1=-2'; expected EXPERT=WEIGHT"),
         ("D2MSchedule", {"setting": "capacity", "unit": "percent", "pieces": "0 - 1: 2"}, r"no capacity routers"),
         ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "0 - 50: 13"}, r"Line 1 .* Choose 0 to 12"),
-        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "0 - 50: 1.5"}, r"'1\.5' is no whole number"),
+        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "0 - 50: 1.5"}, r"'1\.5' is not a whole number"),
         ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "50 - 20: 1"}, r"two rising numbers"),
         ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "0 - 120: 1"}, r"from 0 to 100"),
         ("D2MSchedule", {"setting": "top_k", "unit": "sigma", "pieces": "0 - 1: 1"}, r"two falling sigmas"),
@@ -386,7 +386,7 @@ def test_what_this_file_cannot_have_is_said(
         ("D2MActiveBlocks", {"active_blocks": 6}, r"active_blocks is 6; expected 0 to 5"),
         ("D2MActiveBlocks", {"active_blocks": 1, "per_group": "1,2,3"}, r"a list of 2, one for each block group"),
         ("D2MActiveBlocks", {"active_blocks": 1, "per_group": "4,1"}, r"active_blocks\[0\] is 4; expected 0 to 3"),
-        ("D2MActiveBlocks", {"active_blocks": 1, "per_group": "a,b"}, r"'a,b' is no list of whole numbers"),
+        ("D2MActiveBlocks", {"active_blocks": 1, "per_group": "a,b"}, r"'a,b' is not a list of whole numbers"),
         ("D2MSchedule", {"setting": "active_blocks", "unit": "percent", "pieces": "0 - 9: 7"}, r"Line 1 .* 0 to 5"),
     ],
 )
@@ -398,7 +398,7 @@ def test_what_its_block_groups_cannot_have_is_said(
 
 
 def test_a_file_with_capacity_routers_says_what_steers_it(host: Comfy, both: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"What steers them is `capacity`"):
+    with pytest.raises(ValueError, match=r"Set `capacity` instead"):
         schedule(host, both["capacity"], "0 - 50: 2")
 
 

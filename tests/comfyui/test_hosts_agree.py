@@ -106,7 +106,7 @@ def test_capacity_routers_agree(host: Comfy, tmp_path: Path, gate: Any) -> None:
     seen = []
     for factor in (1.0, 0.0, 0.5, 3.0):
         in_diffusers.set_capacity_factor(factor)
-        model = host.module("nodes.controls.control").with_settings(in_comfyui, capacity=factor)
+        model = host.with_settings(in_comfyui, capacity=factor)
         seen.append(comfyui_velocity(model, batch))
         assert distance(seen[-1], diffusers_velocity(in_diffusers, batch)) <= TIGHT
     assert distance(seen[0], seen[3]) >= 1e-3

@@ -25,8 +25,8 @@ SMALL = (1, 8, 8)
 class Desk:
     """A queue of made-up prompts, with the store that the pack's routes would ask."""
 
-    def __init__(self, live: Any, run_log: ModuleType) -> None:
-        self.live, self.run_log = live, run_log
+    def __init__(self, live: Any, metadata_log: ModuleType) -> None:
+        self.live, self.metadata_log = live, metadata_log
         self.items: list[tuple] = []
         self.numbers: Iterator[int] = itertools.count()
 
@@ -35,7 +35,7 @@ class Desk:
         """Within, `node` of this prompt runs. Gives the log that its images would get."""
         from comfy_execution.utils import CurrentNodeContext
 
-        queued = self.run_log.plant({"prompt": graph})
+        queued = self.metadata_log.add_empty_log({"prompt": graph})
         self.items.append((next(self.numbers), prompt_id, graph, queued["extra_data"], ["image"]))
         try:
             with CurrentNodeContext(prompt_id, node):
@@ -49,10 +49,10 @@ class Desk:
 @pytest.fixture
 def desk(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Desk:
     live = host.module("nodes.controls.live_values")
-    found = Desk(live.Live(), host.module("nodes.controls.metadata_log"))
-    for module in (live, host.module("nodes.controls.evaluation_settings"), host.module("nodes.controls.control")):
+    found = Desk(live.LiveStore(), host.module("nodes.controls.metadata_log"))
+    for module in (live, host.module("nodes.controls.evaluation_settings"), host.module("nodes.controls.control_node")):
         monkeypatch.setattr(module, "LIVE", found.live)
-    found.live.running = lambda: found.items
+    found.live.executing_items = lambda: found.items
     return found
 
 
@@ -227,12 +227,12 @@ def test_half_a_rule_is_refused(desk: Desk) -> None:
         ("[]", "nodes is missing or wrong"),
         ('{"nodes": [5], "values": {"top_k": 1}}', "nodes is missing or wrong"),
         ('{"nodes": ["5"], "values": [1]}', "values is missing or wrong"),
-        ('{"nodes": ["5"], "values": {"top_k": 1}, "prompt_id": 3}', "prompt_id is no text"),
+        ('{"nodes": ["5"], "values": {"top_k": 1}, "prompt_id": 3}', "prompt_id is not a text"),
     ],
 )
 def test_a_request_that_is_none_is_refused(host: Comfy, body: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        host.module("nodes.controls.live_values").asked(body.encode())
+        host.module("nodes.controls.live_values").parse_live_request(body.encode())
 
 
 def test_a_live_value_changes_the_fingerprint_of_its_node_for_the_prompts_to_come(desk: Desk) -> None:

@@ -235,7 +235,7 @@ def test_what_chooses_blocks_and_tokens_is_as_in_the_file(host: Comfy, pair: Pai
     stored, meant = KINDS[kind](split)
     moe = load(host, write(kind, stored, tmp_path / "moe.safetensors"))
     dense = host.load(files.save(in_teachers_order(meant, pair.dense), tmp_path / "dense.safetensors"))
-    everything = host.module("nodes.controls.control").with_settings(moe, active_blocks=3, capacity=1e9)
+    everything = host.with_settings(moe, active_blocks=3, capacity=1e9)
     assert distance(host.sample(everything, steps=1), host.sample(dense, steps=1)) <= 1e-5
     held = moe.model.diffusion_model.state_dict()
     routing = [name for name in split if "router" in name or ".capacity." in name or name.endswith(".threshold")]

@@ -106,7 +106,7 @@ def sample(
 def moe(request: pytest.FixtureRequest, host: Comfy, pair: Pair, tmp_path: Path) -> Any:
     """A FLUX-MoE with either router."""
     if request.param == "top_k":
-        return host.module("nodes.controls.control").with_settings(pair.moe, gate="normalised")
+        return host.with_settings(pair.moe, gate="normalised")
     tensors = files.split(pair.dense, capacity=CapacityRouter(capacity=2.0, width=16))
     return host.load(files.save(tensors, tmp_path / "capacity.safetensors"))
 
@@ -305,9 +305,7 @@ def test_a_compiled_model_is_recorded_as_it_is_uncompiled(host: Comfy, pair: Pai
 def test_every_step_says_what_it_was_sampled_with(host: Comfy, pair: Pair) -> None:
     weights = torch.ones(12)
     weights[3] = 0.0
-    model = host.module("nodes.controls.control").with_settings(
-        pair.moe, top_k=3, gate="normalised", mask={"single_blocks.1": weights}
-    )
+    model = host.with_settings(pair.moe, top_k=3, gate="normalised", mask={"single_blocks.1": weights})
     it = traced(host, model)
     host.sample(it.model, (1, 8, 8), steps=1)
     assert it.trace.described["steps"][0]["settings"] == {

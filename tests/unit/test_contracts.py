@@ -16,8 +16,8 @@ FORBIDDEN = {
     "d2m_model/conversion/importance.py": "import diffusers",
     "nodes/files/convert_node.py": "from ...d2m_train.distillation import losses",
     "nodes/files/load_node.py": "from d2m_model import experts",
-    "nodes/lora/load_lora.py": "from ..controls import control",  # a room beside it
-    "nodes/model/settings.py": "from ..controls import control",  # a room above it
+    "nodes/lora/load_lora.py": "from ..controls import control_node",  # a room beside it
+    "nodes/model/settings.py": "from ..controls import control_node",  # a room above it
     "d2m_train/distillation/losses.py": "import comfy.sd",
 }
 

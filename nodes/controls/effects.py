@@ -1,0 +1,270 @@
+"""The effect of each control node on a FLUX-MoE's settings, as pure functions.
+
+Every effect has the signature (settings, values, config, moment) -> settings, where `values` are the node's widgets.
+The effects of a MODEL's controls are applied in the order of their chain: each sees the settings that those before it
+have made. `moment` is one evaluation of the model; if it is None, a control is only checked where its effect depends
+on the moment. Effects keep `mask` as {FFN: weights} in plain numbers, for every FFN. Live values, tensors and the
+choice of the moment are the business of evaluation_settings.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from ...d2m_model.config import FluxMoEConfig
+from ..model.settings import active_blocks
+from .widget_text import SchedulePiece, parse_block_counts, parse_mask, parse_schedule
+
+AS_IN_FILE = "as in the file"
+PERCENT, SIGMA = "percent", "sigma"
+TOP_K, ACTIVE_BLOCKS, CAPACITY = "top_k", "active_blocks", "capacity"
+CONTROLLED = (TOP_K, "gate", CAPACITY, ACTIVE_BLOCKS, "mask")  # the settings that effects make
+
+# Sigmas are rounded to float32, and a step on the edge of a span belongs to the span that begins there.
+_EDGE = 1 + 1e-6
+
+Settings = dict[str, Any]
+Values = Mapping[str, Any]
+ExpertWeights = dict[str, tuple[float, ...]]  # one weight per expert, by FFN
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Moment:
+    """One evaluation of the model within a sampling run."""
+
+    evaluation: int
+    sigma: float
+    sigma_at: Callable[[float], float]  # sigma at a fraction of the model's whole schedule, 0 to 1
+
+
+# Checks against the file
+
+
+def check_top_k(value: int, config: FluxMoEConfig) -> int:
+    """Return `value`. Raises ValueError if the FLUX-MoE cannot run with this Top-K."""
+    if not config.ffns:
+        raise ValueError(
+            "Top-K has no effect on this FLUX-MoE, which has block groups and no experts. Bypass this node."
+        )
+    if config.capacity_router is not None:
+        raise ValueError(
+            "Top-K has no effect on this FLUX-MoE: its capacity routers give every token as many experts as it needs. "
+            "Set `capacity` instead."
+        )
+    experts = min(layout.experts for layout in config.ffns.values())
+    if not 0 <= value <= experts:
+        raise ValueError(f"Top-K is {value}, but this FLUX-MoE has {experts} experts per FFN. Choose 0 to {experts}.")
+    return value
+
+
+def check_capacity(value: float, config: FluxMoEConfig) -> float:
+    """Return `value`. Raises ValueError if the FLUX-MoE cannot run at this capacity."""
+    if config.capacity_router is None:
+        raise ValueError("Capacity has no effect on this FLUX-MoE, which has no capacity routers. Set `top_k` instead.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"Capacity is {value}; expected 0 (no experts) or more, where 1 is the file's own.")
+    return value
+
+
+def check_active_blocks(value: int | Sequence[int], config: FluxMoEConfig) -> int | tuple[int, ...]:
+    """Return `value`, a list as a tuple. Raises ValueError if the FLUX-MoE cannot run so many blocks."""
+    if not config.groups:
+        raise ValueError(
+            "Active blocks have no effect on this FLUX-MoE, which has no block groups (presets M, S and XS have them). "
+            "Bypass this node."
+        )
+    active_blocks(value, config.groups)
+    # Not a list: ComfyUI would extend it when it merges options.
+    return value if isinstance(value, int) else tuple(value)
+
+
+# Effects
+
+
+def apply_top_k(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
+    """Set Top-K, or the capacity of a file with capacity routers. Replaces the gate of an earlier Top-K node too."""
+    if config.ffns and config.capacity_router is not None:
+        changed: Settings = {CAPACITY: check_capacity(values.get(CAPACITY, 1.0), config)}
+    else:
+        changed = {TOP_K: check_top_k(values[TOP_K], config)}
+    if values.get("gate", AS_IN_FILE) != AS_IN_FILE:
+        changed["gate"] = values["gate"]
+    return {key: value for key, value in settings.items() if key != "gate"} | changed
+
+
+def apply_active_blocks(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
+    """Set the number of active blocks, for all block groups or for each."""
+    per_group = values.get("per_group", "").strip()
+    blocks = parse_block_counts(per_group) if per_group else values[ACTIVE_BLOCKS]
+    return settings | {ACTIVE_BLOCKS: check_active_blocks(blocks, config)}
+
+
+def apply_schedule(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
+    """Set the value of the last piece that covers the moment. Change nothing where no piece does."""
+    setting, scheduled = values["setting"], settings
+    pieces = parse_schedule(values["pieces"])
+    in_hundreds = any(piece.percent_sign or piece.end > 1 for piece in pieces)
+    for piece in pieces:
+        value = _piece_value(piece, setting, config)
+        span = _percent_span(piece, in_hundreds, moment) if values["unit"] == PERCENT else _sigma_span(piece)
+        if moment is not None and span is not None and span[0] * _EDGE >= moment.sigma > span[1] * _EDGE:
+            scheduled = {**settings, setting: value}
+    return scheduled
+
+
+def _piece_value(piece: SchedulePiece, setting: str, config: FluxMoEConfig) -> Any:
+    try:
+        if setting == TOP_K:
+            return check_top_k(int(piece.value), config)
+        if setting == CAPACITY:
+            return check_capacity(float(piece.value), config)
+        blocks = parse_block_counts(piece.value)
+        return check_active_blocks(blocks if "," in piece.value else blocks[0], config)
+    except ValueError as error:
+        message = str(error)
+        if "invalid literal" in message or "could not convert" in message:
+            message = f"{piece.value!r} is not a {'whole ' if setting == TOP_K else ''}number."
+        raise ValueError(f"Line {piece.line} of pieces: {message}") from None
+
+
+def _percent_span(piece: SchedulePiece, in_hundreds: bool, moment: Moment | None) -> tuple[float, float] | None:
+    """Return the sigmas of a piece, from its first (included) to its last (excluded, unless the schedule ends there)."""
+    full = 100 if in_hundreds else 1
+    if not 0 <= piece.start < piece.end <= full:
+        raise ValueError(
+            f"Line {piece.line} of pieces goes from {piece.start:g} to {piece.end:g} %; expected two rising numbers "
+            "from 0 to 100 (or from 0 to 1 in all pieces)."
+        )
+    if moment is None:
+        return None
+    start = math.inf if piece.start == 0 else moment.sigma_at(piece.start / full)
+    return start, -1.0 if piece.end == full else moment.sigma_at(piece.end / full)
+
+
+def _sigma_span(piece: SchedulePiece) -> tuple[float, float]:
+    if piece.percent_sign or not piece.start > piece.end:
+        sign = "%" if piece.percent_sign else ""
+        raise ValueError(
+            f"Line {piece.line} of pieces goes from {piece.start:g}{sign} to {piece.end:g}{sign}; expected two falling "
+            "sigmas, such as 1 - 0.6: sampling begins at the largest sigma. Or choose the unit percent."
+        )
+    return piece.start, piece.end or -1.0
+
+
+def apply_expert_mask(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
+    """Multiply the mask by that of the text. Within one text a later rule replaces the weights of an earlier one."""
+    weights = _mask_weights(values["mask"], config)
+    return settings if weights is None else settings | {"mask": _multiply_masks(settings.get("mask"), weights)}
+
+
+def _mask_weights(text: str, config: FluxMoEConfig) -> ExpertWeights | None:
+    """Return weights of every expert of every FFN, so that torch.compile sees masks of one form; None without rules."""
+    rules = parse_mask(text)
+    if not rules:
+        return None
+    if not config.ffns:
+        raise ValueError("An expert mask has no effect on this FLUX-MoE, which has no experts. Bypass this node.")
+    weights_of = {name: list(weights) for name, weights in _neutral_mask(config).items()}
+    for rule in rules:
+        names = [name for name in weights_of if fnmatchcase(name, rule.blocks)]
+        if not names:
+            routed = ", ".join(weights_of)
+            raise ValueError(f"Line {rule.line} of mask names {rule.blocks!r}; this FLUX-MoE has experts in {routed}.")
+        for name in names:
+            for expert, weight in rule.weights.items():
+                experts = len(weights_of[name])
+                if expert is None:
+                    weights_of[name] = [weight] * experts
+                elif expert < experts:
+                    weights_of[name][expert] = weight
+                else:
+                    raise ValueError(
+                        f"Line {rule.line} of mask names expert {expert}; {name} has {experts}, numbered from 0. "
+                        f"Choose 0 to {experts - 1}."
+                    )
+    return {name: tuple(weights) for name, weights in weights_of.items()}
+
+
+def _neutral_mask(config: FluxMoEConfig) -> ExpertWeights:
+    return {name: (1.0,) * layout.experts for name, layout in config.ffns.items()}
+
+
+def _multiply_masks(mask: Mapping[str, Sequence[float] | Tensor] | None, weights: ExpertWeights) -> ExpertWeights:
+    if mask is None:
+        return weights
+    numbers = {name: values.tolist() if isinstance(values, Tensor) else values for name, values in mask.items()}
+    pairs = {name: (numbers.get(name, [1.0] * len(own)), own) for name, own in weights.items()}
+    return {name: tuple(a * b for a, b in zip(*pair, strict=True)) for name, pair in pairs.items()}
+
+
+def apply_replay(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
+    """Replace the settings by those of the log. After its last evaluation, the last settings stay."""
+    log = values["log"]
+    entry = log["evaluations"][min(moment.evaluation if moment else 0, len(log["evaluations"]) - 1)]
+    replayed = {key: value for key, value in settings.items() if key not in CONTROLLED}
+    if TOP_K in entry:
+        replayed[TOP_K] = check_top_k(entry[TOP_K], config)
+    if CAPACITY in entry:
+        replayed[CAPACITY] = check_capacity(entry[CAPACITY], config)
+    if "gate" in entry:
+        replayed["gate"] = entry["gate"]
+    if ACTIVE_BLOCKS in entry:
+        replayed[ACTIVE_BLOCKS] = check_active_blocks(entry[ACTIVE_BLOCKS], config)
+    if "mask" in entry:
+        mask = {name: list(weights) for name, weights in _neutral_mask(config).items()}
+        for ffn, weights in log["masks"][entry["mask"]].items():
+            for expert, weight in weights.items():
+                if ffn not in mask or int(expert) >= len(mask[ffn]):
+                    raise ValueError(
+                        f"The log has a weight for expert {expert} of {ffn}, which this FLUX-MoE does not have. "
+                        "Load the FLUX-MoE that the image was made with."
+                    )
+                mask[ffn][int(expert)] = weight
+        replayed["mask"] = {name: tuple(weights) for name, weights in mask.items()}
+    return replayed
+
+
+# Settings as traces and logs have them
+
+
+def effective_settings(settings: Values, config: FluxMoEConfig) -> Settings:
+    """Return what the model uses under `settings`, as JSON: the file's own values fill in for absent settings.
+
+    Settings without effect on this file are left out. `mask`, if there is one, has the weights of every expert by FFN.
+    """
+    effective: Settings = {}
+    if config.ffns:
+        if config.capacity_router is not None:
+            effective = {CAPACITY: settings.get(CAPACITY, 1.0)}
+        else:
+            effective = {TOP_K: settings.get(TOP_K, config.top_k)}
+        effective["gate"] = settings.get("gate", config.gate.mode)
+    if config.groups:
+        effective[ACTIVE_BLOCKS] = active_blocks(settings.get(ACTIVE_BLOCKS), config.groups)
+    if settings.get("mask"):
+        mask = _multiply_masks(settings["mask"], _neutral_mask(config))
+        effective["mask"] = {ffn: list(weights) for ffn, weights in mask.items()}
+    return effective
+
+
+def log_entry(settings: Values, config: FluxMoEConfig, masks: list[dict[str, dict[str, float]]]) -> Settings:
+    """Return the effective settings for a log, where `mask` is an index into `masks`, which grows as needed.
+
+    Only weights other than 1 are written.
+    """
+    entry = effective_settings(settings, config)
+    mask = {
+        ffn: {str(expert): weight for expert, weight in enumerate(weights) if weight != 1}
+        for ffn, weights in entry.pop("mask", {}).items()
+    }
+    if mask := {ffn: weights for ffn, weights in mask.items() if weights}:
+        if mask not in masks:
+            masks.append(mask)
+        entry["mask"] = masks.index(mask)
+    return entry
