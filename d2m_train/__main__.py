@@ -36,6 +36,7 @@ EXTRA = (
     "pyarrow",
     "tensorboard",
     "torchmetrics",
+    "scipy",
 )
 
 

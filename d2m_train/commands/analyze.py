@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2m_model.atomic import atomic_file
 from d2m_model.blocks import BLOCK_KINDS, FFN, Block, blocks_of
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts[:: args.every or -(-len(prompts) // PROMPTS[args.what])]
     draw = {"blocks": draw_blocks, "experts": draw_experts, "top-k": draw_top_k}[args.what]
     numbers = draw(args, out, prompts, encoders_of(args))
-    (out / f"{args.what}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    with atomic_file(out / f"{args.what}.json") as part:
+        part.write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"{out / args.what}.png: {len(prompts)} prompts, {args.steps} steps; the numbers are in {args.what}.json.")
     return 0
 

@@ -8,7 +8,6 @@ makes a stage and those behind it anew. With several GPUs: `accelerate launch -m
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d2m_model.atomic import atomic_file
 from d2m_model.checkpoint import check_file
 from d2m_model.config import FluxMoEConfig
 from d2m_model.teacher import open_teacher
@@ -236,8 +236,7 @@ def prepare_folder(run: RunConfig) -> None:
         check_same_run(run, stored)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(".part")
-        part.write_text(run.model_copy(update={"restart": None}).to_yaml())  # once is enough
-        os.replace(part, stored)
+        with atomic_file(stored) as part:
+            part.write_text(run.model_copy(update={"restart": None}).to_yaml())  # one restart is enough
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); name another output_dir.") from None

@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from d2m_model.atomic import atomic_file
+
 from ..evaluation.image_folder import ImageFolder, fill
 from ..evaluation.open_model import Sparsity, is_flux_moe, load_flux
 from ..evaluation.prompts import (
@@ -159,9 +161,8 @@ def _report(args: argparse.Namespace, prompts: list[Prompt], scores: dict[str, S
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)
+    with atomic_file(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def as_text(report: dict[str, Any]) -> str:

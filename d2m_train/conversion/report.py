@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
+from d2m_model.atomic import atomic_file
 from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.block_routers import BlockChange, GroupReport
 from d2m_model.conversion.ffn import FFNReport
@@ -100,5 +101,6 @@ def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callabl
         "blocks": {name: asdict(change) for name, change in report.blocks.items()},
         "groups": {name: group.to_dict() for name, group in report.groups.items()},
     }
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    with atomic_file(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
     say(f"All of them: {file}")

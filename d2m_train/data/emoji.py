@@ -1,4 +1,7 @@
-"""The demo's dataset as a source: any number of real images."""
+"""The demo's emoji dataset as a source of any number of images; also its fixed prompts and its scorer.
+
+This is the only module of the trainer that imports the demo, by name and when it is used: an installed package has none.
+"""
 
 from __future__ import annotations
 
@@ -164,13 +167,37 @@ class EmojiPool:
         return latents.bfloat16()
 
 
+def prompt_pictures() -> list[Any]:
+    """Return the pictures that the demo's 500 fixed prompts describe, as demo.dataset.Picture."""
+    return list(_demo("dataset").prompts())
+
+
+def picture_metadata(picture: Any) -> dict[str, Any]:
+    """Return a picture's entry in GenEval's evaluation_metadata.jsonl, with its colour and position."""
+    dataset = _demo("dataset")
+    return {
+        "tag": "emoji",
+        "include": [{"class": dataset.objects()[picture.object], "count": 1}],
+        "colour": tuple(dataset.COLOURS)[picture.colour],
+        "position": tuple(dataset.POSITIONS)[picture.position],
+        "prompt": picture.caption(),
+    }
+
+
+def picture_hits(images: Tensor, pictures: Sequence[Any]) -> dict[str, Tensor]:
+    """Score images [N, 3, 128, 128] in 0..1 with the demo's scorer: for each measure, whether each image is right."""
+    scorer = _demo("scorer").Scorer()
+    hits: dict[str, Tensor] = scorer.hits(images, pictures)
+    return hits | {"retrieval": scorer.retrieved(images, pictures)}
+
+
 def _hash(image: Tensor) -> str:
     """Of a picture: another one if the sprites, or how they are put together, change."""
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 
 def _demo(module: str) -> Any:
-    """A module of the demo, which is imported here alone: without it every other command works."""
+    """Import a module of the demo. Raises UserError where there is no demo."""
     try:
         return importlib.import_module(f"demo.{module}")
     except ModuleNotFoundError as error:

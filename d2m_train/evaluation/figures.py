@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from d2m_model.atomic import atomic_file
 from d2m_model.blocks import BFL_BLOCKS
 
 from .. import UserError
@@ -32,7 +33,8 @@ def save(figure: Figure, file: Path) -> None:
     """As PNG. Raises UserError where it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, format="png", dpi=120)
+        with atomic_file(file) as part:
+            figure.savefig(part, format="png", dpi=120)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error}).") from None
 

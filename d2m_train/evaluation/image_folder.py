@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2m_model.atomic import atomic_file
+
 from .. import UserError
 from ..flow.noise import channels_of
 from ..flow.sampling import noise_for, sample, save_png, to_pil
@@ -68,13 +70,14 @@ class ImageFolder:
         folder = self.folder / f"{prompt.index:05}"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.marker.exists():
-            self.marker.write_text(json.dumps(self.made, indent=1) + "\n")
+            with atomic_file(self.marker) as part:
+                part.write_text(json.dumps(self.made, indent=1) + "\n")
         (folder / "metadata.jsonl").write_text(json.dumps(prompt.metadata))
         if self.keep_latents:
             file = self.latents_file(prompt, number)
             file.parent.mkdir(exist_ok=True)
-            save_file({"tokens": tokens_TC.contiguous()}, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
+            with atomic_file(file) as part:
+                save_file({"tokens": tokens_TC.contiguous()}, part)
         save_png(to_pil(image), self.image_file(prompt, number))
 
     def images(self, number: int) -> Tensor:

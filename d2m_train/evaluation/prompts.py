@@ -16,7 +16,7 @@ from d2m_model.config import PATCH_PIXELS
 
 from .. import UserError
 from ..data.batch import Batch, latents_of, prompts_of
-from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders
+from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders, picture_metadata, prompt_pictures
 from ..data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
 
 EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
@@ -39,7 +39,7 @@ def read_prompts(data: str, every: int = 1) -> list[Prompt]:
     Raises UserError for a file that cannot be read, or that has no prompts.
     """
     if data == "emoji":
-        return [_emoji_prompt(index, picture) for index, picture in enumerate(_emoji_pictures())][::every]
+        return [_emoji_prompt(index, picture) for index, picture in enumerate(prompt_pictures())][::every]
     path = Path(data)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -64,27 +64,8 @@ def _prompt_of(path: Path, number: int, line: str) -> Prompt:
         ) from None
 
 
-def _emoji_pictures() -> Sequence[Any]:
-    try:
-        from demo.dataset import prompts
-    except ModuleNotFoundError as error:
-        if error.name != "demo":
-            raise
-        raise UserError("--data emoji is the demo's: run from the repository's root.") from None
-    return prompts()
-
-
 def _emoji_prompt(index: int, picture: Any) -> Prompt:
-    from demo.dataset import COLOURS, POSITIONS, objects
-
-    metadata = {
-        "tag": "emoji",
-        "include": [{"class": objects()[picture.object], "count": 1}],
-        "colour": tuple(COLOURS)[picture.colour],
-        "position": tuple(POSITIONS)[picture.position],
-        "prompt": picture.caption(),
-    }
-    return Prompt(index=index, text=picture.caption(), metadata=metadata, picture=picture)
+    return Prompt(index=index, text=picture.caption(), metadata=picture_metadata(picture), picture=picture)
 
 
 @dataclass(kw_only=True, slots=True)

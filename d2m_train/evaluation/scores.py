@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import UserError
+from ..data.emoji import picture_hits
 from .image_folder import ImageFolder
 from .prompts import Prompt
 
-DRAWS, LEVEL = 10_000, 0.95
+_DRAWS = 10_000
+LEVEL = 0.95
 
 Scores = dict[str, np.ndarray]  # by name, one number for each prompt
 
@@ -37,14 +39,18 @@ class Interval:
 
 
 def interval(values: np.ndarray, seed: int = 0) -> Interval:
-    """Of the mean of `values`: percentiles of the means of DRAWS samples of as many, drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    means = np.concatenate(
-        # A hundred draws at a time, so that memory does not grow with the prompts.
-        [values[generator.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(DRAWS // 100)]
+    """Return the mean of `values` and its interval: percentiles of the means of _DRAWS samples, drawn with replacement."""
+    from scipy.stats import bootstrap
+
+    mean = float(values.mean())
+    if len(values) == 1:  # which scipy refuses
+        return Interval(mean=mean, low=mean, high=mean)
+    # In batches, so that memory does not grow with the prompts.
+    result = bootstrap(
+        (values,), np.mean, n_resamples=_DRAWS, batch=100, confidence_level=LEVEL, method="percentile", rng=seed
     )
-    low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+    low, high = result.confidence_interval
+    return Interval(mean=mean, low=float(low), high=float(high))
 
 
 def score(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None) -> Scores:
@@ -65,11 +71,8 @@ def score(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None)
 
 
 def emoji_scores(images: Tensor, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Of uint8 images [N, 3, 128, 128], by the demo's scorer: right or not, 1 or 0."""
-    from demo.scorer import Scorer
-
-    scorer, pictures, real = Scorer(), [prompt.picture for prompt in prompts], images.float() / 255
-    hits = scorer.hits(real, pictures) | {"retrieval": scorer.retrieved(real, pictures)}
+    """Score uint8 images [N, 3, 128, 128] with the demo's scorer: 1 where an image is right, else 0."""
+    hits = picture_hits(images.float() / 255, [prompt.picture for prompt in prompts])
     return {name: hit.numpy().astype(float) for name, hit in hits.items()}
 
 
