@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from d2m_model.config import PREDICTOR_WIDTH, PresetName, Selection
+from d2m_model.config import PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts
-from d2m_model.conversion.method import Importance
+from d2m_model.conversion.options import OPTIONS, Baseline, FFNKind, Importance, TokenRouter
 from d2m_model.conversion.router_init import RouterInit
 
 from . import UserError
@@ -60,45 +60,44 @@ class TeacherSection(Section):
         return self
 
 
+def _option(name: str) -> Any:
+    """Return the field of a conversion's option, with its default and help."""
+    option = OPTIONS[name]
+    return Field(option.default, description=option.help)
+
+
 class StudentSection(Section):
-    preset: PresetName
-    baseline: Literal["none", "mlp_pruning", "depth_pruning"] = "none"
-    """Dense models of the same activated size, for comparison (Tables 2 and 3)."""
-    router: Literal["top_k", "capacity"] = "top_k"
-    predictor_width: Count = PREDICTOR_WIDTH
-    """Of a capacity router."""
-    top_k: Count = 2
-    ffns: Literal["moe", "dense"] = "moe"
-    """`dense`: block groups or depth pruning alone, as Table 3 compares them."""
-    adaln_rank: Count | Literal["preset", "none"] = "preset"
-    groups: Literal["preset", "auto"] | tuple[str, ...] = "preset"
-    """Blocks of which some run: the preset's groups; as many, placed where blocks change least; or a list of groups
-    such as double:4-6/1, first-last/active."""
-    active: Count = 1
-    """Blocks of a group that run, where `groups` does not say."""
-    selection: Selection = "topk"
-    """Of a block group: Eq. 5's best blocks, or Eq. 4's window."""
+    preset: PresetName = Field(description=OPTIONS["preset"].help)
+    baseline: Baseline = _option("baseline")
+    router: TokenRouter = _option("router_kind")
+    predictor_width: Count = _option("predictor_width")
+    top_k: Count = _option("top_k")
+    ffns: FFNKind = _option("ffns")
+    adaln_rank: Count | Literal["preset", "none"] = _option("adaln_rank")
+    groups: Literal["preset", "auto"] | tuple[str, ...] = _option("groups")
+    active: Count = _option("active")
+    selection: Selection = _option("selection")
     dtype: Dtype = "float32"
-    """Of the trained weights; mixed precision is training.mixed_precision."""
+    """Dtype of the trained weights; mixed precision is training.mixed_precision."""
     start: Path | None = None
-    """A FLUX-MoE file to begin with in place of a conversion, a blockwise run's say, to distil it end to end. What it is
-    (preset, groups, routers) is then its own."""
+    """A FLUX-MoE file to start from instead of a conversion, for example to distil a blockwise run's result end to end.
+    Preset, groups and routers are then that file's."""
     frozen_dtype: Dtype | None = None
-    """Of the weights that a stage leaves as they are (default: dtype); bfloat16 halves them, with mixed precision."""
+    """Dtype of the weights that a stage does not train (default: dtype); bfloat16 halves them, with mixed precision."""
 
 
 class ConvertSection(Section):
-    importance: Importance = "taylor"
-    experts: Experts = "coactivation"
-    router: RouterInit = "ridge"
-    block_router: BlockRouterInit = "ridge"
-    mean: bool = True
-    refit: bool = True
-    batches: Count = 32
-    batch_size: Count = 8
-    tokens: Count = 8192
+    importance: Importance = _option("importance")
+    experts: Experts = _option("experts")
+    router: RouterInit = _option("router")
+    block_router: BlockRouterInit = _option("block_router")
+    mean: bool = _option("mean")
+    refit: bool = _option("refit")
+    batches: Count = _option("batches")
+    batch_size: Count = _option("batch_size")
+    tokens: Count = _option("tokens")
     device: Literal["cpu"] | None = None
-    """Where the teacher is calibrated, whole: the GPU if there is one. `cpu` takes 4 bytes a parameter of the host's memory."""
+    """Where the whole teacher is calibrated (default: the GPU if there is one). `cpu` takes 4 bytes of memory a parameter."""
 
 
 class DataSection(Section):

@@ -24,11 +24,7 @@ from ..config import (
 from .block_routers import BlockRouterInit
 from .ffn import Recipe
 from .groups import parse_groups, with_choice
-
-Importance = Literal["taylor", "activation", "weight-norm"]
-FFNKind = Literal["moe", "dense"]
-Baseline = Literal["none", "mlp_pruning", "depth_pruning"]
-TokenRouter = Literal["top_k", "capacity"]
+from .options import Baseline, FFNKind, Importance, TokenRouter, needing_data
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
@@ -72,19 +68,20 @@ class Method:
 
     @property
     def needs(self) -> list[str]:
-        """What of it needs data, for people."""
-        needs = {
-            f"importance {self.importance}": self.importance != "weight-norm" and self.ffns == "moe",
-            "experts coactivation": self.recipe.experts == "coactivation",
-            "router ridge": self.recipe.router == "ridge",
-            "mean": self.recipe.mean,
-            "refit": self.recipe.refit,
-            "router capacity": self.router == "capacity",
-            "groups auto": self.groups == "auto",
-            "block router ridge": self.block_router == "ridge",
-            "depth pruning": self.baseline == "depth_pruning",
+        """Options that need calibration data, for people."""
+        recipe = self.recipe
+        values = {
+            "groups": self.groups,
+            "router_kind": self.router,
+            "baseline": self.baseline,
+            "importance": self.importance if self.ffns == "moe" else None,
+            "experts": recipe.experts,
+            "router": recipe.router,
+            "block_router": self.block_router,
+            "mean": recipe.mean,
+            "refit": recipe.refit,
         }
-        return [name for name, needed in needs.items() if needed]
+        return [name if value is True else f"{name} {value}" for name, value in needing_data(values)]
 
     def rank(self, dims: FluxDims) -> int | None:
         """Of the AdaLN compression of a teacher of these dimensions."""

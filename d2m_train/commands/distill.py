@@ -22,7 +22,8 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..blockwise.stage import check_blockwise, train_blockwise
-from ..conversion.run import convert, settings_of
+from ..conversion.run import convert
+from ..conversion.settings import settings_from_run
 from ..data import open_source, prepare
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, stages_of
@@ -157,7 +158,8 @@ class Distill:
             if self.run.student.start is not None:
                 self._begin_with(self.run.student.start, path, target)
                 return
-            convert(settings_of(self.run, path, target, target.parent / "calibration"), data, report=self.processes.say)
+            settings = settings_from_run(self.run, path, target, target.parent / "calibration")
+            convert(settings, data, report=self.processes.say)
 
     def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
         """Copy a student that was made elsewhere. Raises UserError if it is not of such a teacher."""

@@ -1,7 +1,6 @@
 """A dense FLUX.1 becomes a FLUX-MoE without training: the `convert` command and the first stage of a distillation.
 
-`convert` asks the teacher (calibration, if there are data), decides, and streams the file; `settings_of` says of a run
-what its first stage is to do.
+`convert` calibrates on the teacher (if there are data), decides on blocks and routers, and streams the file.
 """
 
 from __future__ import annotations
@@ -28,12 +27,10 @@ from ..data.batch import DataSource
 from ..progress import progress_bar
 from .calibrate import CalibrationBatches, calibrate_on_batches
 from .report import Report, tell, write_report
-from .settings import ConversionSettings, config_of, settings_of
+from .settings import ConversionSettings, file_config
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
-
-__all__ = ["ConversionSettings", "convert", "settings_of"]
 
 
 def convert(
@@ -53,7 +50,7 @@ def convert(
         refuse_same_file(teacher.files, settings.out)
         for note in teacher.notes:
             report(note)
-        config = config_of(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
+        config = file_config(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
         calibration = None if data is None else _calibration(settings, teacher, config, data)
         found = Report()
         if calibration is not None:

@@ -12,23 +12,13 @@ import torch
 
 from d2m_model.config import FluxDims, FluxMoEConfig, Teacher
 from d2m_model.conversion import method
-from d2m_model.conversion.ffn import Recipe
-from d2m_model.conversion.method import Baseline, FFNKind, Importance, Method, MethodError, TokenRouter
+from d2m_model.conversion.method import Method, MethodError
+from d2m_model.conversion.options import method_arguments
 
 from .. import UserError
 
 if TYPE_CHECKING:
     from ..run_config import RunConfig
-
-__all__ = [
-    "Baseline",
-    "ConversionSettings",
-    "FFNKind",
-    "Importance",
-    "TokenRouter",
-    "config_of",
-    "settings_of",
-]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -78,43 +68,27 @@ def as_user_error() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
-def settings_of(run: RunConfig, teacher_path: Path, out: Path, folder: Path | None) -> ConversionSettings:
-    """Of a run's stage `convert`: the file `out` of the teacher at `teacher_path`, its calibration kept in `folder`.
+def settings_from_run(run: RunConfig, teacher_path: Path, out: Path, folder: Path | None) -> ConversionSettings:
+    """Settings of a run's stage `convert`: from the teacher at `teacher_path` to the file `out`, calibrated in `folder`.
 
-    The teacher's LoRAs are fused in that file already, if it has any.
+    The teacher's LoRAs, if it has any, are fused in that file already.
     """
     convert, student = run.convert, run.student
+    values = convert.model_dump() | student.model_dump()
+    values |= {"router": convert.router, "router_kind": student.router, "seed": run.seed}
     return ConversionSettings(
         teacher=teacher_path,
         out=out,
-        preset=student.preset,
-        groups=student.groups,
-        active=student.active,
-        selection=student.selection,
-        block_router=convert.block_router,
-        ffns=student.ffns,
-        baseline=student.baseline,
-        router=student.router,
-        predictor_width=student.predictor_width,
-        recipe=Recipe(
-            experts=convert.experts,
-            router=convert.router,
-            mean=convert.mean,
-            refit=convert.refit,
-            top_k=student.top_k,
-            seed=run.seed,
-        ),
-        importance=convert.importance,
-        adaln_rank=None if student.adaln_rank == "none" else student.adaln_rank,
         batches=convert.batches,
         batch_size=convert.batch_size,
         tokens=convert.tokens,
         device=convert.device,
         folder=folder,
+        **method_arguments(values),
     )
 
 
-def config_of(settings: ConversionSettings, dims: FluxDims, teacher: Teacher, data_name: str | None) -> FluxMoEConfig:
+def file_config(settings: ConversionSettings, dims: FluxDims, teacher: Teacher, data_name: str | None) -> FluxMoEConfig:
     """The file's configuration, but for the teacher's hash; of resolved settings. Raises UserError or ConfigError.
 
     For groups `auto` and depth pruning it is what `dims` and the preset say, until calibration has told which blocks.

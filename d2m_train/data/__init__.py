@@ -27,7 +27,7 @@ Encoders = TypeVar("Encoders", TextEncoders, Autoencoder)
 
 
 def open_data(name: str) -> DataSource:
-    """`emoji`, or the path of a file of latents.FILE_FORMAT."""
+    """`emoji`, or the path of a file of latents.LATENTS_FORMAT."""
     return EmojiData() if name == "emoji" else LatentFile(Path(name))
 
 

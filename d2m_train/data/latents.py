@@ -16,7 +16,7 @@ from .encoded import Encoded
 from .encoders import no_text_encoders
 from .order import places
 
-FILE_FORMAT = (
+LATENTS_FORMAT = (
     "a .safetensors with `latents` [N, channels, height, width] in FLUX's model space ((latent - 0.1159) * 0.3611), "
     "`context` [N, text tokens, width], `pooled` [N, width], and optionally `guidance` [N] and `text_tokens` [N] (how many "
     "of the text tokens are not padding)"
@@ -41,7 +41,7 @@ class LatentFile:
         for name, count in axes.items():
             found = shapes.get(name)
             if found is None or len(found) != count or found[0] != shapes["latents"][0]:
-                raise UserError(f"{path}: {name} is {found and list(found)}; expected {FILE_FORMAT}.")
+                raise UserError(f"{path}: {name} is {found and list(found)}; expected {LATENTS_FORMAT}.")
         if shapes["latents"][2] % 2 or shapes["latents"][3] % 2 or shapes["latents"][0] == 0:
             raise UserError(f"{path}: latents is {list(shapes['latents'])}; expected samples of even height and width.")
 

@@ -19,7 +19,7 @@ from .store import digest
 
 log = logging.getLogger(__name__)
 
-FILE_FORMAT = 'a .txt of prompts, one a line, or a .jsonl of objects with "prompt"'
+_FILE_FORMAT = 'a .txt of prompts, one a line, or a .jsonl of objects with "prompt"'
 NO_PROMPT = "line without a prompt"
 
 
@@ -39,7 +39,7 @@ class PromptSource:
         self.resolutions, self.guidance = tuple(resolutions), guidance
         self.prompts, self.left_out = _read(path)
         if not self.prompts:
-            raise UserError(f"{path}: no prompts; expected {FILE_FORMAT}. Found {described(self.left_out)}.")
+            raise UserError(f"{path}: no prompts; expected {_FILE_FORMAT}. Found {described(self.left_out)}.")
         if self.left_out:
             log.warning("%s: left out %s.", self.name, described(self.left_out))
         self._prepared = False
@@ -78,7 +78,7 @@ class PromptSource:
 def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     """Prompts, and the lines that are none; empty lines are passed over."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: expected {FILE_FORMAT}.")
+        raise UserError(f"{path}: expected {_FILE_FORMAT}.")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -29,7 +29,7 @@ from ..blockwise.feature_store import disk_bytes
 from ..blockwise.part import Part
 from ..blockwise.stage import parts_of
 from ..conversion.run import shallow
-from ..conversion.settings import config_of, settings_of
+from ..conversion.settings import file_config, settings_from_run
 from ..data.token_counts import longest_sample, mean_sample
 from ..distillation.stages import TRAINING, plan_stage, stages_of
 from ..run_config import RunConfig, Stage
@@ -121,9 +121,9 @@ def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     for made in (converted, run.student.start):
         if made is not None and made.exists():
             return check_file(made)
-    settings = settings_of(run, run.teacher.path, converted, None).resolved()
+    settings = settings_from_run(run, run.teacher.path, converted, None).resolved()
     about = Teacher(title=run.teacher.path.stem, sha256=UNHASHED, licence="")
-    config = config_of(settings, teacher, about, None)
+    config = file_config(settings, teacher, about, None)
     if run.student.baseline == "depth_pruning":
         # Which of a group's blocks are kept only calibration knows; they are all of one size.
         alike = dict.fromkeys((block.name for block in teacher.blocks), BlockChange(mse=1, image_mse=1))

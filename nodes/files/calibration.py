@@ -25,11 +25,12 @@ from torch import Tensor
 from ...d2m_model.config import BlockGroup, FluxMoEConfig
 from ...d2m_model.conversion.block_routers import FEWEST
 from ...d2m_model.conversion.calibration import Calibration, write_part
+from ...d2m_model.conversion.options import OPTIONS
 from ...d2m_model.conversion.recorder import Recorder
 from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
 
-TOKENS = 8192  # inputs kept of every FFN, in all
+TOKENS: int = OPTIONS["tokens"].default  # inputs kept of every FFN, over the whole calibration
 PIXELS = 8  # of an image on the side of a latent
 TEXT_ENTRIES = ("pooled_output", "attention_mask")  # of a conditioning, which have a batch like its text
 

@@ -24,12 +24,12 @@ import torch
 from comfy_api.latest import io
 
 from ...d2m_model.checkpoint import CheckpointError
-from ...d2m_model.config import PREDICTOR_WIDTH, FluxMoEConfig
+from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.calibration import Calibration
 from ...d2m_model.conversion.convert import convert_file
-from ...d2m_model.conversion.ffn import Recipe
 from ...d2m_model.conversion.method import Method, new_config, resolved
 from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
+from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defaults
 from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember_model
 from .calibration import TOKENS, CalibrationSamples, calibrate_on_prompts, prompts_of, sampling_patches
@@ -47,29 +47,18 @@ ROOM = 1.03  # a FLUX-MoE's routers and means, and the file's header
 def method_of(
     *, preset: str, split_only: bool, router: str, routers_of_blocks: str, top_k: int, seed: int, calibrated: bool
 ) -> Method:
-    """As `python -m d2m_train convert` chooses with data and without; importance is the activation's in place of Taylor's."""
-    recipe = Recipe(
-        experts="coactivation" if calibrated else "dealt",
-        router="ridge" if calibrated else "centroid",
-        mean=calibrated,
-        refit=calibrated and not split_only,
-        top_k=top_k,
-        seed=seed,
-    )
-    method = Method(
-        preset=preset,  # type: ignore[arg-type]
-        groups="preset",
-        active=1,
-        selection="topk",
-        block_router="ridge" if calibrated and routers_of_blocks == FITTED else "random",
-        ffns="moe",
-        baseline="none",
-        router=router,  # type: ignore[arg-type]
-        predictor_width=PREDICTOR_WIDTH,
-        recipe=recipe,
-        importance="activation" if calibrated else "weight-norm",
-        adaln_rank=None if split_only else "preset",
-    )
+    """Choose as `python -m d2m_train convert` does with data and without, with activation in place of Taylor importance."""
+    values = {
+        "preset": preset,
+        "router_kind": router,
+        "block_router": None if routers_of_blocks == FITTED else "random",
+        "importance": "activation" if calibrated else None,
+        "refit": False if split_only else None,
+        "adaln_rank": "none" if split_only else None,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    method = Method(**method_arguments(with_defaults(values, calibrated=calibrated)))
     if not calibrated and method.router == "capacity":
         raise ValueError(
             f"{NAME}: capacity routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
@@ -244,8 +233,8 @@ class ConvertFlux(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=["L", "M", "S", "XS"],
-                    default="L",
+                    options=list(OPTIONS["preset"].choices),
+                    default=OPTIONS["preset"].default,
                     tooltip=(
                         "L: experts in all blocks but the first. M: of groups of double blocks one runs at a time; S and XS: "
                         "of single blocks too. Smaller is faster, and further from the dense model."
@@ -294,7 +283,7 @@ class ConvertFlux(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed",
-                    default=0,
+                    default=OPTIONS["seed"].default,
                     min=0,
                     max=0xFFFF_FFFF,
                     control_after_generate=False,
@@ -302,16 +291,16 @@ class ConvertFlux(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "top_k",
-                    default=2,
-                    min=1,
+                    default=OPTIONS["top_k"].default,
+                    min=OPTIONS["top_k"].minimum,
                     max=12,
                     tooltip="Experts of a token for which routers and weights are fitted. FLUX-MoE Top-K runs any other.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "router",
-                    options=["top_k", "capacity"],
-                    default="top_k",
+                    options=list(OPTIONS["router_kind"].choices),
+                    default=OPTIONS["router_kind"].default,
                     tooltip=(
                         "top_k: every token has as many experts. capacity (DiffMoE): tokens that need more get more, so many "
                         "on average; needs calibration prompts."

@@ -14,10 +14,11 @@ from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter, FluxMoEConfig
 from d2m_model.conversion import predictor_init
 from d2m_model.conversion.depth_pruning import output_blocks
+from d2m_model.conversion.options import Baseline, FFNKind
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_train import UserError
-from d2m_train.conversion.run import ConversionSettings, convert, settings_of
-from d2m_train.conversion.settings import Baseline, FFNKind
+from d2m_train.conversion.run import convert
+from d2m_train.conversion.settings import ConversionSettings, settings_from_run
 from d2m_train.data.batch import Batch
 from d2m_train.data.latents import LatentFile
 
@@ -174,9 +175,9 @@ def test_without_data_block_routers_are_random_and_it_is_said(room: Path, tmp_pa
     assert len(router.unique()) == router.numel()
     for changes, what in (
         ({"groups": "auto"}, "groups auto"),
-        ({"block_router": "ridge"}, "block router ridge"),
-        ({"router": "capacity"}, "router capacity"),
-        ({"baseline": "depth_pruning"}, "depth pruning"),
+        ({"block_router": "ridge"}, "block_router ridge"),
+        ({"router": "capacity"}, "router_kind capacity"),
+        ({"baseline": "depth_pruning"}, "baseline depth_pruning"),
         ({"recipe": replace(SEEING, experts="coactivation")}, "experts coactivation, router ridge, mean"),
     ):
         with pytest.raises(UserError, match=f"asks the teacher itself.*{what}.*give data"):
@@ -317,7 +318,7 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
         "convert: {batches: 4, batch_size: 4, tokens: 256, refit: false, experts: random, block_router: random}\n"
     )
     run = run_config.load(tmp_path / "run.yaml")
-    found = settings_of(run, room / "teacher.safetensors", tmp_path / "out", tmp_path / "calibration")
+    found = settings_from_run(run, room / "teacher.safetensors", tmp_path / "out", tmp_path / "calibration")
     assert found == settings(
         room,
         tmp_path / "out",
@@ -330,7 +331,7 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
         recipe=Recipe(experts="random", router="ridge", mean=True, refit=False, top_k=3, seed=3),
     )
     baseline: Baseline = "mlp_pruning"
-    assert settings_of(
+    assert settings_from_run(
         run_config.load(tmp_path / "run.yaml", [f"student.baseline={baseline}", "student.groups=auto"]),
         room, tmp_path, None,
     ).groups == "auto"  # fmt: skip

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from d2m_model.conversion.method import Importance
+from d2m_model.conversion.options import Importance
 from d2m_train import UserError
-from d2m_train.conversion.settings import settings_of
+from d2m_train.conversion.settings import settings_from_run
 from d2m_train.run_config import STAGES, load
 
 MINIMAL = """
@@ -65,7 +65,7 @@ def test_overrides_are_yaml_by_dotted_name(file: Path) -> None:
 @pytest.mark.parametrize("importance", get_args(Importance))
 def test_a_run_converts_by_every_importance_that_the_command_has(file: Path, importance: str) -> None:
     run = load(file, [f"convert.importance={importance}"])
-    assert settings_of(run, teacher_path=Path("flux"), out=Path("out"), folder=None).importance == importance
+    assert settings_from_run(run, teacher_path=Path("flux"), out=Path("out"), folder=None).importance == importance
 
 
 def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Path) -> None:
