@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
 
 from .record import commit, machine, write
 

@@ -18,7 +18,7 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # The models are tiny: one thread is faster than many, and sums in one order give the same bits.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if sys.dont_write_bytecode:
     # Without a cache every process that a test starts would compile torch, diffusers and ComfyUI again: 20 seconds each.

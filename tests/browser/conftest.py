@@ -15,7 +15,7 @@ from tests.browser.driver import Comfy
 from tests.browser.map_page import Map
 from tests.browser.synthetic_trace import SyntheticTrace
 from tests.browser.widget_page import WidgetPage
-from tests.comfyui import files
+from tests.toys import files
 from tools import browser as chromium
 from tools.host import ROOT
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from d2m_model.keys import dense_shapes
 from d2m_model.layout import inverse_order, neuron_axis, permute_neurons
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.grouped import grouped, loaded, watched  # noqa: F401 (fixtures)
-from tests.comfyui.inside import Comfy
+from tests.toys import files
 
 BLOCKS = ("double_blocks.", "single_blocks.")
 LINEARS = {  # weights of the blocks
@@ -86,12 +85,3 @@ def without_pack(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = [entry for entry in supported.models if not entry.__module__.startswith(host.pack_name)]
     assert len(stock) == len(supported.models) - 3
     monkeypatch.setattr(supported, "models", stock)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny, and sums in one order give the same bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

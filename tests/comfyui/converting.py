@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.comfyui import files
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
+from tests.toys import files
 
 RANDOM = "random"
 GIVEN = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup
-from tests.comfyui import files
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
+from tests.toys import files
 
 DEVICE = torch.device("cpu")
 DIMS = replace(files.DIMS, double_blocks=4, single_blocks=6)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.tensor_file import TensorFile
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import (
     BATCH,
@@ -27,8 +27,9 @@ from tests.comfyui.grouped import (
     inputs,
     with_groups,
 )
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_saving import load, save
+from tests.toys import files
+from tests.toys.compare import distance
 
 # What runs
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.grouped import (
     BATCH,
     DEVICE,
@@ -25,7 +25,8 @@ from tests.comfyui.grouped import (
     evaluate,
     inputs,
 )
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 # ControlNets and patches
 

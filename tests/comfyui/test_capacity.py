@@ -14,10 +14,12 @@ from torch import Tensor
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter
 from d2m_model.tensor_file import TensorFile
-from tests.comfyui import files, test_sampling
+from demo.inside import Comfy
+from tests.comfyui import test_sampling
 from tests.comfyui.conftest import Pair, with_lora
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_saving import load, output, save  # noqa: F401 (fixture)
+from tests.toys import files
+from tests.toys.compare import distance
 
 DEVICE = torch.device("cpu")
 ROUTER = CapacityRouter(capacity=2.0, width=16)

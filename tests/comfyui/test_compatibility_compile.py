@@ -15,11 +15,12 @@ import torch
 
 from d2m_model import experts
 from d2m_model.config import BlockGroup, CapacityRouter
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.grouped import evaluate, inputs
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_quantised import quantise, write
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 DIMS = replace(files.DIMS, double_blocks=1, single_blocks=1)  # quick to trace

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from d2m_model.config import CapacityRouter
+from demo.inside import Comfy
 from demo.server import ComfyServer, Graph
-from tests.comfyui import files, grouped
+from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import DEVICE, GROUPS
-from tests.comfyui.inside import Comfy
 from tests.comfyui.test_server import node
+from tests.toys import files
 
 KINDS: dict[str, dict[str, Any]] = {
     "experts": {},

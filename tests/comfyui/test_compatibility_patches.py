@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped, active
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 SIZE = (2, 8, 8)
 Record = list[Any]

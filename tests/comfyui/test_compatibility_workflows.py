@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.comfyui import files, grouped
+from demo.inside import Comfy
+from tests.comfyui import grouped
 from tests.comfyui.grouped import DOUBLES, GROUPS, SINGLES, active
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_sampling import route_literally
 from tests.comfyui.workflows import SAMPLE_BY_SAMPLE, WORKFLOWS, Studio, channels, empty_latent
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 TOP_K = 2

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.comfyui import files, loras
+from demo.inside import Comfy
+from tests.comfyui import loras
 from tests.comfyui.conftest import Pair
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 DEVICE = torch.device("cpu")

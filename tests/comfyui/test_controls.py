@@ -13,10 +13,11 @@ from torch import Tensor
 
 from d2m_model.config import BlockGroup, CapacityRouter
 from d2m_model.layout import ffn_tensors
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import GROUPS, Grouped, active
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 from tools.host import ROOT
 
 ALL = files.LAYOUT.experts

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from d2m_model.checkpoint import check_file
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.converting import convert, deep_flux, file_of, made, prompts, temporary_folder  # noqa: F401
-from tests.comfyui.inside import Comfy, distance
+from tests.toys.compare import distance
 from tools.host import ROOT
 
 

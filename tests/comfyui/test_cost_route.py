@@ -17,8 +17,8 @@ from d2m_model.config import BlockGroup, CapacityRouter, adaln_rank_of, preset_g
 from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
 from demo.server import ComfyServer, Graph, ServerError
-from tests.comfyui import files
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
+from tests.toys import files
 
 # As a preset makes it: report's presets are with compressed modulations.
 DEEP = replace(EMOJI, double_blocks=7, single_blocks=14)

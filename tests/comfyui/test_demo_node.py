@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo.inside import Comfy
 from demo.prompt_encoder import TOKENS, WIDTH, PromptEncoder
-from tests.comfyui.inside import Comfy
 
 
 def test_words_become_conditioning(host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

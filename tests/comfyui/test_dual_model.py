@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from d2m_model.checkpoint import check_state_dict
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_live import Desk, at_step, desk, graph_of, of_log  # noqa: F401 (fixtures)
 from tests.comfyui.test_trace import traced
+from tests.toys import files
+from tests.toys.compare import distance
 
 SIZE = (1, 16, 8, 8)
 Dual = Callable[..., Tensor]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import BATCH, GROUPS, Grouped, active
-from tests.comfyui.inside import Comfy
 from tests.comfyui.test_trace import Traced, sample, traced
 
 WIDGETS: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
 from tools.host import ROOT
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from d2m_model.config import CapacityRouter
-from tests.comfyui import files, grouped
-from tests.comfyui.inside import Comfy, distance
+from demo.inside import Comfy
+from tests.comfyui import grouped
+from tests.toys import files
+from tests.toys.compare import distance
 
 pytest.importorskip("diffusers")
 

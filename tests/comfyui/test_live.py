@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 SMALL = (1, 8, 8)
 

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from demo.server import ComfyServer, Graph, ServerError
-from tests.comfyui import files
 from tests.comfyui.grouped import DIMS, GROUPS
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
+from tests.toys import files
 from tools.host import ROOT
 
 STEPS = 60

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2m_model.config import BlockGroup
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 
 @pytest.fixture

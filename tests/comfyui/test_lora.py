@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 DEVICE = torch.device("cpu")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from d2m_model.layout import permute_neurons
-from tests.comfyui import files, loras
+from demo.inside import Comfy
+from tests.comfyui import loras
 from tests.comfyui.conftest import Pair
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 DEVICE = torch.device("cpu")

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from d2m_model.config import paper_layout
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair, with_lora
-from tests.comfyui.inside import Comfy
 from tests.comfyui.test_saving import load
+from tests.toys import files
 from tools.host import ROOT
 
 
@@ -84,7 +84,7 @@ import json, sys
 from pathlib import Path
 import torch
 from tests.comfyui.conftest import with_lora
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
 
 torch.set_num_threads(1)
 file, base = sys.argv[1], Path(sys.argv[2])

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2m_model.config import BlockGroup, CapacityRouter
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
-from tests.comfyui.inside import Comfy, distance
 from tests.comfyui.test_saving import as_nodes_run, load, output, save  # noqa: F401 (fixtures)
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 DEVICE = torch.device("cpu")

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 from tools.host import ROOT
 
 ALL = files.LAYOUT.experts
@@ -105,7 +106,7 @@ def test_clones_with_different_top_k_do_not_disturb_each_other(host: Comfy, pair
 def test_a_used_process_paints_what_a_fresh_one_paints(host: Comfy, pair: Pair, tmp_path: Path) -> None:
     """And that one, before it loads this pack (without a warning), paints a split file as the teacher."""
     out = tmp_path / "latents.pt"
-    command = [sys.executable, "-m", "tests.comfyui.inside", str(pair.moe_file), str(out), "--top-k", "2"]
+    command = [sys.executable, "-m", "tests.comfyui.stock_then_pack", str(pair.moe_file), str(out), "--top-k", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     fresh = torch.load(out)

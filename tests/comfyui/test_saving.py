@@ -15,9 +15,10 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.tensor_file import TensorFile
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
-from tests.comfyui.inside import Comfy, distance
+from tests.toys import files
+from tests.toys.compare import distance
 
 ALL = files.LAYOUT.experts
 

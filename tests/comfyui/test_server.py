@@ -15,8 +15,8 @@ import pytest
 
 from d2m_model.tensor_file import TensorFile
 from demo.server import ComfyServer, Graph, ServerError
-from tests.comfyui import files
 from tests.comfyui.test_loading import WRONG, write_wrong
+from tests.toys import files
 from tools.host import PACK_NAME, ROOT
 
 WORKFLOWS = ROOT / "example_workflows"

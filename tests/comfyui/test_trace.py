@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_model.config import CapacityRouter
-from tests.comfyui import files
+from demo.inside import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import BATCH, DIMS, GROUPS, Grouped, active, evaluate, inputs
-from tests.comfyui.inside import Comfy
+from tests.toys import files
 
 LAYERS = ["double_blocks.1.img_mlp", "double_blocks.1.txt_mlp", "single_blocks.0", "single_blocks.1", "single_blocks.2"]
 NONE = 255

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from demo.server import ComfyServer, Graph, ServerError
-from tests.comfyui import files
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
+from tests.toys import files
 from tools.host import ROOT
 
 SIZE, STEPS = 64, 3

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.comfyui import files
-from tests.comfyui.inside import Comfy
+from demo.inside import Comfy
+from tests.toys import files
 from tools.host import ROOT
 
 CONTROL_DIMS = replace(files.DIMS, double_blocks=2, single_blocks=1)

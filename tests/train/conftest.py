@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .tiny_pipeline import save_pipeline
+from tests.toys.pipeline import save_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ from d2m_train.distillation.features import block_outputs
 from d2m_train.evaluation.prompts import EMOJI_SHIFT, read_prompts
 from d2m_train.flow.sampling import noise_for, sample
 from demo.dataset import COLOURS
-
-from .small_student import DIMS, LAYOUT, dense_flux, student
+from tests.toys.students import DIMS, LAYOUT, dense_flux, student
 
 FEW = ("--data", "emoji", "--every", "60", "--steps", "2", "--batch", "4")  # 9 prompts
 

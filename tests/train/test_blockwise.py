@@ -35,8 +35,8 @@ from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_stage, trainable_names
 from d2m_train.monitor.stage_log import StageLog
 from d2m_train.run_config import StageSection, load
-from tests.comfyui import files
-from tests.train.blockwise_runs import (
+from tests.toys import files
+from tests.toys.blockwise_runs import (
     DIMS,
     GROUPS,
     SINGLES,
@@ -51,18 +51,15 @@ from tests.train.blockwise_runs import (
     steps,
     weights,
 )
-from tests.train.runs import ROOT, environment
+from tests.toys.runs import ROOT, environment
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many as the processes of these tests have: sums in another order have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # each part ends with a collection, which need not look at all that pytest holds
+def frozen_garbage() -> Iterator[None]:
+    """Each part ends with a garbage collection, which need not look at everything that pytest holds."""
+    gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

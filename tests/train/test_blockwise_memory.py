@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from d2m_model.config import FFNLayout
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
@@ -19,18 +17,9 @@ from d2m_train.blockwise.part import Part
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.plan.estimate import plan_run
 from d2m_train.run_config import StageSection, load
-from tests.comfyui import files
-from tests.train.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare
-from tests.train.runs import ROOT, environment
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many as the processes of these tests have: sums in another order have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.toys import files
+from tests.toys.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare
+from tests.toys.runs import ROOT, environment
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 from d2m_train.__main__ import main
 from d2m_train.data import open_source
 from d2m_train.run_config import load
-
-from .tiny_images import SIZES, save_images
+from tests.toys.pictures import SIZES, save_images
 
 RUN = """
 output_dir: {folder}

@@ -24,9 +24,8 @@ from d2m_train.data.encoders import FluxAutoencoder, FluxTextEncoders
 from d2m_train.data.pictures import PictureSource
 from d2m_train.data.prompts import PromptSource
 from d2m_train.run_config import DataSection
-
-from .tiny_images import SIZES, caption, png, save_images
-from .tiny_pipeline import CONTEXT, POOLED, SCALE, SHIFT, save_pipeline
+from tests.toys.pictures import SIZES, caption, png, save_images
+from tests.toys.pipeline import CONTEXT, POOLED, SCALE, SHIFT, save_pipeline
 
 TOKENS = 20  # of text
 

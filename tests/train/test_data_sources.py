@@ -20,8 +20,7 @@ from d2m_train.data.samples import BROKEN_IMAGE, CAPTION_ALONE, EMPTY_CAPTION, I
 from d2m_train.data.shards import ShardSamples, expand_braces
 from d2m_train.data.store import Store
 from d2m_train.data.tables import TableSamples
-
-from .tiny_images import png
+from tests.toys.pictures import png
 
 A, B = png(8, 8, 1), png(8, 8, 2)
 

@@ -13,7 +13,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from d2m_train import UserError
 from d2m_train.parallel.deepspeed import check_deepspeed, completed, configuration
 from d2m_train.run_config import RunConfig
-from tests.train.runs import ROOT
+from tests.toys.runs import ROOT
 
 FOLDER = ROOT / "configs" / "accelerate"
 FILES = {

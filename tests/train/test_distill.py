@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_log
-from tests.train.runs import (
+from tests.toys.runs import (
     ROOT,
     distill,
     environment,
@@ -34,15 +34,6 @@ from tests.train.runs import (
 )
 
 STAGES = ("shared", "experts", "blocks")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many as the processes of these tests have: sums in another order have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

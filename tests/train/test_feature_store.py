@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,7 @@ from d2m_train.flow.noise import noisy_batch
 from d2m_train.flow.velocity import velocity
 from d2m_train.run_config import RunConfig, load
 from d2m_train.teacher.frozen import open_frozen_teacher
-from tests.train.blockwise_runs import grouped, prepare
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many as the processes of these tests have: sums in another order have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.toys.blockwise_runs import grouped, prepare
 
 
 @pytest.fixture(scope="module")

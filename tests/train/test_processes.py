@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_log
-from tests.train.runs import DDP, FSDP2, distill, run_file, start, succeed, wait_for_step, write_inputs, zero
+from tests.toys.runs import DDP, FSDP2, distill, run_file, start, succeed, wait_for_step, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
 SHORT = {stage: {"steps": 3, "learning_rate": 1e-3} for stage in STAGES}

@@ -28,8 +28,7 @@ from d2m_train.run_config import Lora, TeacherSection
 from d2m_train.teacher.frozen import fused_file, open_frozen_teacher
 from d2m_train.teacher.known_flux import FLUX_DEV
 from d2m_train.teacher.loras import LoraDeltas
-
-from ..unit.small_flux import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
+from tests.toys.teachers import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
 
 ROOT = Path(__file__).parents[2]
 RANK = 3

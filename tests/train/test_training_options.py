@@ -17,7 +17,7 @@ from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_log
 from d2m_train.run_config import StageSection, TrainingSection
 from d2m_train.training.optimizers import new_optimizer
-from tests.train.runs import run_file, write_inputs
+from tests.toys.runs import run_file, write_inputs
 
 Losses = list[dict[str, float]]
 STAGES = "stages=[convert, shared, experts]"

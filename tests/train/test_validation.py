@@ -23,8 +23,7 @@ from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group
 from d2m_train.monitor.stage_log import StageLog, read_log
 from d2m_train.monitor.validation import Validation
 from d2m_train.run_config import EyesSection, TimestepsSection
-
-from .small_student import DIMS, LAYOUT, dense_flux, student
+from tests.toys.students import DIMS, LAYOUT, dense_flux, student
 
 SECTION = EyesSection(validation_batches=2, validation_timesteps=4, samples=2, sample_steps=2, log_every=1)
 

@@ -10,8 +10,7 @@ from torch import nn
 from d2m_model.blocks import FFN, Block, blocks_of
 from d2m_model.config import BlockGroup
 from d2m_model.keys import dense_shapes, diffusers_shapes
-
-from .small_flux import DIMS
+from tests.toys.teachers import DIMS
 
 
 def test_blocks_and_ffns_sort_in_the_order_in_which_they_run() -> None:

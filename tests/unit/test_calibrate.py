@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2m_model.config import all_ffn_names
-
-from .small_flux import DIMS, save_flux
+from tests.toys.teachers import DIMS, save_flux
 
 pytest.importorskip("diffusers")
 

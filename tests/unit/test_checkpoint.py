@@ -34,8 +34,7 @@ from d2m_model.config import (
     preset_layouts,
 )
 from d2m_model.keys import dense_shapes
-
-from .small_flux import DIMS, dense_flux
+from tests.toys.teachers import DIMS, dense_flux
 
 CONFIG = FluxMoEConfig(
     dims=DIMS,

@@ -18,8 +18,7 @@ from d2m_model.checkpoint import check_file, optional_tensors
 from d2m_model.config import CapacityRouter
 from d2m_model.cost import Conversion, Tokens, flux
 from d2m_train.__main__ import main
-
-from .small_flux import DIMS, dense_flux, save_flux
+from tests.toys.teachers import DIMS, dense_flux, save_flux
 
 ROOT = Path(__file__).parents[2]
 

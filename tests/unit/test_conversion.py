@@ -27,8 +27,7 @@ from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.router_init import centroid_router, random_router
 from d2m_model.conversion.split import generator_for, neuron_order
 from d2m_model.teacher import DenseTeacher, open_teacher
-
-from .small_flux import METADATA, dense_flux, save_flux
+from tests.toys.teachers import METADATA, dense_flux, save_flux
 
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 
@@ -381,7 +380,7 @@ import json, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 from d2m_model.keys import dense_shapes
-from tests.unit.small_flux import DIMS
+from tests.toys.teachers import DIMS
 from tests.unit.test_conversion import convert
 
 folder = Path(sys.argv[1])

@@ -21,8 +21,7 @@ from d2m_train.conversion.run import convert
 from d2m_train.conversion.settings import ConversionSettings, settings_from_run
 from d2m_train.data.batch import Batch
 from d2m_train.data.latents import LatentFile
-
-from .small_flux import DIMS, METADATA, dense_flux
+from tests.toys.teachers import DIMS, METADATA, dense_flux
 
 pytest.importorskip("diffusers")
 

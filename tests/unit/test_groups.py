@@ -16,8 +16,7 @@ from d2m_model.conversion.block_routers import BlockChange, GroupObservations, p
 from d2m_model.conversion.depth_pruning import kept_blocks, teacher_name
 from d2m_model.conversion.groups import auto_groups, least_runs, parse_groups
 from d2m_model.mob import route_blocks
-
-from .small_flux import DIMS
+from tests.toys.teachers import DIMS
 
 DEEP = replace(DIMS, double_blocks=10, single_blocks=20)
 GROUP = BlockGroup(kind="single", first=4, blocks=5, active=1, selection="topk")

@@ -15,8 +15,7 @@ pytest.importorskip("diffusers")
 from d2m_model.config import Selection
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from d2m_model.mob import block_balance_loss, choice_fractions
-
-from .flux_moe_files import GROUPS, Pair, inputs, save_pair, velocity
+from tests.toys.pairs import GROUPS, Pair, inputs, save_pair, velocity
 
 DOUBLES, SINGLES = ({*range(group.first, group.first + group.blocks)} for group in GROUPS)
 

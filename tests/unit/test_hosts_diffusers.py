@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import CheckpointError
 from d2m_model.config import all_ffn_names
-
-from .small_flux import DIMS, save_flux
+from tests.toys.teachers import DIMS, save_flux
 
 pytest.importorskip("diffusers")
 

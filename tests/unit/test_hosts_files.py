@@ -21,8 +21,7 @@ from d2m_model.hosts.diffusers import (
     flux_moe_tensors,
     load_transformer,
 )
-
-from .flux_moe_files import GROUPS, Pair, inputs, save_pair, velocity
+from tests.toys.pairs import GROUPS, Pair, inputs, save_pair, velocity
 
 CAPACITY = CapacityRouter(capacity=2.0, width=16)
 KINDS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from d2m_model.hosts.diffusers import loras as fused
 from d2m_model.keys import diffusers_shapes
-
-from .flux_moe_files import DIMS, Pair, save_pair, velocity
+from tests.toys.pairs import DIMS, Pair, save_pair, velocity
 
 RANK = 3
 TARGETS = tuple(

@@ -17,8 +17,7 @@ from d2m_model.keys import dense_shapes
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_file import CheckpointError
 from d2m_train.teacher.known_flux import FLUX_DEV
-
-from .small_flux import DIMS, METADATA, dense_flux, diffusers_tensors
+from tests.toys.teachers import DIMS, METADATA, dense_flux, diffusers_tensors
 
 Tensors = dict[str, torch.Tensor]
 PREFIX = "model.diffusion_model."

@@ -16,8 +16,7 @@ from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.unconvert import unconvert_file
 from d2m_model.teacher import open_teacher
 from d2m_train.__main__ import main
-
-from .small_flux import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
+from tests.toys.teachers import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
 
 RANK = 11
 GROUP = BlockGroup(kind="single", first=0, blocks=2, active=1, selection="topk")

@@ -1,17 +1,10 @@
-"""ComfyUI in this Python process, on the CPU and without a server: what its nodes see.
-
-`python -m tests.comfyui.inside FILE OUT --top-k K` samples a FLUX-MoE in a process of its own: first with the stock
-loader and without this pack, then with it.
-"""
+"""ComfyUI in this Python process, on the CPU and without a server, as its nodes see it."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib
 import sys
-import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -136,30 +129,3 @@ class Comfy:
                 x, torch.tensor([0.7]), c_crossattn=context, y=rest["pooled_output"], guidance=torch.tensor([3.5]),
                 transformer_options=model.model_options["transformer_options"],
             )  # fmt: skip
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative: the norm of the difference over the norm of what is expected."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--top-k", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # as in the tests: sums in one order give the same bits
-    with tempfile.TemporaryDirectory() as base:
-        comfy = Comfy(Path(base))
-        stock = comfy.load(options.file)
-        found = {"stock class": type(stock.model).__name__, "stock": comfy.sample(stock)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            comfy.load_pack()
-        found["moe"] = comfy.sample(comfy.top_k(comfy.load(options.file), options.top_k))
-        torch.save(found, options.out)
-
-
-if __name__ == "__main__":
-    main()

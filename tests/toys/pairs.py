@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, CapacityRouter, FluxDims
-from tests.comfyui import files
+from d2m_model.config import BlockGroup, CapacityRouter
+from tests.toys import files, teachers
 
-DIMS = FluxDims(
-    hidden_size=128, double_blocks=3, single_blocks=3, in_channels=64, out_channels=64,
-    context_size=32, vector_size=48, guidance_embed=True,
-)  # fmt: skip
+DIMS = replace(teachers.DIMS, double_blocks=3, single_blocks=3)
 GROUPS = (
     BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk"),
     BlockGroup(kind="single", first=0, blocks=3, active=2, selection="topk"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, FluxDims
+from d2m_model.config import BlockGroup
 from d2m_train.monitor.stage_log import read_log
-from tests.comfyui import files
-from tests.train.runs import run_file, write_latents
+from tests.toys import files, teachers
+from tests.toys.runs import run_file, write_latents
 
-DIMS = FluxDims(
-    hidden_size=128, double_blocks=3, single_blocks=4, in_channels=64, out_channels=64,
-    context_size=32, vector_size=48, guidance_embed=True,
-)  # fmt: skip
+DIMS = replace(teachers.DIMS, double_blocks=3, single_blocks=4)
 GROUPS = (
     BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk"),
     BlockGroup(kind="single", first=1, blocks=2, active=1, selection="topk"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from d2m_model.config import FluxDims
 from d2m_train.monitor.stage_log import read_log
-from tests.unit.small_flux import dense_flux
+from tests.toys import teachers
 
 ROOT = Path(__file__).resolve().parents[2]
 # As few blocks as preset S needs: one dense, a group of three double, a group of five single.
-DIMS = FluxDims(
-    hidden_size=128,
-    double_blocks=4,
-    single_blocks=6,
-    in_channels=64,
-    out_channels=64,
-    context_size=32,
-    vector_size=48,
-    guidance_embed=True,
-)
+DIMS = replace(teachers.DIMS, double_blocks=4, single_blocks=6)
 
 
 def write_inputs(folder: Path) -> None:
     """`teacher.safetensors` and `latents.safetensors`, of which a third of the text tokens are padding."""
-    save_file(dense_flux(DIMS, torch.float32), folder / "teacher.safetensors")
+    save_file(teachers.dense_flux(DIMS, torch.float32), folder / "teacher.safetensors")
     write_latents(folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import FluxTransformer2DModel
 
@@ -9,24 +11,15 @@ from d2m_model.config import (
     BlockGroup,
     CapacityRouter,
     FFNLayout,
-    FluxDims,
     FluxMoEConfig,
     Gate,
     Teacher,
     all_ffn_names,
 )
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, untrained_transformer
+from tests.toys import files
 
-DIMS = FluxDims(
-    hidden_size=128,
-    double_blocks=3,
-    single_blocks=3,
-    in_channels=64,
-    out_channels=64,
-    context_size=128,
-    vector_size=128,
-    guidance_embed=True,
-)
+DIMS = replace(files.DIMS, double_blocks=3, context_size=128, vector_size=128)
 LAYOUT = FFNLayout(shared=128, experts=6, width=64)
 GROUP = BlockGroup(kind="double", first=1, blocks=2, active=1, selection="topk")
 
