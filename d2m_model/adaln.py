@@ -1,8 +1,7 @@
-"""AdaLN compression (Sec. 4.1): modulations `lin(silu(vec))` held as `lin'(U silu(vec))`, U shared by all of them.
+"""AdaLN compression (Sec. 4.1): modulations `lin(silu(vec))` become `lin'(U silu(vec))`; all of them share U.
 
-A change D of the dense `lin` (a LoRA's, say) reaches a compressed file as D pinv(U): of all changes of lin', the one
-whose D' U is nearest to D. What lies outside U's row space is lost; `lost_change` and `lost_low_rank_change` say how
-much.
+A change D of the dense `lin`, by a LoRA for example, becomes the change D pinv(U) of lin': the D' whose D' U is nearest
+to D. The part of D outside U's row space is lost; `lost_change` and `lost_low_rank_change` measure it.
 
 Shapes: B batch, H hidden size, A rank of the compression, N outputs of a modulation (6H or 3H), R rank of a change.
 """
@@ -15,33 +14,33 @@ from torch import Tensor
 
 
 def compress(x_BH: Tensor, down_AH: Tensor) -> Tensor:
-    """U x, multiplied in float32, in x's dtype: [..., A]. `down_AH` is U, in any floating-point dtype."""
+    """Return U x [..., A], multiplied in float32, in x's dtype. `down_AH` is U, in any floating-point dtype."""
     return F.linear(x_BH.float(), down_AH.float()).to(x_BH.dtype)
 
 
 def pseudo_inverse(down_AH: Tensor) -> Tensor:
-    """pinv(U), computed in float64, as float32: [H, A]. U may lack rank."""
+    """Return pinv(U), float32 [H, A], computed in float64. U may be rank-deficient."""
     return torch.linalg.pinv(down_AH.double()).float()
 
 
 def dense_weight(lin_NA: Tensor, down_AH: Tensor) -> Tensor:
-    """lin' U, the dense modulation that a compressed one stands for: float32 [N, H]."""
+    """Return lin' U, the dense equivalent of a compressed modulation: float32 [N, H]."""
     return lin_NA.float() @ down_AH.float()
 
 
 def map_change(change_NH: Tensor, inverse_HA: Tensor) -> Tensor:
-    """D pinv(U): what a change of the dense weight is for lin'. float32 [N, A]."""
+    """Return D pinv(U), the change of lin' that stands for a change D of the dense weight: float32 [N, A]."""
     return change_NH.float() @ inverse_HA.float()
 
 
 def lost_change(change_NH: Tensor, down_AH: Tensor, inverse_HA: Tensor) -> tuple[float, float]:
-    """(|D - D pinv(U) U|^2, |D|^2): squares, so that those of several modulations can be added."""
+    """Return (|D - D pinv(U) U|^2, |D|^2). Squares, so that several modulations can be added up."""
     rest_NH = change_NH.float() - map_change(change_NH, inverse_HA) @ down_AH.float()
     return float(rest_NH.double().square().sum()), float(change_NH.double().square().sum())
 
 
 def lost_low_rank_change(up_NR: Tensor, down_RH: Tensor, down_AH: Tensor, inverse_HA: Tensor) -> tuple[float, float]:
-    """`lost_change` of D = up down, from R x R matrices: |up X|^2 = tr(up^T up X X^T)."""
+    """Return `lost_change` of D = up down, computed with R x R matrices: |up X|^2 = tr(up^T up X X^T)."""
     up_NR, down_RH = up_NR.double(), down_RH.double()
     gram_RR = up_NR.T @ up_NR
     rest_RH = down_RH - (down_RH @ inverse_HA.double()) @ down_AH.double()

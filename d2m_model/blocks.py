@@ -46,7 +46,7 @@ class Block:
 
     @classmethod
     def parse(cls, name: str) -> Block | None:
-        """The block of a block's, FFN's, module's or tensor's name in either style; None for a name outside of blocks."""
+        """Return the block that a name in either style belongs to: a block's, FFN's, module's or tensor's. None if none."""
         match = _BLOCK_NAME.match(name)
         return None if match is None else cls(_KINDS[match[1]], int(match[2]))
 
@@ -83,7 +83,7 @@ class FFN:
 
     @classmethod
     def parse(cls, name: str) -> FFN:
-        """The FFN with this BFL name. Raises ValueError for any other name."""
+        """Return the FFN with this BFL name. Raises ValueError for any other name."""
         block = Block.parse(name)
         for ffn in () if block is None else block.ffns:
             if ffn.name == name:
@@ -100,5 +100,5 @@ def blocks_of(model: nn.Module) -> dict[Block, nn.Module]:
 
 
 def is_modulation(module: str) -> bool:
-    """Whether this is the BFL name of a block's modulation: `….img_mod.lin`, `….txt_mod.lin` or `….modulation.lin`."""
+    """Test a module's BFL name for a block's modulation: `….img_mod.lin`, `….txt_mod.lin` or `….modulation.lin`."""
     return module.endswith(("_mod.lin", ".modulation.lin"))

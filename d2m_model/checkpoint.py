@@ -1,6 +1,6 @@
-"""What a FLUX file must hold: dense FLUX.1, or FLUX-MoE v1 (the table in `expected_tensors`). Checked, never guessed.
+"""Checks of a FLUX file's tensors: dense FLUX.1, or FLUX-MoE v1 (see `expected_tensors`).
 
-Works on shapes and dtypes alone, so on a file's header as well as on a state dict.
+Shapes and dtypes are enough for most checks, so they work on a file's header as well as on a state dict.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ __all__ = [
 CONFIG_KEY = "d2m_config"
 _CONVERT = "python -m d2m_train convert --teacher F --out G"
 
-# Where a tensor that is not expected is an error, not something of other software.
+# An unexpected tensor whose name begins so is an error; others may have been added by other software.
 _BLOCKS = tuple(f"{name}." for name in (*BFL_BLOCKS.values(), *DIFFUSERS_BLOCKS.values(), "block_groups"))
 
-# A key pattern of other models that get mistaken for FLUX.1, and what they are.
+# Key patterns of other models that are mistaken for FLUX.1, and what these models are.
 _OTHERS = (
     (r"lora_|\.lora\.|\.alpha$|\.lokr_|\.hada_", "a LoRA"),
     (r"double_stream_modulation_img\.", "FLUX.2"),
@@ -59,7 +59,7 @@ _OTHERS = (
     (r"^controlnet_|^input_hint_block|^pos_embed_input", "a ControlNet"),
     (
         rf"^{DIFFUSERS_BLOCKS['single']}\.",
-        "a FLUX in diffusers' key names; as a teacher of d2m_train convert it would do",
+        "a FLUX in diffusers' key names; d2m_train convert takes it as a teacher",
     ),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"^txt_in\.individual_token_refiner", "HunyuanVideo"),
@@ -71,9 +71,9 @@ _OTHERS = (
 
 
 def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
-    """Dimensions of a FLUX.1 (dense or MoE) from its tensors' shapes, in BFL or diffusers names.
+    """Read the dimensions of a FLUX.1 (dense or MoE) off its tensors' shapes, in BFL or diffusers names.
 
-    Raises CheckpointError if it is none: what it looks like instead, or which key is missing.
+    Raises CheckpointError for another model: what it looks like, or which key is missing.
     """
     names = landmarks_of(shapes)
     sizes = {}
@@ -115,16 +115,16 @@ def _guess(shapes: Mapping[str, Shape]) -> str:
 
 
 def config_tensor(config: FluxMoEConfig) -> Tensor:
-    """The configuration as the file carries it: its JSON, uint8."""
+    """Return the configuration as stored in the file: its JSON in a uint8 tensor."""
     return torch.frombuffer(bytearray(config.to_json().encode()), dtype=torch.uint8)
 
 
 def parse_config(tensor: Tensor) -> FluxMoEConfig:
-    """Read a `d2m_config` tensor. Raises CheckpointError naming what is wrong with it."""
+    """Parse a `d2m_config` tensor. Raises CheckpointError, which names the problem."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise CheckpointError(
             f"{CONFIG_KEY} is {tensor.dtype} {list(tensor.shape)}; expected torch.uint8 with one axis. "
-            "A tool has cast this file whole; convert the teacher again."
+            "A tool has cast every tensor of this file; convert the teacher again."
         )
     try:
         return FluxMoEConfig.from_json(bytes(tensor.cpu().numpy()))
@@ -133,7 +133,7 @@ def parse_config(tensor: Tensor) -> FluxMoEConfig:
 
 
 def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
-    """Every tensor that a FLUX-MoE file must have, `d2m_config` aside: dense FLUX's, routers and neuron orders."""
+    """Return the tensors that a FLUX-MoE file must have besides `d2m_config`: dense FLUX's, routers, neuron orders."""
     capacity = config.capacity_router
     h, rank = config.dims.hidden_size, config.adaln_rank
     shapes = dense_shapes(config.dims)
@@ -159,7 +159,7 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
 
 
 def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
-    """Tensors that a FLUX-MoE file may have besides: router biases and the experts' mean outputs."""
+    """Return the tensors that a FLUX-MoE file may have in addition: router biases and the experts' mean outputs."""
     shapes: dict[str, Shape] = {}
     for ffn, layout in config.ffns.items():
         shapes[f"{ffn}.router.bias"] = (layout.experts,)
@@ -168,15 +168,15 @@ def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
 
 
 def check_moe(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config: FluxMoEConfig) -> None:
-    """Raises CheckpointError for a missing, surplus or misshapen tensor of a FLUX-MoE: which, found, expected."""
+    """Raises CheckpointError for a missing, surplus or misshapen tensor of a FLUX-MoE, naming it and what is expected."""
     what = f"FLUX-MoE schema {config.schema_version}"
     _check_tensors(shapes, dtypes, expected_tensors(config), optional_tensors(config), what)
 
 
 def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> FluxDims:
-    """Dimensions of a teacher: a dense FLUX.1 in BFL or diffusers names, whole and not quantised.
+    """Return the dimensions of a dense FLUX.1 in BFL or diffusers names.
 
-    Raises CheckpointError otherwise.
+    Raises CheckpointError if it is another model, incomplete or quantised.
     """
     if CONFIG_KEY in shapes:
         raise CheckpointError("This is a FLUX-MoE already; a teacher is a dense FLUX.1.")
@@ -191,7 +191,7 @@ def check_dense(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) 
 
 
 def _check_blocks(shapes: Mapping[str, Shape], dims: FluxDims) -> None:
-    """Raises CheckpointError for a block that is missing before the last one."""
+    """Raises CheckpointError for a gap in the numbering of the blocks."""
     names = landmarks_of(shapes)
     for kind, blocks in names.blocks.items():
         depth = dims.depths[kind]
@@ -222,7 +222,7 @@ def _check_tensors(
                 wrong.append(f"{name} {list(found)} does not belong to it")
             continue
         if f"{module}.comfy_quant" in shapes and kind == "weight":
-            continue  # packed by ComfyUI, which alone knows its shape
+            continue  # packed by ComfyUI; only ComfyUI knows its shape
         if tuple(found) != shape:
             wrong.append(f"{name} has shape {list(found)}; expected {list(shape)}")
         elif kind == "neuron_order":
@@ -236,8 +236,11 @@ def _check_tensors(
 
 
 def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
-    """Raises CheckpointError for a neuron_order that is no permutation, a router (of tokens or blocks) with NaN or
-    infinity, a threshold that is no probability, or a gate scale that is not positive."""
+    """Raises CheckpointError for damaged values.
+
+    These are: a neuron_order that is not a permutation, a router (of tokens or blocks) with NaN or infinity, a threshold
+    that is not a probability, and a gate scale that is not positive.
+    """
 
     def finite(name: str) -> Tensor:
         values = tensor(name).float()
@@ -270,7 +273,7 @@ def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model") -> FluxMoEConfig:
-    """The configuration of a FLUX-MoE state dict (any prefix), checked whole. `source` names it in messages."""
+    """Check a FLUX-MoE state dict (with any prefix) and return its configuration. `source` names it in messages."""
     tensors = strip_prefix(state_dict)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -278,13 +281,13 @@ def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model
 
 
 def check_file(path: str | os.PathLike[str]) -> FluxMoEConfig:
-    """The configuration of a FLUX-MoE file, checked whole; reads its header, routers and neuron orders only."""
+    """Check a FLUX-MoE file and return its configuration. Reads the header, routers and neuron orders alone."""
     with TensorFile(path) as file:
         return check_opened(file)
 
 
 def check_opened(file: TensorFile) -> FluxMoEConfig:
-    """`check_file` of a file that is open."""
+    """Do the same as `check_file` on an open file."""
     listed = {f"{layer}.comfy_quant": (0,) for layer in quantised_layers(file.metadata)}
     return _check_moe({**file.shapes, **listed}, file.dtypes, file.tensor, str(file.path))
 

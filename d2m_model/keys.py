@@ -1,7 +1,7 @@
-"""Tensor names of FLUX.1: BFL's (files and ComfyUI), diffusers', and the way between them.
+"""Tensor names of FLUX.1 in BFL's style (files and ComfyUI) and in diffusers', and the conversion between them.
 
-BFL fuses q, k, v (and, in single blocks, the FFN's up-projection) into one matrix; diffusers keeps them apart.
-Its final modulation is (scale, shift) where BFL's is (shift, scale).
+BFL fuses q, k, v (and, in single blocks, the FFN's up-projection) into one matrix; diffusers keeps them separate.
+The final modulation is (shift, scale) in BFL's style and (scale, shift) in diffusers'.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, BlockKind
 from .config import FluxDims
 
-CHECKPOINT_PREFIX = "model.diffusion_model."  # of full checkpoints and of files that ComfyUI saved with one
-HEAD = 128  # channels of an attention head, in every FLUX.1
-TIME_CHANNELS = 256  # of the sinusoidal timestep embedding
+CHECKPOINT_PREFIX = "model.diffusion_model."  # in full checkpoints and some files saved by ComfyUI
+HEAD = 128  # channels of an attention head in every FLUX.1
+TIME_CHANNELS = 256  # of the sinusoidal embedding of timestep or guidance
 
 T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Landmarks:
-    """The names from which a FLUX.1's dimensions are read, and those of its lists of blocks."""
+    """Names of the tensors that show a FLUX.1's dimensions, and of its lists of blocks."""
 
     img_in: str
     txt_in: str
@@ -54,31 +54,34 @@ DIFFUSERS = Landmarks(
 
 
 def landmarks_of(names: Iterable[str]) -> Landmarks:
-    """DIFFUSERS if there is a single block in its style, which no other model has; else BFL."""
+    """Return DIFFUSERS if a single block is named in its style, which no other model has; otherwise BFL."""
     single = f"{DIFFUSERS_BLOCKS['single']}."
     return DIFFUSERS if any(name.startswith(single) for name in names) else BFL
 
 
 def prefix_of(names: Iterable[str]) -> str:
-    """`model.diffusion_model.` if any tensor's name starts with it, else the empty string."""
+    """Return `model.diffusion_model.` if any tensor's name starts with it, otherwise an empty string."""
     return CHECKPOINT_PREFIX if any(name.startswith(CHECKPOINT_PREFIX) for name in names) else ""
 
 
 def strip_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
-    """By BFL name: without `model.diffusion_model.` (what stands beside it, a VAE say, is left out), norms as `.scale`."""
+    """Return the transformer's tensors by BFL name: without the checkpoint prefix, norms as `.scale`.
+
+    In a full checkpoint, tensors without the prefix (a VAE, for example) are dropped.
+    """
     prefix = prefix_of(tensors)
     return {bfl_spelling(name[len(prefix) :]): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def bfl_spelling(name: str) -> str:
-    """BFL writes `query_norm.scale`; ComfyUI's modules, and some files, say `query_norm.weight`."""
+    """Return `query_norm.scale` for `query_norm.weight`, the name in ComfyUI's modules and some files; others unchanged."""
     if name.endswith(("query_norm.weight", "key_norm.weight")):
         return name.removesuffix("weight") + "scale"
     return name
 
 
 def dense_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense FLUX.1 with these dimensions, in BFL names."""
+    """Return name and shape of every tensor of a dense FLUX.1 with these dimensions, in BFL names."""
     h, n = dims.hidden_size, dims.neurons
     linears = {
         "img_in": (h, dims.in_channels),
@@ -119,7 +122,7 @@ def dense_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class DiffusersSource:
-    """How a BFL tensor is made of diffusers' tensors: their rows stacked, `swap` exchanging the two halves."""
+    """The diffusers tensors whose stacked rows are a BFL tensor. `swap`: its two halves are exchanged."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -127,7 +130,7 @@ class DiffusersSource:
 
 
 def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
-    """For every tensor of a dense FLUX.1, by BFL name, what it is made of in diffusers' FluxTransformer2DModel."""
+    """Return the source in diffusers' FluxTransformer2DModel of every tensor of a dense FLUX.1, by BFL name."""
     modules: dict[str, tuple[str, ...]] = {
         "img_in": ("x_embedder",),
         "txt_in": ("context_embedder",),
@@ -176,7 +179,7 @@ def diffusers_sources(dims: FluxDims) -> dict[str, DiffusersSource]:
 
 
 def diffusers_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense FLUX.1 with these dimensions, in diffusers' names."""
+    """Return name and shape of every tensor of a dense FLUX.1 with these dimensions, in diffusers' names."""
     dense = dense_shapes(dims)
     return {
         part: (rows, *dense[name][1:])
@@ -186,7 +189,7 @@ def diffusers_shapes(dims: FluxDims) -> dict[str, tuple[int, ...]]:
 
 
 def bfl_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tensor]:
-    """diffusers -> BFL. Fused tensors are new, the others are the given ones."""
+    """Convert diffusers' tensors to BFL's. Fused tensors are new; the others are the given ones."""
     result = {}
     for name, source in diffusers_sources(dims).items():
         parts = [tensors[part] for part in source.names]
@@ -196,5 +199,5 @@ def bfl_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str, Tens
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """(shift, scale) <-> (scale, shift) along the first axis."""
+    """Exchange (shift, scale) with (scale, shift) along the first axis."""
     return torch.cat(tensor.chunk(2)[::-1])

@@ -1,4 +1,4 @@
-"""Where an FFN's neurons live in FLUX's fused weights, and how they are reordered.
+"""Positions of an FFN's neurons in FLUX's fused weights, and their reordering.
 
 A MoE FFN is a permuted dense FFN: the shared expert's neurons first, then expert 0, expert 1, ... Experts are slices.
 Shapes: H hidden size, N = 4H neurons, S shared neurons, E experts, F expert width; N = S + E F.
@@ -17,7 +17,7 @@ from .config import FFNLayout
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FFNTensors:
-    """Names of the tensors that hold one FFN (BFL keys) and where in them its neurons are.
+    """BFL names of the modules that hold one FFN, and the positions of its neurons in them.
 
     `up` holds W1 as rows first_row ... first_row + N (weight and bias), `down` holds W2 as columns
     first_column ... first_column + N. The bias of `down` belongs to no neuron (b2, the shared expert's).
@@ -30,7 +30,7 @@ class FFNTensors:
 
 
 def ffn_tensors(name: str, hidden_size: int) -> FFNTensors:
-    """The tensors of the FFN with this BFL name. Raises ValueError for any other name."""
+    """Return the modules of the FFN with this BFL name. Raises ValueError for any other name."""
     ffn = FFN.parse(name)
     up, down = ffn.linears
     fused = ffn.stream == "joint"  # q, k and v come before W1, the attention's projection before W2
@@ -38,7 +38,7 @@ def ffn_tensors(name: str, hidden_size: int) -> FFNTensors:
 
 
 def neuron_axis(tensor_name: str, name: str, hidden_size: int) -> tuple[int, int] | None:
-    """(axis, first index) of FFN `name`'s neurons in the tensor `tensor_name`, or None if it holds none of them."""
+    """Return (axis, first index) of the neurons of FFN `name` in a tensor, or None if the tensor has none of them."""
     tensors = ffn_tensors(name, hidden_size)
     if tensor_name in (f"{tensors.up}.weight", f"{tensors.up}.bias"):
         return 0, tensors.first_row
@@ -48,7 +48,7 @@ def neuron_axis(tensor_name: str, name: str, hidden_size: int) -> tuple[int, int
 
 
 def permute_neurons(tensor: Tensor, axis: int, first: int, order: Tensor) -> Tensor:
-    """A copy of `tensor` whose neurons along `axis`, from `first` on, stand in `order`: new[i] = old[order[i]]."""
+    """Return a copy with the neurons along `axis`, from index `first` on, in `order`: new[i] = old[order[i]]."""
     permuted = tensor.clone()
     neurons = tensor.narrow(axis, first, order.numel())
     permuted.narrow(axis, first, order.numel()).copy_(neurons.index_select(axis, order.to(tensor.device, torch.int64)))
@@ -56,14 +56,14 @@ def permute_neurons(tensor: Tensor, axis: int, first: int, order: Tensor) -> Ten
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
+    """Return the permutation that undoes `order`."""
     inverse = torch.empty_like(order)
     inverse[order.long()] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
     return inverse
 
 
 def expert_views(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor, layout: FFNLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """The routed experts as strided views, nothing copied: up [E, F, H], up bias [E, F], down [H, E, F]."""
+    """Return the routed experts as strided views, without a copy: up [E, F, H], up bias [E, F], down [H, E, F]."""
     up_EFH = up_NH[layout.shared :].unflatten(0, (layout.experts, layout.width))
     bias_EF = up_bias_N[layout.shared :].unflatten(0, (layout.experts, layout.width))
     down_HEF = down_HN[:, layout.shared :].unflatten(1, (layout.experts, layout.width))

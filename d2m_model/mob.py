@@ -1,8 +1,8 @@
-"""Mixture of Blocks (Sec. 3.1, Eq. 4-5): of a group of consecutive blocks, each sample runs a few.
+"""Mixture of Blocks (Sec. 3.1, Eq. 4-5): each sample runs a few blocks of a group of consecutive blocks.
 
-The choice is made once for each sample, ahead of the group's first block. At inference a block runs on the samples
-that chose it and the others pass it by; in training every rank runs every block on every sample and masks, since ranks
-that ran different blocks would wait for each other for ever in a sharded run.
+The router chooses once per sample, before the group's first block. At inference a block runs on the samples that chose
+it, and the other samples skip it. In training every rank runs every block on every sample and masks the result: in a
+sharded run, ranks that ran different blocks would wait for each other forever.
 
 Shapes: B batch, T tokens, H hidden size, M blocks of a group, S samples of a block, n observations.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from .config import Selection
 from .routers.routing import float32_linear
 
-_ALPHA = 0.5  # of Eq. 5: the weight of the tokens against that of the AdaLN vector
+_ALPHA = 0.5  # alpha of Eq. 5: the weight of the tokens against that of the AdaLN vector
 BLOCK_RIDGES = tuple(
     10.0**exponent for exponent in range(-4, 3)
-)  # of the mean square of a feature; one of them is chosen
+)  # relative to the mean square of a feature; the fit chooses one
 
 Value = TypeVar("Value")
 
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 @dataclass(kw_only=True)  # no slots: DeepSpeed looks by vars() into what a module returns
 class BlockRouting:
-    """The choice of a block router: which blocks each sample runs, in their order. bool [B, M], float32 [B, M]."""
+    """The choice of a block router: the blocks that each sample runs, bool [B, M], and their logits, float32 [B, M]."""
 
     chosen_BM: Tensor
     logits_BM: Tensor
@@ -40,12 +40,12 @@ class BlockRouting:
 
     @property
     def probabilities_BM(self) -> Tensor:
-        """p, the softmax of the logits over the group's blocks, float32 [B, M]."""
+        """Return p, the softmax of the logits over the group's blocks: float32 [B, M]."""
         return self.logits_BM.softmax(dim=-1)
 
 
 def mean_tokens(*streams_BTH: Tensor) -> Tensor:
-    """The mean over the tokens of all streams together (image and text, or both in one), float32 [B, H]."""
+    """Return the mean over the tokens of all streams (image and text, or both in one): float32 [B, H]."""
     tokens = sum(stream.shape[1] for stream in streams_BTH)
     sums = [stream.sum(dim=1, dtype=torch.float32) for stream in streams_BTH]
     return torch.stack(sums).sum(dim=0) / tokens
@@ -54,17 +54,16 @@ def mean_tokens(*streams_BTH: Tensor) -> Tensor:
 def check_active(active: int, blocks: int) -> None:
     """Raises ValueError unless 0 <= active <= blocks."""
     if not 0 <= active <= blocks:
-        raise ValueError(f"{active} blocks are to be active; expected 0 to {blocks}, the blocks of the group.")
+        raise ValueError(f"{active} active blocks; expected 0 to {blocks}, the blocks of the group.")
 
 
 def route_blocks(
     x_mean_BH: Tensor, vec_BH: Tensor, router_x_MH: Tensor, router_y_MH: Tensor, active: int, selection: Selection
 ) -> BlockRouting:
-    """Eq. 5: `active` blocks by alpha W_x mean_tokens([x, c]) + (1 - alpha) W_y vec, in float32 whatever the dtypes.
+    """Choose `active` blocks by alpha W_x mean_tokens([x, c]) + (1 - alpha) W_y vec (Eq. 5), computed in float32.
 
-    `topk` (Eq. 5): those with the highest logits; among equals the earlier block. `window` (Eq. 4): as many consecutive
-    blocks, those whose logits have the highest sum (of equal windows the first): of all windows the one that topk
-    itself, which has the highest sum of all choices, would take.
+    `topk` (Eq. 5) takes the blocks with the highest logits, and the earlier of equal ones. `window` (Eq. 4) takes the
+    consecutive blocks whose logits have the highest sum, and the first of equal windows.
     Raises ValueError for an `active` outside 0 ... M.
     """
     blocks = router_x_MH.shape[0]
@@ -90,7 +89,7 @@ def route_blocks(
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class SampleSubset:
-    """Which of a batch's samples a block runs on. `index_S` is None where it is all of them, or none."""
+    """The samples of a batch that a block runs on. `index_S` is None if it runs on all of them, or on none."""
 
     batch: int
     count: int
@@ -103,11 +102,11 @@ class SampleSubset:
 
 
 def samples_per_block(routing: BlockRouting) -> list[SampleSubset]:
-    """Of every block of the group, in order, the samples that chose it.
+    """Return the samples that chose each block of the group, in the order of the blocks.
 
-    Here the host waits for the device, once for a group, since it cannot leave out a block that it does not know of.
-    It does not wait where no block can be left out, or all are (active 0 or M). A compiled graph breaks here; one that
-    must not (torch.compile with fullgraph, a CUDA graph) runs every block and takes `masked`.
+    The host waits here for the device, once per group, because it must know which blocks to skip. It does not wait if
+    all blocks run, or none (active M or 0). A compiled graph breaks here; a graph that must not break (torch.compile
+    with fullgraph, a CUDA graph) runs every block and uses `masked`.
     """
     batch, blocks = routing.chosen_BM.shape
     device = routing.chosen_BM.device
@@ -119,51 +118,51 @@ def samples_per_block(routing: BlockRouting) -> list[SampleSubset]:
 
 
 def select_samples(value: Value, samples: SampleSubset) -> Value:
-    """Of a tensor that has one entry for each sample (its first dimension is the batch's size), those of `samples`.
+    """Select the rows of `samples` from tensors whose first dimension is the batch size, also inside tuples, lists and dicts.
 
-    What all samples share stays as it is: tensors with another first dimension (1, as a rule), and whatever is
-    no tensor. Goes into tuples, lists and the values of dicts. Where `samples` are all of the batch, nothing is copied.
+    Everything else is shared by all samples and returned unchanged: tensors with another first dimension (usually 1) and
+    other objects. Nothing is copied if `samples` are the whole batch.
     """
     if samples.index_S is None:
         return value
-    found: Any = value
+    selected: Any = value
     if isinstance(value, Tensor):
         if value.dim() and value.shape[0] == samples.batch:
-            found = value.index_select(0, samples.index_S)
+            selected = value.index_select(0, samples.index_S)
     elif isinstance(value, dict):
-        found = {key: select_samples(item, samples) for key, item in value.items()}
+        selected = {key: select_samples(item, samples) for key, item in value.items()}
     elif isinstance(value, tuple | list):
         items = [select_samples(item, samples) for item in value]
-        found = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return found
+        selected = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return selected
 
 
-def scatter_samples(stream_BTH: Tensor, found_STH: Tensor, samples: SampleSubset) -> Tensor:
-    """stream_BTH with the rows of `samples` replaced by found_STH; a new tensor unless they are all of the batch."""
-    return found_STH if samples.index_S is None else stream_BTH.index_copy(0, samples.index_S, found_STH)
+def scatter_samples(stream_BTH: Tensor, rows_STH: Tensor, samples: SampleSubset) -> Tensor:
+    """Return stream_BTH with the rows of `samples` replaced by rows_STH: a new tensor, or rows_STH for the whole batch."""
+    return rows_STH if samples.index_S is None else stream_BTH.index_copy(0, samples.index_S, rows_STH)
 
 
 def run_on(
     samples: SampleSubset, block: Callable[..., tuple[Tensor, ...]], streams: tuple[Tensor, ...], **conditions: Any
 ) -> tuple[Tensor, ...]:
-    """block(*streams, **conditions), run on `samples` alone; the streams [B, T, H] of the others are returned as given.
+    """Run block(*streams, **conditions) on `samples` alone; return the streams [B, T, H], unchanged for other samples.
 
-    `block` returns as many streams as it takes. Each condition (vec, pe, mask, ...) is seen through `select_samples`.
+    `block` returns as many streams as it takes. It gets each condition (vec, pe, mask, ...) from `select_samples`.
     """
     if samples.count == 0:
         return streams
-    found = block(*select_samples(streams, samples), **select_samples(conditions, samples))
-    return tuple(scatter_samples(stream, new, samples) for stream, new in zip(streams, found, strict=True))
+    outputs = block(*select_samples(streams, samples), **select_samples(conditions, samples))
+    return tuple(scatter_samples(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
 
 
 # Training: every block on every sample
 
 
 def masked(routing: BlockRouting, block: int, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of a block's inputs x and outputs y (streams [B, T, H]): x + (1 + p - sg(p)) (y - x) where it is chosen, else x.
+    """Return x + (1 + p - sg(p)) (y - x) where the block is chosen, else x, for its inputs x and outputs y [B, T, H].
 
-    That is y, exactly, with a gradient by which the router learns: a chosen block's p grows where more of y - x would
-    have helped. `block` counts from the group's first. It was run on every sample, on every rank.
+    The value is exactly y; the gradient teaches the router: p of a chosen block grows where more of y - x would have
+    helped. `block` is the position in the group. Every rank has run the block on every sample.
     """
     chosen_B11 = routing.chosen_BM[:, block, None, None]
     p_B11 = routing.probabilities_BM[:, block, None, None]
@@ -172,23 +171,25 @@ def masked(routing: BlockRouting, block: int, x: Sequence[Tensor], y: Sequence[T
     for before, after in zip(x, y, strict=True):
         kept = torch.where(chosen_B11, after, before)
         if nothing_B11.requires_grad:
-            # Added to `kept` instead of factored into it, so that no rounding of x + (y - x) is left.
+            # Added to `kept` as a zero, so that the result is y without the rounding of x + (y - x).
             kept = kept + nothing_B11.to(kept.dtype) * (kept - before)
         out.append(kept)
     return tuple(out)
 
 
 def choice_fractions(routing: BlockRouting) -> Tensor:
-    """float32 [M]: the part of the samples that chose each block. Mean it over ranks (and accumulated microbatches, if
-    they are at hand) for `block_balance_loss`."""
+    """Return the fraction of the samples that chose each block, float32 [M].
+
+    `block_balance_loss` takes their mean over all ranks (and accumulated microbatches, if available).
+    """
     return routing.chosen_BM.float().mean(dim=0)
 
 
 def block_balance_loss(routing: BlockRouting, fractions_M: Tensor) -> Tensor:
-    """GShard's balance loss of a block router: M / active sum_i fraction_i mean_b p_bi; 1 where both are uniform.
+    """Return GShard's balance loss of a block router: M / active sum_i fraction_i mean_b p_bi; 1 if both are uniform.
 
-    `fractions_M` are `choice_fractions` over the global batch. Of p the mean is over this rank's samples, so that the
-    gradients, which are averaged over ranks, come out as the global batch's. Zero if no block is active.
+    `fractions_M` are `choice_fractions` of the global batch. The mean of p is over this rank's samples: gradients are
+    averaged over ranks, which makes them those of the global batch. Zero if no block is active.
     """
     blocks = routing.logits_BM.shape[1]
     loss = blocks / max(1, routing.active) * (fractions_M.detach() * routing.probabilities_BM.mean(dim=0)).sum()
@@ -207,33 +208,33 @@ class BlockRouters:
 
 
 def random_block_routers(blocks: int, hidden_size: int, generator: torch.Generator) -> BlockRouters:
-    """The paper's: normal, never zero (ties would send every sample to the same blocks)."""
+    """Return the paper's initial routers: normal, since zeros would tie and send every sample to the same blocks."""
     x_MH, y_MH = torch.randn(2, blocks, hidden_size, generator=generator) * hidden_size**-0.5
     return BlockRouters(x_MH=x_MH, y_MH=y_MH)
 
 
 @torch.no_grad()
 def ridge_block_routers(x_mean_nH: Tensor, vec_nH: Tensor, change_nM: Tensor) -> BlockRouters:
-    """Block routers without training: ridge regression of how much each block changes its input on what is routed by.
+    """Fit block routers without training: a ridge regression from the router's inputs to the change by each block.
 
-    Observations are samples of timesteps and prompts, taken ahead of the group's first block; change_nM is, say, the
-    norm of B(x) - x. Only how blocks differ decides a choice, so what they have in common is taken off each observation.
-    Routers have no bias: the regression goes through the origin, and the constant part of a preference is carried by
-    what the features have in common, which is much (of vec above all). With fewer observations than features as a rule,
-    the ridge is the one of BLOCK_RIDGES with the least leave-one-out error.
+    Observations are samples of timesteps and prompts, taken before the group's first block; change_nM is a measure of
+    each block's change, such as the norm of B(x) - x. Only differences between blocks decide, so the blocks' mean is
+    subtracted from each observation. Routers have no bias, so the regression goes through the origin; the large common
+    part of the features (of vec above all) carries a constant preference. There are usually fewer observations than
+    features; the ridge is the one of BLOCK_RIDGES with the lowest leave-one-out error.
 
-    Scaled so that alpha and 1 - alpha of Eq. 5 cancel and logits vary by 1 over samples and blocks.
-    Raises ValueError with fewer than two observations, or if no block differs from another: there is nothing to learn.
+    The routers are scaled so that alpha and 1 - alpha of Eq. 5 cancel and logits have unit variance.
+    Raises ValueError for fewer than two observations, or if all blocks change their input alike.
     """
     if len(change_nM) < 2:
         raise ValueError(f"There are {len(change_nM)} observations of the blocks; expected 2 or more.")
     change_nM = change_nM.double() - change_nM.double().mean(dim=1, keepdim=True)
     if change_nM.abs().max() == 0:
         raise ValueError("All blocks of the group change their input alike; expected blocks to choose between.")
-    sizes_H = [_sizes(x_mean_nH), _sizes(vec_nH)]  # apart: those of tokens may be a thousand times those of vec
+    sizes_H = [_sizes(x_mean_nH), _sizes(vec_nH)]  # separate: features of tokens may be a thousand times those of vec
     size_I = torch.cat(sizes_H)
     features_nI = torch.cat([x_mean_nH, vec_nH], dim=1).double() / size_I
-    # (F^T F + r)^-1 F^T y = F^T (F F^T + r)^-1 y: of the two, the n x n system.
+    # (F^T F + r)^-1 F^T y = F^T (F F^T + r)^-1 y; solve the right side, an n x n system.
     eigenvalues_n, vectors_nn = torch.linalg.eigh(features_nI @ features_nI.T)
     unit = eigenvalues_n.clamp_min(0).mean()
     best = None
@@ -251,6 +252,6 @@ def ridge_block_routers(x_mean_nH: Tensor, vec_nH: Tensor, change_nM: Tensor) ->
 
 
 def _sizes(features_nH: Tensor) -> Tensor:
-    """Root mean square of each feature, none taken for much smaller than the others: one that is always zero stays so."""
+    """Return the root mean square of each feature, with a floor so that a feature that is always zero stays zero."""
     size_H = features_nH.double().square().mean(dim=0).sqrt()
     return size_H.clamp_min(1e-3 * size_H.mean()).clamp_min(torch.finfo(torch.float64).tiny)

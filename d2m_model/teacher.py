@@ -1,7 +1,7 @@
-"""A dense FLUX.1 in the forms in which it is published, read tensor by tensor in BFL names.
+"""A dense FLUX.1 in any form in which it is published, read tensor by tensor in BFL names.
 
-One file, or shards with their index; alone or inside a full checkpoint; BFL's or diffusers' names; bfloat16, float16 or
-float32; float8, plain or scaled in either of ComfyUI's ways, which is given as bfloat16. Everything else is refused.
+It may be one file, or shards with their index; alone or inside a full checkpoint; in BFL's or diffusers' names; bfloat16,
+float16 or float32; or float8, plain or scaled in either of ComfyUI's ways, which becomes bfloat16. Other forms are refused.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, l
 from .quantised import is_companion, quantised_layers
 from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
 
-_FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of ComfyUI's comfy_quant
+_FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # in ComfyUI's comfy_quant
 _CHUNK = 1 << 22  # elements dequantised at a time
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\b.*\.safetensors$")
 _STANDARD = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")  # diffusers'
-_SCALES = ("weight_scale", "scale_weight")  # ComfyUI's name of today, and of before
+_SCALES = ("weight_scale", "scale_weight")  # ComfyUI's present name and its former one
 _MARKER = "scaled_fp8"
 _TAKE_INSTEAD = "take the model's bfloat16, float16 or float8 version"
 
-# What tells a quantisation that is not read, by the end of a tensor's name.
+# Ends of tensor names that show an unsupported quantisation.
 _QUANTISATIONS = (
     (r"quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$", "bitsandbytes (nf4, fp4 or int8)"),
     (r"\.(qweight|qzeros|wscales|smooth_factor)$", "GPTQ, AWQ or SVDQuant"),
@@ -45,11 +45,11 @@ _QUANTISATIONS = (
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class _Stored:
-    """A tensor as it lies in one of the files; `scale`, if float8 is scaled, is the tensor beside it."""
+    """A tensor in one of the files. `scale` names the tensor with its scale, if it is scaled float8."""
 
     file: TensorFile
     name: str
-    begin: int  # bytes, as if the files lay end to end
+    begin: int  # bytes, counted as if the files were concatenated
     end: int
     scale: str | None = None
 
@@ -59,7 +59,7 @@ class _Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `read` gives."""
+        """The dtype of what `read` returns."""
         dtype = self.file.dtypes[self.name]
         return torch.bfloat16 if dtype in FLOAT8 else dtype
 
@@ -72,14 +72,14 @@ class _Stored:
 
 
 class DenseTeacher:
-    """An open dense FLUX.1, checked whole by its headers. What is read is mapped: nothing is held.
+    """An open dense FLUX.1, checked by its headers. Tensors are memory-mapped: none is kept in memory.
 
-    shapes, dtypes  by BFL name, in the order of the files; dtypes of what `tensor` gives
-    dims            read off the shapes
-    metadata        of the header (of the first shard's)
-    files, size     every file that is read, index and shards in order, and their bytes together
-    notes           sentences for the user: what is done to the weights, if anything
-    Raises CheckpointError if this is no dense FLUX.1, is not whole, or is quantised in a way that is not read.
+    shapes, dtypes  by BFL name, in the order of the files; dtypes are those that `tensor` returns
+    dims            the dimensions that the shapes show
+    metadata        the metadata of the header (of the first shard that has any)
+    files, size     every file that is read, index and shards in order, and their bytes in total
+    notes           sentences for the user on what is done to the weights, if anything
+    Raises CheckpointError for another model, an incomplete one, or an unsupported quantisation.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -95,7 +95,7 @@ class DenseTeacher:
             self._close = stack.pop_all()
 
     def _read_headers(self, files: list[TensorFile], position: int) -> None:
-        """`position` is where the first file begins, were all `files` laid end to end."""
+        """Read all headers. `position` is the first byte of the first file if all `files` were concatenated."""
         _refuse_quantised(files)
         self.metadata = next((file.metadata for file in files if file.metadata), {})
         stored: dict[str, _Stored] = {}
@@ -103,7 +103,7 @@ class DenseTeacher:
             for name in file.shapes:
                 if name in stored:
                     raise CheckpointError(f"{name} is in {stored[name].file.path.name} and in {file.path.name}.")
-                begin, end = (position + place for place in file.span(name))
+                begin, end = (position + offset for offset in file.span(name))
                 scale = _scale_of(file, name)
                 stored[name] = _Stored(file=file, name=name, begin=begin, end=end, scale=scale)
             position += file.size
@@ -136,18 +136,18 @@ class DenseTeacher:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its BFL name: a view of the mapped file, to be read only, where nothing is computed, else a new one."""
+        """Return a tensor by its BFL name: a read-only view of the mapped file, or a new tensor if it has to be computed."""
         parts = self._parts[name]
         tensor = parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
         return swap_halves(tensor) if name in self._swapped else tensor
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where a tensor begins and ends, in bytes, were all `files` laid end to end; what lies between may be others'."""
+        """Return a tensor's first and last byte if all `files` were concatenated. Other tensors may be in between."""
         parts = self._parts[name]
         return min(part.begin for part in parts), max(part.end for part in parts)
 
     def release(self, name: str) -> None:
-        """Give back the memory pages of a tensor that has been read."""
+        """Free the memory pages of a tensor that has been read."""
         for part in self._parts[name]:
             part.file.release(part.name)
 
@@ -164,7 +164,7 @@ class DenseTeacher:
 
 
 def open_teacher(path: str | os.PathLike[str]) -> DenseTeacher:
-    """A dense FLUX.1 by its .safetensors, one of its shards, their index, its folder or a diffusers pipeline's folder.
+    """Open a dense FLUX.1 by its .safetensors, a shard, the shards' index, its folder or a diffusers pipeline's folder.
 
     Raises CheckpointError as DenseTeacher does.
     """
@@ -175,7 +175,7 @@ def open_teacher(path: str | os.PathLike[str]) -> DenseTeacher:
 
 
 def _files_of(path: Path) -> tuple[Path | None, list[Path]]:
-    """(index if there is one, the .safetensors files in the order of their names)."""
+    """Return (index or None, the .safetensors files sorted by name)."""
     if path.is_dir():
         path = _in_folder(path / "transformer" if (path / "transformer").is_dir() else path)
     if not path.is_file():
@@ -194,7 +194,7 @@ def _files_of(path: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The one model of a folder: a .safetensors, or the index of its shards."""
+    """Return the only model of a folder: a .safetensors, or the index of its shards."""
     for name in _STANDARD:
         if (folder / name).is_file():
             return folder / name
@@ -211,7 +211,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _shards(index: Path, *, missing_ok: bool = False) -> list[Path]:
-    """The shards that an index lists. Raises CheckpointError if one is missing, or this is no index."""
+    """Return the shards that an index lists. Raises CheckpointError if one is missing, or for another file."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if not names or any(os.path.basename(name) != name for name in names):
@@ -241,50 +241,52 @@ def _refuse_quantised(files: list[TensorFile]) -> None:
         for name in file.shapes:
             for pattern, what in _QUANTISATIONS:
                 if re.search(pattern, name):
-                    raise CheckpointError(f"This FLUX is quantised: {what}, {name}. Not read; {_TAKE_INSTEAD}.")
+                    raise CheckpointError(f"This FLUX is quantised: {what}, {name}. Not supported; {_TAKE_INSTEAD}.")
         for layer, form in _formats(file):
             if form not in _FLOAT8_FORMATS:
-                raise CheckpointError(f"This FLUX is quantised: {form}, {layer}. Not read; {_TAKE_INSTEAD}.")
+                raise CheckpointError(f"This FLUX is quantised: {form}, {layer}. Not supported; {_TAKE_INSTEAD}.")
 
 
 def _formats(file: TensorFile) -> Iterator[tuple[str, object]]:
-    """(layer, ComfyUI's name of its quantisation), from the tensors comfy_quant or from the header's metadata."""
+    """Yield (layer, ComfyUI's name of its quantisation) from the tensors comfy_quant and the header's metadata."""
     try:
         for layer, about in quantised_layers(file.metadata).items():
-            if f"{layer}.weight" in file.shapes:  # else a text encoder's
+            if f"{layer}.weight" in file.shapes:  # others belong to a text encoder
                 yield layer, about.get("format")
         for name in file.shapes:
             if name.endswith(".comfy_quant"):
                 about = json.loads(file.tensor(name).numpy().tobytes())
                 yield name.removesuffix(".comfy_quant"), about.get("format")
     except (ValueError, AttributeError):
-        raise CheckpointError("What it says of its quantisation (comfy_quant) cannot be read: damaged.") from None
+        raise CheckpointError(
+            "The description of its quantisation (comfy_quant) cannot be read; the file is damaged."
+        ) from None
 
 
 def _scale_of(file: TensorFile, name: str) -> str | None:
-    """The name of the scale beside a float8 weight, if there is one. Raises CheckpointError for one beside another type."""
+    """Return the name of a float8 weight's scale, or None. Raises CheckpointError for a scale of another dtype's weight."""
     module, _, kind = name.rpartition(".")
     scale = next((f"{module}.{kind}" for kind in _SCALES if f"{module}.{kind}" in file.shapes), None)
     if kind != "weight" or scale is None:
         return None
     if file.dtypes[name] not in FLOAT8:
         found = str(file.dtypes[name]).removeprefix("torch.")
-        raise CheckpointError(f"This FLUX is quantised: {found}, {name} with {scale}. Not read; {_TAKE_INSTEAD}.")
+        raise CheckpointError(f"This FLUX is quantised: {found}, {name} with {scale}. Not supported; {_TAKE_INSTEAD}.")
     return scale
 
 
 def _per_row(scale: Tensor, shape: Shape) -> Tensor:
-    """Scale of a weight [O, I], one number or one for each row, as [1, 1] or [O, 1]. CheckpointError for another shape."""
+    """Return the scale of a weight [O, I] as [1, 1] or [O, 1]. Raises CheckpointError for scales of blocks."""
     if scale.numel() == 1 or (scale.numel() == shape[0] and scale.shape[0] == shape[0]):
         return scale.reshape(-1, 1)
     raise CheckpointError(
         f"This FLUX is quantised in blocks: scales {list(scale.shape)} for a weight {list(shape)}; expected one scale, "
-        f"or one for each row. Not read; {_TAKE_INSTEAD}."
+        f"or one per row. Not supported; {_TAKE_INSTEAD}."
     )
 
 
 def dequantise_float8(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    """bfloat16, which holds every float8; times `scale` in float32, rounded once."""
+    """Convert float8 to bfloat16, which represents every float8. A `scale` is multiplied in float32 and rounded once."""
     if scale is None:
         return tensor.to(torch.bfloat16)
     result = torch.empty(tensor.shape, dtype=torch.bfloat16)

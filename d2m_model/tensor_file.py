@@ -1,4 +1,4 @@
-"""One safetensors file, opened by mapping: nothing is read that is not asked for. tensor_writer.py writes them."""
+"""One safetensors file, opened by memory mapping: only what is used is read. tensor_writer.py writes such files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DTYPES = {
 }
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-# How files begin that get mistaken for safetensors files, and what they are.
+# First bytes of files that are mistaken for safetensors files, and what these files are.
 _OTHER_FILES = (
     (b"GGUF", "a GGUF, which is quantised; take the model's bfloat16, float16 or float8 .safetensors"),
     (b"PK\x03\x04", "a zip, as PyTorch writes .pt and .ckpt; take the model's .safetensors"),
@@ -49,28 +49,28 @@ _OTHER_FILES = (
 )
 
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
-ALIGNMENT = 64  # bytes; a mapped tensor that lies otherwise is slower to compute with
+ALIGNMENT = 64  # bytes; computing with a mapped tensor at another address is slower
 
 Shape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not what it should be; the message says what was found and what to do."""
+    """A file or state dict is not as expected; the message says what was found and what to do."""
 
 
 class TensorFile:
-    """An open safetensors file. Nothing is read but the header until `tensor` is asked, and that maps.
+    """An open safetensors file. Opening it reads the header alone; `tensor` maps, and the system reads what is used.
 
-    Names are BFL's, without a `model.diffusion_model.` prefix; with one, only the tensors under it are seen.
-    With `copy_on_write` the tensors may be written to: what is written becomes memory, the file stays as it is.
-    `shapes` and `dtypes` are in the file's order. Raises CheckpointError if the file cannot be one.
+    Names are BFL's, without a `model.diffusion_model.` prefix. In a file with that prefix, other tensors are ignored.
+    With `copy_on_write`, tensors may be written to in memory; the file does not change.
+    `shapes` and `dtypes` are in the file's order. Raises CheckpointError if this is not a whole safetensors file.
     """
 
-    # Not safetensors.safe_open: it maps privately, which Linux refuses for files larger than the memory.
+    # safetensors.safe_open maps privately, which Linux refuses for files larger than the memory.
 
     def __init__(self, path: str | os.PathLike[str], *, copy_on_write: bool = False) -> None:
         self.path = Path(path)
-        self.size, header, self._start = _read_header(self.path)  # bytes on disk; data begin at _start
+        self.size, header, self._start = _read_header(self.path)  # bytes on disk; the tensors begin at _start
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         prefix = prefix_of(header)
         self.shapes: dict[str, Shape] = {}
@@ -87,7 +87,10 @@ class TensorFile:
         self._copy_on_write = copy_on_write
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file; without copy_on_write, writing into it kills the process. KeyError for an unknown name."""
+        """Return a view of the mapped file. Raises KeyError for an unknown name.
+
+        Without copy_on_write, writing into it kills the process.
+        """
         begin, end = self._spans[name]
         if begin == end:
             return torch.empty(self.shapes[name], dtype=self.dtypes[name])
@@ -97,20 +100,20 @@ class TensorFile:
             return torch.frombuffer(view, dtype=self.dtypes[name]).view(self.shapes[name])
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where in the file a tensor begins and ends, in bytes."""
+        """Return a tensor's first byte and the one after its last byte in the file."""
         begin, end = self._spans[name]
         return self._start + begin, self._start + end
 
     def release(self, name: str) -> None:
-        """Give back the memory pages of a tensor that has been read; read again, it comes from the disk again."""
-        if hasattr(self._map, "madvise") and not self._copy_on_write:  # there is none on Windows
+        """Free the memory pages of a tensor that has been read. Reading it again reads the disk again."""
+        if hasattr(self._map, "madvise") and not self._copy_on_write:  # Windows has no madvise
             begin, end = self.span(name)
-            begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # of whole pages: the others are a neighbour's too
+            begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: the others also hold a neighbour
             if (length := (end - begin) // mmap.PAGESIZE * mmap.PAGESIZE) > 0:
                 self._map.madvise(mmap.MADV_DONTNEED, begin, length)
 
     def close(self) -> None:
-        """Unmap, at once or when the last tensor is gone."""
+        """Unmap the file, now or when its last tensor is freed."""
         with suppress(BufferError):
             self._map.close()
 
@@ -123,7 +126,7 @@ class TensorFile:
         self.close()
 
 
-# Lets Linux map more than it has memory for. Python names it from 3.13 on.
+# Lets Linux map more than its memory. Python has a name for it from 3.13 on.
 _NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 
 
@@ -137,7 +140,7 @@ def _mapped(descriptor: int, copy_on_write: bool) -> mmap.mmap:
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
-    """(bytes of the file, header, where the data begin), the header checked against the file's size."""
+    """Return (file size, header, first byte of the tensors); the header is checked against the file size."""
     if not path.is_file():
         raise CheckpointError(f"{path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}.")
     try:
@@ -150,7 +153,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     if size < 8 or length > _MAX_HEADER or text[:1] not in (b"{", b""):
-        raise CheckpointError(f"{path}: not a safetensors file{_what_it_is(path)}.")
+        raise CheckpointError(f"{path}: not a safetensors file{_other_kind(path)}.")
     if len(text) < length:
         raise _damaged(path, size, 8 + length)
     start, end = 8 + length, 0
@@ -171,8 +174,8 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
     return size, header, start
 
 
-def _what_it_is(path: Path) -> str:
-    """Of files that stand where a safetensors file was expected: what they are, and what to do."""
+def _other_kind(path: Path) -> str:
+    """Describe a file that is mistaken for a safetensors file, and what to do; empty for an unknown kind."""
     with open(path, "rb") as file:
         start = file.read(64)
     for magic, what in _OTHER_FILES:
@@ -189,7 +192,7 @@ def _damaged(path: Path, found: int, expected: int) -> CheckpointError:
 
 
 def bytes_of(dtype: torch.dtype, shape: Shape) -> int:
-    """What a tensor takes in a file."""
+    """Return the size of a tensor in a file, in bytes."""
     count = dtype.itemsize
     for size in shape:
         count *= size

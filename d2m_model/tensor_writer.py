@@ -1,4 +1,4 @@
-"""Writing a safetensors file, tensor by tensor and atomically. Memory does not grow with it."""
+"""Writing a safetensors file tensor by tensor and atomically, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorWriter:
-    """A safetensors file in the making: every tensor has its place from the start, and they are put there in any order.
+    """A safetensors file being written. Every tensor's position is fixed from the start; tensors may come in any order.
 
-    Tensors whose size is a multiple of ALIGNMENT come first, and of the others the largest element types, so that all
-    are aligned, and those of any size as processors like it; else the given order stands. The bytes go to a file beside
-    the target which takes its name in `finish`: a crash leaves the old file or none. To be used in a `with`, which unless
-    finished leaves nothing half-written. What killed processes left half-written of the same target is removed. Raises
-    CheckpointError for an unwritable folder or a full disk.
+    Tensors whose size is a multiple of ALIGNMENT come first, the others follow by decreasing element size, so that every
+    tensor is aligned to its elements and all large ones to ALIGNMENT. Otherwise the given order is kept.
+
+    The bytes go to a temporary file that replaces the target in `finish`: a crash leaves the old file or none. Use it in
+    a `with`, which removes the temporary file unless `finish` was called. Leftovers of killed processes are removed.
+    Raises CheckpointError for a folder that cannot be written to or a full disk.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class TensorWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self._target = Path(os.path.realpath(path))
-        place = {name: (bytes_of(*spec) % ALIGNMENT != 0, -spec[0].itemsize) for name, spec in tensors.items()}
-        self._specs = {name: tensors[name] for name in sorted(tensors, key=place.__getitem__)}
+        rank = {name: (bytes_of(*spec) % ALIGNMENT != 0, -spec[0].itemsize) for name, spec in tensors.items()}
+        self._specs = {name: tensors[name] for name in sorted(tensors, key=rank.__getitem__)}
         header = _header(self._specs, metadata)
         self._offsets: dict[str, int] = {}
         end = self._header_size = len(header)
@@ -50,7 +51,7 @@ class TensorWriter:
             self._offsets[name] = end
             end += bytes_of(*spec)
         self.size = end  # of the whole file
-        self.names = tuple(self._specs)  # in the order of their places
+        self.names = tuple(self._specs)  # in the order of the file
         self._missing = set(self._specs)
         self._undo = ExitStack()
         self._unsynced = 0  # bytes
@@ -64,11 +65,11 @@ class TensorWriter:
             self._part.file.truncate(self.size)
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """A whole tensor."""
+        """Write a whole tensor."""
         self.put_pieces(name, (tensor,))
 
     def put_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """A tensor as consecutive parts along its first axis. A part may be overwritten as soon as the next is asked."""
+        """Write a tensor from consecutive parts along its first axis. A part may be reused once the next is requested."""
         dtype, shape = self._specs[name]
         offset = self._offsets[name]
         end = offset + bytes_of(dtype, shape)
@@ -86,7 +87,10 @@ class TensorWriter:
         self._missing.discard(name)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Every tensor is there: make the file durable and give it its name. `metadata` as long as announced, or shorter."""
+        """Sync the file to disk and let it replace the target, once every tensor is written.
+
+        `metadata` may differ from what the constructor got, but its JSON may not be longer.
+        """
         if self._missing:
             raise AssertionError(f"{len(self._missing)} tensors were never written, {min(self._missing)} among them")
         header = _header(self._specs, metadata, self._header_size)
@@ -107,7 +111,7 @@ class TensorWriter:
                 self._sync()
 
     def _sync(self) -> None:
-        """Let the disk begin with what is there, else it would all be waited for at the end."""
+        """Start syncing what is written so far, so that `finish` does not wait for all of it."""
         if self._syncing is not None:
             self._syncing.result()
         self._syncing = self._pool.submit(os.fsync, self._part.file.fileno())
@@ -140,7 +144,7 @@ def write_tensors(
     produce: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file as TensorWriter does: `produce(name)` is asked once for each of `tensors`, one at a time."""
+    """Write a safetensors file with TensorWriter. `produce(name)` is called once per tensor and returns it."""
     with TensorWriter(path, tensors, metadata) as writer:
         for name in writer.names:
             writer.put(name, produce(name))
@@ -150,7 +154,7 @@ def write_tensors(
 def _header(
     tensors: Mapping[str, tuple[torch.dtype, Shape]], metadata: Mapping[str, str], size: int | None = None
 ) -> bytes:
-    """Length and JSON, padded to `size` bytes, by default to the next multiple of ALIGNMENT."""
+    """Return the header: length and JSON, padded to `size` bytes, by default to the next multiple of ALIGNMENT."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape) in tensors.items():

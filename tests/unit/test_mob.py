@@ -96,7 +96,7 @@ def test_a_window_is_consecutive_where_the_best_blocks_are_not() -> None:
 @pytest.mark.parametrize("active", [-1, 4])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_more_blocks_than_there_are_cannot_be_active(active: int, selection: Selection) -> None:
-    with pytest.raises(ValueError, match=f"{active} blocks are to be active; expected 0 to 3"):
+    with pytest.raises(ValueError, match=f"{active} active blocks; expected 0 to 3"):
         route_blocks(torch.ones(1, 2), torch.ones(1, 2), torch.ones(3, 2), torch.ones(3, 2), active, selection)
 
 

@@ -214,7 +214,7 @@ def comfy_quant(form: str) -> Tensors:
             {f"{LINEAR}.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)},
             r"bitsandbytes \(nf4, fp4 or int8\), single_blocks\.0\.linear1\.weight\.quant_state",
         ),
-        (comfy_quant("nvfp4"), r"nvfp4, single_blocks\.0\.linear1\. Not read; take the model's bfloat16"),
+        (comfy_quant("nvfp4"), r"nvfp4, single_blocks\.0\.linear1\. Not supported; take the model's bfloat16"),
         (comfy_quant("mxfp8"), "mxfp8"),
         (comfy_quant("int8_tensorwise"), "int8_tensorwise"),
         ({"single_blocks.0.linear1.pre_quant_scale": torch.ones(128)}, "pre_quant_scale"),
