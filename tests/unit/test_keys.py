@@ -17,8 +17,7 @@ from d2m_model.keys import (
     strip_prefix,
     swap_halves,
 )
-
-from .small_flux import diffusers_tensors
+from tests.toys.teachers import diffusers_tensors
 
 DIMS = FluxDims(
     hidden_size=128,
