@@ -233,7 +233,7 @@ def comfy_quant(form: str) -> Tensors:
                 LINEAR: torch.zeros(896, 128, dtype=torch.float8_e4m3fn),
                 "single_blocks.0.linear1.weight_scale": torch.ones(896, 4),
             },
-            r"in blocks: scales \[896, 4\] for a weight \[896, 128\]; expected one scale, or one for each row",
+            r"in blocks: scales \[896, 4\] for a weight \[896, 128\]; expected one scale, or one per row",
         ),
     ],
 )
