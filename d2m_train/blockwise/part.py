@@ -6,8 +6,7 @@ Shapes: B batch, T image and L text tokens, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +21,14 @@ from d2m_model.hosts.diffusers.tensor_map import ffn_module
 from d2m_model.moe import MoEFFN
 
 from ..data.order import places
-from ..distillation.losses import feature_losses
+from ..distillation.losses import StepLosses, feature_losses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import StagePlan
 from ..flow.velocity import evaluating
 from ..monitor.router_statistics import RouterStatistics
 from ..monitor.stage_log import StageLog
-from ..parallel.ranks import Ranks
-from ..run_config import RunConfig, Stage, StageSection
-from ..training.checkpoints import Checkpoints
-from ..training.compiling import compile_blocks
-from ..training.loop import Stopped
-from ..training.non_finite import find_non_finite, non_finite_error
-from ..training.optimizers import Average, new_optimizer
-from ..training.state import TrainingState
+from ..training.stage_run import StageRun
+from ..training.trainee import Trainee
 from .feature_store import Conditions, Features, FeatureStore
 
 if TYPE_CHECKING:
@@ -130,160 +123,101 @@ def relative_losses(
     }
 
 
-class PartTraining:
-    """One part in one stage: what changes from step to step, and what makes it change.
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StoredMicrobatch:
+    """An entry of the feature store; its features are read when they are needed."""
 
-    `number` is the part's among those of the stage: its first step is number times `steps` + 1 in the log.
+    index: int
+    conditions: Conditions
+
+    @property
+    def tokens(self) -> int:
+        samples, words = self.conditions.words_BL.shape
+        return samples * (len(self.conditions.image_ids_T3) + words)
+
+
+class PartObjective:
+    """The objective of one part in one stage: the teacher's features at its end, given those at its start.
+
+    `number` is the part's among those of the stage.
     """
 
-    def __init__(
-        self,
-        run: RunConfig,
-        stage: Stage,
-        core: FluxMoETransformer2DModel,
-        part: Part,
-        number: int,
-        plan: StagePlan,
-        store: FeatureStore,
-        processes: Ranks,
-    ) -> None:
-        self.run, self.stage, self.part, self.number = run, stage, part, number
-        self.store, self.processes = store, processes
-        self.section: StageSection = getattr(run.stage, stage)
-        core.train()
-        self.core = Blocks(core, part, checkpointing=run.training.gradient_checkpointing)
-        compile_blocks(list(self.core.blocks), run.training.compile)
-        self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
-        optimizer, self.schedule = new_optimizer(list(self.trained.values()), self.section, run.training)
-        self.student, self.optimizer = processes.prepare(self.core, optimizer)
-        self.average = None if run.training.ema is None else Average(self.trained, run.training.ema)
-        self.routers = RouterTraining(core=self.core, plan=plan, run=run)
-        self.state = TrainingState(
-            model=self.student,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            average=self.average,
-            routers=self.routers,
-            scaler=processes.accelerator.scaler,
-        )
-        self.statistics = RouterStatistics(self.core)
-        self.place = {"device": processes.device, "dtype": getattr(torch, run.student.dtype)}
+    saves_last_step = False  # the file of the trained part takes the place of its last checkpoint
 
-    def run_steps(self, start: int, checkpoints: Checkpoints, eyes: StageLog) -> None:
-        """From step `start` + 1, of which the checkpoint is loaded here, to the stage's last. Raises Stopped."""
-        run, steps, first = self.run, self.section.steps, self.number * self.section.steps
-        if start:
-            self.state.load(checkpoints, start)
-        else:
-            # Under the first step, so that a run which is killed before its first checkpoint does not say it twice.
-            eyes.scalars(first + min(1, steps), {"validation/block_error_before": self.error()})
-        for step in range(start + 1, steps + 1):
-            where = f"Stage {self.stage}, {self.part.name}, step {step}"
-            losses, norm, tokens = self._step(step, where, checkpoints)
-            rate = float(self.schedule.get_last_lr()[0])
-            eyes.step(first + step, losses, tokens=tokens, learning_rate=rate, grad_norm=norm)
-            self.optimizer.step()
-            skipped = bool(getattr(self.optimizer, "step_was_skipped", False))  # by fp16's scaler
-            if not skipped:
-                self.schedule.step()
-            self.optimizer.zero_grad()
-            self.routers.end_step()
-            if self.average is not None and not skipped:
-                self.average.update(step)
-            with eyes.paused():
-                if step == steps:  # what is written of the part stands for its last checkpoint
-                    break
-                stop = self.processes.stop_asked()
-                if step % run.checkpoints.every == 0 or stop:
-                    self.state.save(checkpoints, step)
-                    eyes.event("saved", step=first + step)
-                if stop:
-                    said = f"{where}: stopped and saved; resume=latest goes on there"
-                    eyes.event("stopped", step=first + step, message=said)
-                    raise Stopped
-                if step % run.eyes.routers_every == 0:
-                    self.statistics.report(eyes, first + step)
-        self.statistics.report(eyes, first + steps)
-        with self.averaged():
-            eyes.scalars(first + steps, {"validation/block_error": self.error()})
+    def __init__(
+        self, stage_run: StageRun, trainee: Trainee, part: Part, number: int, plan: StagePlan, store: FeatureStore
+    ) -> None:
+        self.name = f"Stage {stage_run.stage}, {part.name}"
+        self.run, self.steps = stage_run.run, stage_run.section.steps
+        self.steps_before = number * self.steps
+        self.part, self.number, self.store = part, number, store
+        self.called = trainee.called
+        self.routers = RouterTraining(core=trainee.core, plan=plan, run=stage_run.run)
+        self.statistics = RouterStatistics(trainee.core)
+        self.place: dict[str, Any] = {"device": stage_run.ranks.device, "dtype": stage_run.dtype}
+
+    def begin(self, start: int, log: StageLog) -> None:
+        """Log the error of the untrained part."""
+        if start == 0:
+            # With the step number of the first step, so that a run that is killed ahead of its first checkpoint logs it once.
+            log.scalars(self.steps_before + min(1, self.steps), {"validation/block_error_before": self.error()})
+
+    def microbatches(self, step: int) -> Iterator[StoredMicrobatch]:
+        """Yield entries of the store: all in random order, then all in another order."""
+        accumulation = self.run.training.accumulation
+        seed = (self.run.seed, self.number)
+        for index in places(self.store.batches, (step - 1) * accumulation, accumulation, seed):
+            yield StoredMicrobatch(index=index, conditions=self.store.conditions(index))
+
+    def losses(self, microbatch: StoredMicrobatch) -> StepLosses:
+        given = self._features(self.part.start, microbatch.index)
+        wanted = self._features(self.part.end, microbatch.index)
+        self.routers.set_pools(microbatch.conditions)
+        computed = self._forward(given, microbatch.conditions)
+        weights = self.run.losses
+        relative = relative_losses(self.part.kind, given, wanted, computed, weights.outliers)
+        features = torch.stack(list(relative.values())).mean()
+        return self.routers.step_losses(weights.feature * features, {"features": features}, microbatch.conditions)
+
+    def record(self, microbatch: StoredMicrobatch) -> None:
+        self.statistics.add(microbatch.conditions)
+
+    def due(self, step: int) -> bool:
+        return step % self.run.eyes.routers_every == 0 and step < self.steps
+
+    def measure(self, step: int, log: StageLog) -> None:
+        self.statistics.report(log, self.steps_before + step)
+
+    def finish(self, log: StageLog) -> None:
+        """Log router statistics and error after the last step."""
+        self.measure(self.steps, log)
+        log.scalars(self.steps_before + self.steps, {"validation/block_error": self.error()})
 
     @torch.no_grad()
     def error(self) -> float:
-        """On the held-out entries: the norm of what is wrong over the norm of what the teacher's blocks change.
+        """The norm of the part's error over the norm of the change that the teacher's blocks make, on held-out entries.
 
-        Of the two streams of a double block the root of their mean square.
+        For a double block, the root mean square of its two streams' values.
         """
         wrong: dict[str, float] = {}
         change: dict[str, float] = {}
-        with evaluating(self.student):
+        with evaluating(self.called):
             for index in range(self.store.batches, self.store.batches + self.store.held_out):
                 given, wanted = self._features(self.part.start, index), self._features(self.part.end, index)
-                found = self._ask(given, self.store.conditions(index))
+                computed = self._forward(given, self.store.conditions(index))
                 target = compared(self.part.kind, wanted)
-                for sums, other in ((wrong, found), (change, given)):
+                for sums, other in ((wrong, computed), (change, given)):
                     for name, tensor in compared(self.part.kind, other).items():
                         sums[name] = sums.get(name, 0.0) + float((tensor - target[name]).double().square().sum())
         tiny = torch.finfo(torch.float32).tiny
         return math.sqrt(sum(wrong[name] / max(change[name], tiny) for name in wrong) / len(wrong))
 
-    def averaged(self) -> Any:
-        return nullcontext() if self.average is None else self.average.in_place()
-
-    # A step
-
-    def _step(self, step: int, where: str, checkpoints: Checkpoints) -> tuple[Mapping[str, Tensor], float, int]:
-        """Forward and backward of one optimizer step: mean losses, gradient norm, tokens."""
-        found: list[dict[str, Tensor]] = []
-        tokens, norm = 0, float("nan")
-        for index in self._entries(step):
-            with self.processes.accumulate(self.student):
-                total, parts, conditions = self._losses(index)
-                self.statistics.add(conditions)
-                if not bool(total.isfinite()):
-                    raise self._not_finite(index, where, checkpoints)
-                self.processes.backward(total)
-                self.routers.after_backward()
-                if self.processes.synchronising:
-                    norm = self.processes.clip(list(self.trained.values()), self.run.training.max_grad_norm)
-                    if not math.isfinite(norm) and not self.processes.scales_gradients:
-                        raise self._not_finite(index, where, checkpoints)
-            found.append(parts)
-            samples, words = conditions.words_BL.shape
-            tokens += samples * (len(conditions.image_ids_T3) + words)
-        return {name: torch.stack([parts[name] for parts in found]).mean() for name in found[0]}, norm, tokens
-
-    def _entries(self, step: int) -> Iterator[int]:
-        """Of step number `step`, from 1: all entries in random order, then in another."""
-        accumulation = self.run.training.accumulation
-        seed = (self.run.seed, self.number)
-        yield from places(self.store.batches, (step - 1) * accumulation, accumulation, seed)
-
-    def _losses(self, index: int) -> tuple[Tensor, dict[str, Tensor], Conditions]:
-        """(total with its graph, the parts detached, what was asked)."""
-        given, wanted = self._features(self.part.start, index), self._features(self.part.end, index)
-        conditions = self.store.conditions(index)
-        self.routers.set_pools(conditions)
-        found = self._ask(given, conditions)
-        weights = self.run.losses
-        each = relative_losses(self.part.kind, given, wanted, found, weights.outliers)
-        parts = {"features": torch.stack(list(each.values())).mean()}
-        total = weights.feature * parts["features"]
-        for name, loss, weight in self.routers.router_losses(conditions, total.device):
-            parts[name] = loss
-            total = total + weight * loss
-        return total, {name: part.detach() for name, part in {"total": total, **parts}.items()}, conditions
-
     def _features(self, depth: int, index: int) -> Features:
-        found = self.store.features(depth, index)
-        return Features(image_BTH=found.image_BTH.to(**self.place), text_BLH=found.text_BLH.to(**self.place))
+        stored = self.store.features(depth, index)
+        return Features(image_BTH=stored.image_BTH.to(**self.place), text_BLH=stored.text_BLH.to(**self.place))
 
-    def _ask(self, given: Features, conditions: Conditions) -> Features:
-        image_BTH, text_BLH = self.student(
+    def _forward(self, given: Features, conditions: Conditions) -> Features:
+        image_BTH, text_BLH = self.called(
             given.image_BTH, given.text_BLH, conditions.temb_BH.to(**self.place), conditions.rotary
         )
         return Features(image_BTH=image_BTH, text_BLH=text_BLH)
-
-    def _not_finite(self, index: int, where: str, checkpoints: Checkpoints) -> Exception:
-        named = find_non_finite(self.student, lambda: self._losses(index)[0])
-        saved = checkpoints.steps()
-        return non_finite_error(named, where=where, checkpoint=str(checkpoints.path(saved[-1])) if saved else None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +28,6 @@ from d2m_model.tensor_file import Shape, TensorFile, bytes_of
 from d2m_model.tensor_writer import TensorWriter
 
 from .. import UserError
-from ..data.batch import DataSource
 from ..data.token_counts import longest_sample
 from ..distillation.stages import (
     StagePlan,
@@ -39,25 +38,24 @@ from ..distillation.stages import (
 )
 from ..monitor.stage_log import StageLog
 from ..parallel.ranks import Ranks
-from ..run_config import RunConfig, Stage, StageSection
+from ..run_config import RunConfig
 from ..training.checkpoints import Checkpoints
-from ..training.loop import StageFiles, Stopped, with_gate
+from ..training.loop import Stopped, TrainingLoop
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
-from ..training.run_identity import stage_identity
+from ..training.stage_run import StageRun
+from ..training.trainee import Trainee
 from .feature_store import FeatureStore, disk_bytes
-from .part import Part, PartTraining
+from .part import Blocks, Part, PartObjective
 
 if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
-
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
 
-def check_blockwise(run: RunConfig, processes: Ranks) -> None:
+def check_blockwise(run: RunConfig, ranks: Ranks) -> None:
     """Raises UserError for what blockwise mode does not do."""
-    if processes.strategy != "single":
+    if ranks.strategy != "single":
         raise UserError(
-            f"training.blockwise is for a single process; here are {processes.count} ({processes.strategy}). Start it "
+            f"training.blockwise is for a single process; here are {ranks.count} ({ranks.strategy}). Start it "
             "without accelerate launch, or leave out training.blockwise: several GPUs share a student by FSDP2."
         )
     if run.teacher.quantise is not None:
@@ -69,20 +67,12 @@ def check_blockwise(run: RunConfig, processes: Ranks) -> None:
         raise UserError("training.blockwise trains by the feature loss alone; losses.feature is 0.")
 
 
-def train_blockwise(
-    run: RunConfig,
-    stage: Stage,
-    files: StageFiles,
-    processes: Ranks,
-    teacher: FluxTransformer2DModel,
-    data: DataSource,
-    identity: dict[str, Any],
-) -> None:
-    """As loop.train_stage, of a teacher with `offload: stream`.
+def train_blockwise(stage_run: StageRun) -> None:
+    """Train the stage part by part and write the student. The teacher is one with `offload: stream`.
 
-    Raises Stopped after SIGTERM, and UserError or CheckpointError for whatever the user can put right.
+    Raises Stopped after SIGTERM, and UserError or CheckpointError for whatever the user can correct.
     """
-    _Blockwise(run, stage, files, processes, teacher, data, stage_identity(identity, stage)).train()
+    _Blockwise(stage_run).train()
 
 
 def parts_of(config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str], teacher_doubles: int) -> list[Part]:
@@ -124,88 +114,76 @@ def parts_of(config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str],
 class _Blockwise:
     """One stage."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        stage: Stage,
-        files: StageFiles,
-        processes: Ranks,
-        teacher: FluxTransformer2DModel,
-        data: DataSource,
-        identity: dict[str, Any],
-    ) -> None:
-        self.run, self.stage, self.files, self.processes = run, stage, files, processes
-        self.section: StageSection = getattr(run.stage, stage)
-        self.identity = identity
-        self.source = check_file(files.source)
+    def __init__(self, stage_run: StageRun) -> None:
+        self.stage_run, self.run, self.ranks = stage_run, stage_run.run, stage_run.ranks
+        self.source = check_file(stage_run.source)
         core = self._core(())
-        self.config = with_gate(core, stage)
-        self.plan = plan_stage(stage, self.config, self.section)
+        self.plan = plan_stage(stage_run.stage, core.flux_moe, stage_run.section)
+        self.config = self.plan.config
         trainable = trainable_names(core, self.plan)
-        self.parts = parts_of(self.config, self.plan, trainable, dims_of_transformer(teacher).depths["double"])
+        self.parts = parts_of(
+            self.config, self.plan, trainable, dims_of_transformer(stage_run.teacher).depths["double"]
+        )
         self._check_outside(trainable)
         self.specs = self._specs()
         self.weights = [ParameterSize.of(name, p) for name, p in core.named_parameters() if name in trainable]
         self.names = {part.name: self._names_of(core, part) for part in self.parts}
         self.store = FeatureStore(
-            files.folder / "features", teacher, data, run, report=processes.say, check_stop=self._check_stop
+            stage_run.folder / "features",
+            stage_run.teacher,
+            stage_run.data,
+            self.run,
+            report=self.ranks.say,
+            check_stop=self._check_stop,
         )
-        self.hidden_size: int = teacher.inner_dim
-        self.eyes: StageLog | None = None
+        self.log: StageLog | None = None
 
     def train(self) -> None:
-        self.files.folder.mkdir(parents=True, exist_ok=True)
+        stage_run, steps = self.stage_run, self.stage_run.section.steps
+        stage_run.folder.mkdir(parents=True, exist_ok=True)
         done = self._done()
         self._check_disk()
-        steps, start = self.section.steps, 0
+        start = 0
         if done < len(self.parts):
             start = (self._checkpoints(self.parts[done]).steps() or [0])[-1]
         if done or start:
             at = f"step {start} of {self.parts[done].name}" if done < len(self.parts) else "the end"
-            self.processes.say(f"{self.stage}: going on at {at}, {done} of {len(self.parts)} parts are trained.")
-        with StageLog(
-            self.files.folder,
-            self.files.tensorboard,
-            self.run.eyes,
-            stage=self.stage,
-            steps=steps * len(self.parts),
-            start=done * steps + start,
-            main=self.processes.main,
-            run_name=self.run.output_dir.name,
-        ) as self.eyes:
+            self.ranks.say(f"{stage_run.stage}: going on at {at}, {done} of {len(self.parts)} parts are trained.")
+        with stage_run.open_log(steps=steps * len(self.parts), start=done * steps + start) as self.log:
             for number in range(done, len(self.parts)):
-                self._train_part(number, self.eyes)
+                self._train_part(number, self.log)
         self.store.remove()
         self._write_student()
-        shutil.rmtree(self.files.folder / "parts", ignore_errors=True)
-        shutil.rmtree(self.files.checkpoints, ignore_errors=True)
+        shutil.rmtree(stage_run.folder / "parts", ignore_errors=True)
+        shutil.rmtree(stage_run.checkpoint_folder, ignore_errors=True)
 
-    def _train_part(self, number: int, eyes: StageLog) -> None:
+    def _train_part(self, number: int, log: StageLog) -> None:
         part = self.parts[number]
-        eyes.begin_part("block", part.name)
-        with eyes.paused():
+        log.begin_part("block", part.name)
+        with log.paused():
             self.store.provide(part.start, part.end)
         core = self._core(self.names[part.name])
-        with_gate(core, self.stage)
-        frozen = self.run.student.frozen_dtype
-        prepare_student(core, self.plan, None if frozen is None else getattr(torch, frozen))
+        prepare_student(core, self.plan, self.run.student.frozen_dtype)
         if core.adaln_in is not None:
             core.adaln_in.requires_grad_(False)
-        training = PartTraining(self.run, self.stage, core, part, number, self.plan, self.store, self.processes)
+        blocks = Blocks(core, part, checkpointing=self.run.training.gradient_checkpointing)
+        trainee = Trainee(self.stage_run, blocks, list(blocks.blocks))
+        objective = PartObjective(self.stage_run, trainee, part, number, self.plan, self.store)
         checkpoints = self._checkpoints(part)
-        checkpoints.clean()
-        training.run_steps((checkpoints.steps() or [0])[-1], checkpoints, eyes)
-        with training.averaged():
+        loop = TrainingLoop(self.stage_run, trainee, objective, checkpoints)
+        loop.run_steps(loop.resume(), log)
+        with trainee.averaged():
+            objective.finish(log)
             self._write_part(core, part)
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        del training, core
-        self.processes.release()
+        del core, blocks, trainee, objective, loop
+        self.ranks.release()
 
     def _check_stop(self) -> None:
         """Between two entries of the features, and so between two parts: what there is of them stays."""
-        if self.processes.stop_asked():
-            if self.eyes is not None:
-                self.eyes.event("stopped", message=f"Stage {self.stage}: stopped; resume=latest goes on there")
+        if self.ranks.stop_asked():
+            if self.log is not None:
+                self.log.event("stopped", message=f"Stage {self.stage_run.stage}: stopped; resume=latest goes on there")
             raise Stopped
 
     # What is trained
@@ -216,7 +194,7 @@ class _Blockwise:
         from d2m_model.hosts.diffusers.tensors import load_tensors
 
         config = self.source
-        with TensorFile(self.files.source) as file:
+        with TensorFile(self.stage_run.source) as file:
             optional = tuple(name for name in optional_tensors(config) if name in file.shapes)
             with torch.device("meta"):
                 core = FluxMoETransformer2DModel(config, optional)
@@ -225,9 +203,7 @@ class _Blockwise:
                 return file.tensor(name)
 
             wanted = {*names, "adaln_in.weight"} if names else set()
-            load_tensors(
-                core, config, optional, tensor, getattr(torch, self.run.student.dtype), self.processes.device, wanted
-            )
+            load_tensors(core, config, optional, tensor, self.stage_run.dtype, self.ranks.device, wanted)
             for name in names:
                 file.release(name)
         return core
@@ -244,18 +220,18 @@ class _Blockwise:
         outside = sorted(name for name in trainable if not any(part.has(name) for part in self.parts))
         if others := [name for name in outside if not name.startswith("adaln_in.")]:
             raise UserError(
-                f"stage.{self.stage}.trainable: {others[0]} is in no block; training.blockwise trains blocks alone. "
+                f"stage.{self.stage_run.stage}.trainable: {others[0]} is in no block; training.blockwise trains blocks alone. "
                 "Leave it out, or train end to end."
             )
         if outside:
-            self.processes.say(f"{self.stage}: U of the AdaLN compression stays as it is; all blocks share it.")
+            self.ranks.say(f"{self.stage_run.stage}: U of the AdaLN compression stays as it is; all blocks share it.")
 
     # Files
 
     def _specs(self) -> dict[str, tuple[torch.dtype, Shape]]:
-        """Of the student that the stage ends with, as loop.train_stage writes it."""
-        dtype, dense = getattr(torch, self.run.student.dtype), dense_shapes(self.config.dims)
-        with TensorFile(self.files.source) as file:
+        """Of the student that the stage ends with, as train_end_to_end writes it."""
+        dtype, dense = self.stage_run.dtype, dense_shapes(self.config.dims)
+        with TensorFile(self.stage_run.source) as file:
             found = {
                 name: (dtype if name in dense else file.dtypes[name], shape) for name, shape in file.shapes.items()
             }
@@ -263,20 +239,14 @@ class _Blockwise:
         return found | {CONFIG_KEY: (carried.dtype, tuple(carried.shape))}
 
     def _file(self, part: Part) -> Path:
-        return self.files.folder / "parts" / f"{part.name}.safetensors"
+        return self.stage_run.folder / "parts" / f"{part.name}.safetensors"
 
     def _done(self) -> int:
         """How many parts are trained."""
         return next((n for n, part in enumerate(self.parts) if not self._file(part).exists()), len(self.parts))
 
     def _checkpoints(self, part: Part) -> Checkpoints:
-        return Checkpoints(
-            self.files.checkpoints / part.name,
-            self.identity | {"block": part.name},
-            keep=self.run.checkpoints.keep,
-            main=self.processes.main,
-            wait=self.processes.wait,
-        )
+        return self.stage_run.checkpoints(self.stage_run.checkpoint_folder / part.name, block=part.name)
 
     def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
         """What the stage has left alone is the source's, bit for bit, in whatever precision it was held."""
@@ -286,7 +256,7 @@ class _Blockwise:
         file.parent.mkdir(parents=True, exist_ok=True)
         specs = {name: self.specs[name] for name in self.names[part.name]}
         frozen = {name for name, parameter in core.named_parameters() if not parameter.requires_grad}
-        with TensorWriter(file, specs, metadata) as writer, TensorFile(self.files.source) as source:
+        with TensorWriter(file, specs, metadata) as writer, TensorFile(self.stage_run.source) as source:
             for name, tensor in flux_moe_tensors(core, self.config, only=specs, unchanged=frozen, stored=source.tensor):
                 writer.put(name, tensor.to(specs[name][0]))
             writer.finish(metadata)
@@ -295,7 +265,7 @@ class _Blockwise:
         """Of the parts, and for the rest of the file that the stage began with; tensor by tensor."""
         metadata = file_metadata(self.config)
         trained = {name: part for part in self.parts for name in self.names[part.name]}
-        with TensorWriter(self.files.student, self.specs, metadata) as writer:
+        with TensorWriter(self.stage_run.student, self.specs, metadata) as writer:
             writer.put(CONFIG_KEY, config_tensor(self.config))
             for path, names in self._origins(trained):
                 with TensorFile(path) as file:
@@ -306,30 +276,31 @@ class _Blockwise:
 
     def _origins(self, trained: dict[str, Part]) -> list[tuple[Path, list[str]]]:
         others = [name for name in self.specs if name not in trained and name != CONFIG_KEY]
-        return [(self.files.source, others), *((self._file(part), self.names[part.name]) for part in self.parts)]
+        return [(self.stage_run.source, others), *((self._file(part), self.names[part.name]) for part in self.parts)]
 
     # The disk
 
     def _check_disk(self) -> None:
         """Say what the stage will take. Raises UserError if there is not as much."""
+        stage, steps, folder = self.stage_run.stage, self.stage_run.section.steps, self.stage_run.folder
         parts = stage_disk(
             self.run,
-            self.hidden_size,
+            self.stage_run.teacher.inner_dim,
             longest_sample(self.run.data).joint,
             self.specs,
             [(self.names[part.name], [w for w in self.weights if part.has(w.name)]) for part in self.parts],
         )
         needed = sum(parts.values())
         listed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
-        self.processes.say(
-            f"{self.stage}: {len(self.parts)} parts of {self.section.steps} steps each, one by one. Disk: {listed}. "
+        self.ranks.say(
+            f"{stage}: {len(self.parts)} parts of {steps} steps each, one by one. Disk: {listed}. "
             "Each is measured on held-out features; the whole student is not validated here."
         )
-        there = sum(file.stat().st_size for file in self.files.folder.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self.files.folder).free
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder).free
         if free + there < needed:
             raise UserError(
-                f"{self.files.folder}: stage {self.stage} needs {needed:,} bytes of the disk, {free:,} are free: {listed}. "
+                f"{folder}: stage {stage} needs {needed:,} bytes of the disk, {free:,} are free: {listed}. "
                 "Make room, or take fewer training.blockwise_samples."
             )
 

@@ -30,8 +30,10 @@ from ..distillation.stages import TRAINING, stages_of
 from ..parallel.ranks import Ranks
 from ..run_config import STAGES, RunConfig, Stage, load
 from ..teacher.frozen import fused_file, open_frozen_teacher
-from ..training.loop import StageFiles, Stopped, train_stage
-from ..training.run_identity import check_same_run, check_same_sources, run_identity
+from ..training.end_to_end import train_end_to_end
+from ..training.loop import Stopped
+from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
+from ..training.stage_run import StageRun
 from .export import export
 
 if TYPE_CHECKING:
@@ -71,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(run: RunConfig) -> int:
     """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
-    processes = Ranks(run)
+    ranks = Ranks(run)
     try:
-        Distill(run, processes).run_all()
+        Distill(run, ranks).run_all()
     except Stopped:
         return SIGTERM_STATUS
     finally:
-        processes.close()
+        ranks.close()
     return 0
 
 
@@ -86,22 +88,22 @@ class Distill:
     """A run in its output_dir."""
 
     run: RunConfig
-    processes: Ranks
+    ranks: Ranks
 
     def run_all(self) -> None:
         run = self.run
-        train = train_stage
+        train = train_end_to_end
         if run.training.blockwise:
-            check_blockwise(run, self.processes)
+            check_blockwise(run, self.ranks)
             train = train_blockwise
-        if self.processes.main:
+        if self.ranks.main:
             prepare_folder(run)
-        self.processes.wait()
+        self.ranks.wait()
         path = self._teacher_file()
         open_teacher(path).close()  # before data are prepared for one that is not there
-        data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.processes.device)
-        prepare(data, self.processes.rank, self.processes.count)
-        self.processes.wait()
+        data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
+        prepare(data, self.ranks.rank, self.ranks.count)
+        self.ranks.wait()
         identity = run_identity(run, path, data)
         self._begin(identity, path, data)
         if "convert" in run.stages:
@@ -110,17 +112,29 @@ class Distill:
         for stage in self._training():
             done = run.output_dir / stage / "student.safetensors"
             if done.exists():
-                self.processes.say(f"{stage}: {done} is there already.")
+                self.ranks.say(f"{stage}: {done} is there already.")
                 continue
-            files = self._files(stage)
+            source = latest_student(run, stage, stages_of(self._config()))
             if teacher is None:
                 section = (
                     run.teacher.model_copy(update={"offload": "stream"}) if run.training.blockwise else run.teacher
                 )
-                teacher = open_frozen_teacher(section, self.processes.device, fused=path if section.loras else None)
+                teacher = open_frozen_teacher(section, self.ranks.device, fused=path if section.loras else None)
             # All else is made again in no time, or goes on where it was, and may be interrupted at once.
-            with self.processes.stoppable():
-                train(run, stage, files, self.processes, teacher, data, identity)
+            with self.ranks.stoppable():
+                train(
+                    StageRun(
+                        run=run,
+                        stage=stage,
+                        source=source,
+                        folder=run.output_dir / stage,
+                        tensorboard=run.output_dir / "tensorboard",
+                        ranks=self.ranks,
+                        teacher=teacher,
+                        data=data,
+                        identity=stage_identity(identity, stage),
+                    )
+                )
         if "export" in run.stages:
             self._export()
 
@@ -129,12 +143,12 @@ class Distill:
         run = self.run
         with open_teacher(path) as teacher:
             check_fits(data.batch(0, 1, run.seed), teacher.dims)
-        if self.processes.main:
+        if self.ranks.main:
             if run.restart is not None:
                 for stage in STAGES[STAGES.index(run.restart) :]:
                     shutil.rmtree(run.output_dir / stage, ignore_errors=True)
             check_same_sources(identity, run.output_dir / SOURCES_FILE)
-        self.processes.wait()
+        self.ranks.wait()
 
     def _teacher_file(self) -> Path:
         """The teacher's own, or with its LoRAs fused the one that is written beside the run."""
@@ -142,24 +156,24 @@ class Distill:
         if not section.loras:
             return section.path
         fused = self.run.output_dir / "teacher.safetensors"
-        with self.processes.main_first():
-            fused_file(section, fused, self.processes.say)
+        with self.ranks.main_first():
+            fused_file(section, fused, self.ranks.say)
         return fused
 
     def _convert(self, path: Path, data: DataSource) -> None:
         target = converted_file(self.run)
-        with self.processes.main_first():
-            if not self.processes.main:
+        with self.ranks.main_first():
+            if not self.ranks.main:
                 return
             if target.exists():
-                self.processes.say(f"convert: {target} is there already.")
+                self.ranks.say(f"convert: {target} is there already.")
                 return
             target.parent.mkdir(parents=True, exist_ok=True)
             if self.run.student.start is not None:
                 self._begin_with(self.run.student.start, path, target)
                 return
             settings = settings_from_run(self.run, path, target, target.parent / "calibration")
-            convert(settings, data, report=self.processes.say)
+            convert(settings, data, report=self.ranks.say)
 
     def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
         """Copy a student that was made elsewhere. Raises UserError if it is not of such a teacher."""
@@ -174,7 +188,7 @@ class Distill:
                 "of this teacher, or leave student.start out."
             )
         export(start, target, getattr(torch, self.run.student.dtype))
-        self.processes.say(f"convert: begins with {start}.")
+        self.ranks.say(f"convert: begins with {start}.")
 
     def _training(self) -> list[Stage]:
         """The training stages of this run that its student has. Raises UserError if there is no student yet."""
@@ -184,7 +198,7 @@ class Distill:
         has = stages_of(self._config())
         for stage in wanted:
             if stage not in has:
-                self.processes.say(f"{stage}: nothing to train in a student without {stage}.")
+                self.ranks.say(f"{stage}: nothing to train in a student without {stage}.")
         return [stage for stage in wanted if stage in has]
 
     def _config(self) -> FluxMoEConfig:
@@ -193,20 +207,14 @@ class Distill:
             raise UserError(f"{target} is missing; stage `convert` makes it. Put it into `stages`.")
         return check_file(target)
 
-    def _files(self, stage: Stage) -> StageFiles:
-        source = latest_student(self.run, stage, stages_of(self._config()))
-        return StageFiles(
-            source=source, folder=self.run.output_dir / stage, tensorboard=self.run.output_dir / "tensorboard"
-        )
-
     def _export(self) -> None:
         run = self.run
         target = run.output_dir / run.export.file
-        with self.processes.main_first():
-            if self.processes.main:
+        with self.ranks.main_first():
+            if self.ranks.main:
                 source = latest_student(run, "export", stages_of(self._config()))
                 export(source, target, getattr(torch, run.export.dtype))
-                self.processes.say(f"export: {target}, of {source.parent.name}.")
+                self.ranks.say(f"export: {target}, of {source.parent.name}.")
 
 
 def converted_file(run: RunConfig) -> Path:

@@ -14,17 +14,11 @@ from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)
-class Losses:
-    """The parts of L_total, scalars. `weighted_features` is Eq. 8 with Eq. 9's weights; `features` the bare layers'."""
+class StepLosses:
+    """Scalars of one microbatch: `total` with its graph, and `parts` detached, for the log."""
 
-    output: Tensor  # Eq. 7
-    weighted_features: Tensor
-    features: dict[str, Tensor]
-    balance: Tensor
-
-    def total(self, *, feature: float, balance: float) -> Tensor:
-        """Eq. 10 with its two lambdas."""
-        return self.output + feature * self.weighted_features + balance * self.balance
+    total: Tensor
+    parts: dict[str, Tensor]
 
 
 def output_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -86,20 +80,13 @@ def distillation_losses(
     student_output: Tensor,
     teacher_features: Mapping[str, Tensor],
     student_features: Mapping[str, Tensor],
-    balance: Tensor | None = None,
     outliers: float | None = None,
-) -> Losses:
-    """Eq. 7-9 of one batch. `balance` None counts as zero."""
+) -> tuple[Tensor, Tensor]:
+    """(Eq. 7, Eq. 8 with the weights of Eq. 9) of one microbatch, scalars."""
     output = output_loss(teacher_output, student_output)
     features = feature_losses(teacher_features, student_features, outliers)
     weights = feature_weights(output, features, teacher_features)
-    zero = output.new_zeros(())
-    return Losses(
-        output=output,
-        weighted_features=sum((weights[name] * loss for name, loss in features.items()), zero),
-        features=features,
-        balance=zero if balance is None else balance,
-    )
+    return output, sum((weights[name] * loss for name, loss in features.items()), output.new_zeros(()))
 
 
 def balance_loss(probabilities_BTE: Tensor, experts_BTK: Tensor, kept_BT: Tensor | None = None) -> Tensor:

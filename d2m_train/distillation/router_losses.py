@@ -19,7 +19,7 @@ from d2m_model.moe import MoEFFN
 from d2m_model.routers.capacity_routing import pool_of, updated_threshold
 
 from ..run_config import RunConfig
-from .losses import balance_loss
+from .losses import StepLosses, balance_loss
 from .stages import StagePlan
 
 
@@ -89,7 +89,15 @@ class RouterTraining:
                 pools[stream] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
             moe.capacity.pool_P = pools[stream]
 
-    def router_losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
+    def step_losses(self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens) -> StepLosses:
+        """Losses against the teacher, with those of the routers added: after the forward pass that made them."""
+        parts = dict(parts)
+        for name, loss, weight in self._losses(tokens, total.device):
+            parts[name] = loss
+            total = total + weight * loss
+        return StepLosses(total=total, parts={name: part.detach() for name, part in {"total": total, **parts}.items()})
+
+    def _losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
         """(name, loss, weight), of what the last forward pass chose: of token routers, of block routers, and of capacity
         predictors, which nothing else learns from."""
         if self.plan.token_balance:

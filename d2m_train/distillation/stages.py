@@ -8,7 +8,7 @@ outside of the groups.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from d2m_model.blocks import DIFFUSERS_BLOCKS, Block, BlockKind
-from d2m_model.config import FluxMoEConfig
+from d2m_model.config import FluxMoEConfig, Gate
 
 from .. import UserError
-from ..run_config import Stage, StageSection
+from ..run_config import Dtype, Stage, StageSection
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
@@ -47,9 +47,10 @@ class Feature:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StagePlan:
-    """One stage of one student. `trainable` are fnmatch patterns of diffusers names."""
+    """One stage of one student. `trainable` are fnmatch patterns of parameter names; `config` is the student's after it."""
 
     stage: Stage
+    config: FluxMoEConfig
     trainable: tuple[str, ...]
     features: tuple[Feature, ...]
     experts_on: bool
@@ -83,6 +84,7 @@ def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> St
     routed = config.capacity_router is not None or config.top_k > 0
     return StagePlan(
         stage=stage,
+        config=_config_after(stage, config),
         trainable=trainable if section.trainable is None else section.trainable,
         features=group_features(config) if stage == "blocks" else block_features(config),
         experts_on=routed and stage != "shared",
@@ -91,6 +93,14 @@ def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> St
         token_balance=routed and stage == "experts" and config.capacity_router is None,
         block_balance=stage == "blocks" and bool(config.groups),
     )
+
+
+def _config_after(stage: Stage, config: FluxMoEConfig) -> FluxMoEConfig:
+    """From stage `experts` on, gates are normalised, so that routers learn, with the k of training as their scale."""
+    config = replace(config, split_only=False)
+    if stage != "shared" and config.gate.mode == "sum" and config.top_k > 0:
+        config = replace(config, gate=Gate(mode="normalised", scale=float(config.top_k)))
+    return config
 
 
 def trainable_names(model: nn.Module, plan: StagePlan) -> set[str]:
@@ -111,23 +121,22 @@ def trainable_names(model: nn.Module, plan: StagePlan) -> set[str]:
     return found
 
 
-def prepare_student(
-    model: FluxMoETransformer2DModel, plan: StagePlan, frozen_dtype: torch.dtype | None = None
-) -> list[str]:
-    """Freeze what the stage does not train, and switch experts and groups on or off. The trainable names, in the model's order.
+def prepare_student(model: FluxMoETransformer2DModel, plan: StagePlan, frozen_dtype: Dtype | None = None) -> None:
+    """Freeze what the stage does not train, switch experts and groups on or off, and set the gates.
 
-    `frozen_dtype` is what frozen weights are held in (None: as they are). Routers, means and U keep theirs.
+    `frozen_dtype` is the dtype of frozen weights (None: as they are). Routers, means and U keep theirs.
     """
     trainable = trainable_names(model, plan)
+    dtype: torch.dtype | None = None if frozen_dtype is None else getattr(torch, frozen_dtype)
     kept = tuple(pattern for pattern in (*ROUTED, "block_groups.*", "adaln_in.*") if pattern != "*.routed_*")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-        if frozen_dtype is not None and name not in trainable and not any(fnmatchcase(name, k) for k in kept):
-            parameter.data = parameter.data.to(frozen_dtype)
+        if dtype is not None and name not in trainable and not any(fnmatchcase(name, k) for k in kept):
+            parameter.data = parameter.data.to(dtype)
     model.groups_on = plan.groups_on
     for moe in model.moe_ffns().values():
         moe.experts_on = plan.experts_on
-    return [name for name, _ in model.named_parameters() if name in trainable]
+        moe.gate = plan.config.gate
 
 
 # Features

@@ -10,28 +10,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..data.batch import Batch
 from ..flow.noise import Noisy, noisy_batch
 from ..flow.velocity import velocity
 from .features import block_outputs, stream_names
-from .losses import distillation_losses
+from .losses import StepLosses, distillation_losses
 from .router_losses import RouterTraining
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-
-
-@dataclass(kw_only=True, slots=True)
-class StepLosses:
-    """Scalars of one microbatch. `total` has the graph; `parts` are detached, for people; `layers` are Eq. 8's bare terms."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    layers: dict[str, Tensor]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,23 +50,15 @@ class Distillation(RouterTraining):
         with block_outputs(self.core, [f.student for f in self.plan.features]) as student_outputs:
             found_BTC = velocity(self.student, *inputs, guided)
         device = found_BTC.device
-        losses = distillation_losses(
+        output, features = distillation_losses(
             wanted_BTC.to(device),
             found_BTC,
             {own: teacher_outputs[other].to(device) for own, other in self._pairs()},
             student_outputs,
             outliers=self.run.losses.outliers,
         )
-        total = losses.total(feature=self.run.losses.feature, balance=self.run.losses.balance)
-        parts = {"output": losses.output, "features": losses.weighted_features}
-        for name, loss, weight in self.router_losses(batch, device):
-            parts[name] = loss
-            total = total + weight * loss
-        return StepLosses(
-            total=total,
-            parts={name: part.detach() for name, part in {"total": total, **parts}.items()},
-            layers={name: loss.detach() for name, loss in losses.features.items()},
-        )
+        total = output + self.run.losses.feature * features
+        return self.step_losses(total, {"output": output, "features": features}, batch)
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for feature in self.plan.features:

@@ -65,7 +65,7 @@ class RouterStatistics:
             if isinstance(group.routing, BlockRouting):
                 self._add(f"block_groups.{number}", group_sums(group.routing))
 
-    def report(self, eyes: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def report(self, log: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Show what was added since the last report. `reduce` sums, or means, a tensor over ranks.
 
         Experts that got no token are a warning when they appear, and not again while they stay as they are.
@@ -74,15 +74,15 @@ class RouterStatistics:
             return
         found = summary(self._reduced(reduce), self.model.moe_ffns())
         self._sums.clear()
-        eyes.scalars(step, found.scalars, "router")
+        log.scalars(step, found.scalars, "router")
         if found.load:
-            eyes.event("expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in found.load.items()})
+            log.event("expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in found.load.items()})
         new = {name: experts for name, experts in found.dead.items() if self._warned.get(name) != experts}
         if new:
             some = list(new)[:NAMED]
             named = "; ".join(f"{name}: {', '.join(map(str, new[name]))}" for name in some)
             more = f"; and in {len(new) - NAMED} more layers, see the log" if len(new) > NAMED else ""
-            eyes.event(
+            log.event(
                 "warning",
                 step=step,
                 message=f"dead experts, no token since the last report ({named}{more}). Where it lasts, raise losses.balance "

@@ -1,4 +1,4 @@
-"""What is measured of a student now and then: validation loss, images beside the teacher's, what its routers do."""
+"""Measurements of a student at intervals: validation loss, images beside the teacher's, router statistics."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from .validation import Validation
 
 
 class StudentMonitor:
-    """Of one stage. All methods are called on every rank alike.
+    """Measures the student of one stage of `steps` steps. All methods are called on every rank alike.
 
-    The teacher's answers are made before the first step, and again when a run goes on: they are the same.
+    The teacher's velocities and images are made here, ahead of the first step. A resumed run makes the same again.
     """
 
-    def __init__(
-        self, distillation: Distillation, data: DataSource, eyes: StageLog, processes: Ranks, steps: int
-    ) -> None:
+    def __init__(self, distillation: Distillation, data: DataSource, ranks: Ranks, steps: int) -> None:
         run, teacher = distillation.run, distillation.teacher
-        self.distillation, self.eyes, self.processes, self.steps = distillation, eyes, processes, steps
+        self.distillation, self.ranks, self.steps = distillation, ranks, steps
         self.validation = Validation(
             data, teacher, run.eyes, run.timesteps, batch_size=run.training.batch_size, seed=run.seed
         )
@@ -30,28 +28,27 @@ class StudentMonitor:
 
     @property
     def every_block(self) -> bool:
-        """Sharded blocks are gathered by all ranks alike, whichever samples chose them."""
-        return self.processes.count > 1
+        """Whether all blocks of a group run: all ranks gather sharded blocks alike, whichever samples chose them."""
+        return self.ranks.count > 1
 
-    def routing(self, batch: Batch) -> None:
-        """After each microbatch's forward pass, while the routers remember it."""
+    def record(self, batch: Batch) -> None:
+        """Count what the routers chose. Called after each microbatch's forward pass, while they keep it."""
         self.statistics.add(batch)
 
     def due(self, step: int) -> bool:
-        """Whether `after` has anything to do."""
+        """Whether `measure` has anything to do."""
         section = self.distillation.run.eyes
         every = (section.routers_every, section.validate_every, section.sample_every)
         return step == self.steps or any(step % interval == 0 for interval in every)
 
-    def after(self, step: int) -> None:
-        """After each step: whatever is due then, and all of it after the last."""
+    def measure(self, step: int, log: StageLog) -> None:
+        """Take the measurements that are due after a step; after the last one, all of them."""
         section, last = self.distillation.run.eyes, step == self.steps
         if step % section.routers_every == 0 or last:
-            self.statistics.report(self.eyes, step, self.processes.average)
+            self.statistics.report(log, step, self.ranks.average)
         if step % section.validate_every == 0 or last:
-            losses = self.validation(self.distillation.student, self.every_block)
-            self.eyes.scalars(step, losses)
+            log.scalars(step, self.validation(self.distillation.student, self.every_block))
         if self.grid is not None and (step % section.sample_every == 0 or last):
             picture = self.grid.grid_of(self.distillation.student, self.every_block)
             if picture is not None:
-                self.eyes.image(step, "samples", picture)
+                log.image(step, "samples", picture)

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -23,7 +24,20 @@ from d2m_model.blocks import blocks_of
 from .. import UserError
 from ..run_config import RunConfig
 from .deepspeed import asked_for, configuration, not_by_accelerate
+from .parameters import full_tensor
+from .student_state import StudentState, TorchState
 from .zero import Zero
+
+
+@dataclass(kw_only=True, slots=True)
+class PreparedStudent:
+    """A student and its optimizer, wrapped for the processes of a run."""
+
+    called: Any  # runs a forward pass; its backward pass reaches all ranks
+    core: Any  # the model itself, in no wrapper; FSDP2 shards it in place
+    optimizer: Any
+    state: StudentState
+
 
 # The other ranks wait while the main one converts or encodes: hours, for a 12 B model.
 PATIENCE = timedelta(hours=12)
@@ -105,17 +119,19 @@ class Ranks:
         if self.accelerator.mixed_precision != "no":
             model.forward = self._autocast(model.forward)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Wrapped for these processes, where they do not share the model by `shard`."""
-        if self.sharded:
-            return model, optimizer
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> PreparedStudent:
+        """Wrap a model, which `shard` has had, and its optimizer for these processes."""
         if self.zero_config is not None:
             if self.accelerator.mixed_precision != "no":
                 model.forward = self._autocast(model.forward)
             self.zero = Zero(model, optimizer, self.zero_config)
-            return self.zero.engine, self.zero
-        prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
-        return prepared
+            return PreparedStudent(called=self.zero.engine, core=model, optimizer=self.zero, state=self.zero)
+        called: Any = model
+        wrapped: Any = optimizer
+        if not self.sharded:
+            called, wrapped = self.accelerator.prepare(model, optimizer)
+        state = TorchState(model=called, optimizer=optimizer)
+        return PreparedStudent(called=called, core=model, optimizer=wrapped, state=state)
 
     def _autocast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def cast(*arguments: Any, **keywords: Any) -> Any:
@@ -131,13 +147,6 @@ class Ranks:
         for module in model.modules():
             if callable(found := getattr(module, "reshard", None)):
                 found()
-
-    def unwrap(self, model: nn.Module) -> Any:
-        """The model itself; FSDP2's is sharded in place."""
-        # Not by accelerate, which would import DeepSpeed where it is installed, wanted or not.
-        return (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel) or self.zero is not None else model
-        )
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.accumulate(model)
@@ -155,17 +164,17 @@ class Ranks:
         return bool(self.accelerator.sync_gradients)
 
     @property
-    def scales_gradients(self) -> bool:
-        """Under fp16 an infinite gradient is the scaler's daily business."""
-        return self.accelerator.scaler is not None
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, which skips steps with infinite gradients by itself; None otherwise."""
+        return self.accelerator.scaler
 
     def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> float:
-        """Scale the gradients to at most this norm; the norm that they had. DeepSpeed scales them in its step."""
+        """Scale the gradients to at most this norm, and return the norm that they had. DeepSpeed scales them in its step."""
         if self.zero is not None:
-            return self.zero.gradient_norm(parameters)
+            return self.zero.gradient_norm()
         clip = nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
         norm = clip(parameters, float("inf") if maximum is None else maximum)
-        return float("nan") if norm is None else float(whole(norm))
+        return float("nan") if norm is None else float(full_tensor(norm))
 
     def release(self) -> None:
         """Let go of what `prepare` was given."""
@@ -183,9 +192,8 @@ class Ranks:
         """The mean over ranks."""
         if self.count == 1:
             return tensor
-        total: Tensor = tensor.detach().clone()
-        torch.distributed.all_reduce(total)
-        return total / self.count
+        mean: Tensor = self.accelerator.reduce(tensor.detach(), reduction="mean")
+        return mean
 
     def averages(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means over ranks of scalars, in one exchange."""
@@ -194,12 +202,12 @@ class Ranks:
         together = self.average(torch.stack([value.detach().float() for value in values.values()]))
         return dict(zip(values, together.unbind(), strict=True))
 
-    def of_main(self, value: int) -> int:
+    def main_value(self, value: int) -> int:
         """The main rank's: what one rank reads off a folder, another may not see yet."""
-        if self.count == 1:
-            return value
-        mine = float(value) if self.main else 0.0
-        return round(float(self.average(torch.tensor(mine, device=self.device, dtype=torch.float64))) * self.count)
+        from accelerate.utils import broadcast_object_list
+
+        number: int = broadcast_object_list([value])[0]
+        return number
 
     def any(self, mine: bool) -> bool:
         """Whether it holds on any rank."""
@@ -239,28 +247,3 @@ class Ranks:
         """At the end of the run."""
         if self.count > 1:
             self.accelerator.end_training()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter that may be sharded, as a plain tensor. Every rank calls this alike."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
-
-
-def held(tensor: Tensor) -> Tensor:
-    """What this rank has of a parameter that may be sharded."""
-    if hasattr(tensor, "ds_tensor"):
-        part: Tensor = tensor.ds_tensor
-        return part
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def local_share(model: nn.Module) -> float:
-    """The part of a model's parameters that this rank holds, 0..1."""
-    parameters = list(model.parameters())
-    return sum(held(p).numel() for p in parameters) / sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

@@ -7,7 +7,7 @@ put together one by one, so that it is like any other run's, and another number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from d2m_model.hosts.diffusers.modules import GroupRouter
 from d2m_model.moe import MoEFFN, RouterLinear
+
+from .student_state import UNTRAINED_BUFFERS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SHARED_MEMORY = "deepspeed_shm_comm"  # what a CPU's ranks could exchange by, if it were compiled first; gloo does
@@ -49,6 +51,8 @@ class Zero:
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
         self.stage: int = config["zero_optimization"]["stage"]
         self.adam = optimizer
+        self.model = model
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))[0]
         if self.stage == 3:
             # A parameter is there while its module runs. A router's own module gives its weight to another.
@@ -65,10 +69,10 @@ class Zero:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> float:
+    def gradient_norm(self) -> float:
         """After the last backward pass and ahead of the step, which clips."""
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for parameter in parameters:
+        for parameter in self.trained.values():
             if (gradient := self._gradient(parameter)) is not None:
                 total += gradient.double().square().sum().to(total.device)
         torch.distributed.all_reduce(total)
@@ -101,12 +105,12 @@ class Zero:
 
     # State
 
-    def collect(self, parameters: Mapping[str, nn.Parameter], averages: Mapping[str, Tensor]) -> dict[str, Any]:
+    def collect(self, averages: Mapping[str, Tensor]) -> dict[str, Any]:
         """Weights, optimizer state and averages in the form of torch.distributed.checkpoint.state_dict, on the CPU: whole
         tensors, each parameter's on one rank, so that all ranks together hold and write them once."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         whole: dict[str, dict[str, Tensor]] = {}
-        for number, (name, parameter) in enumerate(parameters.items()):
+        for number, (name, parameter) in enumerate(self.trained.items()):
             own = self._own_slice(parameter)
             held = {} if own is None else self._held(own, averages.get(name))
             for kind in _kinds(averages):
@@ -120,25 +124,29 @@ class Zero:
                 whole[name]["step"] = self._step_count()
         state = _as_state(whole)
         options = {key: value for key, value in self.adam.param_groups[0].items() if key != "params"}
-        state["optimizer"]["param_groups"] = [{**options, "params": list(parameters)}]
+        state["optimizer"]["param_groups"] = [{**options, "params": list(self.trained)}]
+        state["model"] |= self._buffers()
         return state
 
-    def restore(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        averages: Mapping[str, Tensor],
-        read: Callable[[dict[str, Any]], object],
-    ) -> None:
+    def restore(self, averages: Mapping[str, Tensor], read: Callable[[dict[str, Any]], object]) -> None:
         """What a run has saved, by whatever strategy. `read` fills a state in place with what the checkpoint has of it."""
-        for names in _batches(parameters):
+        for names in _batches(self.trained):
             whole = {
-                name: {kind: torch.empty(_shape(parameters[name])) for kind in _kinds(averages)}
+                name: {kind: torch.empty(_shape(self.trained[name])) for kind in _kinds(averages)}
                 | {"step": torch.zeros(())}
                 for name in names
             }
             read(_as_state(whole))
             for name in names:
-                self._fill(parameters[name], averages.get(name), whole[name])
+                self._fill(self.trained[name], averages.get(name), whole[name])
+        if buffers := self._buffers():
+            read({"model": buffers})
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that files have too, alike on every rank: a capacity router's."""
+        stored = self.model.state_dict()
+        names = (name for name, _ in self.model.named_buffers())
+        return {name: stored[name] for name in names if name in stored and not name.endswith(UNTRAINED_BUFFERS)}
 
     @torch.no_grad()
     def _fill(self, parameter: Any, average: Tensor | None, whole: Mapping[str, Tensor]) -> None:

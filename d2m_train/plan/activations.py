@@ -32,7 +32,6 @@ from ..distillation.stages import StagePlan, prepare_student
 from ..distillation.step import Distillation
 from ..flow.noise import Noisy
 from ..run_config import RunConfig
-from ..training.loop import with_gate
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -115,9 +114,7 @@ def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) ->
     with torch.device("meta"):
         core = FluxMoETransformer2DModel(config, optional)
     load_tensors(core, config, optional, empty, getattr(torch, run.student.dtype), "cpu")
-    with_gate(core, plan.stage)
-    frozen = run.student.frozen_dtype
-    prepare_student(core, plan, None if frozen is None else getattr(torch, frozen))
+    prepare_student(core, plan, run.student.frozen_dtype)
     if run.training.gradient_checkpointing:
         core.enable_gradient_checkpointing()
     return core

@@ -104,11 +104,12 @@ class Checkpoints:
         return manifest
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        """Fill `state` in place; the `extra` that was saved with it. Raises UserError for a damaged checkpoint."""
+        """Fill `state` in place, and return the `extra` that was saved with it. Raises UserError for a damaged checkpoint."""
         manifest = self.manifest(step)
         try:
-            with _quiet():
-                dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
+            if state:
+                with _quiet():
+                    dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
         except (OSError, CheckpointException, RuntimeError, ValueError, KeyError, EOFError) as error:
             raise UserError(
                 f"{self.path(step)}: the checkpoint cannot be read ({_reason(error)}); {_older(self.path(step))}"

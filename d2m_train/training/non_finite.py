@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..parallel.ranks import held
+from ..parallel.parameters import local_tensor
 
 ELSEWHERE = "it is on another rank, which names the module"
 
@@ -112,11 +112,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(held(tensor)).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(local_tensor(tensor)).all())
 
 
 def _which(tensor: Tensor) -> str:
-    values = held(tensor).detach()
+    values = local_tensor(tensor).detach()
     counts = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return f"{parts} of {values.numel()} values"

@@ -28,7 +28,6 @@ from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
 from d2m_train.teacher.known_flux import EMOJI_FLUX
-from d2m_train.training.loop import with_gate
 from d2m_train.training.optimizers import Average, new_optimizer
 from d2m_train.training.parameter_sizes import ParameterSize
 
@@ -58,14 +57,12 @@ class Real:
             for parameter in self.core.parameters():
                 parameter.normal_(std=0.1)
         section = getattr(run.stage, stage)
-        self.plan = plan_stage(stage, with_gate(self.core, stage), section)
-        frozen = run.student.frozen_dtype
-        names = prepare_student(self.core, self.plan, None if frozen is None else getattr(torch, frozen))
+        self.plan = plan_stage(stage, self.core.flux_moe, section)
+        prepare_student(self.core, self.plan, run.student.frozen_dtype)
         if run.training.gradient_checkpointing:
             self.core.enable_gradient_checkpointing()
         self.core.train()
-        held = dict(self.core.named_parameters())
-        self.trained = {name: held[name] for name in names}
+        self.trained = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         self.optimizer, _ = new_optimizer(list(self.trained.values()), section, run.training)
         self.saved = self._step(run)
 

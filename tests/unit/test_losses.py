@@ -57,10 +57,10 @@ def test_the_total_and_its_gradients_are_those_of_the_equations() -> None:
     output, my_output, their_output = outputs(2), outputs(3).requires_grad_(), outputs(3).requires_grad_()
     balance = torch.tensor(1.7, dtype=torch.float64)
     expected, weights = literal_total(output, their_output, teacher, theirs, balance)
-    losses = distillation_losses(output, my_output, teacher, mine, balance)
-    found = losses.total(feature=1.0, balance=0.01)
+    distill, feature = distillation_losses(output, my_output, teacher, mine)
+    found = distill + 1.0 * feature + 0.01 * balance
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, weight in feature_weights(losses.output, losses.features, teacher).items():
+    for name, weight in feature_weights(distill, feature_losses(teacher, mine), teacher).items():
         assert float(weight) == pytest.approx(weights[name], rel=1e-5)
         assert not weight.requires_grad
     found.backward()
@@ -71,10 +71,10 @@ def test_the_total_and_its_gradients_are_those_of_the_equations() -> None:
 
 def test_every_layer_weighs_as_the_output_does_whatever_its_scale() -> None:
     """What Eq. 9 is for: the terms differ by the teacher's norms alone."""
-    losses = distillation_losses(outputs(2), outputs(3), features(0), features(1))
-    weights = feature_weights(losses.output, losses.features, features(0))
+    output, losses = output_loss(outputs(2), outputs(3)), feature_losses(features(0), features(1))
+    weights = feature_weights(output, losses, features(0))
     for name in NAMES:
-        term = float(weights[name] * losses.features[name] / losses.output)
+        term = float(weights[name] * losses[name] / output)
         norms = {other: float(features(0)[other].norm()) for other in NAMES}
         assert term == pytest.approx(sum(norms.values()) / 3 / norms[name], rel=1e-5)
 
@@ -83,10 +83,10 @@ def test_a_layer_that_agrees_exactly_gives_no_nan_and_no_gradient() -> None:
     teacher, student = features(0), features(1, True)
     student[NAMES[0]] = teacher[NAMES[0]].clone().requires_grad_()
     student_output = outputs(3).requires_grad_()
-    losses = distillation_losses(outputs(2), student_output, teacher, student)
-    losses.total(feature=1.0, balance=0.01).backward()
-    assert losses.total(feature=1.0, balance=0.01).isfinite()
-    assert losses.features[NAMES[0]] == 0
+    total = sum(distillation_losses(outputs(2), student_output, teacher, student))
+    assert isinstance(total, Tensor)
+    total.backward()
+    assert total.isfinite()
     assert student[NAMES[0]].grad is not None
     assert student[NAMES[0]].grad.abs().max() == 0
     assert student[NAMES[1]].grad is not None
@@ -94,8 +94,7 @@ def test_a_layer_that_agrees_exactly_gives_no_nan_and_no_gradient() -> None:
 
 
 def test_a_student_that_is_the_teacher_has_no_loss() -> None:
-    losses = distillation_losses(outputs(2), outputs(2), features(0), features(0))
-    assert losses.total(feature=1.0, balance=0.01) == 0
+    assert distillation_losses(outputs(2), outputs(2), features(0), features(0)) == (0, 0)
 
 
 def test_bfloat16_features_are_compared_in_float32() -> None:

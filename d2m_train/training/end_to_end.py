@@ -1,0 +1,166 @@
+"""A training stage end to end: the whole student against its teacher, from a student file to a student file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from d2m_model.blocks import blocks_of
+from d2m_model.tensor_file import TensorFile
+
+from ..data.batch import Batch
+from ..distillation.losses import StepLosses
+from ..distillation.router_losses import RouterTraining
+from ..distillation.stages import StagePlan, plan_stage, prepare_student
+from ..distillation.step import Distillation
+from ..monitor.stage_log import StageLog
+from ..monitor.student_monitor import StudentMonitor
+from ..parallel.parameters import full_tensor, local_share
+from .loop import TrainingLoop
+from .stage_run import StageRun
+from .trainee import Trainee
+
+
+def train_end_to_end(stage_run: StageRun) -> None:
+    """Train, from the last checkpoint if there is one, and write the student. Every rank calls this alike.
+
+    Raises Stopped after SIGTERM, and UserError for whatever the user can correct.
+    """
+    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+    run, stage, ranks, steps = stage_run.run, stage_run.stage, stage_run.ranks, stage_run.section.steps
+    core = FluxMoETransformer2DModel.from_flux_moe(stage_run.source, stage_run.dtype, ranks.device)
+    plan = plan_stage(stage, core.flux_moe, stage_run.section)
+    prepare_student(core, plan, run.student.frozen_dtype)
+    if run.training.gradient_checkpointing:
+        core.enable_gradient_checkpointing()
+    trainee = Trainee(stage_run, core, list(blocks_of(core).values()))
+    if ranks.count > 1:
+        ranks.say(
+            f"{stage}: {ranks.count} processes, {ranks.strategy}: "
+            f"each holds {local_share(trainee.core):.0%} of the student's weights."
+        )
+    # How many microbatches a step has must stay the same; how ranks and accumulation share them may change.
+    microbatches = run.training.accumulation * ranks.count
+    checkpoints = stage_run.checkpoints(stage_run.checkpoint_folder, **{"microbatches of a step": microbatches})
+    loop = TrainingLoop(stage_run, trainee, EndToEnd(stage_run, trainee, plan), checkpoints)
+    start = loop.resume()
+    if start:
+        ranks.say(f"{stage}: going on at {checkpoints.path(start).name} of {steps} steps.")
+    with stage_run.open_log(steps=steps, start=start) as log:
+        loop.run_steps(start, log)
+    _write(stage_run, trainee, plan)
+    del core, trainee, loop  # before the caches are emptied
+    ranks.release()
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class NumberedBatch:
+    """A batch with its number in the run, which seeds its noise."""
+
+    batch: Batch
+    number: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.batch.pooled_BV) * (len(self.batch.image_ids_T3) + len(self.batch.text_ids_L3))
+
+
+class EndToEnd:
+    """The objective of Eq. 10 on a run's data, with validation, sample images and router statistics."""
+
+    steps_before = 0
+    saves_last_step = True
+
+    def __init__(self, stage_run: StageRun, trainee: Trainee, plan: StagePlan) -> None:
+        self.name = f"Stage {stage_run.stage}"
+        self.stage_run = stage_run
+        self.distillation = Distillation(
+            teacher=stage_run.teacher,
+            student=trainee.called,
+            core=trainee.core,
+            plan=plan,
+            run=stage_run.run,
+            average=stage_run.ranks.average,
+        )
+        self.routers: RouterTraining = self.distillation
+
+    def begin(self, start: int, log: StageLog) -> None:
+        """Compute the teacher's answers, where there are steps left."""
+        stage_run, steps = self.stage_run, self.stage_run.section.steps
+        if start < steps:
+            self.monitor = StudentMonitor(self.distillation, stage_run.data, stage_run.ranks, steps)
+            self.batches = _Batches(stage_run)
+
+    def microbatches(self, step: int) -> Iterator[NumberedBatch]:
+        return self.batches.of_step(step)
+
+    def losses(self, microbatch: NumberedBatch) -> StepLosses:
+        return self.distillation.losses(microbatch.batch, microbatch.number)
+
+    def record(self, microbatch: NumberedBatch) -> None:
+        self.monitor.record(microbatch.batch)
+
+    def due(self, step: int) -> bool:
+        return self.monitor.due(step)
+
+    def measure(self, step: int, log: StageLog) -> None:
+        self.monitor.measure(step, log)
+
+
+class _Batches:
+    """This rank's microbatches. On a GPU the next one is made while one is trained on."""
+
+    def __init__(self, stage_run: StageRun) -> None:
+        self.run, self.data, self.ranks = stage_run.run, stage_run.data, stage_run.ranks
+        self.end = self._number(stage_run.section.steps * self.run.training.accumulation)
+        # A CPU trains with all its cores already.
+        self.executor = None if self.ranks.device.type == "cpu" else ThreadPoolExecutor(1, "batches")
+        self.coming: tuple[int, Future[Batch]] | None = None
+
+    def of_step(self, step: int) -> Iterator[NumberedBatch]:
+        """Yield the microbatches of a step, counted from 1."""
+        accumulation = self.run.training.accumulation
+        for index in range((step - 1) * accumulation, step * accumulation):
+            number = self._number(index)
+            yield NumberedBatch(batch=self._take(number), number=number)
+
+    def _number(self, index: int) -> int:
+        """The number in the run of this rank's microbatch `index`."""
+        return index * self.ranks.count + self.ranks.rank
+
+    def _take(self, number: int) -> Batch:
+        if self.executor is None:
+            return self._make(number)
+        coming, self.coming = self.coming, None
+        batch = coming[1].result() if coming is not None and coming[0] == number else self._make(number)
+        following = number + self.ranks.count
+        if following < self.end:
+            self.coming = following, self.executor.submit(self._make, following)
+        return batch
+
+    def _make(self, number: int) -> Batch:
+        return self.data.batch(number, self.run.training.batch_size, self.run.seed)
+
+
+def _write(stage_run: StageRun, trainee: Trainee, plan: StagePlan) -> None:
+    """Write the student, with averaged weights where the run keeps an average; one full tensor is in memory at a time.
+
+    Weights that the stage did not train are copied from the source bit for bit, in whatever dtype training held them.
+    """
+    from d2m_model.hosts.diffusers import save_flux_moe
+
+    frozen = {name for name, _ in trainee.core.named_parameters() if name not in trainee.trained}
+    with trainee.averaged(), TensorFile(stage_run.source) as source:
+        save_flux_moe(
+            trainee.core,
+            plan.config,
+            stage_run.student,
+            dtype=stage_run.dtype,
+            whole=full_tensor,
+            write=stage_run.ranks.main,
+            unchanged=frozen,
+            stored=source.tensor,
+        )
+    stage_run.ranks.wait()
