@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup packages host browser demo comfy check lint format clean bench lock
+.PHONY: help setup packages host browser demo distil comfy check lint format clean bench lock
 .PHONY: test test-unit test-train test-web test-host test-browser test-hosts
 
 PYTHON = python3
@@ -40,8 +40,11 @@ host: setup ## print where the ComfyUI in use stands
 browser: ## print where the Chromium of the browser tests stands; installs Debian's if it may
 	@$(PYTHON) -m tools.browser
 
-demo: setup ## convert the emoji FLUX and paint with it in ComfyUI; results in demo/out/
+demo: setup ## convert the emoji FLUX and paint with it in ComfyUI: demo/out/
 	@$(RUN) demo.run
+
+distil: setup ## train the emoji FLUX's presets L and M, and paint before and after
+	@$(RUN) demo.distil
 
 comfy: setup ## leave ComfyUI running with the example workflow
 	@$(RUN) demo.run --serve

@@ -1,12 +1,12 @@
-"""What conversion without training keeps of the emoji FLUX, option by option, over three seeds.
+"""Quality of the emoji FLUX after conversion without training: one option at a time, over three seeds.
 
     python -m benchmarks.training_free            experts (preset L)
     python -m benchmarks.training_free blocks     block groups (M, S, XS), DiffMoE's router, and the dense baselines
 
-Each variant is converted by the command line, on a calibration that all variants of a seed share, and paints fixed
-prompts from the teacher's noise. `distance` is |latents - teacher's| / |teacher's| over all of them; accuracies are the
-demo's scorer's. Rows are written as they come, so an interrupted run goes on; benchmarks/results/training_free-cpu.json, and
-training_free_blocks-cpu.json.
+Each variant is converted by the command line, with a calibration that all variants of a seed share, and paints fixed
+prompts from the teacher's noise. `distance` is |latents - teacher's| / |teacher's| over all prompts; the accuracies come
+from the demo's scorer. Every row is written at once, so that an interrupted run can be continued. Results:
+benchmarks/results/training_free-cpu.json and training_free_blocks-cpu.json.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ import torch
 from torch import Tensor, nn
 
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
-from demo import dataset, prompt_encoder
-from demo.sample import sample
-from demo.score import decode, score
+from demo import dataset
+from demo.prompt_encoder import load_prompt_encoder
+from demo.sample import sample_latents
+from demo.score import decode, score_by_pairs
 from demo.train import fast_on_cpu
 
 from . import record
 
-TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
-TOP_K = 2
-EVERY_K = (0, 1, 2, 3, 4, 6, 12)
-DEFAULT = "default (preset L)"
-SPLIT_ONLY = "--split-only"
-PAPER = "paper's initialisation"
-PAPER_OPTIONS = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
+_TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
+_TOP_K = 2
+_EVERY_K = (0, 1, 2, 3, 4, 6, 12)
+_DEFAULT = "default (preset L)"
+_SPLIT_ONLY = "--split-only"
+_PAPER = "paper's initialisation"
+_PAPER_OPTIONS = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
 
 
 @dataclass(frozen=True)
 class Study:
-    """variants  conversions by name, with their options
-    unit      the variant whose distance is 1 in the table's ratio
-    every_k   variants whose first seed paints at every Top-K
+    """A table of the benchmark.
+
+    variants  conversions by name, with their options
+    unit      the variant whose distance the table divides by
+    every_k   variants that paint with every Top-K, for the first seed
     """
 
     result: str
@@ -55,31 +58,31 @@ class Study:
     every_k: frozenset[str] = field(default_factory=frozenset)
 
 
-# What each option adds, one after the other; then the default without each of its parts.
-EXPERTS = Study(
+# First the options are added one after the other; then the default loses one of its parts at a time.
+_EXPERTS = Study(
     result="training_free",
     variants={
-        PAPER: PAPER_OPTIONS,
+        _PAPER: _PAPER_OPTIONS,
         "+ mean compensation": ("--experts", "random", "--router", "random", "--no-refit"),
         "+ ridge router": ("--experts", "random", "--no-refit"),
         "+ co-activation experts": ("--no-refit",),
-        DEFAULT: (),
+        _DEFAULT: (),
         "default, random experts": ("--experts", "random"),
         "default, random router": ("--router", "random"),
         "default, centroid router": ("--router", "centroid"),
         "default, without means": ("--no-mean",),
         "default, importance by weight norm": ("--importance", "weight-norm"),
         "default, modulations not compressed": ("--adaln-rank", "128"),
-        SPLIT_ONLY: ("--split-only",),
+        _SPLIT_ONLY: ("--split-only",),
     },
-    unit=PAPER,
-    every_k=frozenset({DEFAULT, SPLIT_ONLY}),
+    unit=_PAPER,
+    every_k=frozenset({_DEFAULT, _SPLIT_ONLY}),
 )
-# Of each preset: how its blocks are chosen, and what a dense model of the blocks that run is.
-BLOCKS = Study(
+# For each preset: ways to choose its blocks, and a dense model of as many blocks as run.
+_BLOCKS = Study(
     result="training_free_blocks",
     variants={
-        DEFAULT: (),
+        _DEFAULT: (),
         "L, DiffMoE's capacity router": ("--router-kind", "capacity"),
         "L, MLP pruning": ("--baseline", "mlp_pruning"),
         **{
@@ -93,36 +96,37 @@ BLOCKS = Study(
             }.items()
         },
     },
-    unit=DEFAULT,
+    unit=_DEFAULT,
 )
-STUDIES = {"experts": EXPERTS, "blocks": BLOCKS}
+_STUDIES = {"experts": _EXPERTS, "blocks": _BLOCKS}
 
 
-def convert(target: Path, calibration: Path, seed: int, options: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "d2m_train", "convert", "--teacher", str(TEACHER), "--out", str(target)]
+def convert_variant(target: Path, calibration: Path, seed: int, options: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "d2m_train", "convert", "--teacher", str(_TEACHER), "--out", str(target)]
     command += ["--data", "emoji", "--calibration", str(calibration), "--seed", str(seed), *options]
     subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @torch.no_grad()
-def paint(model: nn.Module, pictures: tuple[dataset.Picture, ...], seeds: range) -> Tensor:
-    """Latents of every prompt, 20 steps, guidance 3.5."""
-    encoder = prompt_encoder.load(dataset.ASSETS / "prompt-encoder.safetensors")
+def paint_latents(model: nn.Module, pictures: tuple[dataset.Picture, ...], seeds: range) -> Tensor:
+    """Paint every prompt with 20 steps and guidance 3.5, and return the latents."""
+    encoder = load_prompt_encoder(dataset.ASSETS / "prompt-encoder.safetensors")
     with fast_on_cpu():
-        return sample(model, encoder, [picture.caption() for picture in pictures], seeds=seeds)
+        return sample_latents(model, encoder, [picture.caption() for picture in pictures], seeds=seeds)
 
 
-def measure(latents: Tensor, teacher: Tensor, pictures: tuple[dataset.Picture, ...]) -> dict[str, float]:
-    scores = score(decode(latents), pictures)["all"]
+def compare_with_teacher(latents: Tensor, teacher: Tensor, pictures: tuple[dataset.Picture, ...]) -> dict[str, float]:
+    """Return the distance to the teacher's latents and the scorer's accuracies."""
+    scores = score_by_pairs(decode(latents), pictures)["all"]
     return {"distance": round(float((latents - teacher).norm() / teacher.norm()), 4)} | {
         name: round(value, 4) for name, value in scores.items()
     }
 
 
 def rows_to_measure(study: Study, seeds: int) -> list[tuple[str, int, tuple[int, ...]]]:
-    """(variant, seed, Top-K values)."""
+    """Return (variant, seed, Top-K values) of all measurements."""
     return [
-        (variant, seed, EVERY_K if seed == 0 and variant in study.every_k else (TOP_K,))
+        (variant, seed, _EVERY_K if seed == 0 and variant in study.every_k else (_TOP_K,))
         for seed in range(seeds)
         for variant in study.variants
     ]
@@ -132,25 +136,25 @@ def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, A
     pictures, noise = dataset.prompts()[::every], range(0, len(dataset.prompts()), every)
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
-    dense = paint(load_transformer(TEACHER, torch.float32), pictures, noise)
+    dense = paint_latents(load_transformer(_TEACHER, torch.float32), pictures, noise)
     if not rows:
-        rows.append({"variant": "teacher", "seed": 0, "top_k": None} | measure(dense, dense, pictures))
+        rows.append({"variant": "teacher", "seed": 0, "top_k": None} | compare_with_teacher(dense, dense, pictures))
     with tempfile.TemporaryDirectory() as folder:
         for variant, seed, every_k in rows_to_measure(study, seeds):
             if (variant, seed) in done:
                 continue
-            # The importance is part of a calibration: without it, it is another one.
+            # A calibration without importance cannot serve the variants that need it.
             variant_options = study.variants[variant]
             kind = "weight-norm" if "weight-norm" in variant_options else "taylor"
             target = Path(folder, "moe.safetensors")
-            convert(target, Path(folder, f"{kind}-{seed}"), seed, variant_options)
+            convert_variant(target, Path(folder, f"{kind}-{seed}"), seed, variant_options)
             model = FluxMoETransformer2DModel.from_flux_moe(target, torch.float32)
             for top_k in every_k:
                 if variant in study.every_k:
                     for moe in model.moe_ffns().values():
                         moe.top_k = top_k
-                found = measure(paint(model, pictures, noise), dense, pictures)
-                rows.append({"variant": variant, "seed": seed, "top_k": top_k} | found)
+                measured = compare_with_teacher(paint_latents(model, pictures, noise), dense, pictures)
+                rows.append({"variant": variant, "seed": seed, "top_k": top_k} | measured)
                 print(json.dumps(rows[-1]), flush=True)
             partial = results.with_suffix(".part")
             partial.write_text(json.dumps(rows))
@@ -158,13 +162,13 @@ def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, A
     return rows
 
 
-def table(study: Study, rows: list[dict[str, Any]]) -> str:
-    """Markdown: means over the seeds, with the standard deviation of the distance."""
+def markdown_table(study: Study, rows: list[dict[str, Any]]) -> str:
+    """Return the means over the seeds as Markdown, with the standard deviation of the distance."""
     teacher = rows[0]
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows[1:]:
         grouped.setdefault((row["variant"], row["top_k"]), []).append(row)
-    unit = mean(row["distance"] for row in grouped[study.unit, TOP_K])
+    unit = mean(row["distance"] for row in grouped[study.unit, _TOP_K])
     lines = [f"| | k | distance | of {study.unit} | object | of the teacher's |", "|---|---|---|---|---|---|"]
     for (variant, top_k), group in grouped.items():
         distances = [row["distance"] for row in group]
@@ -179,16 +183,20 @@ def table(study: Study, rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=STUDIES, default="experts")
-    parser.add_argument("--every", type=int, default=10, help="paint every n-th of the 500 fixed prompts (default 10)")
+    parser.add_argument("study", nargs="?", choices=_STUDIES, default="experts")
+    parser.add_argument(
+        "--every", type=int, default=10, help="paint only every n-th of the 500 fixed prompts (default 10)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=Path, help="rows as they come (default: benchmarks/out/RESULT.json)")
+    parser.add_argument(
+        "--rows", type=Path, help="file for an unfinished run's rows (default: benchmarks/out/RESULT.json)"
+    )
     options = parser.parse_args(arguments)
-    study = STUDIES[options.study]
+    study = _STUDIES[options.study]
     partial = options.rows or record.ROOT / "benchmarks" / "out" / f"{study.result}.json"
     partial.parent.mkdir(parents=True, exist_ok=True)
     rows = run(study, partial, options.every, options.seeds)
-    print(table(study, rows))
+    print(markdown_table(study, rows))
     print(record.write(study.result, torch.device("cpu"), rows))
     partial.unlink()
     return 0

@@ -1,1 +1,1 @@
-"""The emoji FLUX: a small real FLUX.1 (assets, the recipe that made them, dataset, scorer) that everything is proved on."""
+"""The emoji FLUX: a small FLUX.1 on which the project is tested. Its assets, their recipe, its dataset and its scorer."""

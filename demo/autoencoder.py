@@ -1,4 +1,4 @@
-"""Recipe step 2: a 16-channel, /8 autoencoder in TAEF1's format, which the stock Load VAE opens.
+"""Recipe step 2: an autoencoder with 16 channels and scale 1/8 in TAEF1's format, which the stock Load VAE opens.
 
     python -m demo.autoencoder --out runs/autoencoder
 
@@ -21,24 +21,24 @@ from safetensors.torch import load_file, save_file
 
 from demo.dataset import random_picture, render
 
-FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # of FLUX.1's latent format
-CROP = 64  # pixels
-LATENT_NOISE = 0.03  # of a latent's standard deviation: the decoder must forgive a sampler that much
+_FLUX_SCALE, _FLUX_SHIFT = 0.3611, 0.1159  # FLUX.1's latent format
+_CROP = 64  # pixels
+_LATENT_NOISE = 0.03  # in standard deviations of a latent: the decoder must forgive a sampler that much
 
 
-def new_autoencoder() -> AutoencoderTiny:
+def _new_tiny() -> AutoencoderTiny:
     return AutoencoderTiny(
         latent_channels=16, encoder_block_out_channels=(64,) * 4, decoder_block_out_channels=(64,) * 4
     )
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in 0..1, by the mean squared error over all of them."""
+    """Return the peak signal-to-noise ratio in dB of images in 0..1, from the mean squared error over all of them."""
     return float(-10 * torch.log10((a - b).square().mean()))
 
 
-class Autoencoder:
-    """Image [B, 3, H, W] in 0..1  <->  FLUX model-space latent [B, 16, H/8, W/8]."""
+class TinyAutoencoder:
+    """Translates images [B, 3, H, W] in 0..1 to latents [B, 16, H/8, W/8] in FLUX's model space, and back."""
 
     def __init__(self, tiny: AutoencoderTiny, mean: float, std: float) -> None:
         self.tiny, self.mean, self.std = tiny.eval().requires_grad_(False), mean, std
@@ -52,14 +52,14 @@ class Autoencoder:
         return (self.tiny.decoder(latents * self.std + self.mean) * 0.5 + 0.5).clamp(0, 1)
 
     def save(self, file: Path) -> None:
-        """TAEF1's one-file layout, float16. `vae_scale`/`vae_shift` carry mean and std through FLUX's latent format."""
+        """Write TAEF1's one-file layout, float16. `vae_scale` and `vae_shift` encode mean and std in FLUX's latent format."""
         tensors = {}
         for name, tensor in self.tiny.state_dict().items():
             side, index, rest = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
             shift = 1 if side == "decoder" else 0  # TAESD's decoder counts its clamp as layer 0
             tensors[f"taesd_{side}.{int(index) + shift}.{rest}"] = tensor.half().contiguous()
-        tensors["vae_scale"] = torch.tensor(FLUX_SCALE * self.std)
-        tensors["vae_shift"] = torch.tensor(FLUX_SHIFT - self.mean / (FLUX_SCALE * self.std))
+        tensors["vae_scale"] = torch.tensor(_FLUX_SCALE * self.std)
+        tensors["vae_shift"] = torch.tensor(_FLUX_SHIFT - self.mean / (_FLUX_SCALE * self.std))
         save_file(
             tensors,
             file,
@@ -67,42 +67,46 @@ class Autoencoder:
         )
 
     @classmethod
-    def load(cls, file: Path) -> Autoencoder:
+    def load(cls, file: Path) -> TinyAutoencoder:
         tensors = load_file(file)
-        std = float(tensors.pop("vae_scale")) / FLUX_SCALE
-        mean = (FLUX_SHIFT - float(tensors.pop("vae_shift"))) * FLUX_SCALE * std
+        std = float(tensors.pop("vae_scale")) / _FLUX_SCALE
+        mean = (_FLUX_SHIFT - float(tensors.pop("vae_shift"))) * _FLUX_SCALE * std
         state = {}
         for name, tensor in tensors.items():
             side, index, rest = re.fullmatch(r"taesd_(encoder|decoder)\.(\d+)\.(.*)", name).groups()  # type: ignore[union-attr]
             state[f"{side}.layers.{int(index) - (side == 'decoder')}.{rest}"] = tensor.float()
-        tiny = new_autoencoder()
+        tiny = _new_tiny()
         tiny.load_state_dict(state)
         return cls(tiny, mean, std)
 
 
 def crops(generator: np.random.Generator, count: int) -> torch.Tensor:
-    """[count, 3, CROP, CROP]: parts of training pictures, most of them with some of the object in view."""
+    """Return parts of training pictures, [count, 3, 64, 64]; most of them show some of the object."""
     batch = []
     for _ in range(count):
-        x, y = generator.integers(0, (128 - CROP) // 2 + 1, 2) * 2
-        batch.append(render(random_picture(generator))[:, y : y + CROP, x : x + CROP])
+        x, y = generator.integers(0, (128 - _CROP) // 2 + 1, 2) * 2
+        batch.append(render(random_picture(generator))[:, y : y + _CROP, x : x + _CROP])
     return torch.stack(batch)
 
 
 @torch.no_grad()
 def held_out_psnr(tiny: AutoencoderTiny, count: int = 64) -> float:
+    """Return the PSNR in dB of `count` renders whose (object, colour) pairs are held out of training."""
     generator = np.random.default_rng(7)
     images = torch.stack([render(random_picture(generator, training=False)) for _ in range(count)])
     restored = [tiny.decoder(tiny.encoder(part * 2 - 1)) * 0.5 + 0.5 for part in images.split(16)]
     return psnr(torch.cat(restored).clamp(0, 1), images)
 
 
-def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
-    """Plain MSE, one cycle, bf16 autocast; checkpoint and log under `out`, the finished file as out/autoencoder.safetensors."""
+def train_autoencoder(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
+    """Train with plain MSE, one learning-rate cycle and bf16 autocast.
+
+    Checkpoint and log are written under `out`, the finished file as out/autoencoder.safetensors.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
-    tiny = new_autoencoder().to(memory_format=torch.channels_last)
+    tiny = _new_tiny().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     start = time.time()
@@ -112,11 +116,11 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 latents = tiny.encoder(images * 2 - 1)
                 spread = latents.float()
-                noisy = latents + LATENT_NOISE * spread.std().detach() * torch.randn_like(latents)
+                noisy = latents + _LATENT_NOISE * spread.std().detach() * torch.randn_like(latents)
                 restored = tiny.decoder(noisy)
             mean, std = spread.mean((0, 2, 3)), spread.std((0, 2, 3))
             loss = (restored.float() * 0.5 + 0.5 - images).square().mean()
-            # Channels of like mean and spread: the file format has one scale and one shift for all.
+            # Keeps mean and spread of the channels alike: the file format has one scale and one shift for all.
             total = loss + 1e-4 * (mean.square() + (std - 1).square()).mean()
             total.backward()
             torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
@@ -137,9 +141,9 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float) -> None:
     images = torch.stack([render(random_picture(generator)) for _ in range(128)])
     with torch.no_grad():
         latents = torch.cat([tiny.encoder(part * 2 - 1) for part in images.split(16)])
-    finished = Autoencoder(tiny, float(latents.mean()), float(latents.std()))
+    finished = TinyAutoencoder(tiny, float(latents.mean()), float(latents.std()))
     finished.save(out / "autoencoder.safetensors")
-    quality = held_out_psnr(Autoencoder.load(out / "autoencoder.safetensors").tiny)
+    quality = held_out_psnr(TinyAutoencoder.load(out / "autoencoder.safetensors").tiny)
     print(f"held-out PSNR {quality:.2f} dB, {time.time() - start:.0f} s")
 
 
@@ -150,4 +154,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     arguments = parser.parse_args()
-    train(arguments.out, steps=arguments.steps, batch=arguments.batch, learning_rate=arguments.learning_rate)
+    train_autoencoder(
+        arguments.out, steps=arguments.steps, batch=arguments.batch, learning_rate=arguments.learning_rate
+    )

@@ -1,7 +1,7 @@
-"""The emoji dataset: Noto sprites composited on a coloured background, with captions. Real images at any count.
+"""The emoji dataset: any number of pictures of Noto emoji on coloured backgrounds, with captions.
 
-A picture is an object (300), a background colour (8) and a position (5), with small jitter of place and size.
-A tenth of the object x colour pairs is held out of all training and scored separately.
+A picture has one of 300 objects, 8 background colours and 5 positions, with a little jitter of position and size.
+A tenth of the (object, colour) pairs is held out of all training and scored separately.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ASSETS = Path(__file__).parent / "assets"
 IMAGE = 128  # pixels
 ATLAS_CELL, ATLAS_COLUMNS = 96, 20
 SPRITE_SIZES = (80, 83, 86)  # pixels
-JITTER = 2  # pixels, either way
-STEP = 16  # pixels from the centre: one transformer token, so that a moved object is the same tokens elsewhere
+JITTER = 2  # pixels in each direction
+STEP = 16  # pixels from the centre: one transformer token, so that a moved object has the same tokens elsewhere
 
 COLOURS = {
     "white": (245, 245, 245),
@@ -33,7 +33,7 @@ COLOURS = {
     "purple": (140, 70, 170),
 }
 POSITIONS = {"centre": (0, 0), "left": (-STEP, 0), "right": (STEP, 0), "top": (0, -STEP), "bottom": (0, STEP)}
-TEMPLATES = (
+CAPTION_TEMPLATES = (
     "{object} {position} {colour}",
     "{object} in the {position} on {colour}",
     "a {object} at the {position} , {colour} background",
@@ -42,7 +42,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """What a picture shows; indices into `objects()`, COLOURS and POSITIONS. Jitter in pixels, size an index."""
+    """Content of a picture: indices into `objects()`, COLOURS and POSITIONS, jitter in pixels, index of the size."""
 
     object: int
     colour: int
@@ -52,7 +52,7 @@ class Picture:
     size: int = 1
 
     def caption(self, template: int = 1) -> str:
-        return TEMPLATES[template].format(
+        return CAPTION_TEMPLATES[template].format(
             object=objects()[self.object],
             colour=tuple(COLOURS)[self.colour],
             position=tuple(POSITIONS)[self.position],
@@ -61,13 +61,13 @@ class Picture:
 
 @cache
 def objects() -> tuple[str, ...]:
-    """Names of the 300 objects, in atlas order."""
+    """Return the names of the 300 objects, in atlas order."""
     return tuple(json.loads((ASSETS / "objects.json").read_text()))
 
 
 @cache
 def held_out() -> frozenset[tuple[int, int]]:
-    """A tenth of all (object, colour) pairs, fixed; at most two of one object."""
+    """Return the held-out (object, colour) pairs: always the same tenth of all, at most two for one object."""
     generator = np.random.default_rng(2024)
     pairs: set[tuple[int, int]] = set()
     while len(pairs) < len(objects()) * len(COLOURS) // 10:
@@ -79,7 +79,7 @@ def held_out() -> frozenset[tuple[int, int]]:
 
 @cache
 def sprites(size: int) -> torch.Tensor:
-    """[300, 4, size, size] float32 in 0..1, colour premultiplied by alpha."""
+    """Return all sprites [300, 4, size, size], float32 in 0..1, colour premultiplied by alpha."""
     atlas = Image.open(ASSETS / "sprites.webp").convert("RGBA")
     cells = []
     for index in range(len(objects())):
@@ -90,20 +90,20 @@ def sprites(size: int) -> torch.Tensor:
 
 
 def render(picture: Picture) -> torch.Tensor:
-    """[3, 128, 128] float32 in 0..1."""
+    """Draw a picture: [3, 128, 128], float32 in 0..1."""
     size = SPRITE_SIZES[picture.size]
     sprite = sprites(size)[picture.object]
     image = torch.tensor(tuple(COLOURS.values())[picture.colour], dtype=torch.float32).div(255)[:, None, None]
     image = image.expand(3, IMAGE, IMAGE).clone()
     x, y = tuple(POSITIONS.values())[picture.position]
     x, y = (IMAGE - size) // 2 + x + picture.dx, (IMAGE - size) // 2 + y + picture.dy
-    place = image[:, y : y + size, x : x + size]
-    place.mul_(1 - sprite[3:]).add_(sprite[:3])
+    covered = image[:, y : y + size, x : x + size]
+    covered.mul_(1 - sprite[3:]).add_(sprite[:3])
     return image.clamp_(0, 1)
 
 
 def random_picture(generator: np.random.Generator, *, training: bool = True) -> Picture:
-    """A picture with jitter; its (object, colour) pair is a training pair, or (training=False) a held-out one."""
+    """Choose a picture with jitter, of a training pair or, with training=False, of a held-out pair."""
     while True:
         pair = (int(generator.integers(len(objects()))), int(generator.integers(len(COLOURS))))
         if (pair in held_out()) != training:
@@ -120,7 +120,7 @@ def random_picture(generator: np.random.Generator, *, training: bool = True) -> 
 
 
 def every_training_picture(generator: np.random.Generator, copies: int = 1) -> list[Picture]:
-    """Each training combination of object, colour and position `copies` times, with fresh jitter."""
+    """Return each training combination of object, colour and position `copies` times, each with its own jitter."""
     pictures = []
     for index in range(len(objects())):
         for colour in range(len(COLOURS)):
@@ -136,7 +136,7 @@ def every_training_picture(generator: np.random.Generator, copies: int = 1) -> l
 
 @cache
 def prompts() -> tuple[Picture, ...]:
-    """The 500 fixed prompts of every score here: 450 of training pairs, the last 50 of held-out pairs. No jitter."""
+    """Return the 500 fixed prompts of all scores, without jitter: 450 of training pairs, the last 50 of held-out pairs."""
     generator = np.random.default_rng(500)
     chosen = [random_picture(generator) for _ in range(450)]
     chosen += [random_picture(generator, training=False) for _ in range(50)]

@@ -1,8 +1,8 @@
-"""A LoRA for the emoji FLUX, trained on the dense model as LoRAs of FLUX.1 are: pictures like old sepia prints.
+"""A LoRA for the emoji FLUX, trained on the dense model like LoRAs of FLUX.1: pictures like old sepia prints.
 
     python -m demo.lora --out demo/assets/emoji-sepia-lora.safetensors
 
-Written in diffusers' (PEFT) key names by diffusers itself. The example workflow flux-moe-lora and the tests load it.
+diffusers writes it, with its own (PEFT) key names. The example workflow flux-moe-lora and the tests load it.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from torch import Tensor, nn
 
 from d2m_model.hosts.diffusers import load_transformer
 from demo import prompt_encoder
-from demo.autoencoder import Autoencoder
+from demo.autoencoder import TinyAutoencoder
 from demo.dataset import ASSETS, Picture, random_picture, render
-from demo.train import fast_on_cpu, timesteps, to_tokens, velocity
+from demo.train import fast_on_cpu, patchify, predict_velocity, timesteps
 
-LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
-SEPIA = (1.0, 0.86, 0.65)
-RANK = 8
-TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_out)"
-_GUIDANCE = 1.0  # as data are; guidance then strengthens what was learned
-SHIFT = 2.0  # as the model itself was trained
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_SEPIA = (1.0, 0.86, 0.65)
+_RANK = 8
+_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+_GUIDANCE = 1.0  # the guidance of real data; more of it then strengthens what was learned
+_SHIFT = 2.0  # the shift with which the model itself was trained
 
 
 def sepia(image: Tensor) -> Tensor:
-    """[3, H, W] in 0..1, its brightness in shades of brown."""
-    return torch.tensor(LUMA) @ image.flatten(1) * torch.tensor(SEPIA)[:, None]
+    """Return the brightness of an image [3, H, W] in 0..1 in shades of brown."""
+    return torch.tensor(_LUMA) @ image.flatten(1) * torch.tensor(_SEPIA)[:, None]
 
 
-def pictures(count: int, seed: int = 0) -> list[Picture]:
+def random_pictures(count: int, seed: int = 0) -> list[Picture]:
     generator = np.random.default_rng(seed)
     return [random_picture(generator) for _ in range(count)]
 
 
-def train(out: Path, *, steps: int, batch: int, learning_rate: float, examples: int) -> None:
+def train_lora(out: Path, *, steps: int, batch: int, learning_rate: float, examples: int) -> None:
+    """Train the LoRA on `examples` sepia pictures and write it to `out`."""
     torch.manual_seed(0)
     transformer = load_transformer(ASSETS / "emoji-flux.safetensors", torch.float32)
-    encoder = prompt_encoder.load(ASSETS / "prompt-encoder.safetensors")
-    autoencoder = Autoencoder.load(ASSETS / "autoencoder.safetensors")
-    chosen = pictures(examples)
+    encoder = prompt_encoder.load_prompt_encoder(ASSETS / "prompt-encoder.safetensors")
+    autoencoder = TinyAutoencoder.load(ASSETS / "autoencoder.safetensors")
+    chosen = random_pictures(examples)
     images = torch.stack([sepia(image).view_as(image) for image in map(render, chosen)])
     latents = torch.cat([autoencoder.encode(part) for part in images.split(64)])
     transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    transformer.add_adapter(LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_TARGETS))
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -59,10 +60,10 @@ def train(out: Path, *, steps: int, batch: int, learning_rate: float, examples: 
         for step in range(steps):
             index = torch.randint(examples, (batch,))
             context, pooled = encoder.encode([chosen[i].caption() for i in index.tolist()])
-            image = to_tokens(latents[index])
-            t, noise = timesteps(batch, SHIFT), torch.randn_like(image)
+            image = patchify(latents[index])
+            t, noise = timesteps(batch, _SHIFT), torch.randn_like(image)
             noisy = torch.lerp(image, noise, t[:, None, None])
-            flow = velocity(transformer, noisy, t, context, pooled, torch.full((batch,), _GUIDANCE))
+            flow = predict_velocity(transformer, noisy, t, context, pooled, torch.full((batch,), _GUIDANCE))
             loss = (flow.float() - (noise - image)).square().mean()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--examples", type=int, default=512)
     arguments = parser.parse_args()
-    train(
+    train_lora(
         arguments.out,
         steps=arguments.steps,
         batch=arguments.batch,

@@ -1,6 +1,6 @@
-"""The emoji FLUX's prompt encoder: words -> context and pooled vector. Small, learned together with the transformer.
+"""The emoji FLUX's prompt encoder: words to context and pooled vector. It was trained together with the transformer.
 
-Pure torch and one file (weights and vocabulary), so that the ComfyUI node needs nothing else.
+It is pure torch, and one file has weights and vocabulary, so that the ComfyUI node needs nothing else.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WIDTH = 128
-TOKENS = 12  # every prompt is padded to so many, as FLUX pads to 512
+PROMPT_TOKENS = 12  # length to which every prompt is padded, as FLUX pads to 512
 PADDING, UNKNOWN = 0, 1
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and commas."""
+    """Split a text into lower-case words and commas."""
     return re.findall(r"[a-z0-9]+|,", text.lower())
 
 
-def pieces_of(text: str) -> list[str]:
-    """The word of each of the TOKENS; "" is padding."""
-    words = words_of(text)[:TOKENS]
-    return words + [""] * (TOKENS - len(words))
+def padded_words(text: str) -> list[str]:
+    """Return the word of each of the PROMPT_TOKENS tokens; "" is padding."""
+    words = words_of(text)[:PROMPT_TOKENS]
+    return words + [""] * (PROMPT_TOKENS - len(words))
 
 
 class PromptEncoder(nn.Module):
-    """Word embeddings and two transformer layers. Words that it does not know become one `unknown` word."""
+    """Word embeddings and two transformer layers. All words outside the vocabulary share one embedding."""
 
     def __init__(self, vocabulary: list[str]) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.index = {word: number for number, word in enumerate(vocabulary, start=2)}
         self.word = nn.Embedding(len(vocabulary) + 2, WIDTH)
-        self.place = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.02)
+        self.place = nn.Parameter(torch.randn(PROMPT_TOKENS, WIDTH) * 0.02)
         layer = nn.TransformerEncoderLayer(
             WIDTH,
             nhead=4,
@@ -53,24 +53,25 @@ class PromptEncoder(nn.Module):
         nn.init.normal_(self.word.weight, std=0.5)
 
     def tokens(self, prompts: list[str]) -> Tensor:
-        """[B, TOKENS] int64; longer prompts are cut, shorter ones padded."""
+        """Return tokens [B, PROMPT_TOKENS], int64; longer prompts are cut, shorter ones padded."""
         rows = []
         for prompt in prompts:
-            row = [self.index.get(word, UNKNOWN) for word in words_of(prompt)][:TOKENS]
-            rows.append(row + [PADDING] * (TOKENS - len(row)))
+            row = [self.index.get(word, UNKNOWN) for word in words_of(prompt)][:PROMPT_TOKENS]
+            rows.append(row + [PADDING] * (PROMPT_TOKENS - len(row)))
         return torch.tensor(rows)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, TOKENS] -> context [B, TOKENS, WIDTH], pooled [B, WIDTH]."""
+        """Encode tokens [B, PROMPT_TOKENS] to context [B, PROMPT_TOKENS, WIDTH] and pooled vector [B, WIDTH]."""
         context = self.layers(self.word(tokens) + self.place)
         return context, self.pool(context.mean(1))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Context [B, TOKENS, WIDTH] and pooled vector [B, WIDTH], float32, of a list of prompts ("" is the empty prompt)."""
+        """Encode prompts to context [B, PROMPT_TOKENS, WIDTH] and pooled vector [B, WIDTH], float32."""
         return self(self.tokens(prompts))
 
     def save(self, file: Path) -> None:
+        """Write weights (float16) and vocabulary."""
         tensors = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
         save_file(
             tensors,
@@ -82,8 +83,8 @@ class PromptEncoder(nn.Module):
         )
 
 
-def load(file: Path) -> PromptEncoder:
-    """Read a prompt encoder, float32, ready to `encode`. Raises ValueError for a file that is not one."""
+def load_prompt_encoder(file: Path) -> PromptEncoder:
+    """Read a prompt encoder, float32 and frozen. Raises ValueError for another kind of file."""
     with safe_open(file, framework="pt") as stored:
         metadata = stored.metadata() or {}
         if "vocabulary" not in metadata:

@@ -1,9 +1,9 @@
-"""Recipe step 4 and our GenEval: does a picture show what its prompt says?
+"""Recipe step 4: a scorer, in the place of GenEval. Does a picture show what its prompt says?
 
     python -m demo.scorer --out runs/scorer        trains the classifier on renders (a few minutes on 2 cores)
 
-`Scorer.score` gives object, colour and position accuracy by the classifier, and a retrieval score without any learning: is the
-real render that is structurally most similar (SSIM) one of the right object?
+`Scorer.score` returns the accuracy of object, colour and position according to the classifier, and a retrieval score
+that involves no learning: is the structurally most similar real render (SSIM) one of the right object?
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from demo.dataset import ASSETS, COLOURS, POSITIONS, Picture, objects, random_picture, render
 
-INPUT = 64  # pixels; the classifier sees pictures averaged down to this
-STRUCTURE = 32  # pixels; so does the structural similarity, to which jitter is then half a pixel
+_CLASSIFIER_SIZE = 64  # pixels to which pictures are averaged down for the classifier
+_SSIM_SIZE = 32  # pixels for the structural similarity, where the jitter is half a pixel
 
 
 class Classifier(nn.Module):
@@ -45,14 +45,17 @@ class Classifier(nn.Module):
         self.place = nn.Linear(widths[-1] * 16, len(COLOURS) + len(POSITIONS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.stages(F.interpolate(images, size=(INPUT, INPUT), mode="area") * 2 - 1)
+        features = self.stages(F.interpolate(images, size=(_CLASSIFIER_SIZE, _CLASSIFIER_SIZE), mode="area") * 2 - 1)
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
         colour, position = self.place(features.flatten(1)).split([len(COLOURS), len(POSITIONS)], 1)
         return self.object(pooled), colour, position
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blur, noise, brightness, contrast, saturation; a quarter of them grey. Returns images and which are not grey [B]."""
+    """Change blur, noise, brightness, contrast and saturation; make a quarter of the images grey.
+
+    Returns the images, and which of them are not grey (bool [B]).
+    """
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -78,14 +81,17 @@ def _labels(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _structure(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The images at STRUCTURE pixels, their local means and variances (7 x 7 windows)."""
-    small = F.interpolate(images, size=(STRUCTURE, STRUCTURE), mode="area")
+    """Return the images at _SSIM_SIZE pixels, their local means and variances (7 x 7 windows)."""
+    small = F.interpolate(images, size=(_SSIM_SIZE, _SSIM_SIZE), mode="area")
     mean = F.avg_pool2d(small, 7, stride=1)
     return small, mean, F.avg_pool2d(small * small, 7, stride=1) - mean * mean
 
 
 def ssim(image: Tensor, references: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Structural similarity [N] of one image [3, H, W] to N references (of `_structure`); Wang et al. 2004, 7 x 7 windows."""
+    """Return the structural similarity [N] of one image [3, H, W] to N references from `_structure`.
+
+    Wang et al. 2004, with 7 x 7 windows.
+    """
     small, mean, variance = _structure(image[None])
     other, other_mean, other_variance = references
     covariance = F.avg_pool2d(small * other, 7, stride=1) - mean * other_mean
@@ -97,7 +103,7 @@ def ssim(image: Tensor, references: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 @cache
 def _references(colour: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Real renders of every object on one background at one position."""
+    """Render every object on one background at one position."""
     pictures = [Picture(object=index, colour=colour, position=position) for index in range(len(objects()))]
     return _structure(torch.stack([render(picture) for picture in pictures]))
 
@@ -114,7 +120,7 @@ class Scorer:
 
     @torch.no_grad()
     def hits(self, images: Tensor, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """For every image whether it is right: object, colour, position (bool [N])."""
+        """Return which images show the right object, colour and position (bool [N] each)."""
         logits = [self.classifier(part) for part in images.split(50)]
         answers = [torch.cat(parts).argmax(1) for parts in zip(*logits, strict=True)]
         names = ("object", "colour", "position")
@@ -122,34 +128,34 @@ class Scorer:
 
     @torch.no_grad()
     def retrieved(self, images: Tensor, pictures: Sequence[Picture]) -> Tensor:
-        """For every image whether the most similar real render (its colour and position) is of its object (bool [N])."""
-        found = []
+        """Return for which images the most similar render of their colour and position shows their object (bool [N])."""
+        right = []
         for image, picture in zip(images, pictures, strict=True):
             best = int(ssim(image, _references(picture.colour, picture.position)).argmax())
-            found.append(best == picture.object)
-        return torch.tensor(found)
+            right.append(best == picture.object)
+        return torch.tensor(right)
 
     def score(self, images: Tensor, pictures: Sequence[Picture]) -> dict[str, float]:
-        """Means of `hits` and `retrieved`."""
+        """Return the means of `hits` and `retrieved`."""
         hits = self.hits(images, pictures) | {"retrieval": self.retrieved(images, pictures)}
         return {name: float(hit.float().mean()) for name, hit in hits.items()}
 
 
 def latent_distance(latents: Tensor, reference: Tensor) -> float:
-    """Mean over samples of ||a - b|| / ||b||: how far images are from a reference model's at the same noise."""
+    """Return the mean over samples of ||a - b|| / ||b||: the distance to a reference model's latents from the same noise."""
     difference = (latents - reference).flatten(1).norm(dim=1)
     return float((difference / reference.flatten(1).norm(dim=1)).mean())
 
 
 def ceiling(scorer: Scorer, count: int = 500) -> dict[str, float]:
-    """Scores of real renders, with jitter, of training and held-out pairs alike."""
+    """Return the scores of real renders with jitter, a tenth of them of held-out pairs."""
     generator = np.random.default_rng(99)
     pictures = [random_picture(generator, training=index % 10 != 0) for index in range(count)]
     return scorer.score(torch.stack([render(picture) for picture in pictures]), pictures)
 
 
-def train(out: Path, assets: Path, steps: int, batch: int) -> None:
-    """Train the classifier on disturbed renders; write scorer.safetensors and the ceiling on clean ones."""
+def train_scorer(out: Path, assets: Path, steps: int, batch: int) -> None:
+    """Train the classifier on disturbed renders, write scorer.safetensors, and print the scores of clean renders."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     generator, noise = np.random.default_rng(3), torch.Generator().manual_seed(3)
@@ -159,7 +165,7 @@ def train(out: Path, assets: Path, steps: int, batch: int) -> None:
     start = time.time()
     with (out / "log.jsonl").open("w") as log:
         for step in range(1, steps + 1):
-            # Held-out pairs are shown too: they are held out of what is scored, not of its judge.
+            # Held-out pairs are included: they are held out of the model that is scored, not of its judge.
             pictures = [random_picture(generator, training=generator.random() > 0.1) for _ in range(batch)]
             images, coloured = disturb(torch.stack([render(picture) for picture in pictures]), noise)
             names, colours, places = _labels(pictures)
@@ -199,4 +205,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    train(arguments.out, arguments.assets, arguments.steps, arguments.batch)
+    train_scorer(arguments.out, arguments.assets, arguments.steps, arguments.batch)

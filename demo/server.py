@@ -20,31 +20,40 @@ from PIL import Image
 
 from tools.host import ROOT, host_in_use, server_command
 
-Graph = dict[str, dict[str, Any]]
+ApiGraph = dict[str, dict[str, Any]]  # a workflow as /prompt takes it: node id -> class_type and inputs
 
 
 class ServerError(RuntimeError):
-    """ComfyUI did not start, or a graph failed; the message carries what ComfyUI said."""
+    """ComfyUI did not start, or a graph failed; the message includes what ComfyUI said."""
 
 
 def free_port() -> int:
+    """Return a port on which no other program listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class ComfyServer:
-    """ComfyUI on this machine, on the CPU unless told otherwise. Use as a context manager; leaving it stops the server.
+    """A ComfyUI process on this machine, as a context manager: leaving it stops the server.
 
-    `base_directory` gets models/, input/, output/ and user/; the host's own folder stays untouched.
+    base_directory  gets models/, input/, output/ and user/; ComfyUI's own folder stays untouched
+    port            a free one, if not given
+    arguments       command-line arguments of ComfyUI
+    wait            enter only when the server answers; otherwise call wait_until_up() before the first request
     """
 
     def __init__(
-        self, base_directory: Path, *, port: int | None = None, arguments: tuple[str, ...] = ("--cpu",)
+        self,
+        base_directory: Path,
+        *,
+        port: int | None = None,
+        arguments: tuple[str, ...] = ("--cpu",),
+        wait: bool = True,
     ) -> None:
         self.base, self.port = base_directory, port or free_port()
         self.log = base_directory / "comfyui.log"
-        self._arguments = arguments
+        self._arguments, self._wait = arguments, wait
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -58,7 +67,8 @@ class ComfyServer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            self._wait_until_up(seconds=300)
+            if self._wait:
+                self.wait_until_up()
         except BaseException:
             self.stop()
             raise
@@ -67,7 +77,8 @@ class ComfyServer:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def _wait_until_up(self, seconds: float) -> None:
+    def wait_until_up(self, seconds: float = 300) -> None:
+        """Return when the server answers. Raises ServerError if it ends or does not answer in time."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -83,6 +94,7 @@ class ComfyServer:
         raise ServerError(f"ComfyUI did not answer within {seconds:.0f} s:\n{self.log_tail()}")
 
     def stop(self) -> None:
+        """End the process, by force if it does not end by itself within 20 seconds."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -92,16 +104,18 @@ class ComfyServer:
                 self.process.wait()
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of what ComfyUI printed."""
+        """Return the last lines that ComfyUI printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def get(self, path: str, **query: str) -> Any:
+        """Fetch a path; JSON is decoded, other content comes as bytes."""
         url = f"{self.address}{path}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
         with urllib.request.urlopen(url, timeout=30) as answer:
             body = answer.read()
         return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send JSON and return the decoded answer. Raises ServerError if the server refuses it."""
         request = urllib.request.Request(
             f"{self.address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -112,12 +126,12 @@ class ComfyServer:
             raise ServerError(f"{path} was refused: {error.read().decode(errors='replace')}") from None
         return json.loads(content) if content else None
 
-    def queue(self, graph: Graph) -> str:
-        """Queue an API-format graph; returns its prompt id. Raises ServerError with ComfyUI's validation messages."""
+    def queue(self, graph: ApiGraph) -> str:
+        """Queue a graph and return its prompt id. Raises ServerError with ComfyUI's validation messages."""
         return str(self.post("/prompt", {"prompt": graph})["prompt_id"])
 
     def wait(self, prompt_id: str, seconds: float = 600) -> dict[str, Any]:
-        """The prompt's history entry. Raises ServerError with the node's message if it failed."""
+        """Wait for a prompt and return its history entry. Raises ServerError with the node's message if it failed."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
@@ -132,7 +146,7 @@ class ComfyServer:
         raise ServerError(f"Prompt {prompt_id} was not finished within {seconds:.0f} s:\n{self.log_tail()}")
 
     def images(self, entry: Mapping[str, Any]) -> list[Image.Image]:
-        """Every image that the prompt saved, in the order of its nodes."""
+        """Fetch every image that the prompt saved, in the order of its nodes."""
         pictures = []
         for output in entry["outputs"].values():
             for item in output.get("images", []):
@@ -140,6 +154,6 @@ class ComfyServer:
                 pictures.append(Image.open(io.BytesIO(data)).convert("RGB"))
         return pictures
 
-    def run(self, graph: Graph) -> list[Image.Image]:
-        """Queue, wait, fetch."""
+    def run(self, graph: ApiGraph) -> list[Image.Image]:
+        """Queue a graph, wait for it, and fetch its images."""
         return self.images(self.wait(self.queue(graph)))

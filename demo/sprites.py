@@ -1,6 +1,6 @@
-"""Recipe step 1: pick distinct Noto Color Emoji and write them as one RGBA atlas (demo/assets/sprites.webp + objects.json).
+"""Recipe step 1: choose distinct Noto Color Emoji and write demo/assets/sprites.webp (an RGBA atlas) and objects.json.
 
-Needs the font file (Debian and Ubuntu: package `fonts-noto-color-emoji`); everything later needs only the atlas.
+Needs the font file (Debian and Ubuntu: package `fonts-noto-color-emoji`); all later steps need only the atlas.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_STRIKE = 109  # the one bitmap size that the font carries
+FONT_STRIKE = 109  # pixels: the only bitmap size in the font
 OBJECTS = 300
 CELL = 96  # pixels of a sprite in the atlas
 COLUMNS = 20
 
-# Blocks of Unicode whose emoji are things: weather, plants, food, celebration, sport, animals, objects, transport.
+# Unicode ranges whose emoji are things: weather, plants, food, celebration, sport, animals, objects, transport.
 RANGES = [
     (0x1F308, 0x1F320), (0x1F32D, 0x1F37F), (0x1F380, 0x1F393), (0x1F396, 0x1F3C6), (0x1F3D0, 0x1F3D3),
     (0x1F3E0, 0x1F3F0), (0x1F3F8, 0x1F43F), (0x1F451, 0x1F462), (0x1F488, 0x1F488), (0x1F48D, 0x1F490),
@@ -28,7 +28,7 @@ RANGES = [
     (0x1F940, 0x1F96F), (0x1F97E, 0x1F9AE), (0x1F9BA, 0x1F9CB), (0x1F9E0, 0x1F9FF), (0x1FA70, 0x1FAAF),
     (0x2600, 0x2615), (0x26BD, 0x26C5), (0x26F2, 0x26FD), (0x2693, 0x2699), (0x2708, 0x2709),
 ]  # fmt: skip
-# Signs, not things; or names that say nothing of what is seen.
+# Signs rather than things, or names that do not say what the emoji shows.
 LEFT_OUT = (
     "SIGN", "SYMBOL", "TROPHY AND", "NO ", "DO NOT", "PEDESTRIAN", "POTABLE", "RESTROOM", "PASSPORT", "CUSTOMS",
     "BAGGAGE", "LEFT LUGGAGE", "MENS", "WOMENS", "BABY", "SHOWER", "CHILDREN", "PAW PRINTS", "HEAVY", "PUT LITTER",
@@ -57,14 +57,14 @@ WORDS_LEFT_OUT = {
 
 
 def caption_name(character: str) -> str:
-    """A short lower-case name from Unicode's: 'HOT BEVERAGE' -> 'hot beverage'. Colour words go: captions use them."""
+    """Shorten a character's Unicode name: 'HOT BEVERAGE' -> 'hot beverage'. Colour words are left to the backgrounds."""
     words = unicodedata.name(character).lower().replace("-", " ").split()
     return " ".join(word for word in words if word not in WORDS_LEFT_OUT)
 
 
 def candidates(font: ImageFont.FreeTypeFont) -> list[tuple[str, Image.Image]]:
-    """(name, square RGBA sprite of CELL pixels) of every emoji in RANGES that the font draws in colour."""
-    found: dict[str, Image.Image] = {}
+    """Return name and square RGBA sprite (CELL pixels) of every emoji in RANGES that the font draws in colour."""
+    sprites: dict[str, Image.Image] = {}
     for first, last in RANGES:
         for code in range(first, last + 1):
             character = chr(code)
@@ -83,12 +83,12 @@ def candidates(font: ImageFont.FreeTypeFont) -> list[tuple[str, Image.Image]]:
             premultiplied = square.convert("RGBa").resize((CELL, CELL), Image.Resampling.LANCZOS)
             caption = caption_name(character)
             if caption and len(caption.split()) <= 3:
-                found.setdefault(caption, premultiplied.convert("RGBA"))
-    return list(found.items())
+                sprites.setdefault(caption, premultiplied.convert("RGBA"))
+    return list(sprites.items())
 
 
 def most_distinct(sprites: list[tuple[str, Image.Image]], count: int) -> list[int]:
-    """Indices of `count` sprites, dropping one of the most alike pair again and again (shape and colour at 24 px)."""
+    """Return indices of `count` sprites: one of the most similar pair (at 24 pixels) is dropped again and again."""
     small = np.stack([np.asarray(s.convert("RGBa").resize((24, 24)), dtype=np.float32).ravel() for _, s in sprites])
     squared = (small**2).sum(1)
     distance = squared[:, None] + squared[None] - 2 * small @ small.T

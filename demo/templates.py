@@ -1,10 +1,10 @@
-"""The example workflows: each made from its graph, drawn, painted for its thumbnail.
+"""Generate the files of the example workflows from demo/template_graphs.py.
 
     python -m demo.templates            # all of them, in a ComfyUI of its own with the demo's models
-    python -m demo.templates NAME …     # some
+    python -m demo.templates NAME …     # some of them
 
-Writes example_workflows/NAME.json (what the template browser opens), api/NAME.json (its twin, which /prompt takes) and
-NAME.jpg. What a template is made of stands in demo/template_graphs.py.
+Writes example_workflows/NAME.json (for the template browser), api/NAME.json (the same workflow for /prompt) and NAME.jpg
+(its thumbnail, painted by the workflow).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 
 from PIL import Image
 
-from demo.run import convert, lay_out
-from demo.server import ComfyServer, Graph
+from demo.models import add_models, convert_teacher
+from demo.server import ApiGraph, ComfyServer
 from demo.template_graphs import TEMPLATES, Template
 from tools.host import ROOT
 
-FOLDER = ROOT / "example_workflows"
-PROJECT = "dense2moe-flux"
-GAP = 40
-WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "SaveImage": 320, "PreviewImage": 320, "MarkdownNote": 340}
-PICTURE = {"SaveImage": 280, "PreviewImage": 280, "D2MExpertMap": 720}  # height of what a node shows
-ROW, TITLE, TEXT_BOX = 26, 40, 110
-THUMBNAIL = 256
+_FOLDER = ROOT / "example_workflows"
+_PROJECT = "dense2moe-flux"
+_GAP = 40
+_WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "SaveImage": 320, "PreviewImage": 320, "MarkdownNote": 340}
+_PICTURE = {"SaveImage": 280, "PreviewImage": 280, "D2MExpertMap": 720}  # height of what a node shows
+_ROW, _TITLE, _TEXT_BOX = 26, 40, 110
+_THUMBNAIL = 256
 
 
 def specification(info: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Inputs of a node by name, in the order in which it shows them."""
+    """Return the inputs of a node by name, in the order in which the node shows them."""
     sections: Mapping[str, Any] = info["input"]
     inputs = {**sections.get("required", {}), **sections.get("optional", {})}
     order = [name for section in ("required", "optional") for name in info["input_order"].get(section, [])]
@@ -41,6 +41,7 @@ def specification(info: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def is_widget(given: list[Any]) -> bool:
+    """Return whether the node shows this input as a widget rather than as a socket."""
     options = given[1] if len(given) > 1 else {}
     typed = given[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput")
     return isinstance(given[0], list) or typed
@@ -50,35 +51,35 @@ def type_of(given: list[Any]) -> str:
     return "COMBO" if isinstance(given[0], list) else str(given[0])
 
 
-def columns(graph: Graph) -> dict[str, int]:
-    """By node how many stand before it at most."""
-    found: dict[str, int] = {}
+def columns(graph: ApiGraph) -> dict[str, int]:
+    """Return the column of each node: the length of the longest chain of nodes before it."""
+    column: dict[str, int] = {}
 
     def depth(name: str) -> int:
-        if name not in found:
+        if name not in column:
             before = [value[0] for value in graph[name]["inputs"].values() if isinstance(value, list)]
-            found[name] = 1 + max(map(depth, before), default=-1)
-        return found[name]
+            column[name] = 1 + max(map(depth, before), default=-1)
+        return column[name]
 
     for name in graph:
         depth(name)
-    return found
+    return column
 
 
 def width_of(class_type: str) -> int:
-    return WIDTHS.get(class_type, 340)
+    return _WIDTHS.get(class_type, 340)
 
 
 def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
-    """A workflow as the frontend saves it. `known`: /object_info."""
+    """Lay out a workflow as the frontend saves it. `known`: the answer of /object_info."""
     graph = template.graph
-    at = columns(graph)
+    column_of = columns(graph)
     links: list[list[Any]] = []
     nodes: list[dict[str, Any]] = []
     heights: dict[int, int] = {}
     widths = [
-        max(width_of(graph[name]["class_type"]) for name in graph if at[name] == column)
-        for column in range(1 + max(at.values()))
+        max(width_of(graph[name]["class_type"]) for name in graph if column_of[name] == column)
+        for column in range(1 + max(column_of.values()))
     ]
     outputs: dict[tuple[str, int], list[int]] = {}
     for name, node in graph.items():
@@ -91,13 +92,13 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
                 entry["widget"] = {"name": key}
                 options = given[1] if len(given) > 1 else {}
                 if isinstance(value, list):
-                    raise ValueError(f"{template.name}: {name}.{key} is a widget, and is given a link.")
+                    raise ValueError(f"{template.name}: the widget {name}.{key} cannot have a link.")
                 values.append(value)
                 if options.get("control_after_generate"):
                     values.append("fixed")
                 if options.get("image_upload"):
                     values.append("image")
-                box += TEXT_BOX if options.get("multiline") else ROW
+                box += _TEXT_BOX if options.get("multiline") else _ROW
             elif isinstance(value, list):
                 links.append([len(links) + 1, int(value[0]), value[1], int(name), slot, type_of(given)])
                 entry["link"] = len(links)
@@ -105,16 +106,16 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
             inputs.append(entry)
         kind = node["class_type"]
         sockets = max(sum("widget" not in entry for entry in inputs), len(info["output"]))
-        height = TITLE + ROW * sockets + box + PICTURE.get(kind, 0)
-        column = at[name]
+        height = _TITLE + _ROW * sockets + box + _PICTURE.get(kind, 0)
+        column = column_of[name]
         top = heights.get(column, 60)
-        heights[column] = top + height + GAP + 30
+        heights[column] = top + height + _GAP + 30
         nodes.append(
             {
-                "id": int(name), "type": kind, "pos": [GAP + sum(widths[:column]) + GAP * column, top],
+                "id": int(name), "type": kind, "pos": [_GAP + sum(widths[:column]) + _GAP * column, top],
                 "size": [width_of(kind), height], "flags": {}, "order": len(nodes), "mode": 0,
                 "inputs": inputs, "outputs": list(enumerate(zip(info["output_name"], info["output"], strict=True))),
-                "properties": {"Node name for S&R": kind, "cnr_id": PROJECT if kind.startswith("D2M") else "comfy-core"},
+                "properties": {"Node name for S&R": kind, "cnr_id": _PROJECT if kind.startswith("D2M") else "comfy-core"},
                 "widgets_values": values,
             }
         )  # fmt: skip
@@ -135,12 +136,12 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def thumbnail(images: list[Image.Image], file: Path) -> None:
-    """The last picture that the workflow saved, in a square."""
+    """Write the last picture that the workflow saved, in a square."""
     picture = images[-1]
-    size = THUMBNAIL / max(picture.size)
+    size = _THUMBNAIL / max(picture.size)
     small = picture.resize((round(picture.width * size), round(picture.height * size)), Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (32, 32, 36))
-    square.paste(small, ((THUMBNAIL - small.width) // 2, (THUMBNAIL - small.height) // 2))
+    square = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), (32, 32, 36))
+    square.paste(small, ((_THUMBNAIL - small.width) // 2, (_THUMBNAIL - small.height) // 2))
     square.save(file, quality=88)
 
 
@@ -157,17 +158,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base = arguments.models or Path(temporary)
         if arguments.models is None:
-            convert(base)
-        lay_out(base)
+            convert_teacher(base)
+        add_models(base)
         with ComfyServer(base) as server:
             known = server.get("/object_info")
             for template in TEMPLATES:
                 if arguments.names and template.name not in arguments.names:
                     continue
-                write_json(FOLDER / f"{template.name}.json", drawn(template, known))
-                write_json(FOLDER / "api" / f"{template.name}.json", template.graph)
+                write_json(_FOLDER / f"{template.name}.json", drawn(template, known))
+                write_json(_FOLDER / "api" / f"{template.name}.json", template.graph)
                 if not arguments.no_pictures:
-                    thumbnail(server.run(template.graph), FOLDER / f"{template.name}.jpg")
+                    thumbnail(server.run(template.graph), _FOLDER / f"{template.name}.jpg")
                 print(template.name, flush=True)
 
 

@@ -1,11 +1,11 @@
-"""Recipe step 3: train the emoji FLUX (flow matching), then distil guidance into it as FLUX.1 dev has it.
+"""Recipe step 3: train the emoji FLUX (flow matching), then distil guidance into it, as in FLUX.1 dev.
 
     python -m demo.train flow     --out runs/flux --autoencoder runs/autoencoder/autoencoder.safetensors
     python -m demo.train guidance --out runs/flux
     python -m demo.train export   --out runs/flux
 
 The model is diffusers' FluxTransformer2DModel; the export has BFL's key names. Both phases write a checkpoint every few
-minutes and go on from it when they are started again.
+minutes, and continue from it when they are started again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from demo import prompt_encoder
-from demo.autoencoder import Autoencoder
-from demo.dataset import COLOURS, POSITIONS, TEMPLATES, Picture, every_training_picture, objects, render
+from demo.autoencoder import TinyAutoencoder
+from demo.dataset import CAPTION_TEMPLATES, COLOURS, POSITIONS, Picture, every_training_picture, objects, render
 from demo.muon import Muon
 from demo.prompt_encoder import WIDTH, PromptEncoder, words_of
 
@@ -37,23 +36,25 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 
 @dataclass(kw_only=True, slots=True)
-class Settings:
+class PhaseSettings:
+    """Settings of one phase of the training."""
+
     steps: int
-    until: int  # stop here, as if interrupted
+    until: int  # step to stop at, as if interrupted
     batch: int
     learning_rate: float
-    decay_steps: int  # the last so many steps bring the learning rate to zero
-    ema: float  # share of the average that stays at every step
+    decay_steps: int  # number of last steps over which the learning rate falls to zero
+    ema: float  # share of the weights' average that each step keeps
     checkpoint_every: int = 250
     snapshot_every: int = 1000
     warmup: int = 50
     prompt_dropout: float = 0.1
-    shift: float = 2.0  # of the timestep distribution, towards noise
-    start: Path | None = None  # folder of an exported model to begin with
+    shift: float = 2.0  # shift of the timestep distribution towards noise
+    start: Path | None = None  # folder of an exported model to start from
 
 
-def new_transformer() -> FluxTransformer2DModel:
-    """FLUX.1 dev's architecture at hidden size 128; modulations and output start at zero (DiT's adaLN-zero)."""
+def new_emoji_flux() -> FluxTransformer2DModel:
+    """Make a FLUX.1 dev with hidden size 128. Modulations and output start at zero (DiT's adaLN-zero)."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -78,33 +79,33 @@ def new_transformer() -> FluxTransformer2DModel:
 
 
 def vocabulary() -> list[str]:
-    """Every word of every caption."""
-    words = {word for name in (*objects(), *COLOURS, *POSITIONS, *TEMPLATES) for word in words_of(name)}
+    """Return every word that a caption can have."""
+    words = {word for name in (*objects(), *COLOURS, *POSITIONS, *CAPTION_TEMPLATES) for word in words_of(name)}
     return sorted(words - {"object", "position", "colour"})
 
 
-def to_tokens(latents: Tensor) -> Tensor:
-    """[B, 16, 2h, 2w] -> [B, h*w, 64]: FLUX's 2 x 2 patches."""
+def patchify(latents: Tensor) -> Tensor:
+    """Turn latents into tokens of FLUX's 2 x 2 patches: [B, 16, 2h, 2w] -> [B, h*w, 64]."""
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
-def to_latents(tokens: Tensor, height: int) -> Tensor:
-    """Inverse of to_tokens; `height` in tokens."""
+def unpatchify(tokens: Tensor, height: int) -> Tensor:
+    """Turn tokens back into latents, the inverse of patchify; `height` in tokens."""
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=2, q=2)
 
 
 def image_ids(height: int, width: int) -> Tensor:
-    """[h*w, 3] rotary positions of image tokens."""
+    """Return the rotary positions of image tokens, [h*w, 3]."""
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
     ids[..., 2] = torch.arange(width)[None]
     return ids.flatten(0, 1)
 
 
-def velocity(
+def predict_velocity(
     transformer: nn.Module, tokens: Tensor, t: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor
 ) -> Tensor:
-    """The model's velocity (noise - image) for square images; t and guidance [B]."""
+    """Return the velocity (noise - image) that the model predicts for square images; t and guidance are [B]."""
     side = round(tokens.shape[1] ** 0.5)
     return transformer(
         hidden_states=tokens,
@@ -125,18 +126,23 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__
 
 @contextlib.contextmanager
 def fast_on_cpu() -> Iterator[None]:
-    """bf16 autocast, and attention as two matrix products: at 76 tokens the CPU's flash kernel is slower."""
-    attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _plain_attention)
-    with attention, torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # weights change within
-        yield
+    """Use bf16 autocast, and attention as two matrix products: with 76 tokens the CPU's flash kernel is slower."""
+    functions = torch.nn.functional
+    original = functions.scaled_dot_product_attention
+    functions.scaled_dot_product_attention = _plain_attention
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # the weights change meanwhile
+            yield
+    finally:
+        functions.scaled_dot_product_attention = original
 
 
 @torch.no_grad()
 def latent_cache(file: Path, autoencoder_file: Path) -> tuple[Tensor, list[Picture]]:
-    """Latents [N, 16, 16, 16] float16 of every training combination, made once."""
+    """Return latents [N, 16, 16, 16], float16, and the pictures of every training combination; encode them once."""
     pictures = every_training_picture(np.random.default_rng(1))
     if not file.exists():
-        autoencoder = Autoencoder.load(autoencoder_file)
+        autoencoder = TinyAutoencoder.load(autoencoder_file)
         autoencoder.tiny.to(memory_format=torch.channels_last)
         parts = []
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -150,7 +156,7 @@ def latent_cache(file: Path, autoencoder_file: Path) -> tuple[Tensor, list[Pictu
 
 
 def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
+    """Return Muon for the matrices of the blocks, and AdamW for all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -163,37 +169,42 @@ def optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optim
 
 
 class Student(nn.Module):
-    """The two parts that train together."""
+    """Transformer and prompt encoder, which are trained together."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer = new_transformer()
+        self.transformer = new_emoji_flux()
         self.prompts = PromptEncoder(vocabulary())
 
     def start_from(self, assets: Path) -> None:
-        """Take the weights of an exported emoji FLUX and its prompt encoder."""
+        """Load the weights of an exported emoji FLUX and of its prompt encoder."""
         from d2m_model.hosts.diffusers import load_transformer
 
         self.transformer.load_state_dict(
             load_transformer(assets / "emoji-flux.safetensors", torch.float32).state_dict()
         )
-        self.prompts.load_state_dict(prompt_encoder.load(assets / "prompt-encoder.safetensors").state_dict())
+        self.prompts.load_state_dict(
+            prompt_encoder.load_prompt_encoder(assets / "prompt-encoder.safetensors").state_dict()
+        )
 
 
-def learning_rate_at(step: int, settings: Settings) -> float:
-    """Warm up, stay, and fall to zero over the last `decay_steps`."""
+def learning_rate_at(step: int, settings: PhaseSettings) -> float:
+    """Return the learning rate of a step: warm-up, constant, then a fall to zero over the last `decay_steps`."""
     left = (settings.steps - step) / max(1, settings.decay_steps)
     return settings.learning_rate * min(1.0, (step + 1) / settings.warmup, left)
 
 
 def timesteps(count: int, shift: float) -> Tensor:
-    """Logit-normal in (0, 1), moved towards noise as FLUX does for larger images."""
+    """Draw timesteps from a logit-normal distribution in (0, 1), shifted towards noise as FLUX does for large images."""
     t = torch.sigmoid(torch.randn(count))
     return shift * t / (1 + (shift - 1) * t)
 
 
-def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> None:
-    """Run a phase from its last checkpoint on. `flow`: data; `guidance`: the flow model under classifier-free guidance."""
+def train_phase(phase: str, out: Path, settings: PhaseSettings, autoencoder_file: Path) -> None:
+    """Run a phase, from its last checkpoint if it has one.
+
+    `flow` learns from data, `guidance` from the flow model under classifier-free guidance.
+    """
     torch.manual_seed(0)
     student, average = Student(), Student()
     optimizer_list = optimizers(student, settings.learning_rate)
@@ -226,9 +237,9 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
             teacher.transformer.compile_repeated_blocks()
         for step in range(first_step, settings.until):
             chosen = generator.integers(len(pictures), size=settings.batch)
-            captions = [pictures[i].caption(int(generator.integers(len(TEMPLATES)))) for i in chosen]
+            captions = [pictures[i].caption(int(generator.integers(len(CAPTION_TEMPLATES)))) for i in chosen]
             words = student.prompts.tokens(captions)
-            image = to_tokens(latents[torch.from_numpy(chosen)].float())
+            image = patchify(latents[torch.from_numpy(chosen)].float())
             t, noise = timesteps(settings.batch, settings.shift), torch.randn_like(image)
             noisy = torch.lerp(image, noise, t[:, None, None])
             if phase == "flow":
@@ -238,7 +249,7 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
                 guidance = torch.empty(settings.batch).uniform_(*GUIDANCE_RANGE)
                 target = guided(teacher, noisy, t, words, guidance)
             context, pooled = student.prompts(words)
-            prediction = velocity(student.transformer, noisy, t, context, pooled, guidance)
+            prediction = predict_velocity(student.transformer, noisy, t, context, pooled, guidance)
             loss = (prediction.float() - target).square().mean()
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -269,14 +280,16 @@ def train(phase: str, out: Path, settings: Settings, autoencoder_file: Path) -> 
 
 @torch.no_grad()
 def guided(teacher: Student, noisy: Tensor, t: Tensor, words: Tensor, guidance: Tensor) -> Tensor:
-    """Classifier-free guidance: uncond + g (cond - uncond), per sample."""
+    """Return the teacher's velocity under classifier-free guidance, uncond + g (cond - uncond), per sample."""
     context, pooled = teacher.prompts(torch.cat([words, torch.zeros_like(words)]))
-    flow = velocity(teacher.transformer, noisy.repeat(2, 1, 1), t.repeat(2), context, pooled, torch.ones(len(pooled)))
+    flow = predict_velocity(
+        teacher.transformer, noisy.repeat(2, 1, 1), t.repeat(2), context, pooled, torch.ones(len(pooled))
+    )
     conditional, unconditional = flow.float().chunk(2)
     return torch.lerp(unconditional, conditional, guidance[:, None, None])
 
 
-def export(out: Path, phase: str, assets: Path) -> None:
+def export_assets(out: Path, phase: str, assets: Path) -> None:
     """Write the averaged weights: emoji-flux.safetensors (bf16, BFL keys) and prompt-encoder.safetensors (fp16)."""
     from safetensors.torch import save_file
 
@@ -304,20 +317,20 @@ def main() -> None:
     parser.add_argument(
         "--autoencoder", type=Path, default=Path(__file__).parent / "assets" / "autoencoder.safetensors"
     )
-    parser.add_argument("--steps", type=int, help="at which the learning rate has fallen to zero")
+    parser.add_argument("--steps", type=int, help="step at which the learning rate has fallen to zero")
     parser.add_argument("--until", type=int, help="stop after this step (default: --steps)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--decay-steps", type=int)
-    parser.add_argument("--start", type=Path, help="`flow` begins with the exported model in this folder")
-    parser.add_argument("--from-phase", default="guidance", help="which checkpoint `export` writes")
+    parser.add_argument("--start", type=Path, help="folder of an exported model from which `flow` starts")
+    parser.add_argument("--from-phase", default="guidance", help="phase whose checkpoint `export` writes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.phase == "export":
-        return export(arguments.out, arguments.from_phase, arguments.assets)
+        return export_assets(arguments.out, arguments.from_phase, arguments.assets)
     flow = arguments.phase == "flow"
     steps, rate, decay = (3700, 2e-3, 1300) if flow else (250, 1e-3, 200)
-    settings = Settings(
+    settings = PhaseSettings(
         steps=arguments.steps or steps,
         until=arguments.until or arguments.steps or steps,
         batch=arguments.batch,
@@ -326,7 +339,7 @@ def main() -> None:
         ema=0.998 if flow else 0.98,
         start=arguments.start,
     )
-    train(arguments.phase, arguments.out, settings, arguments.autoencoder)
+    train_phase(arguments.phase, arguments.out, settings, arguments.autoencoder)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ class EmojiPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str, guidance: float) -> io.NodeOutput:
-        from ..demo.prompt_encoder import load, pieces_of
+        from ..demo.prompt_encoder import load_prompt_encoder, padded_words
 
         if not ENCODER.is_file():
             raise FileNotFoundError(f"{ENCODER} is missing. It comes with ComfyUI-Dense2MoE: install the pack again.")
-        context, pooled = load(ENCODER).encode([text])
-        rest = {"pooled_output": pooled, "guidance": guidance, PIECES_KEY: pieces_of(text)}
+        context, pooled = load_prompt_encoder(ENCODER).encode([text])
+        rest = {"pooled_output": pooled, "guidance": guidance, PIECES_KEY: padded_words(text)}
         return io.NodeOutput([[context, rest]])

@@ -42,7 +42,7 @@ class EmojiTextEncoders:
     def __init__(self, assets: Path | None = None) -> None:
         file = asset("prompt-encoder", assets)
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-        self.encoder = _demo("prompt_encoder").load(file)
+        self.encoder = _demo("prompt_encoder").load_prompt_encoder(file)
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         context, pooled = self.encoder.encode(list(prompts))
@@ -58,7 +58,7 @@ class EmojiAutoencoder:
     def __init__(self, assets: Path | None = None) -> None:
         file = asset("autoencoder", assets)
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-        self.autoencoder = _demo("autoencoder").Autoencoder.load(file)
+        self.autoencoder = _demo("autoencoder").TinyAutoencoder.load(file)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class EmojiData:
             latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
         else:
             pictures, latents = self.pool.chosen(places(self.pool.count, index * size, size, (seed,)))
-        templates = generator.integers(len(self.dataset.TEMPLATES), size=size)
+        templates = generator.integers(len(self.dataset.CAPTION_TEMPLATES), size=size)
         captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
         context, pooled, words = self.encode_prompts(captions)
         guidance = torch.from_numpy(generator.uniform(*self.guidance, size))

@@ -10,7 +10,7 @@ from typing import Any
 
 from playwright.sync_api import ConsoleMessage, Page, Response, expect
 
-from demo.server import ComfyServer, Graph
+from demo.server import ApiGraph, ComfyServer
 from tools.host import PACK_NAME
 
 Workflow = dict[str, Any]
@@ -46,7 +46,7 @@ class Comfy:
         settings = {
             "Comfy.VueNodes.Enabled": self.vue,
             "Comfy.TutorialCompleted": True,
-            "Comfy.Graph.CanvasInfo": False,
+            "Comfy.ApiGraph.CanvasInfo": False,
             "Comfy.Workflow.Persist": True,
         }
         self.server.post("/settings", settings)
@@ -92,7 +92,7 @@ class Comfy:
         self.js("workflow => app.loadGraphData(workflow)", workflow)
         self._wait_for_nodes(len(workflow["nodes"]))
 
-    def build(self, graph: Graph) -> None:
+    def build(self, graph: ApiGraph) -> None:
         """Draw an API graph; nodes keep their ids, and seeds stay."""
         self.js(
             """graph => {

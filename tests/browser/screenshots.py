@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from demo.run import CONVERTED, OUT, lay_out
+from demo.models import CONVERTED, OUT, add_models
 from demo.server import ComfyServer
 from tests.browser.driver import Comfy
 from tools import browser as chromium
@@ -51,7 +51,7 @@ def screenshot(page: Comfy, workflow: str) -> Image.Image:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        lay_out(base)
+        add_models(base)
         shutil.copyfile(OUT / CONVERTED, base / "models" / "diffusion_models" / CONVERTED)
         with ComfyServer(base) as server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium.needed(), args=["--no-sandbox"])

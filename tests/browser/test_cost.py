@@ -7,7 +7,7 @@ from typing import Any
 
 from playwright.sync_api import expect
 
-from demo.server import Graph
+from demo.server import ApiGraph
 from tests.browser.driver import Comfy
 
 FILE = "emoji-flux-moe.safetensors"
@@ -23,7 +23,7 @@ def top_k(model: str, k: int) -> dict[str, Any]:
     return node("D2MTopK", model=[model, 0], top_k=k, gate="as in the file", capacity=1.0)
 
 
-def graph() -> Graph:
+def graph() -> ApiGraph:
     return {
         "1": node("D2MLoadFluxMoE", model_name=FILE, weight_dtype="default"),
         "2": top_k("1", 2),
@@ -120,7 +120,7 @@ def test_under_a_schedule_the_readout_gives_the_span(comfy: Comfy) -> None:
 
 def test_what_a_conversion_costs_is_known_when_it_has_run(comfy: Comfy) -> None:
     conversion = str(next(UNUSED))  # the server remembers what a node of an earlier test gave
-    drawn: Graph = {
+    drawn: ApiGraph = {
         "1": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
         conversion: node(
             "D2MConvertFlux", model=["1", 0], preset="L", split_only=True, samples=1, steps=1, size=128, seed=0, top_k=2,

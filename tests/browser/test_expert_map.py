@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, expect
 
-from demo.server import Graph
+from demo.server import ApiGraph
 from tests.browser.driver import Comfy
 
 STEPS = 3
@@ -22,7 +22,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def graph(cfg: float = 1.0) -> Graph:
+def graph(cfg: float = 1.0) -> ApiGraph:
     return {
         "1": node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default"),
         "2": node("D2MTraceRouting", model=["1", 0]),
@@ -41,7 +41,7 @@ def graph(cfg: float = 1.0) -> Graph:
 OPTIONS = {"step": -1, "block": -1, "prompt": "positive", "opacity": 0.75, "numbers": True, "legend": True}
 
 
-def masked() -> Graph:
+def masked() -> ApiGraph:
     return {
         **graph(),
         "3": node("D2MExpertMask", model=["1", 0], mask=""),
@@ -49,7 +49,7 @@ def masked() -> Graph:
     }
 
 
-def compared() -> Graph:
+def compared() -> ApiGraph:
     """Top-K 1 beside the file's."""
     found = graph()
     return {

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import expect
 
-from demo.server import Graph
+from demo.server import ApiGraph
 from tests.browser.driver import Comfy
 
 STOP, STEPS = 3, 6  # the model stops in its third evaluation
@@ -24,7 +24,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def graph(top_k: int = TOP_K) -> Graph:
+def graph(top_k: int = TOP_K) -> ApiGraph:
     """Top-K on a model that stops under way."""
     return {
         "1": node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default"),

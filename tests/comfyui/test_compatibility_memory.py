@@ -17,7 +17,7 @@ import torch
 
 from d2m_model.config import CapacityRouter
 from demo.inside import Comfy
-from demo.server import ComfyServer, Graph
+from demo.server import ApiGraph, ComfyServer
 from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import DEVICE, GROUPS
@@ -174,7 +174,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ComfyServ
 
 
 def run(server: ComfyServer, index: int, top_k: int, active_blocks: int, mask: str, pieces: str) -> dict[str, Any]:
-    graph: Graph = {
+    graph: ApiGraph = {
         "moe": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default"),
         "k": node("D2MTopK", model=["moe", 0], top_k=top_k, gate="as in the file"),
         "blocks": node("D2MActiveBlocks", model=["k", 0], active_blocks=active_blocks, per_group=""),

@@ -16,7 +16,7 @@ from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter, adaln_rank_of, preset_groups
 from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
-from demo.server import ComfyServer, Graph, ServerError
+from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
 from tests.toys import files
 
@@ -169,7 +169,7 @@ def convert_node(**changes: Any) -> dict[str, Any]:
     return node("D2MConvertFlux", **given | changes)
 
 
-def graph_of(**changes: Any) -> Graph:
+def graph_of(**changes: Any) -> ApiGraph:
     """Load, convert, save."""
     return {
         "dense": node("UNETLoader", unet_name="dense.safetensors", weight_dtype="default"),
@@ -178,7 +178,7 @@ def graph_of(**changes: Any) -> Graph:
     }
 
 
-def saved(server: ComfyServer, graph: Graph) -> Path:
+def saved(server: ComfyServer, graph: ApiGraph) -> Path:
     (name,) = server.wait(server.queue(graph))["outputs"]["save"]["text"]
     return server.base / "output" / name
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demo.inside import Comfy
-from demo.prompt_encoder import TOKENS, WIDTH, PromptEncoder
+from demo.prompt_encoder import PROMPT_TOKENS, WIDTH, PromptEncoder
 
 
 def test_words_become_conditioning(host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_words_become_conditioning(host: Comfy, tmp_path: Path, monkeypatch: pyt
     PromptEncoder(["fox", "blue"]).save(file)
     monkeypatch.setattr(host.module("nodes.demo"), "ENCODER", file)
     ((context, rest),) = host.run("D2MEmojiPrompt", text="fox on blue", guidance=2.0)
-    assert context.shape == (1, TOKENS, WIDTH)
+    assert context.shape == (1, PROMPT_TOKENS, WIDTH)
     assert rest["pooled_output"].shape == (1, WIDTH)
     assert rest["guidance"] == 2.0
     ((other, _),) = host.run("D2MEmojiPrompt", text="blue fox", guidance=2.0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo.server import ComfyServer, Graph, ServerError
+from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.grouped import DIMS, GROUPS
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
 from tests.toys import files
@@ -44,9 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         yield running
 
 
-def graph_of(steps: int = 3, seed: int = 1, **controls: tuple[str, dict[str, Any]]) -> Graph:
+def graph_of(steps: int = 3, seed: int = 1, **controls: tuple[str, dict[str, Any]]) -> ApiGraph:
     """Controls in a chain behind the loader, and the image `image`."""
-    graph: Graph = {"loader": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default")}
+    graph: ApiGraph = {"loader": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default")}
     last = "loader"
     for name, (class_type, widgets) in controls.items():
         graph[name] = node(class_type, model=[last, 0], **widgets)
@@ -95,7 +95,7 @@ def until(server: ComfyServer, prompt: str, holds: Callable[[list], bool]) -> No
     raise AssertionError(f"The log did not come so far:\n{server.log_tail()}")
 
 
-def run_live(server: ComfyServer, graph: Graph, *moves: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+def run_live(server: ComfyServer, graph: ApiGraph, *moves: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     """Queue, move widgets of nodes one after the other while it samples, and wait."""
     prompt = server.queue(graph)
     until(server, prompt, lambda evaluations: len(evaluations) >= 2)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from d2m_model.tensor_file import TensorFile
-from demo.server import ComfyServer, Graph, ServerError
+from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.test_loading import WRONG, write_wrong
 from tests.toys import files
 from tools.host import PACK_NAME, ROOT
@@ -70,7 +70,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def sampling(graph: Graph, name: str, model: list, seed: int = 1, steps: int = 3, size: int = 128) -> None:
+def sampling(graph: ApiGraph, name: str, model: list, seed: int = 1, steps: int = 3, size: int = 128) -> None:
     """Add sampler, decoder and output to a graph: image `name`."""
     graph["conditioning"] = node("TinyConditioning", seed=1)
     graph["vae"] = node("VAELoader", vae_name="emoji-autoencoder.safetensors")
@@ -83,7 +83,7 @@ def sampling(graph: Graph, name: str, model: list, seed: int = 1, steps: int = 3
     graph[name] = node("SaveImage", images=[f"{name} image", 0], filename_prefix=name)
 
 
-def paint(server: ComfyServer, graph: Graph) -> dict[str, np.ndarray]:
+def paint(server: ComfyServer, graph: ApiGraph) -> dict[str, np.ndarray]:
     """Run; the images by the names of their SaveImage nodes."""
     entry = server.wait(server.queue(graph))
     found = {}
@@ -126,7 +126,7 @@ def test_the_example_workflow_paints(server: ComfyServer) -> None:
 
 
 def test_samplers_of_one_graph_have_their_own_top_k(server: ComfyServer) -> None:
-    graph: Graph = {
+    graph: ApiGraph = {
         "moe": node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default"),
         "stock loader": node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default"),
         "teacher": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default"),
@@ -147,7 +147,7 @@ def test_samplers_of_one_graph_have_their_own_top_k(server: ComfyServer) -> None
 
 
 def test_interrupt_and_queue_again(server: ComfyServer) -> None:
-    graph: Graph = {"moe": node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default")}
+    graph: ApiGraph = {"moe": node("UNETLoader", unet_name="emoji-flux-moe.safetensors", weight_dtype="default")}
     sampling(graph, "before", ["moe", 0], seed=3)
     before = paint(server, graph)["before"]
 
@@ -171,7 +171,7 @@ def test_interrupt_and_queue_again(server: ComfyServer) -> None:
 @pytest.mark.parametrize("kind", WRONG)
 def test_the_nodes_error_says_what_is_wrong(server: ComfyServer, kind: str) -> None:
     loader = node("D2MLoadFluxMoE", model_name=f"{kind}.safetensors", weight_dtype="default")
-    graph: Graph = {"moe": loader}
+    graph: ApiGraph = {"moe": loader}
     sampling(graph, "image", ["moe", 0])
     with pytest.raises(ServerError, match="D2MLoadFluxMoE") as error:
         server.run(graph)
@@ -189,7 +189,7 @@ def test_the_nodes_error_says_what_is_wrong(server: ComfyServer, kind: str) -> N
     ],
 )
 def test_top_k_says_what_is_wrong(server: ComfyServer, loader: dict, message: str) -> None:
-    graph: Graph = {"loader": loader, "k": node("D2MTopK", model=["loader", 0], top_k=13, gate="sum")}
+    graph: ApiGraph = {"loader": loader, "k": node("D2MTopK", model=["loader", 0], top_k=13, gate="sum")}
     sampling(graph, "image", ["k", 0])
     with pytest.raises(ServerError, match="D2MTopK") as error:
         server.run(graph)
@@ -223,14 +223,14 @@ def test_a_workflow_is_its_api_twin(server: ComfyServer, file: Path) -> None:
 
 def test_a_saved_flux_moe_is_offered_and_paints_the_same(server: ComfyServer) -> None:
     loader = node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default")
-    graph: Graph = {"moe": loader, "k": node("D2MTopK", model=["moe", 0], top_k=4, gate="as in the file")}
+    graph: ApiGraph = {"moe": loader, "k": node("D2MTopK", model=["moe", 0], top_k=4, gate="as in the file")}
     graph["save"] = node("D2MSaveFluxMoE", model=["k", 0], filename_prefix="diffusion_models/saved")
     sampling(graph, "image", ["k", 0])
     entry = server.wait(server.queue(graph))
     (name,) = entry["outputs"]["save"]["text"]
     assert name == "diffusion_models/saved_00001_.safetensors"
     (before,) = server.images({"outputs": {"image": entry["outputs"]["image"]}})
-    again: Graph = {"moe": node("D2MLoadFluxMoE", model_name="saved_00001_.safetensors", weight_dtype="default")}
+    again: ApiGraph = {"moe": node("D2MLoadFluxMoE", model_name="saved_00001_.safetensors", weight_dtype="default")}
     sampling(again, "again", ["moe", 0])
     assert np.array_equal(paint(server, again)["again"], np.asarray(before, np.int16))
     with TensorFile(server.base / "output" / name) as file:
@@ -238,7 +238,7 @@ def test_a_saved_flux_moe_is_offered_and_paints_the_same(server: ComfyServer) ->
 
 
 def test_the_save_node_says_what_is_wrong(server: ComfyServer) -> None:
-    graph: Graph = {"teacher": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default")}
+    graph: ApiGraph = {"teacher": node("UNETLoader", unet_name="teacher.safetensors", weight_dtype="default")}
     graph["save"] = node("D2MSaveFluxMoE", model=["teacher", 0], filename_prefix="diffusion_models/never")
     with pytest.raises(ServerError, match="this MODEL is a Flux without experts"):
         server.run(graph)
@@ -251,7 +251,7 @@ def test_a_file_that_is_gone_by_the_time_it_is_loaded_is_said(server: ComfyServe
     listed = server.get("/object_info/D2MLoadFluxMoE")["D2MLoadFluxMoE"]["input"]["required"]["model_name"]
     assert "leaving.safetensors" in json.dumps(listed)
     (models / "leaving.safetensors").write_bytes((models / "leaving.safetensors").read_bytes()[:-1])
-    graph: Graph = {"moe": node("D2MLoadFluxMoE", model_name="leaving.safetensors", weight_dtype="default")}
+    graph: ApiGraph = {"moe": node("D2MLoadFluxMoE", model_name="leaving.safetensors", weight_dtype="default")}
     sampling(graph, "image", ["moe", 0])
     with pytest.raises(ServerError, match="truncated or damaged"):
         server.run(graph)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from demo.server import ComfyServer, Graph, ServerError
+from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
 from tests.toys import files
 from tools.host import ROOT
@@ -39,8 +39,8 @@ def server_in(base: Path, *arguments: str) -> ComfyServer:
     return ComfyServer(base, arguments=("--cpu", *arguments))
 
 
-def graph_of(seed: int = 1, **widgets: Any) -> Graph:
-    graph: Graph = {
+def graph_of(seed: int = 1, **widgets: Any) -> ApiGraph:
+    graph: ApiGraph = {
         "loader": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default"),
         "tracing": node("D2MTraceRouting", model=["loader", 0]),
     }
@@ -59,7 +59,7 @@ def graph_of(seed: int = 1, **widgets: Any) -> Graph:
     return graph
 
 
-def run(server: ComfyServer, graph: Graph) -> tuple[str, dict[str, Any], set[str]]:
+def run(server: ComfyServer, graph: ApiGraph) -> tuple[str, dict[str, Any], set[str]]:
     """The id of the trace that the map shows, what the map said, and the nodes that ComfyUI took from its cache."""
     # As a page queues it: ComfyUI 0.18 repeats what a cached node said for a client alone.
     entry = server.wait(server.post("/prompt", {"prompt": graph, "client_id": "a page"})["prompt_id"])

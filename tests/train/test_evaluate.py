@@ -67,14 +67,17 @@ def test_images_lie_as_geneval_reads_them(evaluated: Path) -> None:
 
 def test_the_teacher_paints_what_the_demo_does_from_the_same_seeds(evaluated: Path) -> None:
     from d2m_model.hosts.diffusers import load_transformer
-    from demo.prompt_encoder import load
-    from demo.sample import sample
-    from demo.train import to_tokens
+    from demo.prompt_encoder import load_prompt_encoder
+    from demo.sample import sample_latents
+    from demo.train import patchify
 
-    model, encoder = load_transformer(TEACHER, torch.float32), load(ASSETS / "prompt-encoder.safetensors")
-    latents = sample(model, encoder, [prompts()[125].caption()], steps=2, seeds=[125])
+    model, encoder = (
+        load_transformer(TEACHER, torch.float32),
+        load_prompt_encoder(ASSETS / "prompt-encoder.safetensors"),
+    )
+    latents = sample_latents(model, encoder, [prompts()[125].caption()], steps=2, seeds=[125])
     kept = load_file(evaluated / "teacher" / "00125" / "latents" / "0000.safetensors")["tokens"]
-    torch.testing.assert_close(kept, to_tokens(latents)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept, patchify(latents)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_report_has_every_score_with_its_interval_and_the_paired_difference(evaluated: Path) -> None:

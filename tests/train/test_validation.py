@@ -157,12 +157,12 @@ def test_samples_are_those_of_diffusers_own_pipeline() -> None:
 
 
 def test_the_noise_of_an_image_depends_on_its_seed_alone_and_is_the_demos() -> None:
-    from demo.sample import noise_for as demo_noise
-    from demo.train import to_tokens
+    from demo.sample import emoji_noise as demo_noise
+    from demo.train import patchify
 
     ids = EmojiData().batch(0, 1, 0).image_ids_T3
     assert torch.equal(noise_for([7], ids, 64)[0], noise_for([3, 7], ids, 64)[1])
-    assert torch.equal(noise_for([3, 7], ids, 64), to_tokens(demo_noise([3, 7])))
+    assert torch.equal(noise_for([3, 7], ids, 64), patchify(demo_noise([3, 7])))
 
 
 @pytest.fixture(scope="module")

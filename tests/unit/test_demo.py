@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from d2m_model.checkpoint import dims_of
 from d2m_model.tensor_file import TensorFile
 from demo import dataset, prompt_encoder
-from demo.autoencoder import Autoencoder, held_out_psnr
+from demo.autoencoder import TinyAutoencoder, held_out_psnr
 from demo.muon import Muon
-from demo.sample import noise_for, sample, sigmas
+from demo.sample import emoji_noise, sample_latents, sigmas
 from demo.score import decode
 from demo.scorer import Scorer, ceiling, latent_distance
 from demo.template_graphs import TEMPLATES, Template
@@ -63,7 +63,7 @@ def test_assets_are_small_and_the_model_has_flux_dev_s_format() -> None:
 
 
 def test_the_autoencoder_restores_what_it_was_not_trained_on() -> None:
-    autoencoder = Autoencoder.load(ASSETS / "autoencoder.safetensors")
+    autoencoder = TinyAutoencoder.load(ASSETS / "autoencoder.safetensors")
     assert held_out_psnr(autoencoder.tiny) >= 26
     every_colour = [dataset.Picture(object=i, colour=i % 8, position=i % 5) for i in range(80)]
     latents = autoencoder.encode(torch.stack([dataset.render(picture) for picture in every_colour]))
@@ -73,7 +73,7 @@ def test_the_autoencoder_restores_what_it_was_not_trained_on() -> None:
 
 
 def test_the_autoencoder_file_survives_a_round_trip(tmp_path: Path) -> None:
-    Autoencoder.load(ASSETS / "autoencoder.safetensors").save(tmp_path / "copy.safetensors")
+    TinyAutoencoder.load(ASSETS / "autoencoder.safetensors").save(tmp_path / "copy.safetensors")
     first, second = load_file(ASSETS / "autoencoder.safetensors"), load_file(tmp_path / "copy.safetensors")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -81,10 +81,10 @@ def test_the_autoencoder_file_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_prompt_encoder_tells_prompts_apart_and_takes_any_text() -> None:
-    encoder = prompt_encoder.load(ASSETS / "prompt-encoder.safetensors")
+    encoder = prompt_encoder.load_prompt_encoder(ASSETS / "prompt-encoder.safetensors")
     texts = ["fox in the left on blue", "fox in the left on red", "", "words it never saw " * 20]
     context, pooled = encoder.encode(texts)
-    assert context.shape == (4, prompt_encoder.TOKENS, prompt_encoder.WIDTH)
+    assert context.shape == (4, prompt_encoder.PROMPT_TOKENS, prompt_encoder.WIDTH)
     assert torch.isfinite(context).all()
     distance = torch.cdist(pooled, pooled) + 1e9 * torch.eye(4)
     assert float(distance.min()) > 0.1
@@ -93,7 +93,7 @@ def test_the_prompt_encoder_tells_prompts_apart_and_takes_any_text() -> None:
 def test_a_file_that_is_no_prompt_encoder_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"has no vocabulary.*expected a prompt encoder"):
-        prompt_encoder.load(tmp_path / "other.safetensors")
+        prompt_encoder.load_prompt_encoder(tmp_path / "other.safetensors")
 
 
 def test_the_scorer_knows_real_renders_and_is_not_fooled_by_others() -> None:
@@ -119,7 +119,7 @@ def test_the_sampler_runs_comfyui_s_schedule() -> None:
 
 
 def test_noise_depends_on_the_seed_alone() -> None:
-    assert torch.equal(noise_for([3, 4])[1], noise_for([4])[0])
+    assert torch.equal(emoji_noise([3, 4])[1], emoji_noise([4])[0])
 
 
 def test_the_batched_muon_steps_as_torch_s_does() -> None:
@@ -144,9 +144,9 @@ def test_the_emoji_flux_paints_what_it_is_asked_for() -> None:
 
     chosen = dataset.prompts()[5::10]
     transformer = load_transformer(ASSETS / "emoji-flux.safetensors", torch.float32).eval()
-    encoder = prompt_encoder.load(ASSETS / "prompt-encoder.safetensors")
+    encoder = prompt_encoder.load_prompt_encoder(ASSETS / "prompt-encoder.safetensors")
     prompts = [picture.caption() for picture in chosen]
-    latents = sample(transformer, encoder, prompts, steps=20, seeds=range(5, 500, 10))
+    latents = sample_latents(transformer, encoder, prompts, steps=20, seeds=range(5, 500, 10))
     scores = Scorer().score(decode(latents), chosen)
     assert scores["colour"] >= 0.98, scores
     assert scores["position"] >= 0.98, scores

@@ -15,7 +15,7 @@ from d2m_model.conversion.block_routers import random_block_routers_of
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from d2m_train.__main__ import main
 from demo import dataset, prompt_encoder
-from demo.sample import sample
+from demo.sample import sample_latents
 from demo.scorer import latent_distance
 
 TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
@@ -24,9 +24,9 @@ PAPER = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
 
 def paint(model: nn.Module) -> Tensor:
     """Latents of twelve prompts from the same noise, in few steps."""
-    encoder = prompt_encoder.load(dataset.ASSETS / "prompt-encoder.safetensors")
+    encoder = prompt_encoder.load_prompt_encoder(dataset.ASSETS / "prompt-encoder.safetensors")
     prompts = [picture.caption() for picture in dataset.prompts()[:12]]
-    return sample(model, encoder, prompts, steps=8)
+    return sample_latents(model, encoder, prompts, steps=8)
 
 
 def converted(tmp_path: Path, *options: str) -> nn.Module:

@@ -1,0 +1,55 @@
+"""The demo's models: their files, the conversion of the teacher, and ComfyUI's folders for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from demo.dataset import ASSETS
+from tools.host import ROOT
+
+OUT = ROOT / "demo" / "out"
+COMFYUI = OUT / "comfyui"  # models, input, output and user data of the demo's ComfyUI
+TEACHER = "emoji-flux.safetensors"
+CONVERTED = "emoji-flux-moe.safetensors"
+AUTOENCODER = "emoji-autoencoder.safetensors"
+LORA = "emoji-sepia-lora.safetensors"
+# OpenMP's threads wait without spinning: on a machine that has other work, spinning multiplies the time.
+ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": "0"}
+
+
+def run_trainer(*arguments: str | Path, quiet: bool = False) -> None:
+    """Run a command of `python -m d2m_train`, as a user does. Raises CalledProcessError if it fails."""
+    command = [sys.executable, "-m", "d2m_train", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL if quiet else None)
+
+
+def add_models(base: Path) -> None:
+    """Put the teacher, the autoencoder and the LoRA into ComfyUI's model folders under `base`."""
+    for folder, name, asset in (
+        ("diffusion_models", TEACHER, TEACHER),
+        ("vae", AUTOENCODER, "autoencoder.safetensors"),
+        ("loras", LORA, LORA),
+    ):
+        target = base / "models" / folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ASSETS / asset, target)
+
+
+def add_diffusion_model(base: Path, file: Path, name: str) -> None:
+    """Put a FLUX into ComfyUI's model folder under `base`, whole or not at all."""
+    target = base / "models" / "diffusion_models" / name
+    unfinished = target.with_suffix(".part")
+    shutil.copyfile(file, unfinished)
+    unfinished.replace(target)
+
+
+def convert_teacher(base: Path) -> None:
+    """Convert the teacher to OUT/CONVERTED and put it into ComfyUI's model folder under `base`."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    converted = OUT / CONVERTED
+    run_trainer("convert", "--teacher", ASSETS / TEACHER, "--out", converted, "--preset", "L", "--data", "emoji")
+    add_diffusion_model(base, converted, CONVERTED)
