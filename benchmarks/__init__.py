@@ -1,1 +1,1 @@
-"""Speed, as ratios measured in one run. `python -m benchmarks` runs all; results/ holds what was measured, and where."""
+"""Benchmarks of speed, as ratios that one run measures. `python -m benchmarks` runs them; results/ has the results."""

@@ -1,4 +1,4 @@
-"""Run every benchmark with its defaults. Each can be run by itself, with options: python -m benchmarks.moe_ffn --help."""
+"""Run the benchmarks of speed with their defaults. For options run one alone: python -m benchmarks.moe_ffn --help."""
 
 import sys
 

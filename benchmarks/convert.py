@@ -1,12 +1,12 @@
-"""Converting a FLUX.1 of full size, beside copying it: what the method adds to what the disk takes.
+"""Converting a FLUX.1 of full size, compared with copying it: the time that the method adds to that of the disk.
 
     python -m benchmarks.convert                        FLUX.1 dev's 23.8 GB; needs 48 GB of disk
     python -m benchmarks.convert --layers 3 6           fewer double and single blocks
     python -m benchmarks.convert --folder /mnt/models   on another disk
 
-copy: the file read and written in large pieces, and made durable. conversion: `python -m d2m_train convert
---importance weight-norm`, the whole command. Both begin with nothing of the file in memory, and take turns. Anonymous
-memory is what the command holds itself; the pages of the mapped file are the system's to take back.
+copy: reads and writes the file in large pieces, and waits until it is on the disk. conversion: the whole command
+`python -m d2m_train convert --importance weight-norm`. They take turns, and both start with nothing of the file in memory.
+Anonymous memory belongs to the command; the system can free the pages of the mapped file at any time.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .full_size import flux_of, size_of, write_random
-from .record import ROOT, commit, machine, median_ratio, write
+from .full_size import flux_of, weight_bytes, write_random
+from .record import ROOT, commit, machine, median_ratio, write_result
 
-PIECE = 8 << 20  # bytes copied at a time
-SPARE = 1 << 30  # bytes of disk left free, at least
-SAMPLING = 0.01  # seconds between two looks at the memory
-VARIANTS = {"split only": ["--split-only"], "compressed modulations": []}
+_PIECE = 8 << 20  # bytes copied at a time
+_SPARE = 1 << 30  # bytes of disk that stay free
+_SAMPLING_INTERVAL = 0.01  # seconds between two measurements of the memory
+_VARIANTS = {"split only": ["--split-only"], "compressed modulations": []}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs=2, default=(19, 38), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--folder", type=Path, help="where the files go (default: the system's folder for such)")
+    parser.add_argument("--folder", type=Path, help="folder for the files (default: the system's temporary folder)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args(arguments)
 
     dims = flux_of(*args.layers)
     folder = args.folder or Path(tempfile.gettempdir())
-    needed, free = 2 * size_of(dims) + SPARE, shutil.disk_usage(folder).free
+    needed, free = 2 * weight_bytes(dims) + _SPARE, shutil.disk_usage(folder).free
     if free < needed:
         print(
-            f"{folder}: {needed:,} bytes are needed, {free:,} are free. Use --folder, or --layers for a smaller file."
+            f"{folder}: {needed:,} bytes are needed, but only {free:,} are free. Use --folder, or --layers for a smaller file."
         )
         return 2
     about = machine(torch.device("cpu"))
-    print(f"Conversion of {size_of(dims):,} bytes on {about['device']}, {about['cores']} cores; {commit()}\n")
+    print(f"Conversion of {weight_bytes(dims):,} bytes on {about['device']}, {about['cores']} cores; {commit()}\n")
     with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=folder) as temporary:
-        measurements = measure(Path(temporary), args.layers, args.rounds)
+        measurements = measure_conversion(Path(temporary), args.layers, args.rounds)
     print("variant                    copy s (cpu)  convert s (cpu)     ratio   peak of anonymous memory")
     for measured in measurements:
         peak = measured["peak_anonymous_bytes"]
@@ -63,24 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{measured['ratio']:10.3f}   {'unknown' if peak is None else f'{peak / 1e9:.2f} GB'}"
         )
     if not args.no_write:
-        print(f"\n{write('convert', torch.device('cpu'), measurements)}")
+        print(f"\n{write_result('convert', torch.device('cpu'), measurements)}")
     return 0
 
 
-def measure(folder: Path, layers: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
-    """One measurement for each of VARIANTS."""
+def measure_conversion(folder: Path, layers: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+    """Measure each of _VARIANTS."""
     dense, copied, converted = (folder / f"{name}.safetensors" for name in ("dense", "copy", "moe"))
     write_random(dense, flux_of(*layers))
     copies: list[Seconds] = []
-    conversions: dict[str, list[Seconds]] = {variant: [] for variant in VARIANTS}
-    peaks: dict[str, int | None] = dict.fromkeys(VARIANTS)
+    conversions: dict[str, list[Seconds]] = {variant: [] for variant in _VARIANTS}
+    peaks: dict[str, int | None] = dict.fromkeys(_VARIANTS)
     for _ in range(rounds):
         drop_caches(dense)
         start = Seconds.now()
         copy(dense, copied)
         copies.append(Seconds.now() - start)
         copied.unlink()
-        for variant, options in VARIANTS.items():
+        for variant, options in _VARIANTS.items():
             drop_caches(dense)
             start = Seconds.now()
             command = ["convert", "--teacher", dense, "--out", converted, "--importance", "weight-norm", *options]
@@ -101,15 +101,15 @@ def measure(folder: Path, layers: tuple[int, int], rounds: int) -> list[dict[str
             "ratio": median_ratio([each.wall for each in conversions[variant]], [copy.wall for copy in copies]),
             "peak_anonymous_bytes": peaks[variant],
         }
-        for variant in VARIANTS
+        for variant in _VARIANTS
     ]
 
 
 class Seconds(NamedTuple):
-    """By the clock, and of processors: where the second is far less than its share of the first, others were at work."""
+    """Time on the clock and of processors. Other work slowed a run down if `cpu` is far below `wall`."""
 
     wall: float
-    cpu: float  # of this process and of those it has waited for
+    cpu: float  # this process and the processes that it has waited for
 
     @classmethod
     def now(cls) -> Seconds:
@@ -121,8 +121,8 @@ class Seconds(NamedTuple):
 
 
 def copy(source: Path, target: Path) -> None:
-    """Read and write, as any program would; the system's own copy may share the blocks of the two files."""
-    buffer = memoryview(bytearray(PIECE))
+    """Copy by reading and writing. The system's own copy might only share the blocks of the two files."""
+    buffer = memoryview(bytearray(_PIECE))
     with open(source, "rb", buffering=0) as read, open(target, "xb", buffering=0) as written:
         while count := read.readinto(buffer):
             written.write(buffer[:count])
@@ -130,7 +130,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def drop_caches(path: Path) -> None:
-    """Nothing of the file stays in memory, nor anything else where the system lets us."""
+    """Remove the file from memory, and where the system allows it, all other files too."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1\n")
@@ -140,14 +140,14 @@ def drop_caches(path: Path) -> None:
 
 
 def run_watched(command: list[str]) -> int | None:
-    """Run to its end; the peak of its anonymous memory in bytes, or None where the system does not tell."""
+    """Run a command and return its peak of anonymous memory in bytes; None where the system does not measure it."""
     peak = None
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             if (now := anonymous_memory(process.pid)) is not None:
                 peak = max(peak or 0, now)
-            time.sleep(SAMPLING)
+            time.sleep(_SAMPLING_INTERVAL)
         if process.returncode:
             output.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')[-2000:]}")
@@ -155,7 +155,7 @@ def run_watched(command: list[str]) -> int | None:
 
 
 def anonymous_memory(process: int) -> int | None:
-    """RssAnon of a process, in bytes."""
+    """Return the anonymous memory (RssAnon) of a process in bytes."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A dense FLUX.1 file of full size with random weights, for what only the size shows: speed, memory, disks.
+"""A dense FLUX.1 file of full size with random weights, for measurements that depend only on the size.
 
 python -m benchmarks.full_size flux1-dev-random.safetensors              23.8 GB, bfloat16
 python -m benchmarks.full_size small.safetensors --layers 3 6            fewer double and single blocks
@@ -21,8 +21,8 @@ from d2m_model.keys import dense_shapes
 from d2m_model.tensor_writer import TensorWriter
 from d2m_train.teacher.known_flux import FLUX_DEV
 
-PIECE = 1 << 22  # elements made at a time
-METADATA = {"modelspec.title": "FLUX.1 with random weights", "modelspec.license": "none: random numbers"}
+_PIECE = 1 << 22  # elements generated at a time
+_METADATA = {"modelspec.title": "FLUX.1 with random weights", "modelspec.license": "none: random numbers"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,28 +36,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def flux_of(doubles: int, singles: int) -> FluxDims:
-    """FLUX.1 dev with other depths."""
+    """Return the dimensions of FLUX.1 dev with other depths."""
     return FLUX_DEV.with_depths(double=doubles, single=singles)
 
 
-def size_of(dims: FluxDims) -> int:
-    """Bytes of its weights."""
+def weight_bytes(dims: FluxDims) -> int:
+    """Return the size of a dense FLUX's weights in bfloat16, in bytes."""
     return sum(2 * prod(shape) for shape in dense_shapes(dims).values())
 
 
 def write_random(path: Path, dims: FluxDims) -> None:
-    """Weights of +-0.008 to 0.12, in the order of the names, as published files have them."""
+    """Write weights of ±0.008 to ±0.12, sorted by name like published files."""
     generator = np.random.Generator(np.random.SFC64(0))
     specs = {name: (torch.bfloat16, shape) for name, shape in sorted(dense_shapes(dims).items())}
-    with TensorWriter(path, specs, METADATA) as writer:
+    with TensorWriter(path, specs, _METADATA) as writer:
         for name, (_, shape) in specs.items():
             writer.put_pieces(name, _random(generator, shape))
-        writer.finish(METADATA)
+        writer.finish(_METADATA)
 
 
 def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Random sign, mantissa and two bits of the exponent: ten times as fast as a normal distribution."""
-    rows = max(1, PIECE // prod(shape[1:]))
+    """Yield pieces of a weight with random sign, mantissa and two bits of the exponent.
+
+    This is ten times as fast as drawing from a normal distribution.
+    """
+    rows = max(1, _PIECE // prod(shape[1:]))
     for first in range(0, shape[0], rows):
         size = (min(rows, shape[0] - first), *shape[1:])
         bits = generator.integers(0, 1 << 16, size, np.uint16)

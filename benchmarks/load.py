@@ -1,10 +1,10 @@
-"""What loading a converted file costs before anything is sampled: memory of the process, and bytes read from the disk.
+"""Cost of loading a converted file, before anything is sampled: memory, and bytes that are read from the disk.
 
     python -m benchmarks.load flux1-dev-moe-L.safetensors
 
-The file is taken out of the system's page cache, ComfyUI is started in this process on the CPU, and the file is loaded
-by Load FLUX-MoE. Figures come from /proc (Linux): anonymous memory is what the process holds of its own, mapped memory
-is the file's, which the system can let go of at any time.
+The file is removed from the system's page cache, ComfyUI is started in this process on the CPU, and Load FLUX-MoE loads
+the file. The figures come from /proc (Linux): anonymous memory belongs to the process; mapped memory belongs to the file,
+and the system can free it at any time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 
 from demo.inside import Comfy
 
-from .record import commit, machine, write
+from .record import commit, machine, write_result
 
-DEVICE = torch.device("cpu")
+_DEVICE = torch.device("cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,21 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     file: Path = args.file.resolve(strict=True)
     with tempfile.TemporaryDirectory() as base:
-        found = measure(file, Path(base))
-    print(f"{commit()}, {machine(DEVICE)['device']}, {found['memory_bytes']:,} bytes of memory")
-    print(f"file               {found['file_bytes']:>16,} bytes")
-    print(f"anonymous memory   {found['anonymous_bytes']:>16,} bytes more than before loading")
+        measured = measure_loading(file, Path(base))
+    print(f"{commit()}, {machine(_DEVICE)['device']}, {measured['memory_bytes']:,} bytes of memory")
+    print(f"file               {measured['file_bytes']:>16,} bytes")
+    print(f"anonymous memory   {measured['anonymous_bytes']:>16,} bytes more than before loading")
     print(
-        f"mapped             {found['mapped_bytes']:>16,} bytes of the file, {found['resident_bytes']:,} of them in memory"
+        f"mapped             {measured['mapped_bytes']:>16,} bytes of the file, {measured['resident_bytes']:,} in memory"
     )
-    print(f"read from the disk {found['read_bytes']:>16,} bytes")
+    print(f"read from the disk {measured['read_bytes']:>16,} bytes")
     if not args.no_write:
-        print(write("load", DEVICE, [found]))
+        print(write_result("load", _DEVICE, [measured]))
     return 0
 
 
-def measure(file: Path, base: Path) -> dict[str, Any]:
-    """Load `file` in a ComfyUI that has its folders in `base`."""
+def measure_loading(file: Path, base: Path) -> dict[str, Any]:
+    """Load `file` in a ComfyUI whose folders lie in `base`, and measure memory and reading."""
     models = base / "models" / "diffusion_models"
     models.mkdir(parents=True)
     (models / file.name).symlink_to(file)
@@ -57,9 +57,9 @@ def measure(file: Path, base: Path) -> dict[str, Any]:
     descriptor = os.open(file, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
-    before = anonymous(), read_bytes()
+    before = anonymous_bytes(), read_bytes()
     model = host.run("D2MLoadFluxMoE", model_name=file.name, weight_dtype="default")
-    after = anonymous(), read_bytes()
+    after = anonymous_bytes(), read_bytes()
     mapped, resident = mapping_of(file)
     weight = model.model.diffusion_model.img_in.weight
     return {
@@ -73,18 +73,18 @@ def measure(file: Path, base: Path) -> dict[str, Any]:
     }
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
+def anonymous_bytes() -> int:
+    """Return the anonymous memory of this process, in bytes."""
     return 1024 * _number("/proc/self/status", r"RssAnon:\s+(\d+) kB")
 
 
 def read_bytes() -> int:
-    """Bytes that this process has made the system fetch from disks."""
+    """Return how many bytes this process has read from disks."""
     return _number("/proc/self/io", r"(?m)^read_bytes: (\d+)")
 
 
 def mapping_of(file: Path) -> tuple[int, int]:
-    """Bytes of `file` that this process has mapped, and those of them that are in memory."""
+    """Return how many bytes of `file` this process has mapped, and how many of these are in memory."""
     sizes, inside = {"Size": 0, "Rss": 0}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -96,7 +96,7 @@ def mapping_of(file: Path) -> tuple[int, int]:
 
 def _number(path: str, pattern: str) -> int:
     match = re.search(pattern, Path(path).read_text())
-    assert match is not None, f"{path} does not tell"
+    assert match is not None, f"{path} has no line {pattern!r}"
     return int(match[1])
 
 

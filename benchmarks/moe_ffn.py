@@ -1,11 +1,11 @@
-"""The MoE FFN beside the dense FFN it was made of, against what their FLOPs allow.
+"""Speed of the MoE FFN compared with the dense FFN from which it was made.
 
     python -m benchmarks.moe_ffn                      FLUX.1's FFN in bfloat16, 1,536 and 4,608 tokens
     python -m benchmarks.moe_ffn --hidden 1024        a smaller one
     python -m benchmarks.moe_ffn --device cuda
 
-of ideal: the speed-up over the dense FFN, as a part of the speed-up that the FLOPs allow; 100 % is a MoE layer that
-spends nothing on routing, gathering and scattering. 4,608 tokens are 1024 x 1024 pixels and 512 text tokens.
+of ideal: the speed-up over the dense FFN as a share of the speed-up that the FLOPs allow. 100 % is a MoE layer that
+spends no time on routing, gathering and scattering. 4,608 tokens are 1024 x 1024 pixels and 512 text tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2m_model import cost
 from d2m_model.config import Gate, paper_layout
 from d2m_model.moe import moe_ffn
 
-from .record import commit, machine, median_ratio, seconds_side_by_side, write
+from .record import commit, machine, median_ratio, seconds_side_by_side, write_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,22 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measurements = []
     for tokens in args.tokens:
         for top_k in args.top_k:
-            measured = measure(args.hidden, tokens, top_k, getattr(torch, args.dtype), args.device, args.rounds)
+            measured = measure_ffn(args.hidden, tokens, top_k, getattr(torch, args.dtype), args.device, args.rounds)
             measurements.append(measured)
             print(
                 f"{tokens:6,}  {top_k:5}  {1e3 * measured['dense_seconds']:10.2f}  {1e3 * measured['moe_seconds']:10.2f}"
                 f"  {measured['ratio']:8.3f}  {measured['flops_ratio']:8.3f}  {measured['of_ideal']:8.1%}"
             )
     if not args.no_write:
-        print(f"\n{write('moe_ffn', args.device, measurements)}")
+        print(f"\n{write_result('moe_ffn', args.device, measurements)}")
     return 0
 
 
 @torch.inference_mode()
-def measure(
+def measure_ffn(
     hidden: int, tokens: int, top_k: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """Random weights, and so a balanced router; gate mode `sum`, which computes what `normalised` does."""
+    """Measure with random weights, which balance the router, and gate mode `sum`, which costs as much as `normalised`."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

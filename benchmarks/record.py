@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how two things are timed side by side."""
+"""Tools of the benchmarks: timing side by side, a description of the machine, and the files of results."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(__file__).parent / "results"
 
 
 def seconds_side_by_side(
     variants: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one that does not count. They take turns, so that
-    whatever else the machine does meets all of them."""
+    """Return the seconds of each variant in each round, after a first round that does not count.
+
+    The variants take turns, so that other work on the machine affects all of them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
@@ -35,16 +37,18 @@ def seconds_side_by_side(
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over the rounds of one's time by the other's."""
+    """Return the median over the rounds of numerator / denominator."""
     return median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """Describe the machine on which a benchmark runs."""
     described: dict[str, Any] = {
         "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
@@ -59,7 +63,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """Return the processor's name, or its architecture where the system does not know the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,9 +72,9 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit measured; with + if the tree had changes. `unknown` outside of git."""
+    """Return the measured commit, with a + if files were changed; `unknown` outside of git."""
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
@@ -79,13 +83,13 @@ def commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
-def write(name: str, device: torch.device, measurements: list[dict[str, Any]]) -> Path:
-    """benchmarks/results/NAME-DEVICE.json: the newest measurement; git keeps the older ones."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.type}.json"
+def write_result(name: str, device: torch.device, measurements: list[dict[str, Any]]) -> Path:
+    """Write benchmarks/results/NAME-DEVICE.json, in place of the last result, which git keeps. Return the file."""
+    _RESULTS.mkdir(exist_ok=True)
+    path = _RESULTS / f"{name}-{device.type}.json"
     record = {"commit": commit(), "machine": machine(device), "measurements": measurements}
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

@@ -1,13 +1,13 @@
-"""What recording the routing costs: evaluations of a model with Trace Routing, beside the same without.
+"""Cost of recording the routing: evaluations of a model with Trace Routing and without it.
 
     python -m benchmarks.trace                      FLUX.1's block size in bfloat16, few blocks; and the emoji FLUX
     python -m benchmarks.trace --layers 3 6 --side 1024
 
-Both run in a ComfyUI in this process, by its sampler, on the CPU, and take turns. `ratio` is the processor time of the
-one by the other's, `clock` the same by the clock (medians of the rounds): where the machine has other things to do too,
-the second varies by more than what is to be measured, and the first still by some percent. `recording` does not: it is
-the part of the traced runs' processor time that was spent in recording. The small model is for information: its
-evaluations are so short that the fixed cost of recording counts.
+Both are run in turns by ComfyUI's sampler, in this process and on the CPU. `ratio` divides their processor times, and
+`clock` their times on the clock (medians of the rounds). On a machine with other work, `clock` varies by more than the
+difference that is measured, and `ratio` still by some percent. `recording` does not: it is the share of the traced runs'
+processor time that recording took. The small model is for information: its evaluations are so short that the fixed cost
+of recording matters.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ import torch
 from demo.inside import Comfy
 
 from .full_size import flux_of, write_random
-from .record import ROOT, commit, machine, median_ratio, seconds_side_by_side, write
+from .record import ROOT, commit, machine, median_ratio, seconds_side_by_side, write_result
 
-DEVICE = torch.device("cpu")
-EMOJI = ROOT / "demo" / "assets" / "emoji-flux.safetensors"
-STEPS = 2
-TEXT_TOKENS = 512
+_DEVICE = torch.device("cpu")
+_EMOJI = ROOT / "demo" / "assets" / "emoji-flux.safetensors"
+_STEPS = 2
+_TEXT_TOKENS = 512
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs=2, default=(2, 2), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--side", type=int, default=256, metavar="PIXELS", help="of FLUX.1's image (%(default)s)")
+    parser.add_argument("--side", type=int, default=256, metavar="PIXELS", help="side of FLUX.1's image (%(default)s)")
     parser.add_argument("--top-k", type=int, default=2, metavar="K")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args(arguments)
-    about = machine(DEVICE)
+    about = machine(_DEVICE)
     print(f"Tracing on {about['device']}, {about['threads']} threads; {commit()}\n")
     print("model                tokens   without s      with s     ratio     clock  recording  bytes per evaluation")
     measurements = []
@@ -54,30 +54,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dense = folder / "flux.safetensors"
         write_random(dense, flux_of(*args.layers))
         for name, teacher, side, text in (
-            (f"FLUX.1, {args.layers[0]} + {args.layers[1]} blocks", dense, args.side, TEXT_TOKENS),
-            ("emoji FLUX", EMOJI, 128, 12),
+            (f"FLUX.1, {args.layers[0]} + {args.layers[1]} blocks", dense, args.side, _TEXT_TOKENS),
+            ("emoji FLUX", _EMOJI, 128, 12),
         ):
             model = host.top_k(host.load(converted(teacher, folder)), args.top_k)
-            measured = {"model": name, "top_k": args.top_k, **measure(host, model, side, text, args.rounds)}
+            measured = {"model": name, "top_k": args.top_k, **measure_tracing(host, model, side, text, args.rounds)}
             measurements.append(measured)
             print(
                 f"{name:20} {measured['tokens']:6,}  {measured['seconds_without']:10.3f}  {measured['seconds_with']:10.3f}"
                 f"  {measured['ratio']:8.4f}  {measured['clock']:8.4f}  {measured['recording']:9.3%}  {measured['bytes']:20,}"
             )
     if not args.no_write:
-        print(f"\n{write('trace', DEVICE, measurements)}")
+        print(f"\n{write_result('trace', _DEVICE, measurements)}")
     return 0
 
 
 def converted(teacher: Path, folder: Path) -> Path:
-    """All FFNs routed, as preset L does."""
+    """Convert a teacher with all FFNs routed, as in preset L."""
     out = folder / f"{teacher.stem}-moe.safetensors"
     command = ["convert", "--teacher", str(teacher), "--out", str(out), "--preset", "L", "--importance", "weight-norm"]
     subprocess.run([sys.executable, "-m", "d2m_train", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out
 
 
-def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[str, Any]:
+def measure_tracing(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[str, Any]:
+    """Measure sampling with and without Trace Routing."""
     traced, handle = host.execute("D2MTraceRouting", model=model).result
     recording, with_trace, without = Clock(), Clock(), Clock()
     tracer, recorder = host.module("d2m_model.trace").Run, host.module("d2m_model.trace").Recorder
@@ -85,7 +86,7 @@ def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[
 
     def run(which: Any) -> Callable[[], None]:
         def sampling() -> None:
-            sample(which, side, text)
+            sample_steps(which, side, text)
 
         return sampling
 
@@ -93,7 +94,7 @@ def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[
         "without": without.around(run(model)),
         "with": with_trace.around(run(traced)),
     }
-    seconds = seconds_side_by_side(variants, DEVICE, rounds)
+    seconds = seconds_side_by_side(variants, _DEVICE, rounds)
     trace = host.module("nodes.expert_map.trace_store").STORE.show(handle.runs[-1:], "")[0][1]
     return {
         "side": side,
@@ -101,8 +102,8 @@ def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[
         "layers": len(trace.layers),
         "evaluations": len(trace.steps),
         "rounds": rounds,
-        "seconds_without": median(without.seconds[1:]) / STEPS,
-        "seconds_with": median(with_trace.seconds[1:]) / STEPS,
+        "seconds_without": median(without.seconds[1:]) / _STEPS,
+        "seconds_with": median(with_trace.seconds[1:]) / _STEPS,
         "ratio": median_ratio(with_trace.seconds[1:], without.seconds[1:]),
         "clock": median_ratio(seconds["with"], seconds["without"]),
         "recording": sum(recording.seconds) / sum(with_trace.seconds),
@@ -111,12 +112,14 @@ def measure(host: Comfy, model: Any, side: int, text: int, rounds: int) -> dict[
 
 
 class Clock:
-    """Processor seconds of this process in each call of what it is put around."""
+    """Measures the processor seconds that this process spends in each call of a function."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a measurement of each call."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
             try:
@@ -127,8 +130,8 @@ class Clock:
         return timed
 
 
-def sample(model: Any, side: int, text: int) -> None:
-    """STEPS evaluations, by ComfyUI's sampler."""
+def sample_steps(model: Any, side: int, text: int) -> None:
+    """Run _STEPS evaluations of the model with ComfyUI's sampler."""
     import comfy.sample
 
     params, generator = model.model.diffusion_model.params, torch.Generator().manual_seed(0)
@@ -140,7 +143,7 @@ def sample(model: Any, side: int, text: int) -> None:
         comfy.sample.sample(
             model,
             noise,
-            STEPS,
+            _STEPS,
             1.0,
             "euler",
             "simple",
