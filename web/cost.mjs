@@ -1,6 +1,6 @@
 /**
- * The cost readout: activated parameters and FLOPs of one evaluation against the dense model, under the settings that a
- * node's widgets, and those of the nodes before it, have now.
+ * The cost readout: activated parameters and FLOPs of one evaluation of the model, compared with the dense model, under the
+ * present settings of a node and of the nodes before it.
  */
 
 import { app } from "../../scripts/app.js";
@@ -10,20 +10,20 @@ import { hasReadout, showCost } from "./readout.mjs";
 import { text } from "./text.mjs";
 
 const FILES = { D2MLoadFluxMoE: "model_name", UNETLoader: "unet_name" }; // loader → the widget that names its file
-const MADE_HERE = "D2MConvertFlux";
-const MOST_VALUES = 16; // of a schedule that are asked about
-const INTERVAL = 300; // ms between two looks at the graph
+const CONVERTER = "D2MConvertFlux";
+const MAX_VALUES = 16; // number of a schedule's values for which costs are requested
+const INTERVAL = 300; // ms between two inspections of the graph
 
-let asked = new WeakMap(); // node → the query of its readout
-const answers = new Map(); // query → what the server said
+let requested = new WeakMap(); // node → the queries of its readout, joined
+const answers = new Map(); // query → promise of the server's answer
 
-/** Look at the graph now and then: links, modes, widgets and subgraphs change without one event for all of them. */
+/** Inspect the graph at intervals: no single event covers changes of links, modes, widgets and subgraphs. */
 export function watchCosts() {
   setInterval(() => document.hidden || refresh(), INTERVAL);
-  // What a node has made is known only when it has run.
+  // The model that a node makes is known only after its run.
   api.addEventListener("execution_success", () => {
     for (const query of answers.keys()) if (query.startsWith("node=")) answers.delete(query);
-    asked = new WeakMap();
+    requested = new WeakMap();
   });
 }
 
@@ -32,64 +32,67 @@ function refresh() {
   const done = new Set();
   for (const place of places(app.rootGraph)) {
     const { node } = place;
-    if (!hasReadout(node) || done.has(node)) continue; // the first instance of a subgraph speaks for all
+    if (!hasReadout(node) || done.has(node)) continue; // the first instance of a subgraph represents all
     done.add(node);
     const queries = queriesOf(place);
     const key = queries.join(" ");
-    if (asked.get(node) === key) continue;
-    asked.set(node, key);
-    readOut(node, queries, key);
+    if (requested.get(node) === key) continue;
+    requested.set(node, key);
+    updateReadout(node, queries, key);
   }
 }
 
-async function readOut(node, queries, key) {
+async function updateReadout(node, queries, key) {
   if (!queries.length) return showCost(node);
-  for (const query of queries) if (!answers.has(query)) answers.set(query, ask(query));
-  const found = await Promise.all(queries.map((query) => answers.get(query)));
-  if (asked.get(node) !== key) return; // something has changed meanwhile
-  const wrong = found.find(({ error }) => error);
-  if (wrong) return showCost(node, { label: wrong.error });
-  limitSliders(node, found[0]);
-  found.sort((one, other) => one.flops - other.flops);
-  const { dense, flops_ratio: share } = found.at(-1);
+  for (const query of queries) if (!answers.has(query)) answers.set(query, fetchCost(query));
+  const costs = await Promise.all(queries.map((query) => answers.get(query)));
+  if (requested.get(node) !== key) return; // something has changed meanwhile
+  const failed = costs.find(({ error }) => error);
+  if (failed) return showCost(node, { label: failed.error });
+  limitSliders(node, costs[0]);
+  costs.sort((one, other) => one.flops - other.flops);
+  const { dense, flops_ratio: share } = costs.at(-1);
   const [size, unit] = dense.touched >= 1e9 ? [1e9, "B"] : [1e6, "M"];
   const values = {
-    active: span(found.map(({ touched }) => (touched / size).toPrecision(3))),
+    active: span(costs.map(({ touched }) => (touched / size).toPrecision(3))),
     dense: (dense.touched / size).toPrecision(3),
     unit,
-    percent: span(found.map(({ flops_ratio }) => Math.round(flops_ratio * 100))),
+    percent: span(costs.map(({ flops_ratio }) => Math.round(flops_ratio * 100))),
   };
-  showCost(node, { label: text("cost.line", values), title: found.map((it) => it.text).join("\n"), share });
+  showCost(node, { label: text("cost.line", values), title: costs.map((it) => it.text).join("\n"), share });
 }
 
+/** The first and the last of ascending values, as a range. */
 function span(values) {
   return values[0] === values.at(-1) ? values[0] : `${values[0]}–${values.at(-1)}`;
 }
 
-async function ask(query) {
+async function fetchCost(query) {
   try {
     const response = await api.fetchApi(`/d2m/cost?${query}`);
     const answer = await response.json();
     return response.ok ? answer : { error: answer.error ?? response.statusText };
   } catch (error) {
-    answers.delete(query); // the server was away: ask again when something changes
+    answers.delete(query); // the server did not answer: ask again after the next change
     return { error: error.message };
   }
 }
 
-/** Let sliders end where the file does. */
+/** Set the sliders' maximum to what the file has. */
 function limitSliders(node, { experts, groups }) {
-  const largest = { top_k: experts, active_blocks: groups?.length ? Math.max(...groups) : undefined };
+  const maximum = { top_k: experts, active_blocks: groups?.length ? Math.max(...groups) : undefined };
   for (const widget of node.widgets ?? []) {
-    const most = largest[widget.name];
-    if (!most || widget.options.max === most) continue;
-    widget.options.max = most;
+    const max = maximum[widget.name];
+    if (!max || widget.options.max === max) continue;
+    widget.options.max = max;
     app.canvas.setDirty(true);
   }
 }
 
-/** What to ask the server about a place: nothing if its MODEL comes from nothing that we know, under a schedule each of
- * its values. */
+/**
+ * The queries for the cost of the MODEL at a place: one, or under a schedule one for each of its values. None if the MODEL
+ * comes from a node that this pack does not know.
+ */
 function queriesOf(place) {
   const settings = {};
   const query = new URLSearchParams();
@@ -97,9 +100,9 @@ function queriesOf(place) {
     const kind = at.node.comfyClass;
     const file = kind in FILES ? valueOf(at, FILES[kind]) : undefined;
     if (file) query.set("model_name", file);
-    else if (kind === MADE_HERE) query.set("node", executionId(at));
+    else if (kind === CONVERTER) query.set("node", executionId(at));
     if (query.size) break;
-    for (const [name, values] of Object.entries(settingsOf(at))) settings[name] ??= values; // the last in the chain counts
+    for (const [name, values] of Object.entries(settingsOf(at))) settings[name] ??= values; // the setting that is last in the chain counts
   }
   if (!query.size) return [];
   for (const [name, value] of Object.entries(imageSize())) query.set(name, value);
@@ -110,7 +113,7 @@ function queriesOf(place) {
   return queries.map(String);
 }
 
-/** The settings of a control: each with the values that it may have in a run. */
+/** The settings of a control node: name → the values that it can have in a run. */
 function settingsOf(place) {
   const value = (name) => valueOf(place, name);
   const known = (values) => Object.fromEntries(Object.entries(values).filter(([, [it]]) => it !== undefined));
@@ -126,13 +129,13 @@ function settingsOf(place) {
   }
 }
 
-/** The different values of a schedule's pieces, "START - END: VALUE" on a line each. */
+/** The distinct values in a schedule's text, which has lines "START - END: VALUE". */
 function scheduled(pieces) {
   const values = pieces.split("\n").map((line) => line.replace(/#.*/, "").split(":")[1]?.trim());
-  return [...new Set(values.filter(Boolean))].slice(0, MOST_VALUES);
+  return [...new Set(values.filter(Boolean))].slice(0, MAX_VALUES);
 }
 
-/** The size of the first empty latent in the graph; without one the server takes its own. */
+/** The image size of the first empty latent in the graph; without one the server uses its default. */
 function imageSize() {
   for (const place of places(app.rootGraph)) {
     if (!/^Empty\w*Latent/.test(place.node.comfyClass ?? "")) continue;

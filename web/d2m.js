@@ -1,4 +1,4 @@
-/** The pack's part of the frontend: the only file here that ComfyUI loads by itself. */
+/** The pack's extension of ComfyUI's frontend. ComfyUI loads only this file by itself, since the others end in .mjs. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";

@@ -1,19 +1,19 @@
 /**
- * The graph as ComfyUI will run it: nodes inside subgraphs with their execution ids, the values that their widgets will
- * have in the prompt, and where a MODEL comes from.
+ * The graph as ComfyUI will run it: nodes inside subgraphs with their execution ids, the values of their widgets in the
+ * prompt, and the origin of a MODEL.
  *
- * A place is { node, path }: a node, and the subgraph nodes that lead to it. One node of a subgraph has as many places
- * as that subgraph has instances.
+ * A place is { node, path }: a node, and the subgraph nodes that contain it, from the outside in. A node inside a subgraph
+ * has one place for each instance of that subgraph.
  */
 
-const NEVER = 2; // node.mode of a muted node
-const BYPASS = 4;
-const DEEPEST = 200; // links followed through subgraphs, reroutes and bypassed nodes: a loop ends here
+const MUTED = 2; // node.mode of a muted node
+const BYPASSED = 4;
+const MAX_DEPTH = 200; // number of links that are followed: a loop of links ends here
 
 /** Every place at which a node of `graph` runs. */
 export function* places(graph, path = []) {
   for (const node of graph.nodes) {
-    if (node.mode === NEVER || node.mode === BYPASS) continue;
+    if (node.mode === MUTED || node.mode === BYPASSED) continue;
     if (node.isSubgraphNode?.()) yield* places(node.subgraph, [...path, node]);
     else yield { node, path };
   }
@@ -24,15 +24,15 @@ export function executionId({ node, path }) {
   return [...path, node].map(({ id }) => id).join(":");
 }
 
-/** The widgets of a node that stand in the prompt. */
+/** The widgets of a node whose values are sent with the prompt. */
 export function promptWidgets(node) {
   return (node.widgets ?? []).filter((widget) => widget.name && widget.options?.serialize !== false);
 }
 
 /**
- * The value that a widget will have in the prompt. Undefined: there is no such widget, or another node gives its value.
+ * The value that a widget will have in the prompt; undefined if there is no such widget, or if another node computes it.
  *
- * A promoted widget has its value on the subgraph node, in ComfyUI's newer frontends one for each instance.
+ * The value of a promoted widget lies on the subgraph node; in ComfyUI's newer frontends each instance has its own.
  */
 export function valueOf(place, name) {
   const input = place.node.inputs?.find((slot) => slot.widget?.name === name);
@@ -41,7 +41,7 @@ export function valueOf(place, name) {
   return widget?.value;
 }
 
-/** On the canvas a promoted slider of whole numbers gives fractions, which ComfyUI would cut off: round them. */
+/** Round the values of promoted sliders of whole numbers: the canvas gives fractions, which ComfyUI would cut off. */
 export function roundPromoted(graph) {
   for (const { node, path } of places(graph)) {
     for (const input of path.length ? node.inputs : []) {
@@ -53,10 +53,10 @@ export function roundPromoted(graph) {
   }
 }
 
-/** What gives an input its value: { place, slot } of a node's output, or { widget }; null if nothing does. */
+/** The source of an input: { place, slot } of a node's output, or { widget }; null if it is not connected. */
 export function source({ node, path }, input, depth = 0) {
   const link = input.link == null ? null : node.graph?.getLink(input.link);
-  if (!link || depth > DEEPEST) return null;
+  if (!link || depth > MAX_DEPTH) return null;
   if (!link.originIsIoNode) {
     const from = node.graph.getNodeById(link.origin_id);
     return from && output({ node: from, path }, link.origin_slot, depth + 1);
@@ -69,10 +69,11 @@ export function source({ node, path }, input, depth = 0) {
   return widget ? { widget } : null;
 }
 
+/** The source behind an output: bypassed nodes, subgraphs and virtual nodes such as reroutes only pass it on. */
 function output(place, slot, depth) {
   const { node, path } = place;
-  if (node.mode === NEVER) return null;
-  if (node.mode === BYPASS) {
+  if (node.mode === MUTED) return null;
+  if (node.mode === BYPASSED) {
     const type = node.outputs[slot]?.type;
     const passed = node.inputs[slot]?.type === type ? node.inputs[slot] : node.inputs.find((it) => it.type === type);
     return passed ? source(place, passed, depth) : null;
@@ -84,14 +85,14 @@ function output(place, slot, depth) {
       : null;
   }
   if (!node.isVirtualNode) return { place, slot };
-  const elsewhere = node.resolveVirtualOutput?.(slot); // such as the Get of a Set
+  const elsewhere = node.resolveVirtualOutput?.(slot); // for example the Set node of a Get node
   if (elsewhere) return output({ node: elsewhere.node, path }, elsewhere.slot, depth + 1);
   const through = node.inputs?.[slot] ?? node.inputs?.[0];
   if (through) return source(place, through, depth + 1);
-  return node.widgets?.length ? { widget: node.widgets[0] } : null; // a primitive
+  return node.widgets?.length ? { widget: node.widgets[0] } : null; // a primitive node
 }
 
-/** A place, and those that its MODEL comes from, one after the other up to the loader. */
+/** Yield a place, and then each place from which its MODEL comes, up to the loader. */
 export function* modelChain(start) {
   const seen = new Set();
   for (let place = start; place && !seen.has(executionId(place)); ) {

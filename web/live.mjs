@@ -1,9 +1,9 @@
 /**
- * Live values: what a user changes on a control node while a prompt runs is sent to ComfyUI, which applies it from the
- * next evaluation of the model.
+ * Live values: a change on a control node while a prompt runs is sent to ComfyUI, which applies it from the next evaluation
+ * of the model.
  *
- * The values are looked at while a prompt runs, rather than heard of by widget callbacks: a promoted widget does not call
- * the inner one's, undo and primitives call none, and what counts is in any case what the prompt would hold now.
+ * The values are read at intervals instead of by widget callbacks, which miss changes: a promoted widget does not call the
+ * inner widget's callback, and undo and primitive nodes call none.
  */
 
 import { app } from "../../scripts/app.js";
@@ -12,26 +12,27 @@ import { executionId, places, promptWidgets, roundPromoted, valueOf } from "./gr
 import { text } from "./text.mjs";
 
 export const CONTROLS = new Set(["D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask"]);
-const STANDING = 600; // ms: see isSettled
-const INTERVAL = 100; // ms between two looks; one request at a time, and the next look sends what is newest then
+const SETTLING_TIME = 600; // ms: see isSettled
+const INTERVAL = 100; // ms between two readings; only one request is under way at a time
 
-const REMEMBERED = 1000; // prompts
-const NO_ID = "00000000-0000-0000-0000-000000000000"; // of a workflow that was cleared, or drawn from an API graph
+const MAX_REMEMBERED = 1000; // prompts
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // id of a cleared workflow, and of one made from an API graph
 
-let run = null; // of the prompt that runs: what begin() makes
-const queuedFrom = new Map(); // prompt → the workflow, as the frontend holds it, that this page queued it from
+let run = null; // state of the running prompt, made by begin()
+const queuedFrom = new Map(); // prompt → the frontend's workflow from which this page queued it
 const listeners = new Set();
 
-/** Call `listener(place, values)` when a live value took effect, and with null when the prompt has ended. */
+/** Call `listener(place, values)` when live values take effect, and `listener(null)` when the prompt has ended. */
 export function onLive(listener) {
   listeners.add(listener);
 }
 
+/** Send the changes of control nodes during every run from now on. */
 export function watchLiveValues() {
   const { queuePrompt } = api;
   api.queuePrompt = function (...given) {
-    const workflow = shown();
-    const answer = queuePrompt.apply(this, given); // not awaited: what it throws is none of ours
+    const workflow = shownWorkflow();
+    const answer = queuePrompt.apply(this, given); // not awaited: the caller handles its errors
     Promise.resolve(answer).then((it) => remember(it?.prompt_id, workflow), () => {});
     return answer;
   };
@@ -46,10 +47,10 @@ export function watchLiveValues() {
 
 function remember(prompt, workflow) {
   queuedFrom.set(prompt, workflow);
-  if (queuedFrom.size > REMEMBERED) queuedFrom.delete(queuedFrom.keys().next().value);
+  if (queuedFrom.size > MAX_REMEMBERED) queuedFrom.delete(queuedFrom.keys().next().value);
 }
 
-/** After a reload of the page the prompt that it had begun may still run. */
+/** Follow a prompt that was started before a reload of the page and still runs. */
 async function resume() {
   const item = (await running())[0];
   if (item && !run) begin(item[1]);
@@ -60,8 +61,8 @@ async function running() {
   return response.ok ? (await response.json()).queue_running : [];
 }
 
-/** The workflow on the screen. Its tab may be another's while the graph is the same, and have the same id. */
-function shown() {
+/** The frontend's object of the workflow on the screen. It tells two tabs apart whose graphs and ids are equal. */
+function shownWorkflow() {
   return app.extensionManager.workflow?.activeWorkflow ?? null;
 }
 
@@ -69,12 +70,12 @@ function begin(prompt) {
   end();
   run = {
     prompt,
-    shown: shown(),
+    workflow: shownWorkflow(),
     seen: controlValues(),
     sending: false,
-    standing: new Map(), // changes that wait: see isSettled
+    settling: new Map(), // changes that wait: see isSettled
     failures: new Set(),
-    timer: setInterval(() => look(run), INTERVAL),
+    timer: setInterval(() => sendChanges(run), INTERVAL),
   };
 }
 
@@ -85,26 +86,26 @@ function end() {
   for (const listener of listeners) listener(null);
 }
 
-/** The values of every control of the graph, by execution id: { place, values }. */
+/** The place and the values of every control node, by execution id. */
 function controlValues() {
-  const found = new Map();
+  const controls = new Map();
   for (const place of places(app.rootGraph)) {
     if (!CONTROLS.has(place.node.comfyClass)) continue;
     const entries = promptWidgets(place.node).map(({ name }) => [name, valueOf(place, name)]);
-    found.set(executionId(place), {
+    controls.set(executionId(place), {
       place,
       values: Object.fromEntries(entries.filter(([, value]) => value !== undefined)),
     });
   }
-  return found;
+  return controls;
 }
 
-async function look(current) {
+async function sendChanges(current) {
   if (current.sending) return;
   roundPromoted(app.rootGraph);
   const now = controlValues();
-  if (shown() !== current.shown) {
-    [current.shown, current.seen] = [shown(), now];
+  if (shownWorkflow() !== current.workflow) {
+    [current.workflow, current.seen] = [shownWorkflow(), now];
     return;
   }
   const changes = [];
@@ -122,33 +123,34 @@ async function look(current) {
   if (!changes.length) return;
   current.sending = true;
   try {
-    if (await isShown(current)) for (const change of together(changes)) await send(current, change);
+    if (await isShown(current)) for (const change of equalChanges(changes)) await send(current, change);
   } finally {
     current.sending = false;
   }
 }
 
 /**
- * Whether a change may be sent: a number at once; a text when it has stood for a while, so that no half-written rule is
- * sent; what a reload of the graph has changed likewise, for it may turn out to be another workflow's.
+ * Return whether a change can be sent. A number is sent at once. A text must stay the same for a while, so that no
+ * half-written rule is sent. So must changes by a reload of the graph, which may turn out to be another workflow.
  */
 function isSettled(current, key, value, reloaded) {
   if (typeof value !== "string" && !reloaded) return true;
-  const looks = current.standing.get(key)?.value === value ? current.standing.get(key).looks + 1 : 0;
-  current.standing.set(key, { value, looks });
-  return looks >= STANDING / INTERVAL;
+  const last = current.settling.get(key);
+  const readings = last?.value === value ? last.readings + 1 : 0;
+  current.settling.set(key, { value, readings });
+  return readings >= SETTLING_TIME / INTERVAL;
 }
 
-/** Whether the workflow on the screen is the one that runs. After a reload of the page only its id can tell. */
+/** Return whether the running workflow is on the screen. After a reload of the page only its id can tell. */
 async function isShown(current) {
-  if (queuedFrom.has(current.prompt)) return queuedFrom.get(current.prompt) === shown();
+  if (queuedFrom.has(current.prompt)) return queuedFrom.get(current.prompt) === shownWorkflow();
   const item = (await running()).find(([, prompt]) => prompt === current.prompt);
   const id = item?.[3]?.extra_pnginfo?.workflow?.id;
   return id !== NO_ID && id === app.rootGraph.id;
 }
 
-/** Changes to the same values, as of all the instances of a subgraph, go in one request. */
-function together(changes) {
+/** Group changes to equal values, such as those of all instances of a subgraph: each group is one request. */
+function equalChanges(changes) {
   const groups = new Map();
   for (const change of changes) {
     const key = JSON.stringify(change.values);
@@ -169,7 +171,7 @@ async function send(current, changes) {
     answer = await response.json();
     if (!response.ok) throw new Error(answer.error ?? response.statusText);
   } catch (error) {
-    tell(current, error.message);
+    showError(current, error.message);
     return;
   }
   if (answer.applied && run === current) {
@@ -177,8 +179,8 @@ async function send(current, changes) {
   }
 }
 
-/** Say an error, the same one once a run. */
-function tell(current, message) {
+/** Show an error, at most once in a run. */
+function showError(current, message) {
   if (current.failures.has(message)) return;
   current.failures.add(message);
   app.extensionManager.toast.add({ severity: "error", summary: text("live.failed"), detail: message, life: 8000 });

@@ -1,4 +1,4 @@
-/** The line at the foot of our nodes: what they cost, and that a live value is in use. */
+/** The line at the foot of this pack's nodes: the model's cost, and a mark while a live value is in use. */
 
 const STYLE = `
 .d2m-readout { display: flex; flex-direction: column; justify-content: center; gap: 3px; overflow: hidden;
@@ -21,7 +21,7 @@ export function addStyle() {
   document.head.appendChild(document.createElement("style")).textContent = STYLE;
 }
 
-/** Give a node its readout. It is in neither the saved workflow nor the prompt. */
+/** Add a readout to a node. Neither the saved workflow nor the prompt contains it. */
 export function addReadout(node) {
   const [element, row, cost, live, bar, filled] = Array.from({ length: 6 }, () => document.createElement("div"));
   element.className = "d2m-readout";
@@ -31,20 +31,20 @@ export function addReadout(node) {
   bar.hidden = true;
   element.append(row, bar);
   const widget = node.addDOMWidget("d2m_readout", "D2M_READOUT", element, {
-    serialize: false, // in the prompt
+    serialize: false, // not in the prompt
     margin: MARGIN,
     getValue: () => "",
     setValue: () => {},
     getMinHeight: () => HEIGHT,
     getMaxHeight: () => HEIGHT,
   });
-  widget.serialize = false; // in the workflow
+  widget.serialize = false; // not in the workflow
   readouts.set(node, { cost, live, bar, filled });
 }
 
 export const hasReadout = (node) => readouts.has(node);
 
-/** Show a cost: `share` (of the dense model's) fills the bar; without it there is none and the label is quiet. */
+/** Show a cost. `share` of the dense model's cost fills the bar; without it the bar is hidden and the label dimmed. */
 export function showCost(node, { label = "", title = label, share = null } = {}) {
   const { cost, bar, filled } = readouts.get(node);
   [cost.textContent, cost.title, bar.hidden] = [label, title, share === null];
@@ -52,6 +52,7 @@ export function showCost(node, { label = "", title = label, share = null } = {})
   filled.style.width = `${Math.min(1, share ?? 0) * 100}%`;
 }
 
+/** Show that a live value is in use; an empty label removes the mark. */
 export function showLive(node, label, title = label) {
   const readout = readouts.get(node);
   if (readout) [readout.live.textContent, readout.live.title] = [label, title];

@@ -1,4 +1,4 @@
-/** What the widgets of this pack say, in the language of the frontend: the key "d2m" of locales/<language>/main.json. */
+/** Texts of this pack's widgets in the frontend's language: the key "d2m" of locales/<language>/main.json. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -6,17 +6,17 @@ import { api } from "../../scripts/api.js";
 const FALLBACK = "en";
 let languages = {};
 
-/** Fetch the texts; until then, and where it fails, text() gives the keys back. */
+/** Fetch the texts. Until then, and if that fails, text() returns the keys. */
 export async function loadTexts() {
   const response = await api.fetchApi("/i18n");
   if (response.ok) languages = await response.json();
 }
 
-/** The text "a.b" with {names} put in. */
+/** The text with a key such as "map.step", with {name} replaced by the value of that name. */
 export function text(key, values = {}) {
   const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? FALLBACK;
-  const found = lookUp(languages[language], key) ?? lookUp(languages[FALLBACK], key) ?? key;
-  return found.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+  const message = lookUp(languages[language], key) ?? lookUp(languages[FALLBACK], key) ?? key;
+  return message.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
 function lookUp(messages, key) {

@@ -1,4 +1,4 @@
-// A canvas of cells that is a grid to keyboard and screen reader: no element per cell, one that moves.
+// A canvas of cells that keyboard and screen reader use as a grid. One element moves over the cells and stands for each.
 
 import { h, say, set, uniqueId } from "./dom.mjs";
 
@@ -6,9 +6,9 @@ const LEAP = 8; // cells, with Shift
 
 export class Cells {
   /**
-   * Of the callbacks, `onmove(row, column)` follows pointer and arrow keys, `onleave()` says that neither is there any
-   * more, `onpick(row, column)` is a click or Enter, `describe(row, column)` the words for a cell, and `onkey(event)`
-   * returns true for a key that it took.
+   * Callbacks: `onmove(row, column)` after a move of pointer or arrow keys; `onleave()` when neither is on a cell any
+   * more; `onpick(row, column)` after a click or Enter; `describe(row, column)` returns a cell's words; `onkey(event)`
+   * returns true if it has handled another key.
    */
   constructor({ label, className, onmove, onleave, onpick, describe, onkey }) {
     Object.assign(this, { onmove, onleave, onpick, describe, onkey });
@@ -28,7 +28,7 @@ export class Cells {
     }, this.canvas, h("div", { role: "row" }, this.cell));
   }
 
-  /** Where the cells lie on the canvas (CSS pixels) and which one the keyboard is at, if that is to change. */
+  /** Set the cells' rectangle on the canvas (CSS pixels), their number and, if given, the keyboard's cell. */
   layout(plot, rows, columns, at = null) {
     Object.assign(this, { plot, rows, columns });
     if (at) [this.row, this.column] = at;
@@ -50,7 +50,7 @@ export class Cells {
     if (document.activeElement === this.element) say(cell, this.describe(row, column));
   }
 
-  /** The cell under the pointer, or null. In fractions of the element, so that zoom does not matter. */
+  /** The cell under the pointer, or null. Computed from fractions of the element, so that zoom does not matter. */
   under(event) {
     const box = this.element.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * this.element.offsetWidth - this.plot.x;

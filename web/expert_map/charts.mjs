@@ -1,4 +1,4 @@
-// Load of the experts by block and by step, where two traces differ, and the blocks that each group ran.
+// Charts: load of the experts by block and by step, difference of two traces, and the blocks that each group ran.
 
 import { Cells } from "./cells.mjs";
 import { h, say, show } from "./dom.mjs";
@@ -9,7 +9,7 @@ import { differing } from "./trace.mjs";
 
 const GUTTER = 26; // CSS pixels left of a chart, for the experts' numbers
 
-/** A chart with its title, a line that says what is under the pointer, and its cells. */
+/** A chart: its title, a line about the cell under the pointer, and its cells. */
 function chart(titleKey, className, callbacks) {
   const title = h("span", {}, t(titleKey));
   const readout = h("span", { class: "d2m-quiet d2m-readout-text" });
@@ -35,7 +35,7 @@ export function loadCharts(state) {
     return block[state.view.stream] ?? block.image ?? block.text;
   };
   const sharesAt = (step, layer) => state.main.shares(step, state.mainSample, layer);
-  const say1 = (shares, expert, name) => {
+  const describeShare = (shares, expert, name) => {
     if (!shares) return t("map.not_run", { name });
     return `${name} · ${t("map.expert", { expert })} · ${percent(shares[expert] ?? 0)}`;
   };
@@ -43,12 +43,12 @@ export function loadCharts(state) {
   const byLayer = chart("map.load_by_layer", "d2m-heat", {
     describe: (row, column) => {
       const layer = layerAt(column);
-      return say1(sharesAt(state.mainStep, layer), row, state.main.layers[layer].name);
+      return describeShare(sharesAt(state.mainStep, layer), row, state.main.layers[layer].name);
     },
     onpick: (_, column) => state.set({ block: columnsOf()[column].name }),
   });
   const byStep = chart("map.load_by_step", "d2m-heat", {
-    describe: (row, column) => say1(sharesAt(column, state.layer), row, t("map.step_of", { step: column + 1, steps: state.main.steps.length })),
+    describe: (row, column) => describeShare(sharesAt(column, state.layer), row, t("map.step_of", { step: column + 1, steps: state.main.steps.length })),
     onpick: (_, column) => state.set({ step: column }),
   });
   const difference = chart("map.difference_by_layer", "d2m-columns", {
@@ -59,7 +59,7 @@ export function loadCharts(state) {
     onpick: (_, column) => state.set({ block: columnsOf()[column].name }),
   });
 
-  /** Share of the tokens of each block whose best expert differs between the two traces. */
+  /** For each block, the share of tokens whose best expert differs between the two traces; null where incomparable. */
   function differences() {
     const [one, other] = state.traces;
     const { stream } = state.view;
@@ -176,7 +176,7 @@ export function blockPaths(state) {
   return { element, render };
 }
 
-/** The name, in the file, of a block of a group. */
+/** The name that a block of a group has in the file. */
 function blockName(group, block) {
   const kind = group.kind.endsWith("_blocks") ? group.kind : `${group.kind}_blocks`;
   return `${kind}.${group.first + block}`;

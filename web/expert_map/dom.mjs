@@ -1,6 +1,6 @@
-// Elements in one line each.
+// Helpers to make and update elements.
 
-/** An element: `on*` properties listen, `class`, `role`, `aria-*` and other names with a value become attributes. */
+/** Make an element. Properties named `on*` become event listeners, all others attributes. */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -11,7 +11,7 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Sets an attribute, or takes it away for null, undefined and false; touches nothing that is so already. */
+/** Set an attribute, or remove it for null, undefined and false. Does nothing if it has that value already. */
 export function set(element, name, value) {
   if (value === null || value === undefined || value === false) {
     if (element.hasAttribute(name)) element.removeAttribute(name);
@@ -21,10 +21,12 @@ export function set(element, name, value) {
   }
 }
 
+/** Set an element's text, if it is another one. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Show or hide an element. */
 export function show(element, shown) {
   if (element.hidden === shown) element.hidden = !shown;
 }
@@ -34,7 +36,7 @@ export function uniqueId() {
   return `d2m-map-${++ids}`;
 }
 
-/** Keeps the focus of a group on one of its elements, which arrow keys, Home and End move. */
+/** Let arrow keys, Home and End move the focus within a group of elements. */
 export function rove(group, selector, { onmove, vertical = false }) {
   group.addEventListener("keydown", (event) => {
     const items = [...group.querySelectorAll(selector)].filter((item) => !item.hidden);
@@ -57,12 +59,12 @@ export function rove(group, selector, { onmove, vertical = false }) {
   });
 }
 
-/** Of the items, only the one is reached by Tab. */
+/** Let Tab reach only one of the items. */
 export function tabStop(items, one) {
   for (const item of items) set(item, "tabindex", item === one ? "0" : "-1");
 }
 
-/** Buttons of which one is pressed: {element, render(value, disabled values)}. */
+/** Make a group of buttons of which one is pressed: {element, render(value, disabled values)}. */
 export function choice(label, options, onchoose) {
   const element = h("div", { class: "d2m-choice", role: "radiogroup", "aria-label": label });
   const buttons = options.map(([value, text, title]) => h("button", {

@@ -1,12 +1,12 @@
-// Everything that is painted on a canvas. Colours come in as a theme: { text, quiet, line, accent, empty }.
+// All drawing on canvases. `theme` has the colours { text, line, accent, ground, empty }.
 
 import { css, expertColour, inkOn, sequential } from "./palette.mjs";
 import { NONE } from "./trace.mjs";
 
-const FAINTEST = 0.3; // of the overlay: what a margin of zero leaves of its opacity
+const FAINTEST = 0.3; // share of the overlay's opacity where the margin is zero
 const FONT = "system-ui, sans-serif";
 
-/** Fits the canvas's pixels to its place on the screen, under any zoom of the graph; the context is in CSS pixels. */
+/** Fit a canvas's pixels to its size on the screen, under any zoom of the graph. The context uses CSS pixels. */
 export function context(canvas) {
   const width = canvas.clientWidth;
   const height = canvas.clientHeight;
@@ -20,6 +20,7 @@ export function context(canvas) {
   return { ctx, width, height };
 }
 
+/** A canvas whose pixels `paint(data)` has set. */
 function raster(width, height, paint) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
@@ -32,7 +33,7 @@ function raster(width, height, paint) {
 
 const COLOURS = Array.from({ length: NONE }, (_, expert) => expertColour(expert));
 
-/** The margin at which the overlay is at its full opacity: all but the 2 % of the patches with the widest. */
+/** The margin from which on the overlay is fully opaque: 2 % of the patches have a larger one. At least 1. */
 export function fullMargin(margin) {
   const counts = new Uint32Array(256);
   for (const value of margin) counts[value]++;
@@ -42,7 +43,7 @@ export function fullMargin(margin) {
   return at;
 }
 
-/** Hue: the best expert; opacity: its margin. One pixel a patch. `only` leaves one expert's patches. */
+/** The overlay, one pixel per patch: the hue is the best expert, the opacity its margin. `only` isolates an expert. */
 export function overlay(top, grid, { opacity, only = null }) {
   const full = fullMargin(top.margin);
   return raster(grid.width, grid.height, (pixels) => {
@@ -60,12 +61,12 @@ export function overlay(top, grid, { opacity, only = null }) {
   });
 }
 
-/** Where two traces differ: the patch's left half in the first's colour and its right half in the other's. */
+/** The patches in which two traces differ: left half in the colour of the first, right half in that of the other. */
 export function difference(one, other, grid, opacity) {
   return raster(grid.width * 2, grid.height, (pixels) => {
     for (let i = 0, at = 0; i < one.experts.length; i++, at += 8) {
       if (one.experts[i] === other.experts[i]) {
-        pixels[at + 3] = pixels[at + 7] = 165; // the image steps back
+        pixels[at + 3] = pixels[at + 7] = 165; // darkens the image
         continue;
       }
       [one.experts[i], other.experts[i]].forEach((expert, half) => {
@@ -77,7 +78,7 @@ export function difference(one, other, grid, opacity) {
   });
 }
 
-/** One label for each connected region of the same best expert, at its innermost patch: [{expert, x, y, radius}]. */
+/** A label for each connected region with the same best expert, at its innermost patch: [{expert, x, y, radius}]. */
 export function regionLabels(experts, { width, height }, only = null) {
   const depth = new Uint16Array(experts.length); // patches to the edge of the region
   const same = (i, x, y) => x >= 0 && y >= 0 && x < width && y < height && experts[y * width + x] === experts[i];
@@ -114,14 +115,14 @@ export function regionLabels(experts, { width, height }, only = null) {
   return labels;
 }
 
-/** The rectangle of the given proportions in the middle of width x height. */
+/** The largest rectangle with the given width/height that fits into width x height, centred. */
 export function contain(width, height, proportion) {
   const w = Math.min(width, height * proportion);
   const h = w / proportion;
   return { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h };
 }
 
-/** Image (or an even ground), overlay and labels, into the rectangle. */
+/** Draw image (or a plain ground), overlay and labels into the rectangle. */
 export function drawMap(ctx, rect, { image, layer, labels, grid, theme }) {
   ctx.fillStyle = theme.empty;
   ctx.fillRect(rect.x, rect.y, rect.width, rect.height);
@@ -139,7 +140,7 @@ export function drawMap(ctx, rect, { image, layer, labels, grid, theme }) {
   ctx.lineJoin = "round";
   for (const { expert, x, y, radius } of labels) {
     const room = cell * (2 * radius - 1);
-    if (room < (radius > 1 ? 12 : 22)) continue; // single patches only where they are large: dust is not worth a number
+    if (room < (radius > 1 ? 12 : 22)) continue; // a single patch has a number only if it is large
     const size = Math.min(22, Math.max(10, room * 0.5));
     ctx.font = `600 ${size}px ${FONT}`;
     const at = [rect.x + (x + 0.5) * cell, rect.y + ((y + 0.5) * rect.height) / grid.height];
@@ -151,7 +152,7 @@ export function drawMap(ctx, rect, { image, layer, labels, grid, theme }) {
   }
 }
 
-/** One patch, outlined so that it shows on any ground. */
+/** Outline a cell so that it is visible on any ground. */
 export function drawMark(ctx, { x, y, width, height }) {
   ctx.lineWidth = 3.5;
   ctx.strokeStyle = "#000";
@@ -162,8 +163,8 @@ export function drawMark(ctx, { x, y, width, height }) {
 }
 
 /**
- * Shares as colours, columns x rows in the plot: `share(column, row)` is 0 to `highest`, or null for nothing there.
- * The column of `current` is outlined, and the row of `expert`. Left of the plot stand the experts' numbers and colours.
+ * Draw shares as colours, columns x rows in the plot. `share(column, row)` is from 0 to `highest`, or null for no value.
+ * The column `current` and the row of `expert` are outlined. The experts' numbers and colours stand left of the plot.
  */
 export function drawShares(ctx, plot, { columns, rows, share, highest, current, expert, theme }) {
   const cells = raster(columns, rows, (pixels) => {
@@ -183,7 +184,7 @@ export function drawShares(ctx, plot, { columns, rows, share, highest, current, 
   ctx.font = `${Math.min(10, Math.max(7, ch))}px ${FONT}`;
   ctx.textAlign = "right";
   ctx.textBaseline = "middle";
-  const every = Math.ceil(8 / ch); // numbers that do not touch
+  const every = Math.ceil(8 / ch); // rows from one number to the next, so that they do not touch
   for (let row = 0; row < rows; row++) {
     const y = plot.y + row * ch;
     ctx.fillStyle = css(expertColour(row));
@@ -199,7 +200,7 @@ export function drawShares(ctx, plot, { columns, rows, share, highest, current, 
   if (current >= 0) drawMark(ctx, { x: plot.x + current * cw, y: plot.y - 1, width: cw, height: plot.height + 2 });
 }
 
-/** Fine diagonal lines: what did not run. */
+/** Fill a rectangle with fine diagonal lines, the sign for "did not run". */
 export function hatch(ctx, { x, y, width, height }, theme) {
   ctx.save();
   ctx.beginPath();
@@ -219,8 +220,8 @@ export function hatch(ctx, { x, y, width, height }, theme) {
 }
 
 /**
- * A token's way through the blocks: one column a block, in it the chosen experts, as high as their gates. `path[i]` is
- * what Trace.choices returned, or null where nothing was routed.
+ * Draw a token's path through the blocks: a column for each block, with the chosen experts as high as their gates.
+ * `path[i]` comes from Trace.choices, or is null where nothing was routed.
  */
 export function drawPath(ctx, plot, { path, current, theme, only }) {
   const width = plot.width / path.length;
@@ -255,8 +256,9 @@ export function drawPath(ctx, plot, { path, current, theme, only }) {
 }
 
 /**
- * Which blocks of the groups ran at which step. Rows: the blocks of all groups; `groups` [{name, blocks, first row}];
- * `chose(row, step)` is a bool for each sample; the shown sample fills its cell, the others leave a mark at its foot.
+ * Draw which blocks ran at which step. Rows are the blocks of all groups, `groups` is [{row, blocks, labels}] with the
+ * group's first row, and `chose(row, step)` is a bool for each sample. The shown sample fills its cell; the others leave a
+ * mark at its foot.
  */
 export function drawBlockPaths(ctx, plot, { groups, rows, steps, chose, sample, step, row, theme }) {
   const [cw, ch] = [plot.width / steps, plot.height / rows];
@@ -298,7 +300,7 @@ export function drawBlockPaths(ctx, plot, { groups, rows, steps, chose, sample, 
   }
 }
 
-/** Columns from 0 to 1, such as the share of patches that differ in each block. */
+/** Draw values from 0 to 1 as columns; null leaves a gap. */
 export function drawColumns(ctx, plot, { values, current, theme }) {
   const width = plot.width / values.length;
   ctx.fillStyle = theme.empty;

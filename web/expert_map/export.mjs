@@ -1,20 +1,20 @@
-// The map as a picture and as data.
+// Export of the map as a picture and as data.
 
 import { drawMap } from "./drawing.mjs";
 import { css, expertColour, inkOn } from "./palette.mjs";
 import { settingsOf } from "./stage.mjs";
 import { text as t } from "../text.mjs";
 
-const LEAST = 768; // pixels of a map's longer side
-const MOST = 2048;
-const LINE = 34;
+const MIN_SIDE = 768; // pixels of a map's longer side
+const MAX_SIDE = 2048;
+const LINE = 34; // pixels of a line below the maps
 
-/** The visible maps at the image's own size, what they show in words, and the legend; a canvas. */
+/** A canvas with the visible maps at the image's own size, a caption and the legend. */
 export function asPicture(state, stage, theme) {
   const maps = stage.visible().map(([pane, both]) => ({ pane, picture: pane.picture(both) }));
   const scale = ({ grid, image }) => {
     const longer = image ? Math.max(image.naturalWidth, image.naturalHeight) : 16 * Math.max(grid.width, grid.height);
-    return Math.min(MOST, Math.max(LEAST, longer)) / Math.max(grid.width, grid.height);
+    return Math.min(MAX_SIDE, Math.max(MIN_SIDE, longer)) / Math.max(grid.width, grid.height);
   };
   const sizes = maps.map(({ picture }) => {
     const by = scale(picture);
@@ -55,7 +55,7 @@ export function asPicture(state, stage, theme) {
   return canvas;
 }
 
-/** The traces' own description, what is in view, and the choices of the shown step in every layer. */
+/** The traces' description, the view, and the choices of all layers at the step shown. */
 export function asData(state) {
   return {
     view: state.view,
@@ -77,6 +77,7 @@ export function asData(state) {
   };
 }
 
+/** Offer a blob to the user as a download. */
 export function save(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);

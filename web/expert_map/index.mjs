@@ -1,4 +1,5 @@
-// The Expert map node's widget: made with the node, fed by its runs, kept in node.properties, freed when no longer shown.
+// The widget of the Expert Map node. It shows the traces of the node's runs, remembers them in node.properties, and frees
+// traces that no map shows any more.
 
 import { Panel } from "./panel.mjs";
 import { TraceStore } from "./trace.mjs";
@@ -6,16 +7,16 @@ import { TraceStore } from "./trace.mjs";
 const CLASS = "D2MExpertMap";
 const PROPERTY = "d2m_map";
 const SIZE = [680, 1180];
-const LEAST_HEIGHT = 660;
-const AFTER = 400; // ms without a change until a view is written to the workflow
-const GRACE = 60_000; // ms in which an undone deletion finds its trace again
+const MIN_HEIGHT = 660;
+const WRITE_DELAY = 400; // ms without a change after which the view is written to the workflow
+const GRACE = 60_000; // ms after which a deleted node's traces are freed; until then undo finds them again
 
-/** Which traces are shown by the maps of this page, and when to free one. */
-class Shown {
+/** Traces that the maps of this page show; frees each when no map shows it any more. */
+class ShownTraces {
   constructor(app, store) {
     Object.assign(this, { app, store });
     this.byNode = new Map(); // node -> ids
-    this.successors = new Map(); // ids of a run, joined -> what the next run gave in its place
+    this.successors = new Map(); // ids of a run, joined -> the result that replaced it
   }
 
   set(node, ids) {
@@ -24,7 +25,7 @@ class Shown {
     for (const id of before) if (!ids.includes(id)) this.release(id);
   }
 
-  /** A run gave new traces in the place of old ones. Undo may bring the old ids back; the run is not undone. */
+  /** Remember that a run replaced old traces. Undo may bring back the old ids, but does not undo the run. */
   replaced(before, shown) {
     const key = before.join();
     if (key && key !== shown.traces.join()) this.successors.set(key, shown);
@@ -32,9 +33,9 @@ class Shown {
   }
 
   newest(shown) {
-    let found = shown;
-    for (let next; (next = this.successors.get(found.traces.join())); ) found = { ...found, ...next };
-    return found;
+    let newest = shown;
+    for (let next; (next = this.successors.get(newest.traces.join())); ) newest = { ...newest, ...next };
+    return newest;
   }
 
   remove(node) {
@@ -48,7 +49,7 @@ class Shown {
     if (!this.inOpenWorkflow(id)) this.store.free(id);
   }
 
-  /** Leaving a workflow's tab removes its nodes too; the map is there again when the tab is. */
+  /** Return whether the workflow of another tab shows the trace. Leaving a tab removes its nodes only for a while. */
   inOpenWorkflow(id) {
     const workflows = this.app.extensionManager?.workflow;
     return (workflows?.openWorkflows ?? []).some((workflow) =>
@@ -59,7 +60,7 @@ class Shown {
 /** Sees to the maps of all D2MExpertMap nodes. Call once, before nodes are made. */
 export function setup(app, api) {
   const store = new TraceStore(api);
-  const shown = new Shown(app, store);
+  const shown = new ShownTraces(app, store);
   app.registerExtension({
     name: "dense2moe.expert_map",
     nodeCreated(node) {
@@ -73,24 +74,24 @@ function addMap(node, { app, api, store, shown }) {
   const write = (changes) => {
     node.properties[PROPERTY] = { ...node.properties[PROPERTY], ...changes };
     const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
-    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // so that a reload finds it
+    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker); // so that the view survives a reload
   };
   const panel = new Panel({
     app, api, node, store,
     onview: (view) => {
       if (JSON.stringify(node.properties[PROPERTY]?.view) === JSON.stringify(view)) return;
       clearTimeout(timer);
-      timer = setTimeout(() => node.graph && write({ view }), AFTER);
+      timer = setTimeout(() => node.graph && write({ view }), WRITE_DELAY);
     },
   });
   const widget = node.addDOMWidget("expert_map", "D2M_EXPERT_MAP", panel.element, {
-    serialize: false, // in the prompt
+    serialize: false, // not in the prompt
     hideOnZoom: false,
     getValue: () => "",
     setValue: () => {},
-    getMinHeight: () => LEAST_HEIGHT,
+    getMinHeight: () => MIN_HEIGHT,
   });
-  widget.serialize = false; // in the workflow
+  widget.serialize = false; // not in the workflow
   node.setSize([Math.max(node.size[0], SIZE[0]), Math.max(node.size[1], SIZE[1])]);
 
   chain(node, "onExecuted", (output) => {
@@ -107,10 +108,10 @@ function addMap(node, { app, api, store, shown }) {
   chain(node, "onConfigure", () => {
     const saved = node.properties[PROPERTY];
     if (!Array.isArray(saved?.traces)) return;
-    const found = shown.newest(saved);
-    if (found !== saved) node.properties[PROPERTY] = found;
-    shown.set(node, found.traces);
-    panel.open(found);
+    const newest = shown.newest(saved);
+    if (newest !== saved) node.properties[PROPERTY] = newest;
+    shown.set(node, newest.traces);
+    panel.open(newest);
   });
   chain(node, "onRemoved", () => {
     clearTimeout(timer);
@@ -119,6 +120,7 @@ function addMap(node, { app, api, store, shown }) {
   });
 }
 
+/** Call `after` after a method of the node, with the same arguments. */
 function chain(node, name, after) {
   const before = node[name];
   node[name] = function (...args) {

@@ -1,4 +1,4 @@
-// The experts with their colours and loads, and the rules that a click writes for them into an Expert mask node.
+// The legend: the experts with their colours and loads, and buttons that write rules into an Expert Mask node.
 
 import { h, rove, say, set, show, tabStop } from "./dom.mjs";
 import { idOf, insertMask, maskPlace, maskText, tracePlace, writeMask } from "./mask_node.mjs";
@@ -47,13 +47,14 @@ export function legend(state, { app, node, announce }) {
   const rules = h("div", { class: "d2m-rules", role: "group", "aria-label": t("map.rules.title") },
     h("div", { class: "d2m-actions" }, ...buttons), scope, target, insert);
 
-  /** The glob of the layers that a rule is for. */
+  /** The pattern of the layers to which a rule applies. */
   function glob() {
     const { name } = state.main.layers[state.layer];
     if (state.view.scope === "all") return "*";
     return state.view.scope === "kind" ? name.replace(/\.\d+/, ".*") : name;
   }
 
+  /** The names of the layers to which a rule applies. */
   function scoped() {
     const { layers } = state.main;
     const { name } = layers[state.layer];
@@ -62,6 +63,7 @@ export function legend(state, { app, node, announce }) {
     return layers.map((layer) => layer.name).filter((other) => state.view.scope === "all" || kind(other) === kind(name));
   }
 
+  /** The Trace Routing node of the main trace. */
   function trace() {
     return tracePlace(app, node, state.mainIndex ? "compare" : "trace");
   }

@@ -1,4 +1,4 @@
-// The Expert mask node that a trace has passed, read and written; and a new one where there is none.
+// The Expert Mask node before a trace: finds, reads, writes and inserts it.
 
 import { executionId, modelChain, places, source, valueOf } from "../graph.mjs";
 
@@ -6,7 +6,7 @@ const MASK = "D2MExpertMask";
 const WIDGET = "mask";
 const GAP = 40; // between nodes of the canvas
 
-/** The Trace node behind an input of the map, as a place of the graph, or null. */
+/** The place of the Trace Routing node behind an input of the map, or null. */
 export function tracePlace(app, map, input = "trace") {
   for (const place of places(app.rootGraph ?? app.graph)) {
     if (place.node !== map) continue;
@@ -16,7 +16,7 @@ export function tracePlace(app, map, input = "trace") {
   return null;
 }
 
-/** The Expert mask nearest before the Trace node, as a place, or null. */
+/** The place of the nearest Expert Mask node before a Trace Routing node, or null. */
 export function maskPlace(trace) {
   if (!trace) return null;
   for (const place of modelChain(trace)) if (place.node.comfyClass === MASK) return place;
@@ -29,7 +29,7 @@ export function maskText(mask) {
   return mask ? String(valueOf(mask, WIDGET) ?? "") : "";
 }
 
-/** Writes the rules as a user would: into the widget that gives them (a promoted one stands on its subgraph's node). */
+/** Write rules as a user would, into the widget itself or into the subgraph node's promoted one. False if there is none. */
 export function writeMask(app, mask, text) {
   const input = mask.node.inputs?.find((slot) => slot.widget?.name === WIDGET);
   const own = mask.node.widgets?.find(({ name }) => name === WIDGET);
@@ -41,7 +41,7 @@ export function writeMask(app, mask, text) {
   return true;
 }
 
-/** A new Expert mask between the Trace node and what feeds it, in the Trace node's graph; null if nothing feeds it. */
+/** Insert an Expert Mask node before a Trace Routing node, in the same graph; null if that has no MODEL. */
 export function insertMask(app, liteGraph, trace) {
   const { node } = trace;
   const { graph } = node;
@@ -53,7 +53,7 @@ export function insertMask(app, liteGraph, trace) {
   const slot = link.origin_slot;
   graph.beforeChange?.();
   graph.add(mask);
-  mask.pos = free(graph, mask, [node.pos[0] - mask.size[0] - GAP, node.pos[1]]);
+  mask.pos = freePosition(graph, mask, [node.pos[0] - mask.size[0] - GAP, node.pos[1]]);
   const into = mask.inputs.findIndex(({ type }) => type === "MODEL");
   if (subgraphInput) subgraphInput.connect(mask.inputs[into], mask);
   else outputNode.connect(slot, mask, into);
@@ -63,8 +63,8 @@ export function insertMask(app, liteGraph, trace) {
   return { node: mask, path: trace.path };
 }
 
-/** The place at `pos`, or the first one below it, where a node covers no other. */
-function free(graph, node, [x, y]) {
+/** The given position, or the first one below it, at which a node covers no other node. */
+function freePosition(graph, node, [x, y]) {
   const others = graph.nodes.filter((other) => other !== node);
   const blocking = (top) => others.find((other) => other.pos[0] < x + node.size[0] && other.pos[0] + other.size[0] > x
     && other.pos[1] < top + node.size[1] + GAP && other.pos[1] + other.size[1] + GAP > top);

@@ -1,4 +1,4 @@
-// The map's element: toolbar, maps, sliders, path and tabs, and what it says when there is nothing to show.
+// The map's element: toolbar, maps, sliders, path and tabs, or a message when there is nothing to show.
 
 import { blockPaths, loadCharts } from "./charts.mjs";
 import { choice, h, rove, say, set, show, tabStop, uniqueId } from "./dom.mjs";
@@ -17,7 +17,7 @@ const STYLE_ID = "d2m-expert-map-style";
 const probe = document.createElement("canvas");
 [probe.width, probe.height] = [1, 1];
 
-/** A CSS colour as [r, g, b], laid over black. */
+/** A CSS colour, over black, as [r, g, b]. */
 function rgbOf(colour) {
   const ctx = probe.getContext("2d", { willReadFrequently: true });
   ctx.fillStyle = "#000";
@@ -27,7 +27,7 @@ function rgbOf(colour) {
   return [...ctx.getImageData(0, 0, 1, 1).data].slice(0, 3);
 }
 
-/** What the samples of a trace are called: which image, which prompt. */
+/** The names of a trace's samples: number of the image, and which prompt. */
 function sampleNames({ samples }) {
   const several = samples.some(({ prompt }) => prompt > 0);
   return samples.map(({ index, image, cond, prompt }) => {
@@ -38,7 +38,7 @@ function sampleNames({ samples }) {
 }
 
 export class Panel {
-  /** `onview(view)` is told what is worth keeping of the view. */
+  /** `onview(view)` is called with every change of the view. */
   constructor({ app, api, node, store, onview }) {
     if (!document.getElementById(STYLE_ID)) {
       document.head.append(h("style", { id: STYLE_ID }, STYLE));
@@ -67,7 +67,7 @@ export class Panel {
       role: "group",
       "aria-label": t("map.title"),
       onkeydown: (event) => {
-        // ComfyUI's shortcuts (Delete removes the node …) are not meant while the focus is in here.
+        // Keys that are pressed in the map must not trigger ComfyUI's shortcuts, such as Delete for the node.
         if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
       },
     }, this.message, this.body, this.status);
@@ -126,7 +126,7 @@ export class Panel {
     return h("div", { class: "d2m-tabbed" }, list, ...Object.values(this.tabPanels));
   }
 
-  /** Over the map, too, the wheel zooms the graph and the middle button moves it. (Nodes 2.0 sees to that itself.) */
+  /** Let the wheel zoom the graph and the middle button move it over the map too. (Nodes 2.0 does this by itself.) */
   forwardToCanvas(app) {
     const covers = () => !this.element.closest("[data-node-id]");
     this.element.addEventListener("wheel", (event) => {
@@ -146,7 +146,7 @@ export class Panel {
     }
   }
 
-  /** What the run's ui said, or what was saved of it: {traces, images, batches, view}. */
+  /** Show the result of a run, or a saved one: {traces, images, batches, view}. */
   open(shown) {
     this.scrub.stop();
     return this.state.open(shown);
@@ -176,7 +176,7 @@ export class Panel {
     show(this.message, !ready);
     set(this.element, "aria-busy", String(state.busy));
     if (!ready) {
-      say(this.message, this.why());
+      say(this.message, this.messageText());
       return;
     }
     this.renderToolbar();
@@ -187,7 +187,7 @@ export class Panel {
     this.path.render(theme);
     this.tabs[this.shownTab()].render(theme);
     this.stage.render(theme);
-    this.remember();
+    this.reportView();
   }
 
   renderToolbar() {
@@ -220,7 +220,7 @@ export class Panel {
     show(this.notes, notes.length > 0);
   }
 
-  /** The chosen tab, if this trace has something for it. */
+  /** The chosen tab, or the load where this trace has nothing to show in it. */
   shownTab() {
     const { view, main } = this.state;
     if (view.tab === "blocks" && !main.groups.length) return "load";
@@ -228,7 +228,8 @@ export class Panel {
     return view.tab in this.tabs ? view.tab : "load";
   }
 
-  why() {
+  /** The message in the place of the map. */
+  messageText() {
     const { problem, ids } = this.state;
     if (problem?.freed) return t("map.message.freed");
     if (problem?.empty) return t("map.message.empty_trace");
@@ -236,7 +237,8 @@ export class Panel {
     return t(ids.length ? "map.message.loading" : "map.message.nothing");
   }
 
-  remember() {
+  /** Report the view if it has changed. */
+  reportView() {
     const kept = JSON.stringify(this.state.view);
     if (kept === this.kept) return;
     this.kept = kept;

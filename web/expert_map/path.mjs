@@ -1,4 +1,4 @@
-// One token's way through all blocks at this step, and the experts that it chose in the block in view.
+// One token's path through all blocks at this step, and the experts that it chose in the block shown.
 
 import { Cells } from "./cells.mjs";
 import { h, say, set, show } from "./dom.mjs";
@@ -6,12 +6,12 @@ import { context, drawPath } from "./drawing.mjs";
 import { css, expertColour, inkOn } from "./palette.mjs";
 import { text as t } from "../text.mjs";
 
-/** The index of the trace that a token is of. */
+/** The index of a token's trace. */
 function traceOf(state, token) {
   return token.trace ?? state.mainIndex;
 }
 
-/** What the token chose in every block, null where nothing was routed: see Trace.choices. */
+/** The token's choices in every block (see Trace.choices), null where nothing was routed. */
 export function pathOf(state, token) {
   const index = traceOf(state, token);
   const [trace, decoded] = [state.traces[index], state.decoded[index]];
@@ -45,7 +45,7 @@ export function pathStrip(state) {
     },
     describe: (_, column) => words(column),
   });
-  let pointed = null; // block under pointer or cursor
+  let pointed = null; // index of the block under pointer or keyboard
 
   function point(column) {
     if (pointed === column) return;

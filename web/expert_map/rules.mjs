@@ -1,9 +1,9 @@
-// Rules of an Expert mask node, as text: "BLOCKS: EXPERT=WEIGHT, …" a line, later ones win, # begins a comment.
+// The text of an Expert Mask node: rules "BLOCKS: EXPERT=WEIGHT, …", one per line. Later rules win; # begins a comment.
 
 const NAME = /^([^:]*):(.*)$/;
 
-/** Lines of the text: {text} for what is no rule, {glob, entries: [[expert or "*", weight]…], comment} for a rule. */
-function lines(text) {
+/** Parse the lines: {glob, entries: [[expert or "*", weight]…], comment} for a rule, {text} for any other line. */
+function parse(text) {
   return text.split("\n").map((line) => {
     const [body, ...rest] = line.split("#");
     const comment = rest.length ? `#${rest.join("#")}` : "";
@@ -14,13 +14,14 @@ function lines(text) {
       return [expert === "*" ? "*" : Number(expert), Number(weight)];
     });
     if (entries.some(([expert, weight]) => (expert !== "*" && !Number.isInteger(expert)) || !(weight >= 0))) {
-      return { text: line }; // wrong: the node says so; not ours to drop
+      return { text: line }; // an invalid rule, which the node reports: keep it as it is
     }
     return { glob: match[1].trim(), entries, comment };
   });
 }
 
-function written(parsed) {
+/** The text of parsed lines, without rules that became empty. */
+function format(parsed) {
   return parsed
     .filter((line) => line.text !== undefined || line.entries.length || line.comment)
     .map((line) => {
@@ -33,7 +34,7 @@ function written(parsed) {
     .replace(/^\n+|\n+$/g, "");
 }
 
-/** Does the glob (as Python's fnmatchcase reads it) fit the name? */
+/** Return whether a name matches a pattern, as Python's fnmatchcase does. */
 export function fits(glob, name) {
   const pattern = glob.replace(/\[[^\]]+\]|[\s\S]/g, (part) => {
     if (part.length > 1) return part.replace(/^\[!/, "[^").replace(/\\/g, "\\\\");
@@ -44,50 +45,50 @@ export function fits(glob, name) {
   return new RegExp(`^${pattern}$`).test(name);
 }
 
-/** Weight of every expert of the layer `name` under the rules. */
+/** The weight of every expert of the layer `name` under the rules. */
 export function weights(text, name, experts) {
-  const found = new Array(experts).fill(1);
-  for (const line of lines(text)) {
+  const result = new Array(experts).fill(1);
+  for (const line of parse(text)) {
     if (line.glob === undefined || !fits(line.glob, name)) continue;
     for (const [expert, weight] of line.entries) {
-      if (expert === "*") found.fill(weight);
-      else if (expert < experts) found[expert] = weight;
+      if (expert === "*") result.fill(weight);
+      else if (expert < experts) result[expert] = weight;
     }
   }
-  return found;
+  return result;
 }
 
-/** The text with `entries` as the last word on the layers of `glob`. */
+/** The text with `entries` added to the rule for `glob`, so that no later rule overrides them. */
 function withRule(parsed, glob, entries) {
   const last = parsed.findLast((line) => line.glob !== undefined);
   if (last?.glob === glob) last.entries.push(...entries);
   else parsed.push({ glob, entries: [...entries], comment: "" });
-  return written(parsed);
+  return format(parsed);
 }
 
-/** The text in which `expert` has `weight` in the layers of `glob`. */
+/** The text with a rule that gives `expert` the weight in the layers of `glob`. */
 export function weigh(text, glob, expert, weight) {
-  const parsed = lines(text);
+  const parsed = parse(text);
   for (const line of parsed) {
     if (line.glob === glob) line.entries = line.entries.filter(([other]) => other !== expert);
   }
   return withRule(parsed, glob, [[expert, weight]]);
 }
 
-/** The text in which only `expert` paints in the layers of `glob`. */
+/** The text with a rule by which only `expert` paints in the layers of `glob`. */
 export function isolate(text, glob, expert) {
-  const parsed = lines(text);
+  const parsed = parse(text);
   for (const line of parsed) if (line.glob === glob) line.entries = [];
   return withRule(parsed, glob, [["*", 0], [expert, 1]]);
 }
 
-/** The text without the rules that touch `expert` in any of the layers `names`; a rule for all experts (*) goes whole. */
+/** The text without rules for `expert` in any of the layers `names`. A rule with entries for all experts (*) goes whole. */
 export function clear(text, names, expert) {
-  const parsed = lines(text);
+  const parsed = parse(text);
   for (const line of parsed) {
     if (line.glob === undefined || !names.some((name) => fits(line.glob, name))) continue;
     const all = line.entries.some(([other]) => other === "*");
     line.entries = all ? [] : line.entries.filter(([other]) => other !== expert);
   }
-  return written(parsed);
+  return format(parsed);
 }

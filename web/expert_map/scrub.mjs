@@ -1,9 +1,9 @@
-// The two sliders that the map is moved with, step and block, and the button that plays the steps.
+// The sliders for step and block, and the button that plays the steps.
 
 import { choice, h, say, set, show } from "./dom.mjs";
 import { text as t } from "../text.mjs";
 
-const FRAME = 180; // ms a step, when played
+const FRAME = 180; // ms per step while playing
 
 function slider(label, oninput) {
   return h("input", {
@@ -30,7 +30,7 @@ export function scrubbers(state) {
     if (state.view.step >= state.steps - 1) state.set({ step: 0 });
     timer = setInterval(() => {
       if (!state.ready || !play.isConnected) stop();
-      else if (state.busy) return; // the step is still on its way
+      else if (state.busy) return; // the step is still being fetched
       else if (state.view.step >= state.steps - 1) stop();
       else state.set({ step: state.view.step + 1 });
     }, FRAME);

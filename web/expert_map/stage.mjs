@@ -1,4 +1,4 @@
-// The image under its overlay: one map, two side by side, or where two differ.
+// The image under its overlay: one map, two side by side, or the difference of two.
 
 import { Cells } from "./cells.mjs";
 import { h, say, show } from "./dom.mjs";
@@ -8,25 +8,25 @@ import { differing } from "./trace.mjs";
 
 const LETTERS = ["A", "B"];
 
-/** Images by address, loaded once. */
+/** A cache of images by address. */
 class Images {
   constructor(api, onload) {
     this.api = api;
     this.onload = onload;
-    this.found = new Map();
+    this.loaded = new Map();
   }
 
-  /** The loaded image of {filename, subfolder, type}, or null until (or if never) it is there. */
+  /** The image of {filename, subfolder, type}, or null as long as it is not loaded. */
   get(place) {
     if (!place) return null;
     const address = this.api.apiURL(`/view?${new URLSearchParams(place)}`);
-    let image = this.found.get(address);
+    let image = this.loaded.get(address);
     if (!image) {
       image = new Image();
       image.onload = this.onload;
       image.src = address;
-      this.found.set(address, image);
-      if (this.found.size > 8) this.found.delete(this.found.keys().next().value);
+      this.loaded.set(address, image);
+      if (this.loaded.size > 8) this.loaded.delete(this.loaded.keys().next().value);
     }
     return image.complete && image.naturalWidth ? image : null;
   }
@@ -136,7 +136,7 @@ class Pane {
   }
 }
 
-/** The settings under which the shown step of a trace ran, in words. */
+/** The settings of the shown step of a trace, in words. */
 export function settingsOf(state, index) {
   const step = state.traces[index].steps[state.stepOf(index)];
   const parts = [];
@@ -154,7 +154,7 @@ export function stages(state, api) {
   return {
     element: h("div", { class: "d2m-stages" }, ...panes.map((pane) => pane.element)),
     panes,
-    /** The panes in view, each with whether it shows the difference. */
+    /** The visible panes: [pane, whether it shows the difference]. */
     visible() {
       const { compare } = state.view;
       if (compare === "side") return [[panes[0], false], [panes[1], false]];

@@ -1,20 +1,20 @@
-// What a map shows: traces, the view of them that the user chose, and the step that is decoded.
+// The state of a map: its traces, the view that the user chose, and the decoded step.
 
 import { FreedTrace } from "./trace.mjs";
 
 export const VIEW = {
-  step: null, // number; null: the last
-  block: null, // name; null: the last one that routes image tokens
+  step: null, // number; null: the last step
+  block: null, // name; null: the last block that routes image tokens
   stream: "image", // or "text"
   sample: 0,
   compare: "a", // "a", "b", "side" or "difference"
-  expert: null, // the one that is isolated
-  token: null, // the pinned one: {of: "image" or "text", index}
+  expert: null, // the isolated expert
+  token: null, // the pinned token: {of: "image" or "text", index}
   overlay: true,
   opacity: 0.75,
   numbers: true,
   tab: "load",
-  scope: "layer", // of mute and its like: "layer", "kind" or "all"
+  scope: "layer", // of new rules: "layer", "kind" or "all"
 };
 
 export class MapState {
@@ -26,29 +26,29 @@ export class MapState {
 
   clear() {
     this.ids = [];
-    this.batches = []; // of each trace, the images of its batch
+    this.batches = []; // for each trace, the images of its batch
     this.traces = [];
     this.view = { ...VIEW };
     this.hover = null;
-    this.decoded = []; // of each trace, the step that was loaded last
-    this.problem = null; // {freed: true} or {message}
+    this.decoded = []; // for each trace, the step that was loaded last
+    this.problem = null; // {freed: true}, {empty: true} or {message}
     this.busy = false;
   }
 
-  /** Shows the traces with these ids; `view` is what was saved of an earlier one. Returns when the first step is there. */
-  async open({ traces, images, batches, view }) {
+  /** Show the traces with these ids, in a saved view if there is one. Resolves when the first step is loaded. */
+  async open({ traces: wanted, images, batches, view }) {
     this.clear();
-    this.ids = [...traces];
+    this.ids = [...wanted];
     this.batches = batches ?? (images ?? []).map((image) => [image]);
     this.view = { ...VIEW, ...view };
     this.busy = this.ids.length > 0;
     this.onchange();
     const { ids } = this;
     try {
-      const found = await Promise.all(ids.map((id) => this.store.trace(id)));
+      const traces = await Promise.all(ids.map((id) => this.store.trace(id)));
       if (this.ids !== ids) return; // replaced meanwhile
-      this.traces = found;
-      if (found.length && !(found[0].steps.length && found[0].layers.length)) throw new EmptyTrace();
+      this.traces = traces;
+      if (traces.length && !(traces[0].steps.length && traces[0].layers.length)) throw new EmptyTrace();
       this.settle();
       await this.load();
     } catch (error) {
@@ -64,7 +64,7 @@ export class MapState {
     this.onchange();
   }
 
-  /** A saved view may be of another run: everything it names is brought back to what there is. */
+  /** Replace what the view names but the traces lack: the view may be saved from another run. */
   settle() {
     const { view } = this;
     if (this.traces.length < 2) view.compare = "a";
@@ -99,7 +99,7 @@ export class MapState {
     return this.traces.length > 0 && !this.problem;
   }
 
-  /** Number of the trace that legend, charts and paths are about. */
+  /** Index of the trace that legend, charts and paths show. */
   get mainIndex() {
     return this.view.compare === "b" ? 1 : 0;
   }
@@ -124,7 +124,7 @@ export class MapState {
     return this.main.blocks.indexOf(this.block);
   }
 
-  /** Index of the layer that load charts, legend and rules are about; null if the block routes no such tokens. */
+  /** Index of the layer that load charts, legend and rules show. */
   get layer() {
     return this.block[this.view.stream] ?? this.block.image ?? this.block.text;
   }
@@ -150,35 +150,35 @@ export class MapState {
     return this.sampleOf(this.mainIndex);
   }
 
-  /** The token whose path is shown: under the pointer or cursor, else the pinned one. */
+  /** The token whose path is shown: the one under pointer or keyboard, else the pinned one. */
   get token() {
     return this.hover ?? this.view.token;
   }
 
-  /** The image of the sample shown of a trace, as ComfyUI names its files; null if there is none. */
+  /** The image of a trace's shown sample as {filename, subfolder, type}; null if there is none. */
   imageOf(index) {
     const batch = this.batches[index] ?? [];
     const sample = this.traces[index].samples[this.sampleOf(index)];
     return batch[sample.image ?? sample.index] ?? batch[0] ?? null;
   }
 
-  /** Fetches the step in view, unless it is here; what comes too late is only kept. Then the one after it. */
+  /** Fetch the step in view if need be, then the step after it. A step that arrives too late is only cached. */
   async load() {
     const { step, sample } = this.view;
     const { traces } = this;
     const get = (at, way) =>
       traces.map((trace, index) => this.store[way](trace, this.stepOf(index, at), this.sampleOf(index, sample)));
     let decoded = get(step, "keptStep");
-    const here = decoded.every((layers) => layers);
-    if (!here) {
+    const cached = decoded.every((layers) => layers);
+    if (!cached) {
       this.busy = true;
       decoded = await Promise.all(get(step, "step"));
       if (this.traces !== traces || this.view.step !== step || this.view.sample !== sample) return;
     }
     this.decoded = decoded;
     this.busy = false;
-    if (!here) this.onchange();
-    if (step + 1 < this.steps) Promise.all(get(step + 1, "step")).catch(() => {}); // said when it is asked for
+    if (!cached) this.onchange();
+    if (step + 1 < this.steps) Promise.all(get(step + 1, "step")).catch(() => {}); // reported when the user goes there
   }
 }
 

@@ -1,4 +1,4 @@
-// The map's style sheet. ComfyUI's variables carry the theme; the values after them are for pages without.
+// The map's style sheet. ComfyUI's variables define the theme; the fallback values are for pages without ComfyUI.
 
 export const STYLE = `
 .d2m-map {

@@ -8,7 +8,7 @@ import { text as t } from "../text.mjs";
 const INKS = Array.from({ length: NONE }, (_, expert) => css(inkOn(expertColour(expert))));
 const FILLS = Array.from({ length: NONE }, (_, expert) => css(expertColour(expert)));
 
-/** How many tokens come before the padding: the run of equal pieces at the end. */
+/** The number of tokens before the padding, which is the run of equal pieces after the first at the end. */
 export function withoutPadding(pieces) {
   let end = pieces.length;
   while (end > 1 && pieces[end - 1] === pieces[end - 2]) end--;

@@ -1,10 +1,10 @@
-// What a trace says, as the server sends it: JSON about the run, and bytes for one step of one sample.
+// Traces as the server sends them: JSON that describes the run, and bytes for each step of each sample.
 // Shapes: T tokens, K slots (experts of a token, best first), E experts.
 
 export const NONE = 255; // an empty slot
 const VERSION = 1;
 
-/** A trace that the server no longer holds. */
+/** Thrown for a trace that the server no longer has. */
 export class FreedTrace extends Error {}
 
 /** The blocks of a trace in the order they run, each with the index of the layer that routes its image and its text. */
@@ -48,7 +48,7 @@ export class Trace {
     return stream === "txt" ? this.meta.text_tokens : this.meta.text_tokens + this.imageTokens;
   }
 
-  /** Where the image's (or the text's) tokens begin among the layer's. */
+  /** Index of the first image (or text) token among the tokens of the layer. */
   first(layer, of) {
     return this.layers[layer].stream === "joint" && of === "image" ? this.meta.text_tokens : 0;
   }
@@ -69,7 +69,7 @@ export class Trace {
     return load.map((count) => (all ? count / all : 0));
   }
 
-  /** The highest share of an expert over all steps and layers of a sample: the end of the load charts' scale. */
+  /** The highest share of any expert over all steps and layers of a sample, which ends the load charts' scale. */
   highestShare(sample) {
     if (!this.highest.has(sample)) {
       let highest = 0;
@@ -84,11 +84,11 @@ export class Trace {
   }
 
   /**
-   * The bytes of one step of one sample, cut into layers: experts and gates [T*K], margin [T], or null where the layer
-   * did not run. Views of the buffer; nothing is copied. Throws an Error if the length is not what the layers need.
+   * Split the bytes of one step of one sample into layers: experts and gates [T*K] and margin [T], or null for a layer that
+   * did not run. Returns views of the buffer, not copies. Throws an Error if the length does not fit the layers.
    */
   decode(buffer, step, sample) {
-    const found = [];
+    const layers = [];
     let at = 0;
     const take = (length) => {
       if (at + length > buffer.byteLength) {
@@ -98,18 +98,18 @@ export class Trace {
       return new Uint8Array(buffer, at - length, length);
     };
     this.layers.forEach((_, layer) => {
-      if (!this.ran(step, sample, layer)) return found.push(null);
+      if (!this.ran(step, sample, layer)) return layers.push(null);
       const tokens = this.tokens(layer);
       const choices = tokens * this.slots;
-      return found.push({ experts: take(choices), gates: take(choices), margin: take(tokens) });
+      return layers.push({ experts: take(choices), gates: take(choices), margin: take(tokens) });
     });
     if (at !== buffer.byteLength) {
       throw new Error(`Step ${step} of sample ${sample} has ${buffer.byteLength} bytes; its layers need ${at}.`);
     }
-    return found;
+    return layers;
   }
 
-  /** Best expert and margin of every patch (or text token) of a layer, from what decode returned: Uint8Array each. */
+  /** Best expert and margin of every patch (or text token) of a layer of a decoded step; Uint8Array each. */
   top(decoded, layer, of = "image") {
     const data = decoded[layer];
     if (!data) return null;
@@ -120,7 +120,7 @@ export class Trace {
     return { experts, margin: data.margin.subarray(first, first + count) };
   }
 
-  /** The experts that a token chose in a layer, best first: [{expert, gate (0 to 1)}], and its margin. */
+  /** The choices of a token in a layer: {chosen: [{expert, gate}…], margin}, best first, numbers from 0 to 1. */
   choices(decoded, layer, of, token) {
     const data = decoded[layer];
     if (!data) return null;
@@ -133,7 +133,7 @@ export class Trace {
   }
 }
 
-/** Share of the patches whose best expert differs, or null where the two cannot be laid over one another. */
+/** The share of patches whose best expert differs, or null if the two maps have different sizes. */
 export function differing(one, other) {
   if (!one || !other || one.experts.length !== other.experts.length) return null;
   let count = 0;
@@ -141,14 +141,14 @@ export function differing(one, other) {
   return count / one.experts.length;
 }
 
-/** Fetches traces and their steps; keeps the steps used last, up to `limit` bytes. */
+/** Fetches traces and their steps, and caches the steps that were used last, up to `limit` bytes. */
 export class TraceStore {
   constructor(api, limit = 192 * 2 ** 20) {
     this.api = api;
     this.limit = limit;
     this.bytes = 0;
     this.traces = new Map(); // id -> Promise<Trace>
-    this.kept = new Map(); // "id/step/sample" -> {layers, bytes}, the one used last at the end
+    this.kept = new Map(); // "id/step/sample" -> {layers, bytes}; the one that was used last is at the end
     this.pending = new Map();
   }
 
@@ -164,15 +164,15 @@ export class TraceStore {
 
   trace(id) {
     if (!this.traces.has(id)) {
-      const found = this.get(`/d2m/traces/${encodeURIComponent(id)}`)
+      const trace = this.get(`/d2m/traces/${encodeURIComponent(id)}`)
         .then(async (response) => new Trace(await response.json()));
-      this.traces.set(id, found);
-      found.catch(() => this.traces.delete(id)); // asked again next time
+      this.traces.set(id, trace);
+      trace.catch(() => this.traces.delete(id)); // fetched again next time
     }
     return this.traces.get(id);
   }
 
-  /** The decoded step if it is here, else null. */
+  /** The decoded step if it is cached, else null. */
   keptStep(trace, step, sample) {
     const key = `${trace.id}/${step}/${sample}`;
     const entry = this.kept.get(key);
@@ -183,19 +183,19 @@ export class TraceStore {
   }
 
   step(trace, step, sample) {
-    const here = this.keptStep(trace, step, sample);
-    if (here) return Promise.resolve(here);
+    const cached = this.keptStep(trace, step, sample);
+    if (cached) return Promise.resolve(cached);
     const key = `${trace.id}/${step}/${sample}`;
     if (!this.pending.has(key)) {
-      const found = this.get(`/d2m/traces/${encodeURIComponent(trace.id)}/steps/${step}/samples/${sample}`)
+      const layers = this.get(`/d2m/traces/${encodeURIComponent(trace.id)}/steps/${step}/samples/${sample}`)
         .then(async (response) => {
           const buffer = await response.arrayBuffer();
-          const layers = trace.decode(buffer, step, sample);
-          this.keep(key, { layers, bytes: buffer.byteLength });
-          return layers;
+          const decoded = trace.decode(buffer, step, sample);
+          this.keep(key, { layers: decoded, bytes: buffer.byteLength });
+          return decoded;
         })
         .finally(() => this.pending.delete(key));
-      this.pending.set(key, found);
+      this.pending.set(key, layers);
     }
     return this.pending.get(key);
   }
@@ -210,7 +210,7 @@ export class TraceStore {
     }
   }
 
-  /** Forgets a trace, here and on the server. */
+  /** Forget a trace, and free it on the server. */
   async free(id) {
     this.forget(id);
     await this.api.fetchApi(`/d2m/traces/${encodeURIComponent(id)}`, { method: "DELETE" }).catch(() => {});
