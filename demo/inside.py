@@ -70,7 +70,7 @@ class Comfy:
         comfy.model_management.unload_all_models()
 
     def load(self, file: Path) -> Any:
-        """As Load Diffusion Model does."""
+        """Load a file as Load Diffusion Model does."""
         import comfy.sd
 
         return comfy.sd.load_diffusion_model(str(file))
