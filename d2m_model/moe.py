@@ -27,9 +27,13 @@ def routed_experts(
     up_bias_EF: Tensor,
     down_HEF: Tensor,
     expert_mean_EH: Tensor | None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
-    """The second term of Eq. 2, with mean compensation if there are means: y_TH, to be added to the shared expert's."""
-    plan = plan_dispatch(routing, x_TH)
+    """The second term of Eq. 2, with mean compensation if there are means: y_TH, to be added to the shared expert's.
+
+    `chunk_tokens` as in plan_dispatch.
+    """
+    plan = plan_dispatch(routing, x_TH, chunk_tokens)
     y_TH = expert_down(expert_up(x_TH, plan, up_EFH, up_bias_EF), plan, down_HEF)
     if expert_mean_EH is not None:
         y_TH = y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)
@@ -121,6 +125,7 @@ class FusedFFN:
 
 def recomputed() -> bool:
     """Whether this forward is one that a checkpoint (non-reentrant) runs again, in the backward pass."""
+    # Private, but the number that torch's own checkpoint goes by: no public function tells whether a backward pass runs.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -182,9 +187,11 @@ class MoEFFN(nn.Module):
 
     experts_on  False leaves the shared expert alone: no router, no experts, no means (training's first stage)
     routing     in training what the last forward chose, for the losses, until it is set to None; None otherwise
+    chunk_tokens  most tokens that the experts take at once; None lets plan_dispatch choose
     """
 
     routing: Routing | None
+    chunk_tokens: int | None = None
 
     def __init__(
         self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, capacity: float | None = None
@@ -230,7 +237,8 @@ class MoEFFN(nn.Module):
         if self.experts_on:
             routing = self.route(x_TH)
             down_HEF = self.routed_down.transpose(0, 1)
-            y_TH = y_TH + routed_experts(x_TH, routing, self.routed_up, self.routed_up_bias, down_HEF, self.expert_mean)
+            weights = (self.routed_up, self.routed_up_bias, down_HEF, self.expert_mean)
+            y_TH = y_TH + routed_experts(x_TH, routing, *weights, self.chunk_tokens)
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None
         return y_TH.view(x.shape)

@@ -9,18 +9,17 @@ Shapes: B batch, T image and L text tokens, C channels of a token, H hidden size
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from d2m_model import experts
 from d2m_model.blocks import DIFFUSERS_BLOCKS, blocks_of
 from d2m_model.checkpoint import expected_tensors, optional_tensors
 from d2m_model.config import FluxDims, FluxMoEConfig
@@ -62,8 +61,7 @@ def without_values() -> Iterator[None]:
     """Tensors that are made during the `with` have shapes and dtypes, and nothing in them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # Experts take all rows at once: where chunks begin in an uneven routing only values would tell.
-    with FakeTensorMode(), mock.patch.object(experts, "CHUNK_BYTES_CPU", 1 << 62), warnings.catch_warnings():
+    with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
 
@@ -115,6 +113,9 @@ def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) ->
         core = FluxMoETransformer2DModel(config, optional)
     load_tensors(core, config, optional, empty, getattr(torch, run.student.dtype), "cpu")
     prepare_student(core, plan, run.student.frozen_dtype)
+    for moe in core.moe_ffns().values():
+        # One chunk: in an uneven routing, where chunks begin depends on values.
+        moe.chunk_tokens = sys.maxsize
     if run.training.gradient_checkpointing:
         core.enable_gradient_checkpointing()
     return core
