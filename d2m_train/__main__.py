@@ -13,7 +13,7 @@ from d2m_model.config import ConfigError
 
 from . import UserError
 
-COMMANDS = {
+_COMMANDS = {
     "convert": ("convert", "make a FLUX-MoE of a dense FLUX"),
     "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
     "inspect": ("inspect", "say what a file is, and check it"),
@@ -24,8 +24,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
     "analyze": ("analyze", "draw what blocks and experts do: the paper's figures 3, 6 and 8"),
 }
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-EXTRA = (
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXTRA = (
     "diffusers",
     "accelerate",
     "transformers",
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m d2m_train", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
+    for name, (module_name, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in arguments[:1]:  # the others are not even imported
             module = importlib.import_module(f".commands.{module_name}", __package__)
@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CheckpointError, ConfigError) as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in _NO_ROOM:
             raise
         place = f" ({error.filename})" if error.filename else ""
         message = f"{error.strerror}{place}. Make room; a run goes on with resume=latest."
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        if error.name not in _EXTRA:
             raise
         message = f"{error.name} is not installed. Install the trainer's packages: pip install 'dense2moe-flux[train]'"
     else:

@@ -262,7 +262,7 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a YAML file, its fields overridden in turn by what `overrides` are: further YAML files, whose sections
     are laid over those before them, and `dotted.name=value` (values are YAML).
 

@@ -29,7 +29,7 @@ from ..data.store import DamagedEntry, Store
 from ..flow.held_out import held_out_seed
 from ..flow.noise import noisy_batch
 from ..run_config import RunConfig
-from ..teacher.frozen import held
+from ..teacher.frozen import weights_on_device
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -120,7 +120,7 @@ class FeatureStore:
         """Every entry of a depth that is neither there nor, on the way `until` another, was; from those one before."""
         there = set.union(*self._depths[depth : until + 1])
         missing = [index for index in range(self.batches + self.held_out) if index not in there]
-        with held(self.blocks[depth - 1]) if missing and depth else nullcontext():
+        with weights_on_device(self.blocks[depth - 1]) if missing and depth else nullcontext():
             for index in missing:
                 self.check_stop()
                 made = self._next(depth, self.features(depth - 1, index), index) if depth else self._embedded(index)

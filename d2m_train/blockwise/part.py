@@ -20,7 +20,7 @@ from d2m_model.hosts.diffusers.modules import GroupRoutings
 from d2m_model.hosts.diffusers.tensor_map import ffn_module
 from d2m_model.moe import MoEFFN
 
-from ..data.order import places
+from ..data.order import sample_order
 from ..distillation.losses import StepLosses, feature_losses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import StagePlan
@@ -166,7 +166,7 @@ class PartObjective:
         """Yield entries of the store: all in random order, then all in another order."""
         accumulation = self.run.training.accumulation
         seed = (self.run.seed, self.number)
-        for index in places(self.store.batches, (step - 1) * accumulation, accumulation, seed):
+        for index in sample_order(self.store.batches, (step - 1) * accumulation, accumulation, seed):
             yield StoredMicrobatch(index=index, conditions=self.store.conditions(index))
 
     def losses(self, microbatch: StoredMicrobatch) -> StepLosses:

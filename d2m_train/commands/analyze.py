@@ -37,10 +37,10 @@ from ..evaluation.prompts import (
     add_prompt_arguments,
     add_sampling_arguments,
     check_counts,
-    dtype_of,
-    encoders_of,
+    model_dtype,
+    open_encoders,
     read_prompts,
-    shift_for,
+    time_shift,
 )
 from ..evaluation.scores import distances, interval
 from ..flow.noise import channels_of, grid, trajectory
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
-PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most so many, evenly spread, where --every does not say
+_PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most so many, evenly spread, where --every does not say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a dense FLUX or a FLUX-MoE")
-    parser.add_argument("--what", required=True, choices=tuple(PROMPTS))
+    parser.add_argument("--what", required=True, choices=tuple(_PROMPTS))
     parser.add_argument("--out", type=Path, metavar="OUT", help="a folder (default: runs/analysis/<name of FILE>)")
     parser.add_argument(
         "--categories", metavar="FIELD",
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, "steps", "batch", "text_tokens", *(["every"] if args.every is not None else []))
     out = args.out or Path("runs/analysis") / args.file.stem
     prompts = read_prompts(args.data)
-    prompts = prompts[:: args.every or -(-len(prompts) // PROMPTS[args.what])]
+    prompts = prompts[:: args.every or -(-len(prompts) // _PROMPTS[args.what])]
     draw = {"blocks": draw_blocks, "experts": draw_experts, "top-k": draw_top_k}[args.what]
-    numbers = draw(args, out, prompts, encoders_of(args))
+    numbers = draw(args, out, prompts, open_encoders(args))
     with atomic_file(out / f"{args.what}.json") as part:
         part.write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"{out / args.what}.png: {len(prompts)} prompts, {args.steps} steps; the numbers are in {args.what}.json.")
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
     """blocks.png, and its numbers."""
-    model = load_flux(args.file, dtype_of(args), args.device)
+    model = load_flux(args.file, model_dtype(args), args.device)
     names = [block.name for block in blocks_of(model)]
     change = np.zeros((len(prompts), args.steps, len(names)))
     for walk in walks(args, model, prompts, encoders):
@@ -113,7 +113,7 @@ def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], 
         walk.go()
     by_prompt, by_timestep = change.mean(1), change.mean(0)
     title = f"How much blocks of {args.file.name} change their input"
-    figures.save(figures.block_change(by_prompt, by_timestep, names, title), out / "blocks.png")
+    figures.save_figure(figures.block_change(by_prompt, by_timestep, names, title), out / "blocks.png")
     return {
         "file": str(args.file),
         "blocks": names,
@@ -144,8 +144,8 @@ def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt],
         raise UserError(f"{args.file} is a dense FLUX; --what experts is of a FLUX-MoE.")
     fields = args.categories or ("colour" if args.data == "emoji" else "tag")
     prompts = sorted(prompts, key=lambda prompt: str(prompt.metadata.get(fields, "")))
-    model: FluxMoETransformer2DModel = load_flux(args.file, dtype_of(args), args.device)
-    layers = layers_of(model, args.layers)
+    model: FluxMoETransformer2DModel = load_flux(args.file, model_dtype(args), args.device)
+    layers = chosen_layers(model, args.layers)
     chosen: dict[str, np.ndarray] = {}  # [prompts, steps, tokens, E]
     ran = {name: np.ones((len(prompts), args.steps), bool) for name in layers}
     for walk in walks(args, model, prompts, encoders):
@@ -158,7 +158,7 @@ def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt],
     text_tokens = {name: 0 if FFN.parse(name).stream == "img" else words for name in layers}
     categories = [str(prompt.metadata.get(fields, "")) for prompt in prompts]
     title = f"Experts selected in {args.file.name}"
-    figures.save(figures.expert_selection(maps, categories, text_tokens, title), out / "experts.png")
+    figures.save_figure(figures.expert_selection(maps, categories, text_tokens, title), out / "experts.png")
     return {
         "file": str(args.file),
         "categories_by": fields,
@@ -216,7 +216,7 @@ def _plain(values: np.ndarray) -> list[list[float | None]]:
     return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in values]
 
 
-def layers_of(model: FluxMoETransformer2DModel, names: str | None) -> list[str]:
+def chosen_layers(model: FluxMoETransformer2DModel, names: str | None) -> list[str]:
     """What is asked for, or the paper's: the 5th (or last) converted double block's image FFN, and single block's."""
     known = list(model.moe_ffns())
     if names is not None:
@@ -245,7 +245,7 @@ def draw_top_k(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], e
     except ValueError:
         raise UserError(f"--top-k is {args.top_k!r}; expected numbers with commas, such as 0,1,2,4.") from None
     asked = encoders.batch([prompt.text for prompt in prompts], args.guidance)
-    model: FluxMoETransformer2DModel = load_flux(args.file, dtype_of(args), args.device)
+    model: FluxMoETransformer2DModel = load_flux(args.file, model_dtype(args), args.device)
     if model.flux_moe.capacity_router is not None:
         raise UserError(f"{args.file} has a capacity router, which has no top-k.")
     tokens: dict[str, Tensor] = {}
@@ -257,7 +257,7 @@ def draw_top_k(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], e
         tokens[f"k = {k}"] = _sampled(args, model, asked, prompts, encoders)
     if args.teacher is not None:
         del model
-        teacher = load_flux(args.teacher, dtype_of(args), args.device)
+        teacher = load_flux(args.teacher, model_dtype(args), args.device)
         tokens = {"teacher": _sampled(args, teacher, asked, prompts, encoders), **tokens}
     rows = {name: encoders.images(found, asked.image_ids_T3) for name, found in tokens.items()}
     save_png(draw_grid(rows, [prompt.text for prompt in prompts]), out / "top-k.png")
@@ -273,7 +273,7 @@ def _sampled(
     args: argparse.Namespace, model: FluxTransformer2DModel, asked: Batch, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Tensor:
     noise_BTC = noise_for([args.seed + prompt.index for prompt in prompts], asked.image_ids_T3, channels_of(model))
-    mu = shift_for(args, encoders, bool(model.config.guidance_embeds))
+    mu = time_shift(args, encoders, bool(model.config.guidance_embeds))
     return sample(model, asked, noise_BTC, steps=args.steps, mu=mu, size=args.batch)
 
 
@@ -308,7 +308,7 @@ def walks(
     args: argparse.Namespace, model: FluxTransformer2DModel, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Iterator[Walk]:
     """All prompts, some at a time."""
-    levels = grid(args.steps, shift_for(args, encoders, bool(model.config.guidance_embeds)))
+    levels = grid(args.steps, time_shift(args, encoders, bool(model.config.guidance_embeds)))
     for start in progress_bar(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
         some = prompts[start : start + args.batch]
         batch = encoders.batch([prompt.text for prompt in some], args.guidance)

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..data import open_source, prepare
+from ..data import open_source
 from ..data.pictures import PictureSource
-from ..data.samples import described
+from ..data.samples import describe_left_out
 from ..progress import progress_bar
-from ..run_config import load
+from ..run_config import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.rank < args.world:
         raise UserError(f"--rank {args.rank} of --world {args.world}: expected 0 … {args.world - 1}.")
     logging.basicConfig(format="%(message)s")
-    config = load(args.file, args.overrides)
+    config = load_run(args.file, args.overrides)
     source = open_source(config.data, config.output_dir, guidance=config.guidance, device=args.device or _device())
     with progress_bar(desc="Cache", unit="sample", disable=args.rank != 0) as bar:
 
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepare(source, args.rank, args.world, progress)
+        source.prepare(args.rank, args.world, progress)
     if isinstance(source, PictureSource) and args.world == 1:
         for (width, height), count in source.buckets():
             print(f"{width:>5} × {height:<5} {count:>9,}")
-        print(f"left out: {described(source.left_out)}")
+        print(f"left out: {describe_left_out(source.left_out)}")
     return 0
 
 

@@ -22,19 +22,19 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..blockwise.stage import check_blockwise, train_blockwise
-from ..conversion.run import convert
+from ..conversion.run import convert_teacher
 from ..conversion.settings import settings_from_run
-from ..data import open_source, prepare
+from ..data import open_source
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, stages_of
 from ..parallel.ranks import Ranks
-from ..run_config import STAGES, RunConfig, Stage, load
+from ..run_config import STAGES, RunConfig, Stage, load_run
 from ..teacher.frozen import fused_file, open_frozen_teacher
 from ..training.end_to_end import train_end_to_end
 from ..training.loop import Stopped
 from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
 from ..training.stage_run import StageRun
-from .export import export
+from .export import export_file
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load(args.file, args.overrides)
+    config = load_run(args.file, args.overrides)
     if args.dry_run:
         from ..plan.estimate import plan_run
         from ..plan.text import plan_text
@@ -102,7 +102,7 @@ class Distill:
         path = self._teacher_file()
         open_teacher(path).close()  # before data are prepared for one that is not there
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
-        prepare(data, self.ranks.rank, self.ranks.count)
+        data.prepare(self.ranks.rank, self.ranks.count)
         self.ranks.wait()
         identity = run_identity(run, path, data)
         self._begin(identity, path, data)
@@ -173,7 +173,7 @@ class Distill:
                 self._begin_with(self.run.student.start, path, target)
                 return
             settings = settings_from_run(self.run, path, target, target.parent / "calibration")
-            convert(settings, data, report=self.ranks.say)
+            convert_teacher(settings, data, report=self.ranks.say)
 
     def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
         """Copy a student that was made elsewhere. Raises UserError if it is not of such a teacher."""
@@ -187,7 +187,7 @@ class Distill:
                 f"student.start: {start} is of another teacher: it has {dims}, {teacher} has {expected}. Give a student "
                 "of this teacher, or leave student.start out."
             )
-        export(start, target, getattr(torch, self.run.student.dtype))
+        export_file(start, target, getattr(torch, self.run.student.dtype))
         self.ranks.say(f"convert: begins with {start}.")
 
     def _training(self) -> list[Stage]:
@@ -213,7 +213,7 @@ class Distill:
         with self.ranks.main_first():
             if self.ranks.main:
                 source = latest_student(run, "export", stages_of(self._config()))
-                export(source, target, getattr(torch, run.export.dtype))
+                export_file(source, target, getattr(torch, run.export.dtype))
                 self.ranks.say(f"export: {target}, of {source.parent.name}.")
 
 

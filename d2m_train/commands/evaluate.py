@@ -16,7 +16,7 @@ from typing import Any
 
 from d2m_model.atomic import atomic_file
 
-from ..evaluation.image_folder import ImageFolder, fill
+from ..evaluation.image_folder import ImageFolder, sample_missing
 from ..evaluation.open_model import Sparsity, is_flux_moe, load_flux
 from ..evaluation.prompts import (
     Encoders,
@@ -24,12 +24,12 @@ from ..evaluation.prompts import (
     add_prompt_arguments,
     add_sampling_arguments,
     check_counts,
-    dtype_of,
-    encoders_of,
+    model_dtype,
+    open_encoders,
     read_prompts,
-    shift_for,
+    time_shift,
 )
-from ..evaluation.scores import LEVEL, Clip, Scores, interval, score
+from ..evaluation.scores import LEVEL, Clip, Scores, interval, score_images
 from ..progress import progress_bar
 
 
@@ -54,14 +54,14 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, "seeds", "every", "steps", "batch", "text_tokens")
     out = args.out or Path("runs/evaluation") / args.file.stem
     report = evaluate(args, out)
-    print(as_text(report))
+    print(score_table(report))
     print(f"{out / 'report.json'}: written.")
     return 0
 
 
 def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Sample what is missing, score everything, write and give the report."""
-    prompts, encoders = read_prompts(args.data, args.every), encoders_of(args)
+    prompts, encoders = read_prompts(args.data, args.every), open_encoders(args)
     clip = None if args.clip is None else Clip(args.clip, args.device)
     sparsity = Sparsity(top_k=args.top_k, active_blocks=args.active_blocks, capacity_factor=args.capacity_factor)
     folders: dict[str, ImageFolder] = {}
@@ -72,7 +72,9 @@ def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         if file is not None:
             folders[name] = _sample(args, out / name, file, own, prompts, encoders)
     reference = folders.get("teacher")
-    scores = {name: score(folder, None if name == "teacher" else reference, clip) for name, folder in folders.items()}
+    scores = {
+        name: score_images(folder, None if name == "teacher" else reference, clip) for name, folder in folders.items()
+    }
     report = _report(args, prompts, scores)
     for name, values in scores.items():
         _write(out / name / "scores.json", {key: value.tolist() for key, value in values.items()})
@@ -93,13 +95,13 @@ def _sample(
     missing = len(images.missing())
     total = len(prompts) * args.seeds
     with progress_bar(desc=f"{folder.name}: {file.name}", total=total, initial=total - missing, unit="image") as bar:
-        fill(
+        sample_missing(
             images,
-            lambda: load_flux(file, dtype_of(args), args.device, sparsity),
+            lambda: load_flux(file, model_dtype(args), args.device, sparsity),
             encoders,
             steps=args.steps,
             guidance=args.guidance,
-            shift=lambda guided: shift_for(args, encoders, guided),
+            shift=lambda guided: time_shift(args, encoders, guided),
             seed=args.seed,
             batch=args.batch,
             progress=bar.update,
@@ -129,7 +131,7 @@ def _made(
         "guidance": args.guidance,
         "shift": args.shift,
         "seed": args.seed,
-        "dtype": str(dtype_of(args)),
+        "dtype": str(model_dtype(args)),
     }
 
 
@@ -165,7 +167,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         part.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def as_text(report: dict[str, Any]) -> str:
+def score_table(report: dict[str, Any]) -> str:
     """A table: a line for each score, a column for each file."""
     columns = {Path(report["file"]).name: report["scores"]}
     if "against" in report:

@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     if args.diffusers:
         export_to_diffusers(args.file, args.out, dtype)
     else:
-        export(args.file, args.out, dtype)
+        export_file(args.file, args.out, dtype)
     print(f"{args.out}: written.")
     return 0
 
 
-def export(source: Path, target: Path, dtype: torch.dtype) -> None:
+def export_file(source: Path, target: Path, dtype: torch.dtype) -> None:
     """A FLUX-MoE file again, its weights in `dtype`; tensor by tensor, whole or not at all."""
     refuse_same_file([source], target, "this is the file that is exported")
     with TensorFile(source) as file:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     facts = inspect(args.file)
-    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    print(json.dumps(facts, indent=2) if args.json else facts_text(facts))
     return 0
 
 
@@ -68,7 +68,7 @@ def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[
     }
 
 
-def as_text(facts: dict[str, Any]) -> str:
+def facts_text(facts: dict[str, Any]) -> str:
     """The facts for people, a line each."""
     dims = facts["dims"]
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["elements_by_dtype"].items())

@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
     presets = get_args(PresetName) if args.preset == "all" else (args.preset,)
     costs = preset_costs(dims, tokens, presets, args.top_k)
     if args.json:
-        rows = [row | {"model": args.model} for row in as_rows(costs, tokens, args.top_k)]
+        rows = [row | {"model": args.model} for row in cost_rows(costs, tokens, args.top_k)]
         print(json.dumps(rows if args.preset == "all" else rows[0], indent=2))
     else:
         printed = PRINTED if args.model == "flux-dev" and args.top_k == PAPER_TOP_K and tokens == MEGAPIXEL else {}
         print(f"{args.model}: {tokens.image:,} image and {tokens.text:,} text tokens, top-{args.top_k} experts\n")
-        print(as_table(costs, printed))
+        print(cost_table(costs, printed))
     return 0
 
 
@@ -92,7 +92,7 @@ def preset_costs(dims: FluxDims, tokens: Tokens, presets: Sequence[PresetName], 
     return costs
 
 
-def as_rows(costs: dict[str, Cost], tokens: Tokens, top_k: int) -> list[dict[str, Any]]:
+def cost_rows(costs: dict[str, Cost], tokens: Tokens, top_k: int) -> list[dict[str, Any]]:
     """One object for each preset."""
     return [
         {
@@ -111,7 +111,7 @@ def as_rows(costs: dict[str, Cost], tokens: Tokens, top_k: int) -> list[dict[str
     ]
 
 
-def as_table(costs: dict[str, Cost], printed: dict[str, Printed]) -> str:
+def cost_table(costs: dict[str, Cost], printed: dict[str, Printed]) -> str:
     """Aligned for a terminal; the paper's figures in columns of their own if there are any."""
     dense = costs["dense"]
     size, size_unit = (1e9, "B") if dense.total >= 1e9 else (1e6, "M")

@@ -14,7 +14,7 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.block_routers import BlockChange, GroupReport
 from d2m_model.conversion.ffn import FFNReport
 
-WAYS = ("random", "fixed", "ridge", "oracle")  # of choosing blocks: see GroupReport
+_WAYS = ("random", "fixed", "ridge", "oracle")  # of choosing blocks: see GroupReport
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -78,7 +78,7 @@ def _tell_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], obj
             "Block routers are random, as the paper begins: they have to be trained. With data they begin with a preference."
         )
         return
-    ways = {way: [getattr(group, way) for group in report.groups.values()] for way in WAYS}
+    ways = {way: [getattr(group, way) for group in report.groups.values()] for way in _WAYS}
     say(
         "Block routers, on samples that no fit has seen: change of the blocks left out, as a part of the group's; and how"
     )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 
-def convert(
+def convert_teacher(
     settings: ConversionSettings, data: DataSource | None = None, *, report: Callable[[str], object] = print
 ) -> FluxMoEConfig:
     """Write `settings.out` and its report; give its configuration. A calibration that was interrupted is continued.

@@ -10,20 +10,20 @@ import torch
 
 from .. import UserError
 from ..run_config import DataSection
-from .batch import GUIDANCE, DataSource, Progress
+from .batch import GUIDANCE, DataSource
 from .emoji import EmojiAutoencoder, EmojiData, EmojiTextEncoders
 from .encoded import AbsentEncoders, Encoded
-from .encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
+from .encoders import FluxAutoencoder, FluxTextEncoders, ImageAutoencoder, TextEncoders
 from .folder import FolderSamples
 from .latents import LatentFile
 from .pictures import PictureSource
 from .prompts import PromptSource
 from .samples import Samples
 from .shards import ShardSamples
-from .store import Store, digest
+from .store import Store, content_key
 from .tables import TableSamples
 
-Encoders = TypeVar("Encoders", TextEncoders, Autoencoder)
+_Encoder = TypeVar("_Encoder", TextEncoders, ImageAutoencoder)
 
 
 def open_data(name: str) -> DataSource:
@@ -64,11 +64,6 @@ def open_source(
     )
 
 
-def prepare(source: DataSource, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-    """This rank's share of the cache, so that training needs no encoders. Every rank has to, and to wait for the others."""
-    source.prepare(rank, world, progress)
-
-
 def _text_encoders(section: DataSection, store: Store, device: torch.device | str) -> TextEncoders | None:
     name, tokens, dtype = section.text_encoders, section.text_tokens, getattr(torch, section.encoder_dtype)
     if name is None:
@@ -78,7 +73,7 @@ def _text_encoders(section: DataSection, store: Store, device: torch.device | st
     return _or_known(store, f"{name} {tokens} {dtype}", lambda: FluxTextEncoders(name, tokens, dtype, device))
 
 
-def _autoencoder(section: DataSection, store: Store, device: torch.device | str) -> Autoencoder | None:
+def _autoencoder(section: DataSection, store: Store, device: torch.device | str) -> ImageAutoencoder | None:
     name, dtype = section.vae, getattr(torch, section.encoder_dtype)
     if name is None:
         return None
@@ -87,9 +82,9 @@ def _autoencoder(section: DataSection, store: Store, device: torch.device | str)
     return _or_known(store, f"vae {name} {dtype}", lambda: FluxAutoencoder(name, dtype, device))
 
 
-def _or_known(store: Store, label: str, make: Callable[[], Encoders]) -> Encoders | AbsentEncoders:
+def _or_known(store: Store, label: str, make: Callable[[], _Encoder]) -> _Encoder | AbsentEncoders:
     """The encoders, or if they are not there, what the store remembers of them."""
-    place = f"encoders/{digest(label)}"
+    place = f"encoders/{content_key(label)}"
     known = store.read_json(place)
     try:
         made = make()

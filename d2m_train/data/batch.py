@@ -72,19 +72,19 @@ class DataSource(Protocol):
         ...
 
 
-def batch_of(
+def latent_batch(
     latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor, words_BL: Tensor | None = None
 ) -> Batch:
     """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches. Without `words_BL` nothing is padding."""
     texts = Texts(context, pooled, torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL)
-    batch = prompts_of(texts, guidance, (8 * latents.shape[-1], 8 * latents.shape[-2]))
+    batch = prompt_batch(texts, guidance, (8 * latents.shape[-1], 8 * latents.shape[-2]))
     batch.tokens_BTC = rearrange(
         latents.float(), "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH_LATENTS, q=PATCH_LATENTS
     )
     return batch
 
 
-def prompts_of(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch:
+def prompt_batch(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch:
     """A batch without images, for images of `size`: width and height in pixels."""
     width, height = size[0] // PATCH_PIXELS, size[1] // PATCH_PIXELS
     ids = torch.zeros(height, width, 3)
@@ -101,7 +101,7 @@ def prompts_of(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch
     )
 
 
-def latents_of(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
+def tokens_to_latents(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
     """[B, channels, height, width]: what `batch_of` cut into tokens."""
     height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
     return rearrange(

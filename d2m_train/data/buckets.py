@@ -14,23 +14,23 @@ from d2m_model.config import PATCH_PIXELS
 
 Size = tuple[int, int]  # width and height in pixels
 
-STEPS = 8  # sizes between a square and the longest bucket, which is four times as long as wide
-SHORTEST = 0.5  # the short side of the longest bucket, as part of the square's
+_STEPS = 8  # sizes between a square and the longest bucket, which is four times as long as wide
+_SHORTEST = 0.5  # the short side of the longest bucket, as part of the square's
 
 
 @cache
 def buckets(resolution: int) -> tuple[Size, ...]:
     """Return sizes of about resolution² pixels, from the square to 1 : 4 both ways; sides are multiples of PATCH_PIXELS."""
-    step = max(PATCH_PIXELS, round(resolution * (1 - SHORTEST) / STEPS / PATCH_PIXELS) * PATCH_PIXELS)
+    step = max(PATCH_PIXELS, round(resolution * (1 - _SHORTEST) / _STEPS / PATCH_PIXELS) * PATCH_PIXELS)
     sizes = set()
-    for short in range(resolution, math.ceil(resolution * SHORTEST) - 1, -step):
+    for short in range(resolution, math.ceil(resolution * _SHORTEST) - 1, -step):
         long = max(PATCH_PIXELS, round(resolution**2 / short / PATCH_PIXELS) * PATCH_PIXELS)
         sizes |= {(short, long), (long, short)}
     return tuple(sorted(sizes))
 
 
 @lru_cache(maxsize=1 << 16)
-def bucket_of(width: int, height: int, resolutions: tuple[int, ...], enlarge: float) -> Size | None:
+def choose_bucket(width: int, height: int, resolutions: tuple[int, ...], enlarge: float) -> Size | None:
     """The bucket nearest in aspect ratio, of the largest resolution for which the image need not be enlarged by more than
     `enlarge`. None: it is too small for all of them."""
     for resolution in sorted(resolutions, reverse=True):
@@ -49,7 +49,7 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fitted(image: Image.Image, size: Size) -> Image.Image:
+def fit_to_size(image: Image.Image, size: Size) -> Image.Image:
     """Resized and cropped about its centre to `size`."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, latents_of
-from .order import places
-from .store import DamagedEntry, Store, digest
+from .batch import GUIDANCE, Batch, Progress, Texts, latent_batch, tokens_to_latents
+from .order import sample_order
+from .store import DamagedEntry, Store, content_key
 
 log = logging.getLogger(__name__)
 
-POOL_SEED, POOL_PART = 300, 32  # pictures of one entry
+_POOL_SEED, POOL_PART = 300, 32  # pictures of one entry
 
 
 def asset(name: str, assets: Path | None = None) -> Path:
@@ -114,16 +114,16 @@ class EmojiData:
             pictures = [self.dataset.random_picture(generator) for _ in range(size)]
             latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
         else:
-            pictures, latents = self.pool.chosen(places(self.pool.count, index * size, size, (seed,)))
+            pictures, latents = self.pool.chosen(sample_order(self.pool.count, index * size, size, (seed,)))
         templates = generator.integers(len(self.dataset.CAPTION_TEMPLATES), size=size)
         captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
         context, pooled, words = self.encode_prompts(captions)
         guidance = torch.from_numpy(generator.uniform(*self.guidance, size))
-        return batch_of(latents, context, pooled, guidance, words)
+        return latent_batch(latents, context, pooled, guidance, words)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """[B, 3, 128, 128] in 0..1."""
-        return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+        return self.autoencoder.decode(tokens_to_latents(tokens_BTC, image_ids_T3))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
         return self.text_encoders.encode(prompts)
@@ -134,7 +134,7 @@ class EmojiPool:
 
     def __init__(self, dataset: Any, autoencoder: EmojiAutoencoder, count: int, store: Store) -> None:
         self.dataset, self.autoencoder, self.count, self.store = dataset, autoencoder, count, store
-        generator = np.random.default_rng(POOL_SEED)
+        generator = np.random.default_rng(_POOL_SEED)
         whole = -(-count // POOL_PART) * POOL_PART
         pictures = [dataset.random_picture(generator) for _ in range(whole)]
         self.parts = [pictures[start : start + POOL_PART] for start in range(0, whole, POOL_PART)]
@@ -156,7 +156,7 @@ class EmojiPool:
 
     def _encoded(self, pictures: Sequence[Any]) -> Tensor:
         """From the store, or made and kept; bfloat16, as the autoencoder runs."""
-        key = digest("emoji", self.autoencoder.identity, _hash(self.dataset.render(pictures[0])), *pictures)
+        key = content_key("emoji", self.autoencoder.identity, _hash(self.dataset.render(pictures[0])), *pictures)
         try:
             if (found := self.store.get("pool", key)) is not None:
                 return found["latents"]

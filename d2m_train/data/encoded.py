@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from .batch import Texts, latents_of
+from .batch import Texts, tokens_to_latents
 from .buckets import Size
-from .encoders import Autoencoder, TextEncoders, no_text_encoders
-from .store import DamagedEntry, Store, digest
+from .encoders import ImageAutoencoder, TextEncoders, no_text_encoders
+from .store import DamagedEntry, Store, content_key
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class AbsentEncoders:
 class Encoded:
     """Latents and text features by content. `release` when encoders are not needed for a while."""
 
-    def __init__(self, store: Store, autoencoder: Autoencoder | None, text_encoders: TextEncoders | None) -> None:
+    def __init__(self, store: Store, autoencoder: ImageAutoencoder | None, text_encoders: TextEncoders | None) -> None:
         self.store, self.autoencoder, self.text_encoders = store, autoencoder, text_encoders
 
     @property
     def identity(self) -> str:
         """Of the encoders."""
-        return digest(*(part and part.identity for part in (self.autoencoder, self.text_encoders)))
+        return content_key(*(part and part.identity for part in (self.autoencoder, self.text_encoders)))
 
     def has_text(self, prompt: str) -> bool:
         return self.store.has("text", self._text_key(prompt))
@@ -78,7 +78,7 @@ class Encoded:
         if self.autoencoder is None or isinstance(self.autoencoder, AbsentEncoders):
             return None
         try:
-            return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+            return self.autoencoder.decode(tokens_to_latents(tokens_BTC, image_ids_T3))
         finally:
             self.release()
 
@@ -124,7 +124,7 @@ class Encoded:
         return made
 
     def _text_key(self, prompt: str) -> str:
-        return digest("text", self.text_encoders and self.text_encoders.identity, prompt)
+        return content_key("text", self.text_encoders and self.text_encoders.identity, prompt)
 
     def _latents_key(self, image: str, size: Size) -> str:
-        return digest("latents", self.autoencoder and self.autoencoder.identity, image, *size)
+        return content_key("latents", self.autoencoder and self.autoencoder.identity, image, *size)

@@ -21,11 +21,11 @@ from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS
 from .. import UserError
 from .batch import Texts
 
-PIPELINE = (
+_PIPELINE = (
     "a diffusers FLUX pipeline (a folder, or its name on the hub) with text_encoder, text_encoder_2, tokenizer, "
     "tokenizer_2 and model_index.json"
 )
-SAMPLE, SAMPLES = 1 << 16, 64  # bytes and pieces of a large file that tell it from another
+_SAMPLE, _SAMPLES = 1 << 16, 64  # bytes and pieces of a large file that tell it from another
 
 
 class TextEncoders(Protocol):
@@ -41,7 +41,7 @@ class TextEncoders(Protocol):
         ...
 
 
-class Autoencoder(Protocol):
+class ImageAutoencoder(Protocol):
     """Images are [B, 3, P, P] in 0..1, latents those of FLUX's model space. Both float32 on the CPU."""
 
     identity: str
@@ -54,7 +54,7 @@ class Autoencoder(Protocol):
 
 
 def no_text_encoders() -> UserError:
-    return UserError(f"No text encoders are known to encode prompts with: set data.text_encoders to {PIPELINE}.")
+    return UserError(f"No text encoders are known to encode prompts with: set data.text_encoders to {_PIPELINE}.")
 
 
 class FluxTextEncoders:
@@ -64,8 +64,8 @@ class FluxTextEncoders:
         """Raises UserError if there is no such pipeline."""
         self.name, self.tokens, self.dtype, self.device = name, tokens, dtype, device
         parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        self.folder = _found(name, parts, "data.text_encoders", PIPELINE)
-        self.identity = f"{fingerprint(self.folder, parts)}, {tokens} tokens, {dtype}"
+        self.folder = _found(name, parts, "data.text_encoders", _PIPELINE)
+        self.identity = f"{folder_fingerprint(self.folder, parts)}, {tokens} tokens, {dtype}"
         self._pipeline: Any = None
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class FluxTextEncoders:
         if self._pipeline is None:
             from diffusers import FluxPipeline
 
-            with _loading(self.folder, PIPELINE):
+            with _loading(self.folder, _PIPELINE):
                 self._pipeline = FluxPipeline.from_pretrained(
                     self.folder, transformer=None, vae=None, scheduler=None, torch_dtype=self.dtype
                 ).to(self.device)
@@ -108,7 +108,7 @@ class FluxAutoencoder:
         alone = (Path(name) / "config.json").is_file()
         expected = "a diffusers FLUX pipeline (a folder, or its name on the hub) with vae, or the folder vae itself"
         self.folder = Path(name) if alone else _found(name, ("vae",), "data.vae", expected) / "vae"
-        self.identity = f"{fingerprint(self.folder, ('.',))}, {dtype}"
+        self.identity = f"{folder_fingerprint(self.folder, ('.',))}, {dtype}"
         self._vae: Any = None
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class FluxAutoencoder:
         return self._vae
 
 
-def fingerprint(folder: Path, parts: Sequence[str]) -> str:
+def folder_fingerprint(folder: Path, parts: Sequence[str]) -> str:
     """Tells other weights from these without reading all of them: names, sizes and SAMPLES pieces of every file.
 
     It does not depend on where the folder lies or when it was written.
@@ -159,12 +159,12 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size};".encode())
         with open(file, "rb") as stored:
-            if size <= SAMPLE * SAMPLES:
+            if size <= _SAMPLE * _SAMPLES:
                 digest.update(stored.read())
             else:
-                for piece in range(SAMPLES):
-                    stored.seek(piece * (size - SAMPLE) // (SAMPLES - 1))
-                    digest.update(stored.read(SAMPLE))
+                for piece in range(_SAMPLES):
+                    stored.seek(piece * (size - _SAMPLE) // (_SAMPLES - 1))
+                    digest.update(stored.read(_SAMPLE))
     return digest.hexdigest()[:32]
 
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from .. import UserError
-from .samples import IMAGE_SUFFIXES, caption_of, paired
-from .store import digest
+from .samples import IMAGE_SUFFIXES, caption_text, pair_files
+from .store import content_key
 
 
 class FolderSamples:
@@ -31,8 +31,8 @@ class FolderSamples:
                 continue
             status = file.stat()
             seen.append((name, status.st_size, status.st_mtime_ns))
-        self._samples, self.left_out = paired(images, captions)
-        self.identity = digest(*seen)
+        self._samples, self.left_out = pair_files(images, captions)
+        self.identity = content_key(*seen)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -42,7 +42,7 @@ class FolderSamples:
 
     def read(self, place: int) -> tuple[bytes, str]:
         _, image, caption = self._samples[place]
-        return image.read_bytes(), caption_of(caption.read_bytes())
+        return image.read_bytes(), caption_text(caption.read_bytes())
 
 
 def _files(path: Path) -> list[Path]:

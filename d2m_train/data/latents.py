@@ -11,10 +11,10 @@ from torch import Tensor
 from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance
+from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
 from .encoded import Encoded
 from .encoders import no_text_encoders
-from .order import places
+from .order import sample_order
 
 LATENTS_FORMAT = (
     "a .safetensors with `latents` [N, channels, height, width] in FLUX's model space ((latent - 0.1159) * 0.3611), "
@@ -51,7 +51,7 @@ class LatentFile:
     def batch(self, index: int, size: int, seed: int) -> Batch:
         """The samples in random order, in another one when they run out."""
         tensors = {name: self.file.tensor(name) for name in self.file.shapes}
-        chosen = torch.tensor(places(len(tensors["latents"]), index * size, size, (seed,)))
+        chosen = torch.tensor(sample_order(len(tensors["latents"]), index * size, size, (seed,)))
         context = tensors["context"][chosen]
         guidance = draw_guidance(self.guidance, index, size, seed)
         if "guidance" in tensors:
@@ -59,7 +59,7 @@ class LatentFile:
         words_BL = None
         if "text_tokens" in tensors:
             words_BL = torch.arange(context.shape[1]) < tensors["text_tokens"][chosen, None]
-        return batch_of(tensors["latents"][chosen], context, tensors["pooled"][chosen], guidance, words_BL)
+        return latent_batch(tensors["latents"][chosen], context, tensors["pooled"][chosen], guidance, words_BL)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """[B, 3, P, P] in 0..1; None where no autoencoder is given."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 
-def places(count: int, start: int, size: int, seed: Sequence[int]) -> list[int]:
+def sample_order(count: int, start: int, size: int, seed: Sequence[int]) -> list[int]:
     """Samples at places start … start + size of an endless sequence: permutations of `count`, one after the other."""
     turns = range(start // count, (start + size - 1) // count + 1)
     orders = {turn: _permutation(count, (*seed, turn)) for turn in turns}
@@ -42,7 +42,7 @@ class BucketOrder:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches_of(epoch))
         bucket, number = self._epoch[1][index - self._before(epoch)]
-        return bucket, places(self.counts[bucket], number * self.size, self.size, (self.seed, bucket))
+        return bucket, sample_order(self.counts[bucket], number * self.size, self.size, (self.seed, bucket))
 
     def _before(self, epoch: int) -> int:
         """Batches of all earlier epochs."""

@@ -15,21 +15,30 @@ from PIL import Image
 from torch import Tensor
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, Progress, Texts, batch_of, draw_guidance
-from .buckets import Size, bucket_of, fitted, pixels, upright
+from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
+from .buckets import Size, choose_bucket, fit_to_size, pixels, upright
 from .encoded import Encoded
 from .order import BucketOrder
-from .samples import BROKEN_IMAGE, TOO_SMALL, UNREADABLE, LeftOut, Samples, UnusableSample, described, merged
-from .store import digest
+from .samples import (
+    BROKEN_IMAGE,
+    TOO_SMALL,
+    UNREADABLE,
+    LeftOut,
+    Samples,
+    UnusableSample,
+    describe_left_out,
+    merge_left_out,
+)
+from .store import content_key
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the index
+_INDEX_VERSION = 1  # of the index
 PART = 64  # samples that are looked at, and kept in the index, together
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Record:
+class SampleRecord:
     """What looking at a sample found: its content, or why it is left out."""
 
     problem: str | None = None
@@ -61,9 +70,9 @@ class PictureSource:
         self.resolutions, self.enlarge, self.guidance = tuple(resolutions), enlarge, guidance
         if len(samples) == 0:
             raise self._nothing_usable(samples.left_out)
-        self.identity = digest(samples.identity, self.resolutions, enlarge, encoded.identity)
+        self.identity = content_key(samples.identity, self.resolutions, enlarge, encoded.identity)
         self.left_out: LeftOut = {}  # names by reason; complete once the first batch was asked for
-        self._index = f"index/{digest(VERSION, samples.identity)}"
+        self._index = f"index/{content_key(_INDEX_VERSION, samples.identity)}"
         self._rank: int | None = None  # None: not prepared yet
         self._buckets: list[tuple[Size, list[int]]] | None = None
         self._order = lru_cache(maxsize=4)(self._new_order)
@@ -88,7 +97,7 @@ class PictureSource:
         self._rank = rank
 
     def _prepare_part(self, number: int, places: range, pool: ThreadPoolExecutor) -> None:
-        looked: list[tuple[Record, Image.Image | None]]
+        looked: list[tuple[SampleRecord, Image.Image | None]]
         records = self._stored_part(number, len(places))
         if records is not None:
             looked = [(record, None) for record in records]
@@ -105,23 +114,23 @@ class PictureSource:
             if not self.encoded.has_text(record.caption):
                 self.encoded.texts([record.caption])
 
-    def _look(self, place: int) -> tuple[Record, Image.Image | None]:
+    def _look(self, place: int) -> tuple[SampleRecord, Image.Image | None]:
         """The record, and the image at its bucket's size."""
         try:
             data, caption = self.samples.read(place)
         except UnusableSample as problem:
-            return Record(problem=str(problem)), None
+            return SampleRecord(problem=str(problem)), None
         except OSError:
-            return Record(problem=UNREADABLE), None
+            return SampleRecord(problem=UNREADABLE), None
         try:
             image = upright(Image.open(io.BytesIO(data)))
         except Exception:  # Pillow's plugins raise whatever they stumble over
-            return Record(problem=BROKEN_IMAGE), None
-        record = Record(image=_hash(data), width=image.width, height=image.height, caption=caption)
+            return SampleRecord(problem=BROKEN_IMAGE), None
+        record = SampleRecord(image=_hash(data), width=image.width, height=image.height, caption=caption)
         size = self._size(record)
-        return record, None if size is None else fitted(image, size)
+        return record, None if size is None else fit_to_size(image, size)
 
-    def _pixels(self, place: int, record: Record, size: Size) -> Tensor:
+    def _pixels(self, place: int, record: SampleRecord, size: Size) -> Tensor:
         """Of a sample that was looked at before. Raises UserError if it is not what it was then."""
         name = self.samples.name(place)
         try:
@@ -130,25 +139,25 @@ class PictureSource:
             raise UserError(f"{name} of {self.name} is not there any more ({error}).") from None
         if _hash(data) != record.image:
             raise UserError(f"{name} of {self.name} has another content than when it was listed.")
-        return pixels(fitted(upright(Image.open(io.BytesIO(data))), size))
+        return pixels(fit_to_size(upright(Image.open(io.BytesIO(data))), size))
 
-    def _size(self, record: Record) -> Size | None:
+    def _size(self, record: SampleRecord) -> Size | None:
         if record.problem is not None:
             return None
-        return bucket_of(record.width, record.height, self.resolutions, self.enlarge)
+        return choose_bucket(record.width, record.height, self.resolutions, self.enlarge)
 
     # The index
 
-    def _stored_part(self, number: int, count: int) -> list[Record] | None:
+    def _stored_part(self, number: int, count: int) -> list[SampleRecord] | None:
         stored = self.encoded.store.read_json(f"{self._index}/{number:06}")
         if not isinstance(stored, list) or len(stored) != count:
             return None
-        return [Record(**fields) for fields in stored]
+        return [SampleRecord(**fields) for fields in stored]
 
-    def _store_part(self, number: int, records: Sequence[Record]) -> None:
+    def _store_part(self, number: int, records: Sequence[SampleRecord]) -> None:
         self.encoded.store.write_json(f"{self._index}/{number:06}", [asdict(record) for record in records])
 
-    def _read_part(self, number: int) -> list[Record]:
+    def _read_part(self, number: int) -> list[SampleRecord]:
         """From the index, or looked at now."""
         places = range(len(self.samples))[number * PART : (number + 1) * PART]
         records = self._stored_part(number, len(places))
@@ -171,11 +180,11 @@ class PictureSource:
                     problems.setdefault(record.problem or TOO_SMALL, []).append(self.samples.name(place))
                 else:
                     found.setdefault(size, []).append(place)
-            self.left_out = merged((self.samples.left_out, problems))
+            self.left_out = merge_left_out((self.samples.left_out, problems))
             if not found:
                 raise self._nothing_usable(self.left_out)
             if self.left_out and self._rank == 0:
-                log.warning("%s: left out %s.", self.name, described(self.left_out))
+                log.warning("%s: left out %s.", self.name, describe_left_out(self.left_out))
             self._buckets = sorted(found.items())
         return self._buckets
 
@@ -183,7 +192,7 @@ class PictureSource:
         return UserError(
             f"No usable sample. Looked for {self.samples.expected}"
             f", large enough for resolution {min(self.resolutions)} when enlarged at most {self.enlarge:g} times. "
-            f"Found {described(left_out)}."
+            f"Found {describe_left_out(left_out)}."
         )
 
     # Batches
@@ -207,7 +216,7 @@ class PictureSource:
             captions.append(record.caption)
         texts = self.encode_prompts(captions)
         guidance_B = draw_guidance(self.guidance, index, size, seed)
-        return batch_of(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
+        return latent_batch(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """[B, 3, P, P] in 0..1; None where no autoencoder is there."""

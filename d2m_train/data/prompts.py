@@ -11,16 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from .. import UserError
-from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, prompts_of
+from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, prompt_batch
 from .encoded import Encoded
-from .order import places
-from .samples import described
-from .store import digest
+from .order import sample_order
+from .samples import describe_left_out
+from .store import content_key
 
 log = logging.getLogger(__name__)
 
 _FILE_FORMAT = 'a .txt of prompts, one a line, or a .jsonl of objects with "prompt"'
-NO_PROMPT = "line without a prompt"
+_NO_PROMPT = "line without a prompt"
 
 
 class PromptSource:
@@ -39,11 +39,11 @@ class PromptSource:
         self.resolutions, self.guidance = tuple(resolutions), guidance
         self.prompts, self.left_out = _read(path)
         if not self.prompts:
-            raise UserError(f"{path}: no prompts; expected {_FILE_FORMAT}. Found {described(self.left_out)}.")
+            raise UserError(f"{path}: no prompts; expected {_FILE_FORMAT}. Found {describe_left_out(self.left_out)}.")
         if self.left_out:
-            log.warning("%s: left out %s.", self.name, described(self.left_out))
+            log.warning("%s: left out %s.", self.name, describe_left_out(self.left_out))
         self._prepared = False
-        self.identity = digest(self.resolutions, encoded.identity, *self.prompts)
+        self.identity = content_key(self.resolutions, encoded.identity, *self.prompts)
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
         """Encode what is missing of this rank's share of the prompts."""
@@ -62,9 +62,9 @@ class PromptSource:
         """The prompts in random order, in another one when they run out. There are no images."""
         if not self._prepared:
             self.prepare()
-        chosen = [self.prompts[place] for place in places(len(self.prompts), index * size, size, (seed,))]
+        chosen = [self.prompts[place] for place in sample_order(len(self.prompts), index * size, size, (seed,))]
         side = int(np.random.default_rng((seed, index, 2)).choice(self.resolutions))
-        return prompts_of(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
+        return prompt_batch(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """[B, 3, P, P] in 0..1; None where no autoencoder is there."""
@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
             prompts.append(prompt)
         else:
             bad.append(f"line {number}")
-    return prompts, {NO_PROMPT: bad} if bad else {}
+    return prompts, {_NO_PROMPT: bad} if bad else {}
 
 
 def _of_json(line: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 CAPTION_NAMES = ("caption", "text", "prompt", "description")  # of columns and fields, the likelier first
-NAMED = 3  # of the samples left out, so many are named
+_NAMED = 3  # of the samples left out, so many are named
 
 # Why a sample is left out.
 IMAGE_ALONE, CAPTION_ALONE, EMPTY_CAPTION = "image without a caption", "caption without an image", "empty caption"
@@ -36,14 +36,14 @@ class Samples(Protocol):
         ...
 
 
-class Listed(NamedTuple):
+class _Listed(NamedTuple):
     """What grouping files by name gives: complete samples, and the names of what stands alone, by reason."""
 
     complete: list[tuple[str, Any, Any]]  # name, image and caption, as they were given
     left_out: LeftOut
 
 
-def paired(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tuple[str, Any]]) -> Listed:
+def pair_files(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tuple[str, Any]]) -> _Listed:
     """Images (key, name, image) with the captions key → (name, caption) of their keys."""
     complete = [(name, image, captions[key][1]) for key, name, image in images if key in captions]
     keys = {key for key, _, _ in images}
@@ -51,10 +51,10 @@ def paired(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tuple[
         IMAGE_ALONE: [name for key, name, _ in images if key not in captions],
         CAPTION_ALONE: [name for key, (name, _) in captions.items() if key not in keys],
     }
-    return Listed(complete, {reason: names for reason, names in left_out.items() if names})
+    return _Listed(complete, {reason: names for reason, names in left_out.items() if names})
 
 
-def caption_of(data: bytes) -> str:
+def caption_text(data: bytes) -> str:
     """A caption file's text. Raises UnusableSample if there is none."""
     try:
         text = data.decode("utf-8-sig").strip()
@@ -65,16 +65,16 @@ def caption_of(data: bytes) -> str:
     return text
 
 
-def described(left_out: LeftOut) -> str:
+def describe_left_out(left_out: LeftOut) -> str:
     """`2 × broken image (a.png, b.png), …`: for logs and messages."""
     parts = []
     for reason, names in left_out.items():
-        more = ", …" if len(names) > NAMED else ""
-        parts.append(f"{len(names):,} × {reason} ({', '.join(names[:NAMED])}{more})")
+        more = ", …" if len(names) > _NAMED else ""
+        parts.append(f"{len(names):,} × {reason} ({', '.join(names[:_NAMED])}{more})")
     return ", ".join(parts) or "nothing"
 
 
-def merged(left_outs: Iterable[LeftOut]) -> LeftOut:
+def merge_left_out(left_outs: Iterable[LeftOut]) -> LeftOut:
     found: LeftOut = {}
     for left_out in left_outs:
         for reason, names in left_out.items():

@@ -21,14 +21,14 @@ from .samples import (
     IMAGE_SUFFIXES,
     UNREADABLE,
     UnusableSample,
-    caption_of,
-    merged,
-    paired,
+    caption_text,
+    merge_left_out,
+    pair_files,
 )
-from .store import Store, digest
+from .store import Store, content_key
 
 
-class Span(NamedTuple):
+class _Span(NamedTuple):
     """A member's bytes, and what kind of file it is."""
 
     shard: str
@@ -48,20 +48,20 @@ class ShardSamples:
             f"{caption_field or ' or '.join(CAPTION_NAMES)}"
         )
         self._fields = (caption_field,) if caption_field else CAPTION_NAMES
-        self._samples: list[tuple[str, Span, Span]] = []
+        self._samples: list[tuple[str, _Span, _Span]] = []
         seen, alone = [], []
         for shard in shards:
             status = shard.stat()
             seen.append((shard.name, status.st_size, status.st_mtime_ns))
-            images, captions = _indexed(shard, digest(shard.absolute(), *seen[-1]), store)
-            complete, left_out = paired(
+            images, captions = _indexed(shard, content_key(shard.absolute(), *seen[-1]), store)
+            complete, left_out = pair_files(
                 [(key, f"{shard.name}/{key}", span) for key, span in images.items()],
                 {key: (f"{shard.name}/{key}", span) for key, span in captions.items()},
             )
             self._samples += complete
             alone.append(left_out)
-        self.left_out = merged(alone)
-        self.identity = digest(*seen)
+        self.left_out = merge_left_out(alone)
+        self.identity = content_key(*seen)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -72,7 +72,7 @@ class ShardSamples:
     def read(self, place: int) -> tuple[bytes, str]:
         _, image, caption = self._samples[place]
         text = _bytes(caption)
-        return _bytes(image), self._of_json(text) if caption.suffix == ".json" else caption_of(text)
+        return _bytes(image), self._of_json(text) if caption.suffix == ".json" else caption_text(text)
 
     def _of_json(self, data: bytes) -> str:
         try:
@@ -85,20 +85,20 @@ class ShardSamples:
         return str(found).strip()
 
 
-def _bytes(span: Span) -> bytes:
+def _bytes(span: _Span) -> bytes:
     with open(span.shard, "rb") as file:
         file.seek(span.start)
         return file.read(span.size)
 
 
-def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, Span], dict[str, Span]]:
+def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, _Span], dict[str, _Span]]:
     """Images and captions of a shard by key; read once, and kept."""
     name = f"shards/{key}"
     found = store.read_json(name)
     if found is None:
         found = _members(shard)
         store.write_json(name, found)
-    images, captions = ({key: Span(str(shard), *span) for key, span in part.items()} for part in found)
+    images, captions = ({key: _Span(str(shard), *span) for key, span in part.items()} for part in found)
     return images, captions
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import UserError
 
-CHECKSUM = "sha256"  # in an entry's metadata
-STALE = 24 * 3600  # seconds after which an unfinished file has no writer any more
+_CHECKSUM = "sha256"  # in an entry's metadata
+_STALE = 24 * 3600  # seconds after which an unfinished file has no writer any more
 
 
 class DamagedEntry(Exception):
@@ -41,7 +41,7 @@ class Store:
         self._unfinished = folder / ".unfinished"
         for file in self._unfinished.glob("*"):
             try:
-                if time.time() - file.stat().st_mtime > STALE:
+                if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
             except OSError:  # another process was first
                 continue
@@ -63,7 +63,7 @@ class Store:
         try:
             with safe_open(file, framework="pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-                announced = (stored.metadata() or {}).get(CHECKSUM)
+                announced = (stored.metadata() or {}).get(_CHECKSUM)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
@@ -75,19 +75,19 @@ class Store:
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry, over one that is there."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._write(self.file(kind, key), save(tensors, {CHECKSUM: _checksum(tensors)}))
+        self._write(self.file(kind, key), save(tensors, {_CHECKSUM: _checksum(tensors)}))
 
     def read_json(self, name: str) -> Any:
         """What `write_json` wrote; None where there is nothing, or nothing whole."""
         try:
             stored = json.loads((self.folder / f"{name}.json").read_bytes())
-            return stored["value"] if stored[CHECKSUM] == _json_checksum(stored["value"]) else None
+            return stored["value"] if stored[_CHECKSUM] == _json_checksum(stored["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write_json(self, name: str, value: Any) -> None:
         self._write(
-            self.folder / f"{name}.json", json.dumps({CHECKSUM: _json_checksum(value), "value": value}).encode()
+            self.folder / f"{name}.json", json.dumps({_CHECKSUM: _json_checksum(value), "value": value}).encode()
         )
 
     def _write(self, target: Path, data: bytes) -> None:
@@ -111,7 +111,7 @@ class Store:
             raise UserError(f"{target}: cannot be written ({error.strerror or error}); set data.cache.") from None
 
 
-def digest(*parts: object) -> str:
+def content_key(*parts: object) -> str:
     """A key: the hash of the parts' texts."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]
 

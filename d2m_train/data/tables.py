@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import UserError
 from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UnusableSample
-from .store import digest
+from .store import content_key
 
 if TYPE_CHECKING:
     import pyarrow
 
-IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "webp")  # the likelier first
+_IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "webp")  # the likelier first
 
 
 class TableSamples:
@@ -32,14 +32,14 @@ class TableSamples:
                 raise UserError(
                     f"{file} has columns {', '.join(table.schema.names)}; {files[0]}: {', '.join(schema.names)}."
                 )
-        self.image = _column(path, schema, "image", image_column, IMAGE_NAMES)
+        self.image = _column(path, schema, "image", image_column, _IMAGE_NAMES)
         self.caption = _column(path, schema, "caption", caption_column, CAPTION_NAMES)
         self.expected = f"rows of {path} with an image in column {self.image} and words in column {self.caption}"
         self.left_out: dict[str, list[str]] = {}
         self._files, self._tables = files, tables
         self._ends = list(accumulate(table.rows for table in tables))
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        self.identity = digest(self.image, self.caption, *seen)
+        self.identity = content_key(self.image, self.caption, *seen)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAP = "viridis"
+_COLOUR_MAP = "viridis"
 
 
-def new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float) -> Figure:
     """In inches. Without pyplot, which keeps every figure and may want a display."""
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
     """As PNG. Raises UserError where it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,14 @@ def block_change(by_prompt: np.ndarray, by_timestep: np.ndarray, names: Sequence
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(max(8, 0.22 * len(names) + 6), 4)
+    figure = _new_figure(max(8, 0.22 * len(names) + 6), 4)
     left, right = figure.subplots(1, 2, sharey=True)
     doubles = sum(name.startswith(BFL_BLOCKS["double"]) for name in names)
     for axes, lines, what in ((left, by_prompt, "prompts"), (right, by_timestep, "timesteps")):
         # The first timestep, of pure noise, is dark.
-        colours = matplotlib.colormaps["tab20" if what == "prompts" else MAP](np.linspace(0, 1, max(2, len(lines))))
+        colours = matplotlib.colormaps["tab20" if what == "prompts" else _COLOUR_MAP](
+            np.linspace(0, 1, max(2, len(lines)))
+        )
         for line, colour in zip(lines, colours, strict=False):
             axes.plot(np.log10(_positive(line)), color=colour, linewidth=0.8, alpha=0.7)
         axes.plot(np.log10(_positive(lines.mean(0))), color="black", linewidth=2, label="mean")
@@ -79,11 +81,11 @@ def expert_selection(
     Each layer has `prompt` [prompts, E], sorted by `categories` (one for each prompt; white lines part them), `timestep`
     [steps, E] and `token` [tokens, E]. `text_tokens`: of each layer how many of its tokens, the first, are text.
     """
-    figure = new_figure(12, 3.6 * len(layers))
+    figure = _new_figure(12, 3.6 * len(layers))
     grid: Any = figure.subplots(len(layers), 3, squeeze=False)
     for row, (name, maps) in zip(grid, layers.items(), strict=True):
         for axes, what in zip(row, ("prompt", "timestep", "token"), strict=True):
-            drawn = axes.imshow(maps[what], aspect="auto", interpolation="nearest", cmap=MAP, vmin=0)
+            drawn = axes.imshow(maps[what], aspect="auto", interpolation="nearest", cmap=_COLOUR_MAP, vmin=0)
             axes.set(title=f"{name}, by {what}", xlabel="expert", ylabel=what)
             figure.colorbar(drawn, ax=axes)
         _label_categories(row[0], categories)

@@ -27,7 +27,7 @@ from .prompts import Encoders, Prompt
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-SEEDS_APART = 100_000  # from a prompt's first image to its next, so that no two images of a set have the same noise
+_SEEDS_APART = 100_000  # from a prompt's first image to its next, so that no two images of a set have the same noise
 
 
 class ImageFolder:
@@ -95,11 +95,11 @@ class ImageFolder:
         return torch.stack([load_file(self.latents_file(prompt, number))["tokens"] for prompt in self.prompts])
 
     def seed_of(self, prompt: Prompt, number: int, first: int) -> int:
-        return first + prompt.index + SEEDS_APART * number
+        return first + prompt.index + _SEEDS_APART * number
 
 
 @torch.no_grad()
-def fill(
+def sample_missing(
     folder: ImageFolder,
     load_model: Callable[[], FluxTransformer2DModel],
     encoders: Encoders,

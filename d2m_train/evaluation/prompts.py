@@ -15,11 +15,11 @@ from torch import Tensor
 from d2m_model.config import PATCH_PIXELS
 
 from .. import UserError
-from ..data.batch import Batch, latents_of, prompts_of
+from ..data.batch import Batch, prompt_batch, tokens_to_latents
 from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders, picture_metadata, prompt_pictures
-from ..data.encoders import Autoencoder, FluxAutoencoder, FluxTextEncoders, TextEncoders
+from ..data.encoders import FluxAutoencoder, FluxTextEncoders, ImageAutoencoder, TextEncoders
 
-EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
+_EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -73,17 +73,17 @@ class Encoders:
     """Between words and pictures and what a FLUX sees. `size`: width and height in pixels."""
 
     texts: TextEncoders
-    autoencoder: Autoencoder
+    autoencoder: ImageAutoencoder
     size: tuple[int, int]
 
     @torch.no_grad()
     def batch(self, prompts: Sequence[str], guidance: float) -> Batch:
-        return prompts_of(self.texts.encode(prompts), torch.full((len(prompts),), guidance), self.size)
+        return prompt_batch(self.texts.encode(prompts), torch.full((len(prompts),), guidance), self.size)
 
     @torch.no_grad()
     def images(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
         """[B, 3, height, width] in 0..1."""
-        return self.autoencoder.decode(latents_of(tokens_BTC, image_ids_T3))
+        return self.autoencoder.decode(tokens_to_latents(tokens_BTC, image_ids_T3))
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +118,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dtype_of(args: argparse.Namespace) -> torch.dtype:
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
     on_cpu = torch.device(args.device).type == "cpu"
     found: torch.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
     return found
@@ -132,17 +132,17 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
 
 
-def encoders_of(args: argparse.Namespace) -> Encoders:
+def open_encoders(args: argparse.Namespace) -> Encoders:
     """Raises UserError where none are named, or what is named is not there."""
     texts = args.text_encoders or ("emoji" if args.data == "emoji" else None)
     vae = args.vae or texts
     if texts is None or vae is None:
         raise UserError(f"--data {args.data} needs --text-encoders, a diffusers FLUX pipeline (or emoji, the demo's).")
-    dtype, device = dtype_of(args), args.encoder_device or args.device
+    dtype, device = model_dtype(args), args.encoder_device or args.device
     return Encoders(
         texts=EmojiTextEncoders() if texts == "emoji" else FluxTextEncoders(texts, args.text_tokens, dtype, device),
         autoencoder=EmojiAutoencoder() if vae == "emoji" else FluxAutoencoder(vae, dtype, device),
-        size=_size(args.size, EMOJI_SIZE if vae == "emoji" else 1024),
+        size=_size(args.size, _EMOJI_SIZE if vae == "emoji" else 1024),
     )
 
 
@@ -155,7 +155,7 @@ def _size(text: str | None, default: int) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def shift_for(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
+def time_shift(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
     """mu: what is asked for, or what the model was made for."""
     from ..flow.noise import shift_of
     from ..run_config import TimestepsSection

@@ -53,7 +53,7 @@ def interval(values: np.ndarray, seed: int = 0) -> Interval:
     return Interval(mean=mean, low=float(low), high=float(high))
 
 
-def score(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None) -> Scores:
+def score_images(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None) -> Scores:
     """`object`, `colour`, `position` and `retrieval` where the prompts are the emoji's; `clip_score`; `teacher_distance`."""
     parts: list[dict[str, np.ndarray]] = []
     for number in range(folder.seeds):

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.batch import Batch, DataSource, prompts_of
+from ..data.batch import Batch, DataSource, prompt_batch
 from ..run_config import EyesSection, TimestepsSection
 from .held_out import held_out_seed
 from .noise import channels_of, grid, shift_of, trajectory
@@ -124,7 +124,7 @@ def new_sample_grid(
     if section.prompts:
         texts = data.encode_prompts(section.prompts)
         height, width = (int(example.image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
-        example = prompts_of(texts, torch.zeros(len(section.prompts)), (16 * width, 16 * height))
+        example = prompt_batch(texts, torch.zeros(len(section.prompts)), (16 * width, 16 * height))
     batch = replace(example, tokens_BTC=None, guidance_B=torch.full((len(example.pooled_BV),), section.sample_guidance))
     noise_BTC = noise_for(range(len(batch.pooled_BV)), batch.image_ids_T3, channels_of(teacher))
     steps = timesteps.grid_steps if timesteps.sampling == "teacher_grid" else section.sample_steps

@@ -31,7 +31,7 @@ from .loras import LoraDeltas, lora_files
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-IDENTITY = "d2m_fused"  # of a fused file's metadata: what it was made of
+_IDENTITY = "d2m_fused"  # of a fused file's metadata: what it was made of
 NF4_BLOCK, NF4_SCALER_BLOCK = 64, 256  # weights that share a scale, scales that share one of their own
 _TITLE = "modelspec.title"
 
@@ -102,7 +102,7 @@ def fused_file(section: TeacherSection, path: Path, report: Callable[[str], obje
         metadata = {key: value for key, value in teacher.metadata.items() if key.startswith("modelspec.")}
         names = " + ".join(lora.path.stem for lora in section.loras)
         metadata[_TITLE] = f"{metadata.get(_TITLE, section.path.stem)} + {names}"
-        metadata[IDENTITY] = json.dumps(identity)
+        metadata[_IDENTITY] = json.dumps(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(
             path, {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items()}, produce, metadata
@@ -125,7 +125,7 @@ def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
 
 def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:
     with TensorFile(path) as file:
-        found = json.loads(file.metadata.get(IDENTITY, "{}"))
+        found = json.loads(file.metadata.get(_IDENTITY, "{}"))
     if found != identity:
         differs = [key for key in identity if found.get(key) != identity[key]]
         what = f"was made of other {' and '.join(differs)}" if found else "is no fused teacher"
@@ -242,7 +242,7 @@ def _stream(
     block.register_forward_hook(lambda *_: streamed.__exit__(), always_call=True)
 
 
-def held(block: nn.Module) -> AbstractContextManager[None]:
+def weights_on_device(block: nn.Module) -> AbstractContextManager[None]:
     """A block of a teacher with `offload: stream` keeps its weights on the device during the `with`, for many forwards."""
     streamed: _Streamed = block.streamed  # type: ignore[assignment]
     return streamed

@@ -30,11 +30,11 @@ from ...d2m_model.conversion.recorder import Recorder
 from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
 
-TOKENS: int = OPTIONS["tokens"].default  # inputs kept of every FFN, over the whole calibration
-PIXELS = 8  # of an image on the side of a latent
-TEXT_ENTRIES = ("pooled_output", "attention_mask")  # of a conditioning, which have a batch like its text
+TOKENS_PER_FFN: int = OPTIONS["tokens"].default  # inputs kept of every FFN, over the whole calibration
+_PIXELS = 8  # of an image on the side of a latent
+_TEXT_ENTRIES = ("pooled_output", "attention_mask")  # of a conditioning, which have a batch like its text
 
-Prompt = list  # one [text, options] in a list, as comfy.sample takes it
+CalibrationPrompt = list  # one [text, options] in a list, as comfy.sample takes it
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -51,13 +51,13 @@ class CalibrationSamples:
         return self.samples * self.steps
 
 
-def prompts_of(conditioning: Sequence[Any]) -> list[Prompt]:
+def split_prompts(conditioning: Sequence[Any]) -> list[CalibrationPrompt]:
     """Each prompt of a CONDITIONING by itself: combined ones, and those of a batch. Raises ValueError if there is none."""
     prompts = []
     for text, options in conditioning:
         for index in range(len(text)):
             own = {
-                key: value[index % len(value)][None] if key in TEXT_ENTRIES and isinstance(value, Tensor) else value
+                key: value[index % len(value)][None] if key in _TEXT_ENTRIES and isinstance(value, Tensor) else value
                 for key, value in options.items()
             }
             prompts.append([[text[index][None], own]])
@@ -69,7 +69,7 @@ def prompts_of(conditioning: Sequence[Any]) -> list[Prompt]:
 def calibrate_on_prompts(
     model: Any,
     config: FluxMoEConfig,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[CalibrationPrompt],
     settings: CalibrationSamples,
     folder: Path,
     progress: Callable[[], object],
@@ -92,9 +92,9 @@ def calibrate_on_prompts(
     for index in range(settings.samples):
         prompt = prompts[index % len(prompts)]
         generator = generator_for(settings.seed, f"sample {index}")
-        recorder = Recorder(-(-TOKENS // settings.evaluations), generator)
+        recorder = Recorder(-(-TOKENS_PER_FFN // settings.evaluations), generator)
         channels = model.model.latent_format.latent_channels
-        noise = torch.randn(1, channels, settings.size // PIXELS, settings.size // PIXELS, generator=generator)
+        noise = torch.randn(1, channels, settings.size // _PIXELS, settings.size // _PIXELS, generator=generator)
         with FluxHooks(model.model.diffusion_model, config, recorder).attached():
             comfy.sample.sample(
                 plain, noise, settings.steps, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(noise),

@@ -32,26 +32,26 @@ from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulation
 from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defaults
 from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember_model
-from .calibration import TOKENS, CalibrationSamples, calibrate_on_prompts, prompts_of, sampling_patches
+from .calibration import TOKENS_PER_FFN, CalibrationSamples, calibrate_on_prompts, sampling_patches, split_prompts
 from .dense_teacher import open_dense, refuse_others
 from .load_node import load_flux_moe
-from .save_node import note_of, patches_of, unload
+from .save_node import baking_note, unload_patches, weight_patches
 
-NAME = "Convert FLUX to MoE"
-FITTED, RANDOM = "fitted to the prompts", "random"
-PERCENT = 100  # of the progress bar: half of it calibration, if there is one
-GUIDANCE_HOOKS = "sampler_"  # how the entries of model_options begin by which nodes steer guidance
-ROOM = 1.03  # a FLUX-MoE's routers and means, and the file's header
+_NAME = "Convert FLUX to MoE"
+_FITTED, _RANDOM = "fitted to the prompts", "random"
+_PERCENT = 100  # of the progress bar: half of it calibration, if there is one
+_GUIDANCE_HOOKS = "sampler_"  # how the entries of model_options begin by which nodes steer guidance
+_FILE_OVERHEAD = 1.03  # a FLUX-MoE's routers and means, and the file's header
 
 
-def method_of(
+def conversion_method(
     *, preset: str, split_only: bool, router: str, routers_of_blocks: str, top_k: int, seed: int, calibrated: bool
 ) -> Method:
     """Choose as `python -m d2m_train convert` does with data and without, with activation in place of Taylor importance."""
     values = {
         "preset": preset,
         "router_kind": router,
-        "block_router": None if routers_of_blocks == FITTED else "random",
+        "block_router": None if routers_of_blocks == _FITTED else "random",
         "importance": "activation" if calibrated else None,
         "refit": False if split_only else None,
         "adaln_rank": "none" if split_only else None,
@@ -61,24 +61,24 @@ def method_of(
     method = Method(**method_arguments(with_defaults(values, calibrated=calibrated)))
     if not calibrated and method.router == "capacity":
         raise ValueError(
-            f"{NAME}: capacity routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
+            f"{_NAME}: capacity routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
         )
-    if not calibrated and preset != "L" and routers_of_blocks == FITTED:
+    if not calibrated and preset != "L" and routers_of_blocks == _FITTED:
         raise ValueError(
-            f"{NAME}: the block routers of preset {preset} are fitted to what the model does. Connect calibration prompts "
-            f"(a CONDITIONING; a dozen combined ones do well), take preset L, or set block_routers to {RANDOM}, which has "
+            f"{_NAME}: the block routers of preset {preset} are fitted to what the model does. Connect calibration prompts "
+            f"(a CONDITIONING; a dozen combined ones do well), take preset L, or set block_routers to {_RANDOM}, which has "
             "to be trained before it paints well."
         )
     return resolved(method)
 
 
-class Progress:
+class ConversionProgress:
     """A node's progress bar, in percent; wherever it is told of progress, the user's Cancel is heard too."""
 
     def __init__(self, evaluations: int) -> None:
-        self._bar = comfy.utils.ProgressBar(PERCENT)
-        self._per_evaluation = PERCENT / 2 / evaluations if evaluations else 0.0
-        self._left = PERCENT / 2 if evaluations else PERCENT
+        self._bar = comfy.utils.ProgressBar(_PERCENT)
+        self._per_evaluation = _PERCENT / 2 / evaluations if evaluations else 0.0
+        self._left = _PERCENT / 2 if evaluations else _PERCENT
         self._done = 0.0
 
     def evaluated(self) -> None:
@@ -93,7 +93,7 @@ class Progress:
         self._bar.update_absolute(round(self._done))
 
 
-def convert(
+def convert_model(
     model: Any, method: Method, conditioning: Any | None, settings: CalibrationSamples, target: Path
 ) -> FluxMoEConfig:
     """Write the FLUX-MoE of `model` to `target`; without a conditioning the weights alone decide.
@@ -104,20 +104,20 @@ def convert(
     with open_dense(model) as (teacher, about), calibration_folder(target) as folder:
         data, prompts = None, None
         if conditioning is not None:
-            prompts = prompts_of(conditioning)
+            prompts = split_prompts(conditioning)
             settings = replace(settings, samples=max(settings.samples, len(prompts)))
             data = {"name": f"{len(prompts)} prompts in ComfyUI", "samples": settings.samples, "steps": settings.steps}
         dims = teacher.dims
         config = new_config(method, dims, about, data)
-        if patches := patches_of(model):
-            config = replace(config, provenance=config.provenance | {"baked": [note_of(patches)]})
-        kept = 0 if prompts is None else 4 * TOKENS * dims.hidden_size * len(config.ffns)
-        check_space(target.parent, round(ROOM * teacher.size) + kept)
-        progress = Progress(0 if prompts is None else settings.evaluations)
+        if patches := weight_patches(model):
+            config = replace(config, provenance=config.provenance | {"baked": [baking_note(patches)]})
+        kept = 0 if prompts is None else 4 * TOKENS_PER_FFN * dims.hidden_size * len(config.ffns)
+        check_space(target.parent, round(_FILE_OVERHEAD * teacher.size) + kept)
+        progress = ConversionProgress(0 if prompts is None else settings.evaluations)
         calibration: Calibration | None = None
         if prompts is not None:
             calibration = calibrate_on_prompts(model, config, prompts, settings, folder, progress.evaluated)
-        unload(model)  # its patches are to be out of the weights, and fits want the device's memory
+        unload_patches(model)  # its patches are to be out of the weights, and fits want the device's memory
         # ComfyUI runs nodes in inference mode, where nothing can be fitted by gradients (capacity routers).
         with torch.inference_mode(False), torch.no_grad():
             return convert_file(
@@ -146,15 +146,15 @@ def check_space(folder: Path, needed: int) -> None:
     """Before minutes of calibration rather than after. Raises CheckpointError."""
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
-            f"{NAME} writes the FLUX-MoE to ComfyUI's temporary folder {folder}: {needed:,} bytes are needed, {free:,} are "
-            f"free. {held()}Make room, or start ComfyUI with --temp-directory on another disk."
+            f"{_NAME} writes the FLUX-MoE to ComfyUI's temporary folder {folder}: {needed:,} bytes are needed, {free:,} are "
+            f"free. {earlier_conversions()}Make room, or start ComfyUI with --temp-directory on another disk."
         )
 
 
-def held() -> str:
+def earlier_conversions() -> str:
     """For people, what earlier conversions take: ComfyUI's cache keeps a MODEL, and so its file, for every seed, preset …"""
     sizes = []
-    for file in list(FILES):
+    for file in list(_FILES):
         with suppress(OSError):  # not written yet
             sizes.append(file.path.stat().st_size)
     if not sizes:
@@ -174,32 +174,32 @@ class TemporaryFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        weakref.finalize(self, remove, path)
-        FILES.add(self)
+        weakref.finalize(self, _remove, path)
+        _FILES.add(self)
 
 
-FILES: weakref.WeakSet[TemporaryFile] = weakref.WeakSet()  # of this process that are still held
+_FILES: weakref.WeakSet[TemporaryFile] = weakref.WeakSet()  # of this process that are still held
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     with suppress(OSError):  # Windows keeps what is mapped; ComfyUI clears the folder when it ends
         os.unlink(path)
 
 
-def load(file: TemporaryFile, model_options: dict[str, Any], disable_dynamic: bool = False) -> Any:
+def load_temporary(file: TemporaryFile, model_options: dict[str, Any], disable_dynamic: bool = False) -> Any:
     """As loading.load_flux_moe; ComfyUI may load it again, so that the file stays as long as the MODEL and its clones."""
     model = load_flux_moe(str(file.path), model_options, disable_dynamic)
-    model.cached_patcher_init = (load, (file, model_options))
+    model.cached_patcher_init = (load_temporary, (file, model_options))
     return model
 
 
-def like(model: Any, converted: Any) -> Any:
+def with_settings_of(model: Any, converted: Any) -> Any:
     """`converted` with what `model` carries beside its weights and is as right for a FLUX-MoE: the patch of ModelSamplingFlux
     and its kind, and hooks on guidance. What patches or compiles the dense model's blocks stays with it."""
     for key, patch in sampling_patches(model).items():
         converted.add_object_patch(key, patch)
     for key, value in model.model_options.items():
-        if key.startswith(GUIDANCE_HOOKS) or key == "disable_cfg1_optimization":
+        if key.startswith(_GUIDANCE_HOOKS) or key == "disable_cfg1_optimization":
             converted.model_options[key] = list(value) if isinstance(value, list) else value
     return converted
 
@@ -209,7 +209,7 @@ class ConvertFlux(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D2MConvertFlux",
-            display_name=NAME,
+            display_name=_NAME,
             category="FLUX-MoE",
             description=(
                 "Turns a dense FLUX.1 into a FLUX-MoE without training: a shared expert and twelve routed ones in every "
@@ -309,8 +309,8 @@ class ConvertFlux(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "block_routers",
-                    options=[FITTED, RANDOM],
-                    default=FITTED,
+                    options=[_FITTED, _RANDOM],
+                    default=_FITTED,
                     tooltip="How presets M, S and XS choose blocks: as calibration says, or at random, to be trained.",
                     advanced=True,
                 ),
@@ -338,7 +338,7 @@ class ConvertFlux(io.ComfyNode):
         block_routers: str,
         calibration: Any = None,
     ) -> io.NodeOutput:
-        method = method_of(
+        method = conversion_method(
             preset=preset,
             split_only=split_only,
             router=router,
@@ -347,12 +347,12 @@ class ConvertFlux(io.ComfyNode):
             seed=seed,
             calibrated=calibration is not None,
         )
-        refuse_others(model, NAME)
+        refuse_others(model, _NAME)
         settings = CalibrationSamples(samples=samples, steps=steps, size=size // 16 * 16, seed=seed)
         folder = Path(folder_paths.get_temp_directory())
         folder.mkdir(parents=True, exist_ok=True)
         file = TemporaryFile(folder / f"flux-moe-{uuid.uuid4().hex}.safetensors")
-        remember_model(convert(model, method, calibration, settings, file.path))
-        held = model.model.diffusion_model.dtype
-        converted = load(file, {"dtype": held} if held in FLOAT8 else {})
-        return io.NodeOutput(like(model, converted))
+        remember_model(convert_model(model, method, calibration, settings, file.path))
+        earlier_conversions = model.model.diffusion_model.dtype
+        converted = load_temporary(file, {"dtype": earlier_conversions} if earlier_conversions in FLOAT8 else {})
+        return io.NodeOutput(with_settings_of(model, converted))

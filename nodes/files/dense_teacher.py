@@ -23,9 +23,9 @@ from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
 from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of
 from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .injections import refuse_injections
-from .save_node import patches_of, unload
+from .save_node import unload_patches, weight_patches
 
-FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
+_FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
 
 
 def refuse_others(model: Any, node: str) -> None:
@@ -41,7 +41,7 @@ def refuse_others(model: Any, node: str) -> None:
     refuse_injections(model, node)
     for name, module in base.diffusion_model.named_modules():
         weight, found = getattr(module, "weight", None), None
-        if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(FLOAT8_LAYOUTS):
+        if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(_FLOAT8_LAYOUTS):
             found = str(weight._layout_cls)
         elif isinstance(weight, Tensor) and not weight.dtype.is_floating_point:
             found = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
@@ -58,12 +58,12 @@ def refuse_others(model: Any, node: str) -> None:
 @contextmanager
 def open_dense(model: Any) -> Iterator[tuple[DenseTeacher | LoadedTeacher, Teacher]]:
     """What is converted, and what is said of it."""
-    unload(model)  # a clone's LoRA may lie in the weights that it shares with this MODEL
+    unload_patches(model)  # a clone's LoRA may lie in the weights that it shares with this MODEL
     with _opened(_file_of(model)) as file:
         about = Teacher(title=type(model.model).__name__, sha256=UNHASHED, licence=UNKNOWN_LICENCE)
         if file is not None:
             about = describe_teacher(file)
-        if file is not None and not patches_of(model) and _same(file, model):
+        if file is not None and not weight_patches(model) and _same(file, model):
             yield file, about
         else:
             yield LoadedTeacher(model), about

@@ -23,7 +23,7 @@ from ...d2m_model.quantised import HEADER_KEY, quantised_layers
 from ...d2m_model.tensor_file import TensorFile
 from ..cost import remember_model
 
-WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+_WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic: bool = False) -> Any:  # noqa: B006
@@ -68,7 +68,7 @@ class LoadFluxMoE(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(WEIGHT_DTYPES),
+                    options=list(_WEIGHT_DTYPES),
                     default="default",
                     tooltip="How the weights are held in memory. fp8 halves them at some loss; routers keep their precision.",
                     advanced=True,
@@ -80,7 +80,7 @@ class LoadFluxMoE(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        dtype = WEIGHT_DTYPES[weight_dtype]
+        dtype = _WEIGHT_DTYPES[weight_dtype]
         model = load_flux_moe(path, {} if dtype is None else {"dtype": dtype})
         remember_model(model.model.diffusion_model.config)
         return io.NodeOutput(model)

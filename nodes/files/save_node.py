@@ -37,18 +37,18 @@ from ..model.flux_moe import TRANSFORMER_PREFIX, require_flux_moe
 from ..model.settings import active_blocks, settings_of
 from .injections import refuse_injections
 
-NAME = "Save FLUX-MoE"
-BAKED = (
+_NAME = "Save FLUX-MoE"
+_BAKED = (
     "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
     "without the pack it opens and samples as the dense teacher with these patches."
 )
 
-OF_A_WORKFLOW = {kind.node_id: kind.title for kind in (ExpertMask, Replay, Schedule)}
+_WORKFLOW_CONTROLS = {kind.node_id: kind.title for kind in (ExpertMask, Replay, Schedule)}
 
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
+_Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
 
 
-def unload(patcher: Any) -> None:
+def unload_patches(patcher: Any) -> None:
     """Take the patches out of the weights, those of this MODEL and of others that share them. Sampling loads it again."""
     management = comfy.model_management
     others = [it for it in management.current_loaded_models if it.model is None or not patcher.is_clone(it.model)]
@@ -57,18 +57,18 @@ def unload(patcher: Any) -> None:
         patcher.detach()
 
 
-def specs_of(patcher: Any) -> Specs:
+def file_specs(patcher: Any) -> _Specs:
     """What the file of this MODEL holds, by BFL name."""
-    specs: Specs = {}
+    specs: _Specs = {}
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         key, shape = f"{TRANSFORMER_PREFIX}{name}", tuple(tensor.shape)
         if key in patcher.patches and not isinstance(comfy.utils.get_attr(patcher.model, key), QuantizedTensor):
             shape = tuple(comfy.lora.calculate_shape(patcher.patches[key], tensor, key))
-        specs[bfl_spelling(name)] = (as_loaders_know(tensor).dtype, shape)
+        specs[bfl_spelling(name)] = (as_loadable(tensor).dtype, shape)
     return specs
 
 
-def tensors_of(patcher: Any) -> Iterator[tuple[str, Tensor]]:
+def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale; a capacity
     that was set goes into the thresholds."""
     written: set[str] = set()
@@ -86,15 +86,15 @@ def tensors_of(patcher: Any) -> Iterator[tuple[str, Tensor]]:
             pieces = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
         for piece, values in pieces.items():
             written.add(piece)
-            yield bfl_spelling(piece), as_loaders_know(values)
+            yield bfl_spelling(piece), as_loadable(values)
 
 
-def as_loaders_know(tensor: Tensor) -> Tensor:
+def as_loadable(tensor: Tensor) -> Tensor:
     """Scales of this type have no name that every loader of safetensors knows; ComfyUI takes them as bytes too."""
     return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float8_e8m0fnu", None) else tensor
 
 
-def patches_of(patcher: Any) -> dict[str, list]:
+def weight_patches(patcher: Any) -> dict[str, list]:
     """Of this MODEL's transformer, by its tensors' names in a MODEL."""
     return {key: found for key, found in patcher.patches.items() if key.startswith(TRANSFORMER_PREFIX) and found}
 
@@ -108,18 +108,18 @@ def what_no_file_holds(patcher: Any) -> list[str]:
             continue
         if kind == ExpertMask.node_id and not parse_mask(values["mask"]):
             continue
-        if kind in OF_A_WORKFLOW:
-            found.append(f"{OF_A_WORKFLOW[kind]} (node {node})" if node else OF_A_WORKFLOW[kind])
+        if kind in _WORKFLOW_CONTROLS:
+            found.append(f"{_WORKFLOW_CONTROLS[kind]} (node {node})" if node else _WORKFLOW_CONTROLS[kind])
     return found
 
 
-def note_of(patches: Mapping[str, list]) -> dict[str, Any]:
+def baking_note(patches: Mapping[str, list]) -> dict[str, Any]:
     """What a file's provenance says of patches that were baked in."""
     strengths = sorted({float(patch[0]) for found in patches.values() for patch in found})
     return {"tensors": len(patches), "strengths": strengths}
 
 
-def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
+def saved_config(patcher: Any, specs: _Specs) -> FluxMoEConfig:
     """The file's configuration with this MODEL's Top-K, gate and active blocks, and a note of the patches that go into
     its weights."""
     config: FluxMoEConfig = patcher.model.diffusion_model.config
@@ -131,10 +131,10 @@ def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
         gate=replace(config.gate, mode=settings.get("gate", config.gate.mode)),
         groups=tuple(replace(group, active=count) for group, count in zip(config.groups, active, strict=True)),
     )
-    patches = patches_of(patcher)
+    patches = weight_patches(patcher)
     if not patches:
         return config
-    baked = [*config.provenance.get("baked", ()), note_of(patches)]
+    baked = [*config.provenance.get("baked", ()), baking_note(patches)]
     dims = config.dims
     if f"{TRANSFORMER_PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
         dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # which some LoRAs (Depth, Canny) raise
@@ -146,29 +146,29 @@ def config_of_saved(patcher: Any, specs: Specs) -> FluxMoEConfig:
     )
 
 
-def metadata_of_saved(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str]:
+def saved_metadata(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str]:
     """As a converted file's."""
     metadata = file_metadata(config)
     if was_split_only and not config.split_only:
         start = metadata["modelspec.description"].partition(". ")[0]
-        metadata["modelspec.description"] = f"{start}. {BAKED}"
+        metadata["modelspec.description"] = f"{start}. {_BAKED}"
     return metadata
 
 
-def target_of(filename_prefix: str) -> Path:
+def next_target(filename_prefix: str) -> Path:
     """The next free name in the output folder, as ComfyUI counts. Raises CheckpointError if there can be none."""
     output = folder_paths.get_output_directory()
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
     except OSError as error:
         raise CheckpointError(
-            f"{NAME} cannot write to {os.path.join(output, os.path.dirname(filename_prefix))} "
+            f"{_NAME} cannot write to {os.path.join(output, os.path.dirname(filename_prefix))} "
             f"({error.strerror or error}). Make the folder writable, or choose another filename_prefix."
         ) from None
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
-def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
+def save_model(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     """Write the FLUX-MoE in `patcher` to `target`, with `notes` beside its own metadata.
 
     Raises CheckpointError for controls that no file holds, an unwritable folder, a full disk, or patches after which it
@@ -176,21 +176,21 @@ def save(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     """
     if lost := what_no_file_holds(patcher):
         raise CheckpointError(
-            f"{NAME} cannot write {', '.join(lost)} to a file, which has one Top-K, gate, capacity and number of active "
+            f"{_NAME} cannot write {', '.join(lost)} to a file, which has one Top-K, gate, capacity and number of active "
             "blocks for all of a run. Bypass these nodes, or take the MODEL from before them, and put them behind the "
             "loader in the workflow that loads the file."
         )
-    unload(patcher)
-    specs = specs_of(patcher)
-    config = config_of_saved(patcher, specs)
+    unload_patches(patcher)
+    specs = file_specs(patcher)
+    config = saved_config(patcher, specs)
     stored = config_tensor(config)
     specs[CONFIG_KEY] = (stored.dtype, tuple(stored.shape))
     dtypes = {name: dtype for name, (dtype, _) in specs.items()}
     check_moe({name: shape for name, (_, shape) in specs.items()}, dtypes, config)
-    metadata = {**notes, **metadata_of_saved(config, patcher.model.diffusion_model.config.split_only)}
+    metadata = {**notes, **saved_metadata(config, patcher.model.diffusion_model.config.split_only)}
     with TensorWriter(target, specs, metadata) as writer:
         progress, done = comfy.utils.ProgressBar(writer.size), 0
-        for name, tensor in tensors_of(patcher):
+        for name, tensor in file_tensors(patcher):
             comfy.model_management.throw_exception_if_processing_interrupted()
             writer.put(name, stored if name == CONFIG_KEY else tensor)
             done += tensor.nbytes
@@ -203,7 +203,7 @@ class SaveFluxMoE(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D2MSaveFluxMoE",
-            display_name=NAME,
+            display_name=_NAME,
             category="FLUX-MoE",
             description=(
                 "Saves a FLUX-MoE, the LoRAs that are on it baked into its weights, its Top-K, gate, active blocks and "
@@ -230,14 +230,14 @@ class SaveFluxMoE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
-        require_flux_moe(model, NAME)
-        refuse_injections(model, NAME)
-        target = target_of(filename_prefix)
-        save(model, target, workflow_of(cls.hidden.prompt, cls.hidden.extra_pnginfo))
+        require_flux_moe(model, _NAME)
+        refuse_injections(model, _NAME)
+        target = next_target(filename_prefix)
+        save_model(model, target, workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo))
         return io.NodeOutput(ui=ui.PreviewText(os.path.relpath(target, folder_paths.get_output_directory())))
 
 
-def workflow_of(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
     """Prompt and workflow as ComfyUI's own nodes put them into a file's metadata."""
     if args.disable_metadata:
         return {}

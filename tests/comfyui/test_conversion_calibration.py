@@ -27,7 +27,7 @@ def quick_fits(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emoji FLUX, of which there is something to know; painted from words that it was not calibrated with."""
-    monkeypatch.setattr(host.module("nodes.files.calibration"), "TOKENS", 1024)
+    monkeypatch.setattr(host.module("nodes.files.calibration"), "TOKENS_PER_FFN", 1024)
 
     def words(*texts: str) -> list:
         return [entry for text in texts for entry in host.run("D2MEmojiPrompt", text=text, guidance=3.5)]
@@ -69,7 +69,7 @@ def test_every_prompt_counts_combined_or_in_a_batch(host: Comfy, pair: Pair) -> 
     text = torch.cat([entry[0] for entry in combined])
     pooled = torch.cat([entry[1]["pooled_output"] for entry in combined])
     batch = [[text, {**combined[0][1], "pooled_output": pooled}]]
-    for one, other in zip(calibration.prompts_of(combined), calibration.prompts_of(batch), strict=True):
+    for one, other in zip(calibration.split_prompts(combined), calibration.split_prompts(batch), strict=True):
         assert torch.equal(one[0][0], other[0][0])
         assert torch.equal(one[0][1]["pooled_output"], other[0][1]["pooled_output"])
 
@@ -107,7 +107,7 @@ def test_what_is_recorded_is_what_the_blocks_saw(host: Comfy, deep: Any, tmp_pat
     settings = calibration.CalibrationSamples(samples=2, steps=4, size=64, seed=0)
     with torch.inference_mode():
         found = calibration.calibrate_on_prompts(
-            deep, config, calibration.prompts_of(prompts(host, deep, 2)), settings, tmp_path, lambda: None
+            deep, config, calibration.split_prompts(prompts(host, deep, 2)), settings, tmp_path, lambda: None
         )
     for handle in ours:
         handle.remove()
@@ -131,7 +131,7 @@ def test_conditioning_vectors_are_the_models_own_under_any_timestep_and_guidance
     settings = calibration.CalibrationSamples(samples=40, steps=1, size=64, seed=0)
     with torch.inference_mode():
         found = calibration.calibrate_on_prompts(
-            pair.teacher, config, calibration.prompts_of(asked), settings, tmp_path, lambda: None
+            pair.teacher, config, calibration.split_prompts(asked), settings, tmp_path, lambda: None
         )
         generator = torch.Generator().manual_seed(9)
         pooled = torch.cat([entry[1]["pooled_output"] for entry in asked]).repeat(2000, 1)

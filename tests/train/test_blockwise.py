@@ -34,7 +34,7 @@ from d2m_train.blockwise.stage import check_blockwise, parts_of
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_stage, trainable_names
 from d2m_train.monitor.stage_log import StageLog
-from d2m_train.run_config import StageSection, load
+from d2m_train.run_config import StageSection, load_run
 from tests.toys import files
 from tests.toys.blockwise_runs import (
     DIMS,
@@ -386,7 +386,7 @@ def test_what_blockwise_mode_does_not_do_is_said(room: Path, begun: Path, capsys
     class Two:
         strategy, count = "ddp", 2
 
-    run = load(room / "run-file.yaml")
+    run = load_run(room / "run-file.yaml")
     with pytest.raises(UserError, match="single process; here are 2"):
         check_blockwise(run, Two())  # type: ignore[arg-type]
     for override, said in (

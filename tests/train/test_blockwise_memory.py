@@ -16,7 +16,7 @@ from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_train.blockwise.part import Part
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.plan.estimate import plan_run
-from d2m_train.run_config import StageSection, load
+from d2m_train.run_config import StageSection, load_run
 from tests.toys import files
 from tests.toys.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare
 from tests.toys.runs import ROOT, environment
@@ -31,7 +31,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_plan_counts_the_largest_part(room: Path) -> None:
-    run = load(room / "run-file.yaml")
+    run = load_run(room / "run-file.yaml")
     core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors")
     planned: dict[str, Any] = {stage.stage: stage for stage in plan_run(run).stages}
     assert core.adaln_in is not None

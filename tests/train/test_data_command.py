@@ -8,7 +8,7 @@ import pytest
 
 from d2m_train.__main__ import main
 from d2m_train.data import open_source
-from d2m_train.run_config import load
+from d2m_train.run_config import load_run
 from tests.toys.pictures import SIZES, save_images
 
 RUN = """
@@ -37,7 +37,7 @@ def test_the_cache_is_filled_and_summed_up(run: Path, capsys: pytest.CaptureFixt
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert said == ["48 × 80 1", "64 × 64 5", "80 × 48 3", "left out: 1 × broken image (broken.png)"]
     assert len(entries(run / "elsewhere")) == 2 * len(SIZES)
-    config = load(run / "run.yaml", [f"data.cache={run}/elsewhere"])
+    config = load_run(run / "run.yaml", [f"data.cache={run}/elsewhere"])
     before = entries(run)
     open_source(config.data, config.output_dir).batch(0, 2, seed=0)
     assert entries(run) == before

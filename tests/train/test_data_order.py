@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2m_train.data.buckets import bucket_of, buckets, fitted, pixels, upright
-from d2m_train.data.order import BucketOrder, places
+from d2m_train.data.buckets import buckets, choose_bucket, fit_to_size, pixels, upright
+from d2m_train.data.order import BucketOrder, sample_order
 
 # Order
 
@@ -49,9 +49,9 @@ def test_buckets_alternate_and_epochs_differ() -> None:
 
 
 def test_permutations_follow_one_another() -> None:
-    drawn = places(5, 0, 15, (0,))
+    drawn = sample_order(5, 0, 15, (0,))
     assert [sorted(drawn[start : start + 5]) for start in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
-    assert places(5, 7, 4, (0,)) == drawn[7:11]
+    assert sample_order(5, 7, 4, (0,)) == drawn[7:11]
 
 
 # Sizes
@@ -84,13 +84,13 @@ def test_buckets_have_about_the_same_area_and_whole_tokens(resolution: int) -> N
 def test_an_image_gets_the_largest_resolution_that_it_fills(
     width: int, height: int, expected: tuple[int, int] | None
 ) -> None:
-    assert bucket_of(width, height, (512, 1024), 1.25) == expected
+    assert choose_bucket(width, height, (512, 1024), 1.25) == expected
 
 
 def test_images_are_cropped_about_their_centre_and_not_distorted() -> None:
     image = Image.new("RGB", (200, 100), "red")
     image.paste("blue", (50, 0, 150, 100))
-    found = pixels(fitted(image, (64, 64)))
+    found = pixels(fit_to_size(image, (64, 64)))
     assert found.shape == (3, 64, 64)
     blue = torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 64, 60)
     torch.testing.assert_close(found[:, :, 2:-2], blue, rtol=0, atol=1.5 / 255)

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from d2m_train import UserError
-from d2m_train.data import DataSource, open_source, pictures, prepare
+from d2m_train.data import DataSource, open_source, pictures
 from d2m_train.data.batch import Batch
 from d2m_train.data.encoders import FluxAutoencoder, FluxTextEncoders
 from d2m_train.data.pictures import PictureSource
@@ -182,15 +182,15 @@ def test_prepared_by_two_ranks_it_needs_no_encoders(
     models = shutil.copytree(pipeline, run / "models")
     ranks = [opened(run, models) for _ in range(2)]
     heard: list[tuple[int, int]] = []
-    prepare(ranks[0], 0, 2, lambda done, total: heard.append((done, total)))
+    ranks[0].prepare(0, 2, lambda done, total: heard.append((done, total)))
     assert heard == [(2, 5), (4, 5), (5, 5)]
     share = len(encoded)
-    prepare(ranks[1], 1, 2)
+    ranks[1].prepare(1, 2)
     assert 0 < share < len(encoded)
     assert sorted(encoded) == needed
     shutil.rmtree(models)
     later = [*ranks, opened(run, models)]
-    prepare(later[2])
+    later[2].prepare()
     for source in later:
         assert all(same(source.batch(index, 2, seed=0), expected[index]) for index in range(9))
     assert later[2].decode(expected[0].images(), expected[0].image_ids_T3) is None
@@ -213,11 +213,11 @@ def test_interrupted_preparing_goes_on_where_it_was(
 
         patch.setattr(FluxAutoencoder, "encode", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(opened(run, pipeline))
+            opened(run, pipeline).prepare()
     before = list(encoded)
     encoded.clear()
     source = opened(run, pipeline)
-    prepare(source)
+    source.prepare()
     assert len(before) == 6
     assert len(encoded) == 2 * len(SIZES) - 6
     encoded.clear()
@@ -227,7 +227,7 @@ def test_interrupted_preparing_goes_on_where_it_was(
 
 def test_the_encoders_are_let_go_after_preparing(run: Path, pipeline: Path) -> None:
     source = pictures_of(run, pipeline)
-    prepare(source)
+    source.prepare()
     parts = source.encoded.autoencoder, source.encoded.text_encoders
     assert isinstance(parts[0], FluxAutoencoder)
     assert isinstance(parts[1], FluxTextEncoders)
@@ -254,11 +254,11 @@ def test_other_data_have_another_identity(run: Path, pipeline: Path, tmp_path_fa
 
 
 def test_only_what_changed_is_encoded_again(run: Path, pipeline: Path, encoded: list[str]) -> None:
-    prepare(opened(run, pipeline))
+    opened(run, pipeline).prepare()
     encoded.clear()
     (run / "images" / "00.txt").write_text("a dog")
     (run / "images" / "01.png").write_bytes(png(64, 64, seed=99))
-    prepare(opened(run, pipeline))
+    opened(run, pipeline).prepare()
     assert sorted(encoded) == ["64x64", "a dog"]
 
 
@@ -379,7 +379,7 @@ def test_prompts_alone_give_batches_without_images(run: Path, pipeline: Path, en
     assert isinstance(source, PromptSource)
     assert source.prompts == ["a cat", "a dog"]
     assert source.left_out == {"line without a prompt": ["line 3", "line 4", "line 5"]}
-    prepare(source, 1, 2)
+    source.prepare(1, 2)
     assert encoded == ["a dog"]
     batches = [source.batch(index, 2, seed=0) for index in range(20)]
     assert encoded == ["a dog", "a cat"]

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from d2m_train import UserError
-from d2m_train.data.store import DamagedEntry, Store, digest
+from d2m_train.data.store import DamagedEntry, Store, content_key
 
 ENTRY = {
     "context": torch.randn(3, 8).bfloat16(),
     "words": torch.tensor([True, False]),
     "latents": torch.randn(2, 4),
 }
-KEY = digest("an entry")
+KEY = content_key("an entry")
 
 
 def files(folder: Path) -> list[str]:
@@ -77,7 +77,7 @@ def test_a_full_disk_is_said_and_leaves_what_is_there(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
         with pytest.raises(UserError, match=r"the disk is full: [\d,]+ bytes are needed .* set data\.cache"):
-            store.put("text", digest("another"), ENTRY)
+            store.put("text", content_key("another"), ENTRY)
         with pytest.raises(UserError, match="the disk is full"):
             store.put("text", KEY, {"context": torch.zeros(2)})
     assert files(tmp_path) == [store.file("text", KEY).relative_to(tmp_path).as_posix()]
@@ -97,8 +97,8 @@ def fill(folder: Path, barrier: threading.Barrier) -> None:
     barrier.wait(60)
     for _ in range(5):
         for number in range(40):
-            store.put("text", digest(number), {"context": torch.full((2000,), float(number))})
-            found = store.get("text", digest(39 - number))
+            store.put("text", content_key(number), {"context": torch.full((2000,), float(number))})
+            found = store.get("text", content_key(39 - number))
             assert found is None or found["context"][0] == 39 - number
 
 
@@ -113,7 +113,7 @@ def test_processes_may_fill_it_with_the_same_entries_at_once(tmp_path: Path) -> 
         assert process.exitcode == 0
     store = Store(tmp_path)
     for number in range(40):
-        found = store.get("text", digest(number))
+        found = store.get("text", content_key(number))
         assert found is not None
         assert torch.equal(found["context"], torch.full((2000,), float(number)))
     assert len(files(tmp_path)) == 40

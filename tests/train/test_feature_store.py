@@ -14,7 +14,7 @@ from d2m_train.data.store import Store
 from d2m_train.distillation.features import block_outputs
 from d2m_train.flow.noise import noisy_batch
 from d2m_train.flow.velocity import velocity
-from d2m_train.run_config import RunConfig, load
+from d2m_train.run_config import RunConfig, load_run
 from d2m_train.teacher.frozen import open_frozen_teacher
 from tests.toys.blockwise_runs import grouped, prepare
 
@@ -28,7 +28,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features_of(room: Path, folder: Path, **overrides: Any) -> tuple[FeatureStore, RunConfig, list[str]]:
-    run = load(room / "run-file.yaml", [f"output_dir={folder}"])
+    run = load_run(room / "run-file.yaml", [f"output_dir={folder}"])
     teacher = open_frozen_teacher(run.teacher.model_copy(update={"offload": "stream"}))
     said: list[str] = []
     data = LatentFile(room / "latents.safetensors")

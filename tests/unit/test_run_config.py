@@ -11,7 +11,7 @@ import yaml
 from d2m_model.conversion.options import Importance
 from d2m_train import UserError
 from d2m_train.conversion.settings import settings_from_run
-from d2m_train.run_config import STAGES, load
+from d2m_train.run_config import STAGES, load_run
 
 MINIMAL = """
 output_dir: runs/x
@@ -31,18 +31,18 @@ def complaint(file: Path, text: str | None = None, *overrides: str) -> str:
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError) as error:
-        load(file, overrides)
+        load_run(file, overrides)
     return str(error.value)
 
 
 def test_what_is_not_said_has_the_papers_values(file: Path) -> None:
-    run = load(file)
+    run = load_run(file)
     assert run.stages == STAGES == ("convert", "shared", "experts", "blocks", "export")
     assert (run.losses.feature, run.losses.balance, run.student.top_k) == (1.0, 0.01, 2)
 
 
 def test_overrides_are_yaml_by_dotted_name(file: Path) -> None:
-    run = load(
+    run = load_run(
         file,
         [
             "stage.experts.learning_rate=2.0e-5",
@@ -64,14 +64,14 @@ def test_overrides_are_yaml_by_dotted_name(file: Path) -> None:
 
 @pytest.mark.parametrize("importance", get_args(Importance))
 def test_a_run_converts_by_every_importance_that_the_command_has(file: Path, importance: str) -> None:
-    run = load(file, [f"convert.importance={importance}"])
+    run = load_run(file, [f"convert.importance={importance}"])
     assert settings_from_run(run, teacher_path=Path("flux"), out=Path("out"), folder=None).importance == importance
 
 
 def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Path) -> None:
-    run = load(file, ["stage.blocks.trainable=['*router*']"])
+    run = load_run(file, ["stage.blocks.trainable=['*router*']"])
     (tmp_path / "saved.yaml").write_text(run.to_yaml())
-    assert load(tmp_path / "saved.yaml") == run
+    assert load_run(tmp_path / "saved.yaml") == run
     saved = yaml.safe_load(run.to_yaml())
     assert saved["training"]["betas"] == [0.9, 0.99]
     assert saved["stage"]["blocks"]["trainable"] == ["*router*"]
@@ -113,5 +113,5 @@ def test_further_files_are_laid_over_the_first_section_by_section(tmp_path: Path
     first, second = tmp_path / "run.yaml", tmp_path / "hardware.yaml"
     first.write_text(MINIMAL + "training: {batch_size: 4, ema: 0.9}\n")
     second.write_text(yaml.safe_dump({"training": {"batch_size": 2}}))
-    run = load(first, [str(second), "training.accumulation=3"])
+    run = load_run(first, [str(second), "training.accumulation=3"])
     assert (run.training.batch_size, run.training.accumulation, run.training.ema) == (2, 3, 0.9)
