@@ -1,10 +1,10 @@
-"""`python -m d2m_train`: conversion, inspection and cost of FLUX-MoE files, without ComfyUI."""
+"""Trainer without ComfyUI: `python -m d2m_train` converts, distils, evaluates and inspects FLUX-MoE files."""
 
 import logging
 
-# diffusers looks for tensor types of an older torchao, and warns at every start that it does not find them.
+# diffusers looks for tensor types of an older torchao and warns at every start that they are missing.
 logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the command line prints the message and nothing else."""
+    """An error that the user can correct; the command line prints only its message."""

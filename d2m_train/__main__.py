@@ -1,4 +1,4 @@
-"""The command line: `python -m d2m_train convert|unconvert|inspect|report`, each a module of commands/."""
+"""The command line `python -m d2m_train COMMAND`; each command is a module of commands/."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from d2m_model.config import ConfigError
 from . import UserError
 
 _COMMANDS = {
-    "convert": ("convert", "make a FLUX-MoE of a dense FLUX"),
-    "unconvert": ("unconvert", "make a dense FLUX of a FLUX-MoE again"),
-    "inspect": ("inspect", "say what a file is, and check it"),
-    "report": ("report", "parameters and FLOPs of the presets"),
-    "cache": ("cache", "encode a run's data ahead of training"),
-    "distill": ("distill", "train a FLUX-MoE to be like its teacher, in stages"),
+    "convert": ("convert", "convert a dense FLUX to a FLUX-MoE"),
+    "unconvert": ("unconvert", "convert a FLUX-MoE back to a dense FLUX"),
+    "inspect": ("inspect", "describe a FLUX file and check it"),
+    "report": ("report", "show parameters and FLOPs of the presets"),
+    "cache": ("cache", "encode a run's data before training"),
+    "distill": ("distill", "train a FLUX-MoE to imitate its teacher, in stages"),
     "export": ("export", "write a FLUX-MoE in another precision, or for diffusers"),
     "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
-    "analyze": ("analyze", "draw what blocks and experts do: the paper's figures 3, 6 and 8"),
+    "analyze": ("analyze", "draw what blocks and experts do: the paper's Figs. 3, 6 and 8"),
 }
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRA = (
@@ -41,13 +41,13 @@ _EXTRA = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on standard error for anything that the user can put right."""
+    """Run a command. Return its exit status: 2, with one line on standard error, for an error that the user can correct."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m d2m_train", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module_name, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in arguments[:1]:  # the others are not even imported
+        if name in arguments[:1]:  # other commands are not imported
             module = importlib.import_module(f".commands.{module_name}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror}{place}. Make room; a run goes on with resume=latest."
+        file = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror}{file}. Make room; a run goes on with resume=latest."
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise

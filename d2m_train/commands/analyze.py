@@ -1,10 +1,10 @@
-"""Draw what the parts of a FLUX do while it samples, as the paper does.
+"""Draw what blocks and experts of a FLUX do while it samples, as in the paper's figures.
 
-blocks   Fig. 3: how much each block changes what it is given, by prompt and timestep; of a dense FLUX, as a rule
-experts  Fig. 6: how often experts are selected, by prompt category, timestep and token; of a FLUX-MoE
-top-k    Fig. 8: images with k = 0, 1, 2, 4 experts from the same noise, beside the teacher's
+blocks   Fig. 3: how much each block changes its input, by prompt and timestep; usually of a dense FLUX
+experts  Fig. 6: how often a FLUX-MoE selects each expert, by prompt category, timestep and token
+top-k    Fig. 8: images with k = 0, 1, 2, 4 experts from the same noise, and the teacher's
 
-Each writes a PNG into OUT and the numbers beside it as JSON.
+Each writes a PNG to OUT, and its numbers as JSON beside it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
-_PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most so many, evenly spread, where --every does not say
+_PROMPTS = {"blocks": 32, "experts": 64, "top-k": 8}  # at most, evenly spread, unless --every is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,16 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="OUT", help="a folder (default: runs/analysis/<name of FILE>)")
     parser.add_argument(
         "--categories", metavar="FIELD",
-        help="experts: the field of the prompts' metadata to sort by (default: colour for emoji, else tag)",
+        help="experts: field of the prompts' metadata to sort by (default: colour for emoji, else tag)",
     )  # fmt: skip
     parser.add_argument(
         "--layers", metavar="LIST",
-        help="experts: FFNs by name, with commas (default: the image FFN of the 5th double block, and the 5th single block)",
+        help="experts: names of FFNs, comma-separated (default: the image FFN of the 5th double block, the 5th single block)",
     )  # fmt: skip
     parser.add_argument(
-        "--top-k", default="0,1,2,4", metavar="LIST", help="top-k: numbers with commas (default: 0,1,2,4)"
+        "--top-k", default="0,1,2,4", metavar="LIST", help="top-k: comma-separated numbers (default: 0,1,2,4)"
     )
-    parser.add_argument("--teacher", type=Path, metavar="F", help="top-k: the dense FLUX to stand beside")
+    parser.add_argument("--teacher", type=Path, metavar="F", help="top-k: the dense FLUX to compare with")
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(every=None)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
-    """blocks.png, and its numbers."""
+    """Draw blocks.png and return its numbers."""
     model = load_flux(args.file, model_dtype(args), args.device)
     names = [block.name for block in blocks_of(model)]
     change = np.zeros((len(prompts), args.steps, len(names)))
@@ -125,7 +125,7 @@ def draw_blocks(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], 
 
 
 def mean_square_change(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """[B]: the mean square of output - input over all tokens of both streams, [B, T, H] each."""
+    """Mean square [B] of output - input over all tokens of both streams, which are [B, T, H]."""
     squares = [(o.float() - i.float()).square().sum((1, 2)) for o, i in zip(outputs, inputs, strict=True)]
     return torch.stack(squares).sum(0) / sum(output[0].numel() for output in outputs)
 
@@ -139,9 +139,9 @@ def _argument(arguments: Any, keywords: Any, place: int, name: str) -> Tensor:
 
 
 def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
-    """experts.png, and its numbers: how often each expert is one of a token's, over where its block runs; rows sum to k."""
+    """Draw experts.png and return its numbers: how often a token gets each expert, where its block runs. Rows sum to k."""
     if not is_flux_moe(args.file):
-        raise UserError(f"{args.file} is a dense FLUX; --what experts is of a FLUX-MoE.")
+        raise UserError(f"{args.file} is a dense FLUX; --what experts needs a FLUX-MoE.")
     fields = args.categories or ("colour" if args.data == "emoji" else "tag")
     prompts = sorted(prompts, key=lambda prompt: str(prompt.metadata.get(fields, "")))
     model: FluxMoETransformer2DModel = load_flux(args.file, model_dtype(args), args.device)
@@ -151,7 +151,7 @@ def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt],
     for walk in walks(args, model, prompts, encoders):
         for name in layers:
             _watch_experts(model, name, walk, chosen, ran[name])
-        with evaluating(model, every_block=True):  # blocks see all samples; `ran` knows who chose them
+        with evaluating(model, every_block=True):  # blocks see all samples; `ran` has who chose them
             walk.go()
     maps = {name: frequencies(chosen[name], ran[name]) for name in layers}
     words = len(encoders.batch([prompts[0].text], args.guidance).text_ids_L3)
@@ -172,7 +172,7 @@ def draw_experts(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt],
 def _watch_experts(
     model: FluxMoETransformer2DModel, name: str, walk: Walk, chosen: dict[str, np.ndarray], ran: np.ndarray
 ) -> None:
-    """Note what a layer selects during the walk, and for which prompts its block, if it is one of a group, is chosen."""
+    """Record which experts a layer selects during the walk, and for which prompts its block, if grouped, is chosen."""
 
     def route(moe: MoEFFN, arguments: tuple[Tensor]) -> None:
         x_BTH = arguments[0]
@@ -192,9 +192,9 @@ def _watch_experts(
 
 
 def frequencies(chosen: np.ndarray, ran: np.ndarray) -> dict[str, np.ndarray]:
-    """How often each expert is one of a token's, by prompt, timestep and token; NaN where the layer never ran.
+    """Return how often tokens get each expert, by prompt, timestep and token; NaN where the layer never ran.
 
-    chosen [prompts, steps, tokens, E], ran [prompts, steps].
+    `chosen` is [prompts, steps, tokens, E], `ran` [prompts, steps].
     """
     counted, tokens = (chosen & ran[..., None, None]).astype(np.float32), chosen.shape[2]
     with np.errstate(invalid="ignore"):
@@ -206,24 +206,24 @@ def frequencies(chosen: np.ndarray, ran: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def selected(routing: Routing) -> Tensor:
-    """bool [T, E]: which experts each token goes to, however small their weights."""
+    """Return which experts each token goes to, bool [T, E], however small their weights."""
     none_TE = torch.zeros_like(routing.logits_TE, dtype=torch.bool)
     return none_TE.index_put((routing.token_A, routing.expert_A), torch.ones_like(routing.gate_A, dtype=torch.bool))
 
 
 def _plain(values: np.ndarray) -> list[list[float | None]]:
-    """For JSON, which has no NaN."""
+    """Convert to lists for JSON, which has no NaN."""
     return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in values]
 
 
 def chosen_layers(model: FluxMoETransformer2DModel, names: str | None) -> list[str]:
-    """What is asked for, or the paper's: the 5th (or last) converted double block's image FFN, and single block's."""
+    """Return the named layers, or the paper's: image FFN of the 5th (or last) converted double block, and single block."""
     known = list(model.moe_ffns())
     if names is not None:
         asked = names.split(",")
         for name in asked:
             if name not in known:
-                raise UserError(f"--layers: {name} is no MoE FFN of this file; there are {known[0]} … {known[-1]}.")
+                raise UserError(f"--layers: {name} is not a MoE FFN of this file; it has {known[0]} … {known[-1]}.")
         return asked
     found = []
     for kind in BLOCK_KINDS:
@@ -237,13 +237,13 @@ def chosen_layers(model: FluxMoETransformer2DModel, names: str | None) -> list[s
 
 
 def draw_top_k(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], encoders: Encoders) -> dict[str, Any]:
-    """top-k.png: a row for the teacher and each k, a column for each prompt. Its numbers: the distance to the teacher."""
+    """Draw top-k.png, a row per k and a column per prompt. Return its numbers: distances to the teacher."""
     if not is_flux_moe(args.file):
-        raise UserError(f"{args.file} is a dense FLUX; --what top-k is of a FLUX-MoE.")
+        raise UserError(f"{args.file} is a dense FLUX; --what top-k needs a FLUX-MoE.")
     try:
         ks = [int(k) for k in args.top_k.split(",")]
     except ValueError:
-        raise UserError(f"--top-k is {args.top_k!r}; expected numbers with commas, such as 0,1,2,4.") from None
+        raise UserError(f"--top-k is {args.top_k!r}; expected comma-separated numbers, such as 0,1,2,4.") from None
     asked = encoders.batch([prompt.text for prompt in prompts], args.guidance)
     model: FluxMoETransformer2DModel = load_flux(args.file, model_dtype(args), args.device)
     if model.flux_moe.capacity_router is not None:
@@ -277,13 +277,12 @@ def _sampled(
     return sample(model, asked, noise_BTC, steps=args.steps, mu=mu, size=args.batch)
 
 
-# Sampling that is watched
+# Sampling with hooks
 
 
 @dataclass(kw_only=True, slots=True)
 class Walk:
-    """Some prompts on their way from noise to image. Hooks of `handles` see `some` (of the prompts) and `step`, and are
-    taken off after `go`."""
+    """Sampling of some prompts. Hooks in `handles` can read `some`, the prompts' slice, and `step`; `go` removes them."""
 
     model: FluxTransformer2DModel
     batch: Batch
@@ -294,11 +293,11 @@ class Walk:
     handles: list[Any]
 
     def go(self) -> None:
-        here_BTC = self.noise_BTC
+        sample_BTC = self.noise_BTC
         try:
             for step in range(len(self.levels) - 1):
                 self.step = step
-                here_BTC = trajectory(self.model, self.batch, here_BTC, self.levels[step : step + 2])
+                sample_BTC = trajectory(self.model, self.batch, sample_BTC, self.levels[step : step + 2])
         finally:
             for handle in self.handles:
                 handle.remove()
@@ -307,7 +306,7 @@ class Walk:
 def walks(
     args: argparse.Namespace, model: FluxTransformer2DModel, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Iterator[Walk]:
-    """All prompts, some at a time."""
+    """Yield the walks of all prompts, a batch of prompts at a time."""
     levels = grid(args.steps, time_shift(args, encoders, bool(model.config.guidance_embeds)))
     for start in progress_bar(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
         some = prompts[start : start + args.batch]

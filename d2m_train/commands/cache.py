@@ -1,7 +1,7 @@
-"""Fill a run's cache: latents and text embeddings of all its data, so that training needs no encoders.
+"""Fill a run's cache with latents and text embeddings of all its data, so that training needs no encoders.
 
-It may be interrupted and begun again. Several processes share the work if each is told which it is, by --rank and
---world or, as torchrun does, by RANK and WORLD_SIZE: `torchrun --nproc-per-node 8 -m d2m_train cache RUN.yaml`.
+It can be interrupted and started again. Several processes share the work if each gets its number by --rank and --world
+or, as from torchrun, by RANK and WORLD_SIZE: `torchrun --nproc-per-node 8 -m d2m_train cache RUN.yaml`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="fields of the run, by dotted name")
     parser.add_argument(
-        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="which process this is, from 0"
+        "--rank", type=int, default=int(os.environ.get("RANK", 0)), help="number of this process, from 0"
     )
-    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="how many there are")
-    parser.add_argument("--device", help="of the encoders (default: cuda if there is one, else cpu)")
+    parser.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of processes")
+    parser.add_argument("--device", help="device of the encoders (default: cuda if there is one, else cpu)")
 
 
 def run(args: argparse.Namespace) -> int:

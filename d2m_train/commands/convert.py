@@ -1,8 +1,8 @@
-"""Make a FLUX-MoE of a dense FLUX.1, without training.
+"""Convert a dense FLUX.1 to a FLUX-MoE without training.
 
-Every FFN of the preset becomes one shared expert (its most important neurons) and twelve routed ones. With --data the
-teacher itself is asked: which neurons matter (Eq. 6), which fire together, what an expert that is not chosen would have
-said, and what the modulations read. Without it, everything comes from the weights.
+Every FFN of the preset becomes one shared expert (its most important neurons) and twelve routed experts. With --data the
+teacher is run to measure which neurons matter (Eq. 6), which fire together, what experts that are not chosen would have
+added, and what the modulations read. Without it, everything is derived from the weights.
 
 With --split-only the weights stay the teacher's, reordered: the file opens as the teacher in any FLUX loader.
 """
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="emoji|FILE", help=f"calibration data: the demo's dataset, or {LATENTS_FORMAT}"
     )
     parser.add_argument(
-        "--split-only", action="store_true", help="leave the weights the teacher's: no refit, no AdaLN compression"
+        "--split-only",
+        action="store_true",
+        help="keep the teacher's weights, reordered: no refit, no AdaLN compression",
     )
 
     method = parser.add_argument_group(
@@ -63,10 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FOLDER",
-        help="keep the calibration here, and use what is there; else it lies beside --out until that is written",
+        help="keep the calibration in this folder and reuse it; by default it is kept beside --out until that is written",
     )
     calibration.add_argument(
-        "--report", type=Path, metavar="FILE", help="errors of every FFN and modulation, JSON (default: G.report.json)"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="errors of every FFN and modulation, as JSON (default: G.report.json)",
     )
 
 
@@ -112,7 +117,7 @@ def settings_from(args: argparse.Namespace) -> ConversionSettings:
     if not calibrated and (needing := needing_data(values)):
         name, value = needing[0]
         option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        raise UserError(f"{option} needs --data emoji or --data FILE: it asks the teacher itself.")
+        raise UserError(f"{option} needs --data emoji or --data FILE: it has to run the teacher.")
     return ConversionSettings(
         teacher=args.teacher,
         out=args.out,

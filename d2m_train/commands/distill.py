@@ -1,8 +1,8 @@
 """Distil a dense FLUX.1 into a FLUX-MoE: convert, shared, experts, blocks, export, as one YAML file says (Sec. 3.2).
 
-Every field can be overridden: `training.batch_size=4`. `output_dir=` says where the run lives; `resume=latest` goes on
-where it stopped, or starts it; `stages=[experts]` runs one stage, from the file of the one before; `restart=experts`
-makes a stage and those behind it anew. With several GPUs: `accelerate launch -m d2m_train distill RUN.yaml`.
+Every field can be overridden, as in `training.batch_size=4`. `output_dir=` is the run's folder; `resume=latest` goes on
+where the run stopped, or starts it; `stages=[experts]` runs one stage, from the result of the stage before;
+`restart=experts` repeats a stage and those after it. With several GPUs: `accelerate launch -m d2m_train distill RUN.yaml`.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="name=value|MORE.yaml",
-        help="fields of the run, by dotted name, or further YAML files to lay over it",
+        help="fields of the run by dotted name, or further YAML files that override it",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: parameters, FLOPs, memory, disk, tokens; train nothing"
     )
-    parser.add_argument("--gpu-memory", metavar="24GB", help="of --dry-run: say whether it fits")
-    parser.add_argument("--processes", type=int, metavar="N", help="of --dry-run: for so many GPUs")
-    parser.add_argument("--strategy", choices=("ddp", "fsdp2", "zero2", "zero3"), help="of --dry-run: how they share")
+    parser.add_argument("--gpu-memory", metavar="24GB", help="with --dry-run: say whether the run fits")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: number of GPUs")
+    parser.add_argument(
+        "--strategy", choices=("ddp", "fsdp2", "zero2", "zero3"), help="with --dry-run: how GPUs share the work"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def distill(run: RunConfig) -> int:
-    """All stages that the run names and the student has; exit status 0, or 143 after SIGTERM."""
+    """Run all stages that the run names and the student has. Return exit status 0, or 143 after SIGTERM."""
     ranks = Ranks(run)
     try:
         Distill(run, ranks).run_all()
@@ -100,7 +102,7 @@ class Distill:
             prepare_folder(run)
         self.ranks.wait()
         path = self._teacher_file()
-        open_teacher(path).close()  # before data are prepared for one that is not there
+        open_teacher(path).close()  # checked before data are prepared
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
         data.prepare(self.ranks.rank, self.ranks.count)
         self.ranks.wait()
@@ -120,7 +122,7 @@ class Distill:
                     run.teacher.model_copy(update={"offload": "stream"}) if run.training.blockwise else run.teacher
                 )
                 teacher = open_frozen_teacher(section, self.ranks.device, fused=path if section.loras else None)
-            # All else is made again in no time, or goes on where it was, and may be interrupted at once.
+            # Everything else is quickly repeated or continued, and can be interrupted at once.
             with self.ranks.stoppable():
                 train(
                     StageRun(
@@ -139,7 +141,7 @@ class Distill:
             self._export()
 
     def _begin(self, identity: dict[str, Any], path: Path, data: DataSource) -> None:
-        """Now that the run is known to be one: keep what it is made of, and take away what is to be made anew."""
+        """Check the run's sources against the stored ones, and remove the stages that are to be repeated."""
         run = self.run
         with open_teacher(path) as teacher:
             check_fits(data.batch(0, 1, run.seed), teacher.dims)
@@ -151,7 +153,7 @@ class Distill:
         self.ranks.wait()
 
     def _teacher_file(self) -> Path:
-        """The teacher's own, or with its LoRAs fused the one that is written beside the run."""
+        """Return the teacher's file; with LoRAs the fused file in the run's folder, written if it is missing."""
         section = self.run.teacher
         if not section.loras:
             return section.path
@@ -176,7 +178,7 @@ class Distill:
             convert_teacher(settings, data, report=self.ranks.say)
 
     def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
-        """Copy a student that was made elsewhere. Raises UserError if it is not of such a teacher."""
+        """Copy a student from another run. Raises UserError if it was made from a different teacher."""
         config = check_file(start)
         with open_teacher(teacher) as opened:
             dims, expected = config.dims, opened.dims
@@ -184,14 +186,14 @@ class Distill:
             expected = expected.with_depths(**dims.depths)
         if dims != expected:
             raise UserError(
-                f"student.start: {start} is of another teacher: it has {dims}, {teacher} has {expected}. Give a student "
-                "of this teacher, or leave student.start out."
+                f"student.start: {start} was made from another teacher: it has {dims}, {teacher} has {expected}. Give a "
+                "student of this teacher, or leave student.start out."
             )
         export_file(start, target, getattr(torch, self.run.student.dtype))
-        self.ranks.say(f"convert: begins with {start}.")
+        self.ranks.say(f"convert: starts with {start}.")
 
     def _training(self) -> list[Stage]:
-        """The training stages of this run that its student has. Raises UserError if there is no student yet."""
+        """Return the training stages of this run that its student has. Raises UserError if there is no student yet."""
         wanted = [stage for stage in self.run.stages if stage in TRAINING]
         if not wanted:
             return []
@@ -222,9 +224,9 @@ def converted_file(run: RunConfig) -> Path:
 
 
 def latest_student(run: RunConfig, stage: Stage, has: tuple[Stage, ...]) -> Path:
-    """The student that a stage begins with, of the stage before it. Raises UserError if that has not been run.
+    """Return the student with which a stage starts, from the stage before. Raises UserError if that has not been run.
 
-    `has`: the training stages of this student. One with no steps may be left out of a run.
+    `has`: the training stages of this student. Stages with no steps may be left out of a run.
     """
     for earlier in reversed([s for s in STAGES[: STAGES.index(stage)] if s == "convert" or s in has]):
         found = run.output_dir / earlier / "student.safetensors"
@@ -233,13 +235,13 @@ def latest_student(run: RunConfig, stage: Stage, has: tuple[Stage, ...]) -> Path
         if earlier == "convert" or getattr(run.stage, earlier).steps > 0:
             break
     raise UserError(
-        f"Stage {stage} begins with {found}, which is missing. Run stage {earlier} first (stages=[{earlier}])"
-        + ("." if earlier == "convert" else f", or do without it (stage.{earlier}.steps=0).")
+        f"Stage {stage} starts with {found}, which is missing. Run stage {earlier} first (stages=[{earlier}])"
+        + ("." if earlier == "convert" else f", or leave it out (stage.{earlier}.steps=0).")
     )
 
 
 def prepare_folder(run: RunConfig) -> None:
-    """Make output_dir and put the resolved run into it. Raises UserError if another run lives there."""
+    """Create output_dir and store the resolved run in it. Raises UserError if it has another run."""
     folder = run.output_dir
     stored = folder / RUN_FILE
     if stored.exists():

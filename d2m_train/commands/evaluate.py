@@ -1,9 +1,9 @@
 """Sample prompts with a FLUX, dense or MoE, and score the images.
 
-Writes images in GenEval's folder layout (OUT/images; the teacher's and the other file's beside it) and OUT/report.json:
-the emoji scores with --data emoji, CLIPScore with --clip, the distance of latents to the teacher's at equal noise with
---teacher. Every mean comes with its 95 % interval over prompts; --against compares two files prompt by prompt, at the same
-noise. An evaluation that was interrupted keeps the images that it has made.
+Writes images in GenEval's folder layout to OUT/images (the teacher's to OUT/teacher, the other file's to OUT/against) and
+scores to OUT/report.json: the emoji scores with --data emoji, CLIPScore with --clip, and with --teacher the distance of
+latents to the teacher's from the same noise. Every mean has its 95 % interval over prompts. --against compares two files
+prompt by prompt, from the same noise. An interrupted evaluation keeps its images and goes on.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, metavar="F", help="the dense FLUX to measure the distance to")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="another file, for a paired comparison")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a local CLIP model with its processor")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="images of a prompt (default: 1; GenEval: 4)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="images per prompt (default: 1; GenEval: 4)")
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
-    sparsity = parser.add_argument_group("sparsity, of FILE and OTHER (default: the files' own)")
-    sparsity.add_argument("--top-k", type=int, metavar="K", help="experts of a token")
+    sparsity = parser.add_argument_group("sparsity of FILE and OTHER (default: the files' own)")
+    sparsity.add_argument("--top-k", type=int, metavar="K", help="experts per token")
     sparsity.add_argument("--active-blocks", type=int, metavar="N", help="blocks of a group that run")
     sparsity.add_argument(
-        "--capacity-factor", type=float, metavar="C", help="of a capacity router; 1 is the file's own"
+        "--capacity-factor", type=float, metavar="C", help="factor on a capacity router's capacity; 1 is the file's own"
     )
 
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Sample what is missing, score everything, write and give the report."""
+    """Sample missing images, score all, and write and return the report."""
     prompts, encoders = read_prompts(args.data, args.every), open_encoders(args)
     clip = None if args.clip is None else Clip(args.clip, args.device)
     sparsity = Sparsity(top_k=args.top_k, active_blocks=args.active_blocks, capacity_factor=args.capacity_factor)
@@ -112,7 +112,7 @@ def _sample(
 def _made(
     args: argparse.Namespace, file: Path, sparsity: Sparsity, prompts: list[Prompt], encoders: Encoders
 ) -> dict[str, Any]:
-    """Whatever an image depends on, but for the number of images."""
+    """Return everything that an image depends on, except the number of images."""
     stat = file.stat() if file.is_file() else None
     texts = "\n".join(f"{prompt.index} {prompt.text}" for prompt in read_prompts(args.data))
     return {
@@ -168,7 +168,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def score_table(report: dict[str, Any]) -> str:
-    """A table: a line for each score, a column for each file."""
+    """Format a report as a table: a line per score, a column per file."""
     columns = {Path(report["file"]).name: report["scores"]}
     if "against" in report:
         columns[Path(report["against"]["file"]).name + " (other)"] = report["against"]["scores"]
@@ -176,7 +176,7 @@ def score_table(report: dict[str, Any]) -> str:
     if "teacher" in report:
         columns[Path(report["teacher"]["file"]).name + " (teacher)"] = report["teacher"]["scores"]
     width = max(24, *(len(name) + 2 for name in columns))
-    lines = [f"{report['prompts']} prompts, {report['seeds']} images of each, {report['steps']} steps"]
+    lines = [f"{report['prompts']} prompts, {report['seeds']} images each, {report['steps']} steps"]
     lines.append(" " * 18 + "".join(f"{name:>{width}}" for name in columns))
     for score_name in report["scores"]:
         cells = [_cell(scores.get(score_name)) for scores in columns.values()]

@@ -1,6 +1,6 @@
 """Write a FLUX-MoE file in another precision, or as a folder that diffusers' from_pretrained reads.
 
-Weights are cast; routers, means, thresholds and neuron orders keep their own types, by which experts are chosen.
+Weights are cast. Routers, means, thresholds and neuron orders keep their types, so that the same experts are chosen.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export_file(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """A FLUX-MoE file again, its weights in `dtype`; tensor by tensor, whole or not at all."""
-    refuse_same_file([source], target, "this is the file that is exported")
+    """Write a FLUX-MoE file with weights in `dtype` from another, tensor by tensor and atomically."""
+    refuse_same_file([source], target, "this is the file to export")
     with TensorFile(source) as file:
         config = check_opened(file)
-        weights = set(dense_shapes(config.dims))  # U keeps its own, as routers do
+        weights = set(dense_shapes(config.dims))  # the AdaLN compression's U keeps its dtype, as routers do
         specs = {name: (dtype if name in weights else file.dtypes[name], shape) for name, shape in file.shapes.items()}
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The header may say more than the configuration: a title that the maker has given, say.
+        # The header may have more than the configuration, for example a title given by its maker.
         metadata = file_metadata(config) | {k: v for k, v in file.metadata.items() if k != CONFIG_KEY}
         with TensorWriter(target, specs, metadata) as writer:
             for name in writer.names:
@@ -56,7 +56,7 @@ def export_file(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def export_to_diffusers(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """A folder for FluxMoETransformer2DModel.from_pretrained."""
+    """Write a folder for FluxMoETransformer2DModel.from_pretrained."""
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
     if folder.is_file():

@@ -1,4 +1,4 @@
-"""Say what a FLUX file is, dense or MoE, and check it whole: every tensor's shape, the neuron orders, the routers."""
+"""Describe a FLUX file, dense or MoE, and check every tensor's shape, the neuron orders and the routers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..evaluation.open_model import is_flux_moe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, metavar="F", help="a .safetensors file; dense, also the index or folder of shards"
+        "file", type=Path, metavar="F", help="a .safetensors file; for a dense FLUX also the index or folder of shards"
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Everything that is known of a FLUX file. Raises CheckpointError for one that is damaged, or no FLUX."""
+    """Return all facts about a FLUX file. Raises CheckpointError if it is damaged or not a FLUX."""
     if not is_flux_moe(path):
         with open_teacher(path) as teacher:
             facts = _facts(path, teacher, teacher.dims) | {"kind": "dense FLUX.1"}
@@ -46,7 +46,7 @@ def inspect(path: Path) -> dict[str, Any]:
     with TensorFile(path) as file:
         facts = _facts(path, file, config.dims) | {"kind": "FLUX-MoE"}
     conversion = Conversion.of(config)
-    cost = flux(config.dims, conversion, Tokens(image=1, text=1))  # parameters do not depend on the tokens
+    cost = flux(config.dims, conversion, Tokens(image=1, text=1))  # the tokens do not affect the parameters
     facts["activated_parameters"] = {"touched": round(cost.touched), "paper": round(cost.paper)}
     facts["moe"] = json.loads(config.to_json())
     del facts["moe"]["dims"]
@@ -54,7 +54,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[str, Any]:
-    """What is known of both kinds. `elements_by_dtype` of a teacher is what a conversion of it would hold."""
+    """Return facts that both kinds have. A teacher's `elements_by_dtype` are those of a conversion of it."""
     dtypes: Counter[str] = Counter()
     for name, dtype in file.dtypes.items():
         dtypes[str(dtype).removeprefix("torch.")] += prod(file.shapes[name])
@@ -69,7 +69,7 @@ def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[
 
 
 def facts_text(facts: dict[str, Any]) -> str:
-    """The facts for people, a line each."""
+    """Format the facts for people, a line each."""
     dims = facts["dims"]
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in facts["elements_by_dtype"].items())
     lines = [
@@ -92,7 +92,7 @@ def facts_text(facts: dict[str, Any]) -> str:
         lines += [("title", facts["title"] or "not stated"), ("licence", facts["licence"] or "not stated")]
         lines += [("note", note) for note in facts["notes"]]
     sound = "; routers and neuron orders are sound" if "moe" in facts else ""
-    lines.append(("checked", f"every tensor is there, with the right shape{sound}"))
+    lines.append(("checked", f"every tensor is present and has the right shape{sound}"))
     return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
 

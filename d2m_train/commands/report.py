@@ -1,6 +1,6 @@
-"""Parameters and FLOPs of the presets L, M, S and XS on a FLUX.1, beside the paper's Table 1 where it has them.
+"""Show parameters and FLOPs of the presets L, M, S and XS on a FLUX.1, with the paper's Table 1 where it has them.
 
-touched: every parameter that takes part in one image. paper-counted: as the paper counts activated parameters
+touched: all parameters used for one image. paper-counted: as the paper counts activated parameters
 (one stream's MoE FFN for each double block; no timestep, guidance and pooled-text embedders, no final modulation).
 """
 
@@ -46,15 +46,13 @@ PRINTED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     presets = [*get_args(PresetName), "all"]
     parser.add_argument("--preset", choices=presets, default="all")
+    parser.add_argument("--model", default="flux-dev", metavar="flux-dev|emoji|F", help="the dense FLUX.1; F is a file")
     parser.add_argument(
-        "--model", default="flux-dev", metavar="flux-dev|emoji|F", help="the dense FLUX.1 (F: a file of one)"
+        "--top-k", type=int, default=PAPER_TOP_K, metavar="K", help="experts per token (default: %(default)s)"
     )
-    parser.add_argument(
-        "--top-k", type=int, default=PAPER_TOP_K, metavar="K", help="experts of each token (%(default)s)"
-    )
-    parser.add_argument("--image-tokens", type=int, metavar="T", help="1024 x 1024 pixels are 4,096")
-    parser.add_argument("--text-tokens", type=int, metavar="T", help="usually 512")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--image-tokens", type=int, metavar="T", help="image tokens; 1024 x 1024 pixels are 4,096")
+    parser.add_argument("--text-tokens", type=int, metavar="T", help="text tokens, usually 512")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def preset_costs(dims: FluxDims, tokens: Tokens, presets: Sequence[PresetName], top_k: int) -> dict[str, Cost]:
-    """Cost of `dense` and of every preset. Raises UserError for a top_k that no layer can run."""
+    """Return the cost of `dense` and of every preset. Raises UserError for a top_k that no layer can run."""
     experts = paper_layout(dims.hidden_size).experts
     if not 0 <= top_k <= experts:
         raise UserError(f"--top-k is {top_k}; expected 0 to {experts}, the number of experts.")
@@ -93,7 +91,7 @@ def preset_costs(dims: FluxDims, tokens: Tokens, presets: Sequence[PresetName], 
 
 
 def cost_rows(costs: dict[str, Cost], tokens: Tokens, top_k: int) -> list[dict[str, Any]]:
-    """One object for each preset."""
+    """Return a row for each preset, for JSON."""
     return [
         {
             "preset": preset,
@@ -112,7 +110,7 @@ def cost_rows(costs: dict[str, Cost], tokens: Tokens, top_k: int) -> list[dict[s
 
 
 def cost_table(costs: dict[str, Cost], printed: dict[str, Printed]) -> str:
-    """Aligned for a terminal; the paper's figures in columns of their own if there are any."""
+    """Format costs for a terminal, with the paper's figures in separate columns if there are any."""
     dense = costs["dense"]
     size, size_unit = (1e9, "B") if dense.total >= 1e9 else (1e6, "M")
     work, work_unit = (1e12, "TFLOP") if dense.flops >= 1e12 else (1e9, "GFLOP")
@@ -134,7 +132,7 @@ def cost_table(costs: dict[str, Cost], printed: dict[str, Printed]) -> str:
 
 
 def _model(name: str) -> tuple[FluxDims, Tokens]:
-    """Dimensions and usual tokens of `flux-dev`, `emoji`, or a file."""
+    """Return dimensions and usual tokens of `flux-dev`, `emoji`, or a file."""
     if name == "flux-dev":
         return FLUX_DEV, MEGAPIXEL
     if name == "emoji":

@@ -1,7 +1,7 @@
-"""Make a dense FLUX.1 of a FLUX-MoE again: one .safetensors in BFL keys, which every FLUX loader opens.
+"""Convert a FLUX-MoE back to a dense FLUX.1: one .safetensors in BFL keys, which every FLUX loader opens.
 
-Of a --split-only file it has the teacher's weights, bit for bit. A file that was refitted, compressed or trained gives
-the dense FLUX nearest to it, which is not the teacher, and this is said.
+A --split-only file gives the teacher's weights bit for bit. A file that was refitted, compressed or trained gives the
+nearest dense FLUX, which is not the teacher; the output says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a conversion without training reports: sentences for people, and all figures as JSON."""
+"""Report of a conversion without training: a summary for people, and all figures as JSON."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.block_routers import BlockChange, GroupReport
 from d2m_model.conversion.ffn import FFNReport
 
-_WAYS = ("random", "fixed", "ridge", "oracle")  # of choosing blocks: see GroupReport
+_WAYS = ("random", "fixed", "ridge", "oracle")  # ways to choose blocks: see GroupReport
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Report:
-    """What was measured, by name; empty where nothing was. Filled as the conversion goes.
+    """Measurements of a conversion, by name; empty if there are none. Filled during the conversion.
 
     ffns         errors of each FFN
-    modulations  |found - dense| / |dense| of each modulation's outputs
-    blocks       what every block of the teacher changes (Fig. 3)
+    modulations  |compressed - dense| / |dense| of each modulation's outputs
+    blocks       how every block of the teacher changes its input (Fig. 3)
     groups       how each block group's routers choose
     """
 
@@ -33,8 +33,8 @@ class Report:
     groups: dict[str, GroupReport] = field(default_factory=dict)
 
 
-def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], object]) -> None:
-    """The few figures that a user wants to see at once."""
+def summarise(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], object]) -> None:
+    """Tell the user the most important figures through `say`."""
     bytes_written = f"{os.path.getsize(out):,} bytes"
     if config.ffns:
         layout = next(iter(config.ffns.values()))
@@ -49,15 +49,15 @@ def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], 
             say(f"Its {len(blocks)} {kind} blocks are the teacher's {', '.join(map(str, blocks))}.")
     if report.ffns:
         errors = {name: ffn.to_dict() for name, ffn in report.ffns.items()}
-        averages = {kind: mean(of[kind] for of in errors.values()) for kind in next(iter(errors.values()))}
+        averages = {kind: mean(error[kind] for error in errors.values()) for kind in next(iter(errors.values()))}
         agrees, experts = averages.pop("agrees", None), averages.pop("experts", None)
-        say(f"Relative error of the FFNs' outputs at top-{config.top_k}, on tokens that no fit has seen, averaged:")
+        say(f"Mean relative error of the FFNs' outputs at top-{config.top_k}, on tokens that no fit has seen:")
         say("  " + ", ".join(f"{kind} {value:.3f}" for kind, value in averages.items()))
         worst = max(errors, key=lambda name: errors[name]["converted"])
         say(f"  worst: {worst}, {errors[worst]['converted']:.3f}")
         if agrees is not None:
             say(
-                f"  The capacity predictors agree with the experts' selection to {agrees:.1%}; {experts:.2f} experts a token."
+                f"  The capacity predictors agree with the experts' selection by {agrees:.1%}; {experts:.2f} experts per token."
             )
     if report.modulations:
         worst = max(report.modulations, key=report.modulations.__getitem__)
@@ -66,23 +66,21 @@ def tell(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], 
             f"{mean(report.modulations.values()):.3f}; worst: {worst}, {report.modulations[worst]:.3f}"
         )
     if config.groups:
-        _tell_groups(report, config, say)
+        _summarise_groups(report, config, say)
 
 
-def _tell_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], object]) -> None:
+def _summarise_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], object]) -> None:
     for group in config.groups:
         last = group.indices[-1]
-        say(f"Of the {group.kind} blocks {group.first} to {last} {group.active} run ({group.selection}).")
+        say(f"{group.active} of the {group.kind} blocks {group.first} to {last} run at a time ({group.selection}).")
     if not report.groups:
-        say(
-            "Block routers are random, as the paper begins: they have to be trained. With data they begin with a preference."
-        )
+        say("Block routers are random, as in the paper, and have to be trained. With data they are fitted.")
         return
     ways = {way: [getattr(group, way) for group in report.groups.values()] for way in _WAYS}
     say(
-        "Block routers, on samples that no fit has seen: change of the blocks left out, as a part of the group's; and how"
+        "Block routers, on samples that no fit has seen: the change of the blocks left out, as a fraction of the group's,"
     )
-    say("often the choice is the oracle's, which knows the changes. Averaged over the groups:")
+    say("and how often the choice is that of the oracle, which knows the changes. Averages over the groups:")
     for way, choices in ways.items():
         skipped, agreement = (
             mean(getattr(choice, figure) for choice in choices) for figure in ("skipped", "agreement")
@@ -91,7 +89,7 @@ def _tell_groups(report: Report, config: FluxMoEConfig, say: Callable[[str], obj
 
 
 def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callable[[str], object]) -> None:
-    """All figures, if there are any."""
+    """Write all figures to `file`, if there are any."""
     if not (report.ffns or report.modulations or report.blocks):
         return
     content = {
@@ -103,4 +101,4 @@ def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callabl
     }
     with atomic_file(file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
-    say(f"All of them: {file}")
+    say(f"All figures: {file}")

@@ -1,6 +1,6 @@
-"""A dense FLUX.1 becomes a FLUX-MoE without training: the `convert` command and the first stage of a distillation.
+"""Conversion of a dense FLUX.1 to a FLUX-MoE without training: the command `convert`, and a run's first stage.
 
-`convert` calibrates on the teacher (if there are data), decides on blocks and routers, and streams the file.
+`convert_teacher` calibrates on the teacher (if there are data), decides on blocks and routers, and streams the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .. import UserError
 from ..data.batch import DataSource
 from ..progress import progress_bar
 from .calibrate import CalibrationBatches, calibrate_on_batches
-from .report import Report, tell, write_report
+from .report import Report, summarise, write_report
 from .settings import ConversionSettings, file_config
 
 if TYPE_CHECKING:
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 def convert_teacher(
     settings: ConversionSettings, data: DataSource | None = None, *, report: Callable[[str], object] = print
 ) -> FluxMoEConfig:
-    """Write `settings.out` and its report; give its configuration. A calibration that was interrupted is continued.
+    """Write `settings.out` and its report, and return its configuration. An interrupted calibration is continued.
 
-    `data`: for calibration; without, the weights alone decide. `report` hears sentences for the user.
-    Raises UserError for settings that cannot be met, CheckpointError for a teacher or a target that cannot be used.
+    Without calibration `data` everything is derived from the weights. `report` gets sentences for the user. Raises
+    UserError for settings that cannot be met, CheckpointError for a teacher or a target that cannot be used.
     """
     settings = settings.resolved()
     if data is None:
         settings.check_data()
-    if not (folder := settings.out.absolute().parent).is_dir():  # before minutes of calibration rather than after
+    if not (folder := settings.out.absolute().parent).is_dir():  # checked before minutes of calibration, not after
         raise CheckpointError(f"{folder}: there is no such folder. Create it, or write elsewhere.")
     with open_teacher(settings.teacher) as teacher:
         refuse_same_file(teacher.files, settings.out)
@@ -52,20 +52,20 @@ def convert_teacher(
             report(note)
         config = file_config(settings, teacher.dims, describe_teacher(teacher), None if data is None else data.name)
         calibration = None if data is None else _calibration(settings, teacher, config, data)
-        found = Report()
+        measured = Report()
         if calibration is not None:
-            found.blocks.update({block.name: calibration.block_change(block.name) for block in teacher.dims.blocks})
+            measured.blocks.update({block.name: calibration.block_change(block.name) for block in teacher.dims.blocks})
         if settings.groups == "auto":
-            placed = auto_groups(settings.preset, teacher.dims, found.blocks)
+            placed = auto_groups(settings.preset, teacher.dims, measured.blocks)
             config = replace(config, groups=with_choice(placed, settings.active, settings.selection))
         kept: TeacherBlocks | None = None
         source: DenseTeacher | ShallowTeacher = teacher
         if settings.baseline == "depth_pruning":
-            kept = kept_blocks(teacher.dims, config.groups, found.blocks)
+            kept = kept_blocks(teacher.dims, config.groups, measured.blocks)
             source = ShallowTeacher(teacher, kept)
             config = shallow(config, source.dims, kept)
         try:
-            routers = block_routers(settings, config, calibration, found.groups)
+            routers = block_routers(settings, config, calibration, measured.groups)
         except MethodError as error:
             raise UserError(f"{error} Calibrate with more batches or larger ones.") from None
         modulations = fitted_modulations(source.tensor, config, calibration)
@@ -74,7 +74,7 @@ def convert_teacher(
                 source,
                 settings.out,
                 config,
-                planner(settings, config, calibration, found.ffns, place=settings.place, kept=kept),
+                planner(settings, config, calibration, measured.ffns, place=settings.torch_device, kept=kept),
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,
@@ -84,10 +84,10 @@ def convert_teacher(
     if calibration is not None and settings.folder is None:
         shutil.rmtree(settings.calibration_folder)
     if modulations is not None:
-        found.modulations.update(modulations.errors)
-    tell(found, config, settings.out, report)
+        measured.modulations.update(modulations.errors)
+    summarise(measured, config, settings.out, report)
     file = settings.report_file or settings.out.with_name(f"{settings.out.name}.report.json")
-    write_report(found, config, file, report)
+    write_report(measured, config, file, report)
     return config
 
 
@@ -110,7 +110,7 @@ def _calibration(
     config: FluxMoEConfig,
     data: DataSource,
 ) -> Calibration:
-    device = settings.place
+    device = settings.torch_device
 
     def load() -> FluxTransformer2DModel:
         from d2m_model.hosts.diffusers import load_transformer

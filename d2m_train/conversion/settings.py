@@ -1,4 +1,4 @@
-"""What a conversion of the trainer is to make, of which file, and the configuration of the file that comes of it."""
+"""Settings of a conversion by the trainer, and the configuration of the file that it writes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ConversionSettings(Method):
-    """What is to be made of which teacher, and how.
+    """Settings of a conversion: a method, its teacher, and its calibration.
 
-    teacher       what open_teacher reads; its weights go into the file
-    tokens        inputs kept of every FFN in calibration, in all
-    device        of calibration and planning; None: cuda if there is one, else cpu
-    folder        where the calibration is kept, and continued; None: beside `out` until that is written
+    teacher       path that open_teacher reads
+    out           the FLUX-MoE file to write
+    batches, batch_size   of the calibration
+    tokens        inputs kept of every FFN, over the whole calibration
+    device        of calibration and fits; None: cuda if there is one, else cpu
+    folder        keeps the calibration, which can be continued; None: beside `out` until that is written
     report_file   the JSON report; None: beside `out`
     """
 
@@ -46,18 +48,18 @@ class ConversionSettings(Method):
         return self.folder or self.out.with_name(f"{self.out.name}.calibration")
 
     @property
-    def place(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def resolved(self) -> ConversionSettings:
-        """With the recipe that the baseline and the router want. Raises UserError for what does not go together."""
+        """Adapt the recipe to baseline and router. Raises UserError for options that exclude each other."""
         with as_user_error():
             return method.resolved(self)
 
     def check_data(self) -> None:
-        """Raises UserError naming what needs data, for settings that are to do without."""
+        """Raise UserError if an option needs calibration data."""
         if self.needs:
-            raise UserError(f"This conversion asks the teacher itself ({', '.join(self.needs)}): give data.")
+            raise UserError(f"This conversion has to run the teacher ({', '.join(self.needs)}): give data.")
 
 
 @contextmanager
@@ -89,9 +91,9 @@ def settings_from_run(run: RunConfig, teacher_path: Path, out: Path, folder: Pat
 
 
 def file_config(settings: ConversionSettings, dims: FluxDims, teacher: Teacher, data_name: str | None) -> FluxMoEConfig:
-    """The file's configuration, but for the teacher's hash; of resolved settings. Raises UserError or ConfigError.
+    """Return the file's configuration, without the teacher's hash, for resolved settings. Raises UserError or ConfigError.
 
-    For groups `auto` and depth pruning it is what `dims` and the preset say, until calibration has told which blocks.
+    With groups `auto` and depth pruning the blocks are the preset's, until calibration decides on them.
     """
     top_k, rank = settings.recipe.top_k, settings.rank(dims)
     if not 1 <= top_k <= (most := settings.most_experts(dims)):

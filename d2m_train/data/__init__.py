@@ -1,4 +1,4 @@
-"""Where training samples come from. `open_data` is the door for a name, `open_source` for a run's section `data`."""
+"""Sources of training samples. `open_data` opens one by name, `open_source` the one of a run's section `data`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Encoder = TypeVar("_Encoder", TextEncoders, ImageAutoencoder)
 
 
 def open_data(name: str) -> DataSource:
-    """`emoji`, or the path of a file of latents.LATENTS_FORMAT."""
+    """Open `emoji`, or a file of precomputed latents (latents.LATENTS_FORMAT) by its path."""
     return EmojiData() if name == "emoji" else LatentFile(Path(name))
 
 
@@ -38,15 +38,15 @@ def open_source(
     guidance: tuple[float, float] = GUIDANCE,
     device: torch.device | str = "cpu",
 ) -> DataSource:
-    """The source that a run's section `data` describes; its encoders, once they are needed, run on `device`.
+    """Open the source that a run's section `data` describes. Its encoders are loaded on demand and run on `device`.
 
-    Raises UserError if the data, or what the section says of them, are not there.
+    Raises UserError if data or encoders are missing, or are not what the section says.
     """
     store = Store(section.cache or output_dir / "cache")
     if section.source == "emoji":
         return EmojiData(guidance=guidance, pool=section.pool, store=store)
     path = section.path
-    assert path is not None  # DataSection has seen to that
+    assert path is not None  # DataSection requires it
     encoded = Encoded(store, _autoencoder(section, store, device), _text_encoders(section, store, device))
     if section.source == "latents":
         return LatentFile(path, guidance=guidance, encoded=encoded)
@@ -83,9 +83,9 @@ def _autoencoder(section: DataSection, store: Store, device: torch.device | str)
 
 
 def _or_known(store: Store, label: str, make: Callable[[], _Encoder]) -> _Encoder | AbsentEncoders:
-    """The encoders, or if they are not there, what the store remembers of them."""
-    place = f"encoders/{content_key(label)}"
-    known = store.read_json(place)
+    """Make encoders and remember their identity in the store; where they are missing, stand in for them by what it knows."""
+    entry = f"encoders/{content_key(label)}"
+    known = store.read_json(entry)
     try:
         made = make()
     except UserError as error:
@@ -93,5 +93,5 @@ def _or_known(store: Store, label: str, make: Callable[[], _Encoder]) -> _Encode
             raise
         return AbsentEncoders(known, error)
     if known != made.identity:
-        store.write_json(place, made.identity)
+        store.write_json(entry, made.identity)
     return made

@@ -1,4 +1,4 @@
-"""What a FLUX is asked with in calibration and training, and what gives it: a batch, and a source of batches.
+"""Batches of inputs for calibration and training, and the interface of sources that give them.
 
 Shapes: B batch, T image tokens, C channels of a token, L text tokens, D context width, V pooled width, P pixels.
 """
@@ -19,12 +19,12 @@ from d2m_model.conversion.calibration import GUIDANCE as GUIDANCE
 
 from .. import UserError
 
-Progress = Callable[[int, int], object]  # hears how many samples are done, and of how many
+Progress = Callable[[int, int], object]  # called with the number of finished samples and the total
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """What a FLUX is asked with, but for noise and timestep. Float32, on the CPU."""
+    """Inputs of a FLUX except noise and timestep. Float32, on the CPU."""
 
     tokens_BTC: Tensor | None  # None: prompts only
     context_BLD: Tensor
@@ -32,17 +32,17 @@ class Batch:
     guidance_B: Tensor
     image_ids_T3: Tensor
     text_ids_L3: Tensor
-    words_BL: Tensor  # bool: False for padding, which calibration leaves out where it can
+    words_BL: Tensor  # bool: False for padding, which calibration leaves out where possible
 
     def images(self) -> Tensor:
-        """tokens_BTC. Raises UserError if these are prompts only."""
+        """Return tokens_BTC. Raises UserError if the batch has prompts only."""
         if self.tokens_BTC is None:
             raise UserError("The data are prompts only; calibration needs images or precomputed latents.")
         return self.tokens_BTC
 
 
 class Texts(NamedTuple):
-    """Prompts as a FLUX reads them: float32, and bool for what is no padding. On the CPU."""
+    """Encoded prompts, float32, and a bool for each text token: False for padding. On the CPU."""
 
     context_BLD: Tensor
     pooled_BV: Tensor
@@ -50,32 +50,35 @@ class Texts(NamedTuple):
 
 
 class DataSource(Protocol):
-    """A source of samples. `name` stands in the file's provenance; `identity` changes when the data do."""
+    """A source of samples. `name` is written to the file's provenance; `identity` changes whenever the data do."""
 
     name: str
     identity: str
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Make this rank's share of what `batch` reads, so that training needs no encoders. May be interrupted."""
+        """Encode this rank's share of what `batch` reads, so that training needs no encoders; can be interrupted.
+
+        Every rank has to call it, and then to wait for the others.
+        """
         ...
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
-        """Number `index` of an endless sequence that depends on size and seed alone."""
+        """Return batch `index` of an endless sequence that depends only on size and seed."""
         ...
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, P, P] in 0..1, float32 on the CPU; None where no autoencoder is known."""
+        """Decode to images [B, 3, P, P] in 0..1, float32 on the CPU; None without an autoencoder."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
-        """Raises UserError where no text encoders are known."""
+        """Encode prompts. Raises UserError without text encoders."""
         ...
 
 
 def latent_batch(
     latents: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor, words_BL: Tensor | None = None
 ) -> Batch:
-    """From latents [B, channels, height, width], cut into FLUX's 2 x 2 patches. Without `words_BL` nothing is padding."""
+    """Make a batch from latents [B, channels, height, width], cut into 2 x 2 patches. Without `words_BL` nothing is padding."""
     texts = Texts(context, pooled, torch.ones(context.shape[:2], dtype=torch.bool) if words_BL is None else words_BL)
     batch = prompt_batch(texts, guidance, (8 * latents.shape[-1], 8 * latents.shape[-2]))
     batch.tokens_BTC = rearrange(
@@ -85,7 +88,7 @@ def latent_batch(
 
 
 def prompt_batch(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Batch:
-    """A batch without images, for images of `size`: width and height in pixels."""
+    """Make a batch without images, for images of `size`: width and height in pixels."""
     width, height = size[0] // PATCH_PIXELS, size[1] // PATCH_PIXELS
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
@@ -102,7 +105,7 @@ def prompt_batch(texts: Texts, guidance_B: Tensor, size: tuple[int, int]) -> Bat
 
 
 def tokens_to_latents(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
-    """[B, channels, height, width]: what `batch_of` cut into tokens."""
+    """Put tokens together to latents [B, channels, height, width], the reverse of `latent_batch`."""
     height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
     return rearrange(
         tokens_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=PATCH_LATENTS, q=PATCH_LATENTS
@@ -110,12 +113,12 @@ def tokens_to_latents(tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
 
 
 def draw_guidance(limits: tuple[float, float], index: int, size: int, seed: int) -> Tensor:
-    """[size]: the guidance of batch number `index`, uniform within the limits."""
+    """Draw the guidance [size] of batch `index`, uniform within the limits."""
     return torch.from_numpy(np.random.default_rng((seed, index, 1)).uniform(*limits, size)).float()
 
 
 def check_fits(batch: Batch, dims: FluxDims) -> None:
-    """Raises UserError if the data are not of this FLUX's widths."""
+    """Raise UserError unless the data have this FLUX's widths."""
     for what, tensor, expected in (
         ("image tokens", batch.tokens_BTC, dims.in_channels),
         ("context", batch.context_BLD, dims.context_size),

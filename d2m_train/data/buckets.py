@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the image sizes that training uses, which of them an image gets, and how it is brought to it."""
+"""Aspect-ratio buckets: the image sizes that training uses, and fitting images to them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from d2m_model.config import PATCH_PIXELS
 
 Size = tuple[int, int]  # width and height in pixels
 
-_STEPS = 8  # sizes between a square and the longest bucket, which is four times as long as wide
-_SHORTEST = 0.5  # the short side of the longest bucket, as part of the square's
+_STEPS = 8  # sizes between the square and the longest bucket, whose sides are 1 : 4
+_SHORTEST = 0.5  # short side of the longest bucket, as a fraction of the square's
 
 
 @cache
@@ -31,8 +31,10 @@ def buckets(resolution: int) -> tuple[Size, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def choose_bucket(width: int, height: int, resolutions: tuple[int, ...], enlarge: float) -> Size | None:
-    """The bucket nearest in aspect ratio, of the largest resolution for which the image need not be enlarged by more than
-    `enlarge`. None: it is too small for all of them."""
+    """Return the bucket with the nearest aspect ratio, at the largest resolution that enlarges the image by `enlarge` or less.
+
+    None if the image is too small for every resolution.
+    """
     for resolution in sorted(resolutions, reverse=True):
         size = min(buckets(resolution), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
         if max(size[0] / width, size[1] / height) <= enlarge:
@@ -41,7 +43,7 @@ def choose_bucket(width: int, height: int, resolutions: tuple[int, ...], enlarge
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF data say, transparent parts white."""
+    """Convert to RGB, rotated as its EXIF data say, on a white background."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -50,10 +52,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def fit_to_size(image: Image.Image, size: Size) -> Image.Image:
-    """Resized and cropped about its centre to `size`."""
+    """Resize and crop around the centre to `size`."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """[3, height, width] float32 in 0..1."""
+    """Return an image's pixels [3, height, width], float32 in 0..1."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

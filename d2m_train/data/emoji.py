@@ -23,11 +23,11 @@ from .store import DamagedEntry, Store, content_key
 
 log = logging.getLogger(__name__)
 
-_POOL_SEED, POOL_PART = 300, 32  # pictures of one entry
+_POOL_SEED, POOL_PART = 300, 32  # seed of the pool; pictures per entry of the store
 
 
 def asset(name: str, assets: Path | None = None) -> Path:
-    """A file of the demo's. Raises UserError if it is not there."""
+    """Return the path of one of the demo's files. Raises UserError if it is missing."""
     file = (assets or _demo("dataset").ASSETS) / f"{name}.safetensors"
     if not file.is_file():
         raise UserError(f"{file} is missing; demo/README.md says how to make it.")
@@ -35,7 +35,7 @@ def asset(name: str, assets: Path | None = None) -> Path:
 
 
 class EmojiTextEncoders:
-    """The demo's prompt encoder in the place of CLIP and T5."""
+    """The demo's prompt encoder, in place of CLIP and T5."""
 
     dtype = torch.float32
 
@@ -49,11 +49,11 @@ class EmojiTextEncoders:
         return Texts(context, pooled, self.encoder.tokens(list(prompts)) != 0)
 
     def release(self) -> None:
-        """It is small: nothing."""
+        """Does nothing: the model is small."""
 
 
 class EmojiAutoencoder:
-    """The demo's autoencoder in the place of FLUX's."""
+    """The demo's autoencoder, in place of FLUX's."""
 
     def __init__(self, assets: Path | None = None) -> None:
         file = asset("autoencoder", assets)
@@ -71,14 +71,14 @@ class EmojiAutoencoder:
         return images
 
     def release(self) -> None:
-        """It is small: nothing."""
+        """Does nothing: the model is small."""
 
 
 class EmojiData:
-    """Through the demo's autoencoder and prompt encoder: any number of real images, or a pool of so many.
+    """Emoji pictures, encoded by the demo's autoencoder and prompt encoder: endlessly many, or a pool of fixed size.
 
-    New pictures are encoded for every batch. Those of a pool are encoded once and kept in the store, and batches are
-    permutations of them; only captions' wording and guidance are new each time.
+    Without a pool every batch has new pictures. Those of a pool are encoded once and kept in the store, and batches are
+    permutations of them; only the captions' wording and the guidance are drawn anew.
     """
 
     name = "emoji"
@@ -91,7 +91,7 @@ class EmojiData:
         pool: int | None = None,
         store: Store | None = None,
     ) -> None:
-        """`pool` needs a store."""
+        """`pool`: number of pictures in the pool, which needs a store."""
         self.dataset = _demo("dataset")
         self.guidance = guidance
         self.autoencoder = EmojiAutoencoder(assets)
@@ -104,7 +104,7 @@ class EmojiData:
             self.identity = f"emoji, {pool} pictures"
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Encode what is missing of this rank's share of the pool."""
+        """Encode the missing part of this rank's share of the pool."""
         if self.pool is not None:
             self.pool.prepare(rank, world, progress)
 
@@ -122,7 +122,7 @@ class EmojiData:
         return latent_batch(latents, context, pooled, guidance, words)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, 128, 128] in 0..1."""
+        """Decode to images [B, 3, 128, 128] in 0..1."""
         return self.autoencoder.decode(tokens_to_latents(tokens_BTC, image_ids_T3))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
@@ -130,7 +130,7 @@ class EmojiData:
 
 
 class EmojiPool:
-    """Always the same training pictures; a larger pool begins with those of a smaller one."""
+    """A fixed set of training pictures; a larger pool begins with those of a smaller one."""
 
     def __init__(self, dataset: Any, autoencoder: EmojiAutoencoder, count: int, store: Store) -> None:
         self.dataset, self.autoencoder, self.count, self.store = dataset, autoencoder, count, store
@@ -148,20 +148,20 @@ class EmojiPool:
                 progress(done * POOL_PART, len(share) * POOL_PART)
 
     def chosen(self, numbers: Sequence[int]) -> tuple[list[Any], Tensor]:
-        """Pictures and their latents [n, 16, 16, 16]."""
+        """Return pictures by their numbers, and their latents [n, 16, 16, 16]."""
         if self._latents is None:
             self._latents = torch.cat([self._encoded(pictures) for pictures in self.parts])
         pictures = [self.parts[number // POOL_PART][number % POOL_PART] for number in numbers]
         return pictures, self._latents[torch.tensor(numbers)].float()
 
     def _encoded(self, pictures: Sequence[Any]) -> Tensor:
-        """From the store, or made and kept; bfloat16, as the autoencoder runs."""
+        """Read latents from the store, or make and keep them; bfloat16, as the autoencoder runs."""
         key = content_key("emoji", self.autoencoder.identity, _hash(self.dataset.render(pictures[0])), *pictures)
         try:
             if (found := self.store.get("pool", key)) is not None:
                 return found["latents"]
         except DamagedEntry as error:
-            log.warning("%s; it is made again.", error)
+            log.warning("%s; it is encoded again.", error)
         latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
         self.store.put("pool", key, {"latents": latents.bfloat16()})
         return latents.bfloat16()
@@ -192,7 +192,7 @@ def picture_hits(images: Tensor, pictures: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def _hash(image: Tensor) -> str:
-    """Of a picture: another one if the sprites, or how they are put together, change."""
+    """Hash a picture, to notice when the sprites or their composition change."""
     return hashlib.sha256(image.numpy().tobytes()).hexdigest()
 
 

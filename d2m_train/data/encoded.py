@@ -1,4 +1,4 @@
-"""Encoders behind the store: what is there is read, what is missing is made and kept, and what is damaged is made again.
+"""Encoders behind the store: entries are read from it, or made and kept; damaged entries are made again.
 
 Shapes: B batch, T image tokens, C channels of a token, P pixels.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class AbsentEncoders:
-    """Encoders that are not there, though this store holds what they once made: only what is missing of that fails."""
+    """Stands in for encoders that are missing where the store has their results: only entries not in the store fail."""
 
     dtype = torch.float32
 
@@ -36,35 +36,38 @@ class AbsentEncoders:
         raise self.error
 
     def release(self) -> None:
-        """There is nothing."""
+        """Does nothing: no model is loaded."""
 
 
 class Encoded:
-    """Latents and text features by content. `release` when encoders are not needed for a while."""
+    """Latents and text features by content. Call `release` when encoders are not needed for a while."""
 
     def __init__(self, store: Store, autoencoder: ImageAutoencoder | None, text_encoders: TextEncoders | None) -> None:
         self.store, self.autoencoder, self.text_encoders = store, autoencoder, text_encoders
 
     @property
     def identity(self) -> str:
-        """Of the encoders."""
+        """Identity of the encoders."""
         return content_key(*(part and part.identity for part in (self.autoencoder, self.text_encoders)))
 
     def has_text(self, prompt: str) -> bool:
         return self.store.has("text", self._text_key(prompt))
 
     def texts(self, prompts: Sequence[str]) -> Texts:
-        """Raises UserError where a prompt is not in the store and there are no text encoders."""
+        """Return encoded prompts. Raises UserError for a prompt that is not in the store, without text encoders."""
         rows = [self._text(prompt) for prompt in prompts]
         return Texts(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def has_latents(self, image: str, size: Size) -> bool:
-        """`image`: the hash of its file."""
+        """Whether the store has an image at this size. `image`: hash of its file."""
         return self.store.has("latents", self._latents_key(image, size))
 
     def latents(self, image: str, size: Size, name: str, pixels: Callable[[], Tensor]) -> Tensor:
-        """[channels, height, width] of an image at `size`. `pixels`: [3, height, width] if they have to be made;
-        `name` is the sample's, for messages. Raises UserError if they cannot be made."""
+        """Return latents [channels, height, width] of an image at `size`.
+
+        `pixels` gives [3, height, width] if they have to be made; `name` is the sample's, for messages. Raises UserError
+        if they cannot be made.
+        """
 
         def make() -> dict[str, Tensor]:
             if self.autoencoder is None:
@@ -74,7 +77,7 @@ class Encoded:
         return self._entry("latents", self._latents_key(image, size), name, make)["latents"].float()
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, P, P] in 0..1; None where the autoencoder is not there."""
+        """Decode to images [B, 3, P, P] in 0..1, and free the encoders; None without an autoencoder."""
         if self.autoencoder is None or isinstance(self.autoencoder, AbsentEncoders):
             return None
         try:
@@ -83,14 +86,14 @@ class Encoded:
             self.release()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
-        """`texts`, and the encoders let go."""
+        """Return encoded prompts, and free the encoders."""
         try:
             return self.texts(prompts)
         finally:
             self.release()
 
     def release(self) -> None:
-        """Give back the memory of the encoders; they are loaded again when something is missing."""
+        """Free the encoders' memory; they are loaded again when an entry is missing."""
         for part in (self.autoencoder, self.text_encoders):
             if part is not None:
                 part.release()
@@ -113,13 +116,13 @@ class Encoded:
                 return found
         except DamagedEntry as error:
             damage = error
-            log.warning("%s; it is made again of %s.", error, name)
+            log.warning("%s; it is made again from %s.", error, name)
         try:
             made = make()
         except UserError as error:
             if damage is None:
                 raise
-            raise UserError(f"{damage}, and cannot be made again of {name}: {error}") from None
+            raise UserError(f"{damage}, and cannot be made again from {name}: {error}") from None
         self.store.put(kind, key, made)
         return made
 

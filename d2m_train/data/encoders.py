@@ -1,4 +1,4 @@
-"""Text encoders and autoencoder of a FLUX, from a diffusers pipeline: loaded when they are asked, let go afterwards.
+"""Text encoders and autoencoder of a FLUX, from a diffusers pipeline: loaded on first use, freed by `release`.
 
 Shapes: B batch, L text tokens, D context width, V pooled width, P pixels; latents are [B, channels, P/8, P/8].
 """
@@ -25,11 +25,11 @@ _PIPELINE = (
     "a diffusers FLUX pipeline (a folder, or its name on the hub) with text_encoder, text_encoder_2, tokenizer, "
     "tokenizer_2 and model_index.json"
 )
-_SAMPLE, _SAMPLES = 1 << 16, 64  # bytes and pieces of a large file that tell it from another
+_SAMPLE, _SAMPLES = 1 << 16, 64  # bytes in a piece, and number of pieces, by which large files are compared
 
 
 class TextEncoders(Protocol):
-    """`identity` tells other weights, or other lengths, from these; `dtype` is theirs, and enough to keep what they give."""
+    """Text encoders. `identity` changes with weights and sequence length; results fit in `dtype` without loss."""
 
     identity: str
     dtype: torch.dtype
@@ -37,12 +37,12 @@ class TextEncoders(Protocol):
     def encode(self, prompts: Sequence[str]) -> Texts: ...
 
     def release(self) -> None:
-        """Give back the memory; `encode` loads again."""
+        """Free the memory; `encode` loads again."""
         ...
 
 
 class ImageAutoencoder(Protocol):
-    """Images are [B, 3, P, P] in 0..1, latents those of FLUX's model space. Both float32 on the CPU."""
+    """An autoencoder. Images are [B, 3, P, P] in 0..1, latents in FLUX's model space; both float32 on the CPU."""
 
     identity: str
 
@@ -58,19 +58,19 @@ def no_text_encoders() -> UserError:
 
 
 class FluxTextEncoders:
-    """CLIP's pooled vector and T5's sequence, as FluxPipeline makes them; prompts longer than `tokens` are cut."""
+    """CLIP's pooled vector and T5's sequence, as FluxPipeline makes them; T5 reads at most `tokens` tokens."""
 
     def __init__(self, name: str, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         """Raises UserError if there is no such pipeline."""
         self.name, self.tokens, self.dtype, self.device = name, tokens, dtype, device
         parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        self.folder = _found(name, parts, "data.text_encoders", _PIPELINE)
+        self.folder = _pipeline_folder(name, parts, "data.text_encoders", _PIPELINE)
         self.identity = f"{folder_fingerprint(self.folder, parts)}, {tokens} tokens, {dtype}"
         self._pipeline: Any = None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Texts:
-        """One by one: what stands beside a prompt shall not change its last bit."""
+        """Encode one by one, so that a result does not depend, to the last bit, on the rest of the batch."""
         pipeline = self._loaded()
         rows = []
         with _quiet():
@@ -83,7 +83,7 @@ class FluxTextEncoders:
         return Texts(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def release(self) -> None:
-        """Give back the memory; `encode` loads again."""
+        """Free the memory; `encode` loads again."""
         if self._pipeline is not None:
             self._pipeline = None
             _give_back(self.device)
@@ -100,35 +100,37 @@ class FluxTextEncoders:
 
 
 class FluxAutoencoder:
-    """FLUX's AutoencoderKL: the mean of its latents, shifted and scaled as its configuration says."""
+    """FLUX's AutoencoderKL: the mean of its latents, shifted and scaled by its configuration."""
 
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        """`name`: a pipeline, or a folder that holds the autoencoder alone. Raises UserError if there is none."""
+        """`name`: a pipeline, or a folder with only the autoencoder. Raises UserError if there is none."""
         self.name, self.dtype, self.device = name, dtype, device
         alone = (Path(name) / "config.json").is_file()
         expected = "a diffusers FLUX pipeline (a folder, or its name on the hub) with vae, or the folder vae itself"
-        self.folder = Path(name) if alone else _found(name, ("vae",), "data.vae", expected) / "vae"
+        self.folder = Path(name) if alone else _pipeline_folder(name, ("vae",), "data.vae", expected) / "vae"
         self.identity = f"{folder_fingerprint(self.folder, ('.',))}, {dtype}"
         self._vae: Any = None
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """One by one, as texts are."""
+        """Encode one by one, as texts are."""
         vae = self._loaded()
-        place = {"device": self.device, "dtype": self.dtype}
-        found = torch.cat([vae.encode(image[None].to(**place) * 2 - 1).latent_dist.mode().cpu() for image in images])
-        return (found.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        to_model = {"device": self.device, "dtype": self.dtype}
+        latents = torch.cat(
+            [vae.encode(image[None].to(**to_model) * 2 - 1).latent_dist.mode().cpu() for image in images]
+        )
+        return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._loaded()
         latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        place = {"device": self.device, "dtype": self.dtype}
-        images = torch.cat([vae.decode(latent[None].to(**place), return_dict=False)[0].cpu() for latent in latents])
+        to_model = {"device": self.device, "dtype": self.dtype}
+        images = torch.cat([vae.decode(latent[None].to(**to_model), return_dict=False)[0].cpu() for latent in latents])
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def release(self) -> None:
-        """Give back the memory; the next call loads again."""
+        """Free the memory; the next call loads again."""
         if self._vae is not None:
             self._vae = None
             _give_back(self.device)
@@ -149,9 +151,9 @@ class FluxAutoencoder:
 
 
 def folder_fingerprint(folder: Path, parts: Sequence[str]) -> str:
-    """Tells other weights from these without reading all of them: names, sizes and SAMPLES pieces of every file.
+    """Hash names, sizes and some pieces of every file, to recognise weights without reading all of them.
 
-    It does not depend on where the folder lies or when it was written.
+    The hash does not depend on the folder's path or on times.
     """
     digest = hashlib.sha256()
     files = sorted(file for part in parts for file in (folder / part).rglob("*") if file.suffix in _PARTS)
@@ -171,8 +173,8 @@ def folder_fingerprint(folder: Path, parts: Sequence[str]) -> str:
 _PARTS = {".json", ".safetensors", ".bin", ".model", ".txt"}
 
 
-def _found(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
-    """The pipeline's folder: a local one, or the hub's in its cache. Raises UserError if parts are missing."""
+def _pipeline_folder(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
+    """Return the pipeline's folder, local or in the hub's cache. Raises UserError if parts are missing."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -182,7 +184,7 @@ def _found(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
         patterns = ["model_index.json", *(f"{part}/*{kind}" for part in parts for kind in sorted(_PARTS - {".bin"}))]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:  # the hub's and the network's are many
+        except Exception as error:  # of many types: the hub's and the network's
             raise UserError(
                 f"{field}: {name}: there is no such folder, and the hub did not give it ({_first_line(error)}). "
                 f"Expected {expected}."
@@ -195,18 +197,18 @@ def _found(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
 
 @contextmanager
 def _loading(folder: Path, expected: str) -> Iterator[None]:
-    """Errors of the libraries as the user's, and `torch_dtype`, which every supported version knows, without a warning."""
+    """Turn the libraries' errors into UserError, and silence the warning for `torch_dtype`, which old versions need."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
-    except Exception as error:  # what the libraries stumble over is of every kind
+    except Exception as error:  # of any type
         raise UserError(f"{folder}: cannot be loaded as {expected}: {_first_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a warning for every caption that is too long for CLIP, as most of FLUX's are; T5 reads all of it."""
+    """Silence a warning for every caption that is too long for CLIP: most are, and T5 reads all of it."""
     loggers = [logging.getLogger(name) for name in _WARN_OF_LENGTH]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -226,6 +228,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _give_back(device: torch.device | str) -> None:
-    """To other processes. The memory itself is free without the collector: nothing in these models refers to itself."""
+    """Return cached memory to the device. The tensors are freed already: these models have no reference cycles."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

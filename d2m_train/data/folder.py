@@ -11,7 +11,7 @@ from .store import content_key
 
 
 class FolderSamples:
-    """All images below a folder, in the order of their names; hidden files and folders are passed over."""
+    """All images below a folder, ordered by name; hidden files and folders are skipped."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():

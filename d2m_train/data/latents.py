@@ -1,4 +1,4 @@
-"""A file of precomputed latents and text features as a source: a real FLUX without its text encoders."""
+"""Source that reads a file of precomputed latents and text features, so that no encoders are needed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ LATENTS_FORMAT = (
 
 
 class LatentFile:
-    """Precomputed latents and text features, so that a real FLUX is calibrated without its text encoders.
-
-    `encoded`, where given, serves `decode` and `encode_prompts` alone.
-    """
+    """Precomputed latents and text features. `encoded`, if given, is only used by `decode` and `encode_prompts`."""
 
     def __init__(self, path: Path, *, guidance: tuple[float, float] = GUIDANCE, encoded: Encoded | None = None) -> None:
         self.name = path.name
@@ -46,10 +43,10 @@ class LatentFile:
             raise UserError(f"{path}: latents is {list(shapes['latents'])}; expected samples of even height and width.")
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Nothing: everything is there."""
+        """Does nothing: everything is precomputed."""
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
-        """The samples in random order, in another one when they run out."""
+        """Return samples in random order, a new one for each pass over the file."""
         tensors = {name: self.file.tensor(name) for name in self.file.shapes}
         chosen = torch.tensor(sample_order(len(tensors["latents"]), index * size, size, (seed,)))
         context = tensors["context"][chosen]
@@ -62,11 +59,11 @@ class LatentFile:
         return latent_batch(tensors["latents"][chosen], context, tensors["pooled"][chosen], guidance, words_BL)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, P, P] in 0..1; None where no autoencoder is given."""
+        """Decode to images [B, 3, P, P] in 0..1; None without an autoencoder."""
         return None if self.encoded is None else self.encoded.decode(tokens_BTC, image_ids_T3)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
-        """Raises UserError where no text encoders are given."""
+        """Encode prompts. Raises UserError without text encoders."""
         if self.encoded is None:
             raise no_text_encoders()
         return self.encoded.encode_prompts(prompts)

@@ -1,4 +1,4 @@
-"""In which order samples come: endless, the same for the same seed, and every place of it known without those before."""
+"""Order of samples: endless, determined by the seed, and any position can be computed without those before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def sample_order(count: int, start: int, size: int, seed: Sequence[int]) -> list[int]:
-    """Samples at places start … start + size of an endless sequence: permutations of `count`, one after the other."""
+    """Return positions start to start + size of an endless sequence of permutations of `count` samples."""
     turns = range(start // count, (start + size - 1) // count + 1)
     orders = {turn: _permutation(count, (*seed, turn)) for turn in turns}
     return [int(orders[place // count][place % count]) for place in range(start, start + size)]
@@ -21,23 +21,23 @@ def _permutation(count: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 class BucketOrder:
-    """Batches of one bucket each, so that every sample comes equally often however small its bucket.
+    """Order of batches of one bucket each, in which every sample comes equally often however small its bucket.
 
-    A bucket's samples stand in an endless sequence of permutations, cut into batches. In epoch e, which is as long as all
-    samples together take, bucket b with n samples gives the batches that end within its first (e + 1) n places and did
-    not within its first e n. What remains of an epoch so begins a batch of a later one: nothing is left out, and a bucket
-    smaller than a batch gives one every few epochs, in which its samples stand several times.
+    Each bucket has an endless sequence of permutations of its samples, cut into batches. An epoch is as long as one pass
+    over all samples. In epoch e a bucket with n samples gives those of its batches that end within the first (e + 1) n
+    positions of its sequence but not within the first e n. So the rest of an epoch goes into a batch of a later one and
+    no sample is left out. A bucket smaller than a batch gives one every few epochs, with its samples several times.
     """
 
     def __init__(self, counts: Sequence[int], size: int, seed: int) -> None:
-        """`counts`: samples of each bucket; `size`: of a batch."""
+        """`counts`: number of samples of each bucket; `size`: samples in a batch."""
         if sum(counts) == 0:
             raise ValueError("no samples")
         self.counts, self.size, self.seed = counts, size, seed
-        self._epoch = (-1, [(0, 0)])  # the one last asked for
+        self._epoch = (-1, [(0, 0)])  # the latest one used
 
     def batch(self, index: int) -> tuple[int, list[int]]:
-        """Of batch number `index`: the bucket, and which of its samples."""
+        """Return the bucket of batch `index`, and which of its samples the batch has."""
         epoch = self._epoch_of(index)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._batches_of(epoch))
@@ -45,22 +45,19 @@ class BucketOrder:
         return bucket, sample_order(self.counts[bucket], number * self.size, self.size, (self.seed, bucket))
 
     def _before(self, epoch: int) -> int:
-        """Batches of all earlier epochs."""
+        """Number of batches in all earlier epochs."""
         return sum(epoch * count // self.size for count in self.counts)
 
     def _epoch_of(self, index: int) -> int:
-        """The last epoch that begins at `index` or before."""
-        low, high = (
-            0,
-            (index + 1) * self.size,
-        )  # every full batch takes `size` samples, of which an epoch has one at least
+        """Return the last epoch that begins at batch `index` or before."""
+        low, high = 0, (index + 1) * self.size  # an epoch has at least one sample, a batch `size`
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._before(middle) <= index else (low, middle)
         return low
 
     def _batches_of(self, epoch: int) -> list[tuple[int, int]]:
-        """Its batches as (bucket, number within the bucket's own sequence), shuffled."""
+        """Return an epoch's batches as (bucket, number within the bucket's own sequence), shuffled."""
         batches = [
             (bucket, number)
             for bucket, count in enumerate(self.counts)

@@ -1,4 +1,4 @@
-"""Images with captions as a source: found usable or left out, put in buckets, encoded once, and batched by number."""
+"""Source of images with captions: usable samples are sorted into buckets, encoded once, and batched by number."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from .store import content_key
 log = logging.getLogger(__name__)
 
 _INDEX_VERSION = 1  # of the index
-PART = 64  # samples that are looked at, and kept in the index, together
+PART = 64  # samples that are inspected together and share an entry of the index
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class SampleRecord:
-    """What looking at a sample found: its content, or why it is left out."""
+    """Result of inspecting a sample: its content, or why it is left out."""
 
     problem: str | None = None
     image: str = ""  # hash of the file
@@ -49,10 +49,10 @@ class SampleRecord:
 
 
 class PictureSource:
-    """Every sample is looked at once, its record kept in an index of the store, and what encoders make of it with it.
+    """Images with captions. Each sample is inspected and encoded once; an index in the store keeps the records.
 
-    `prepare` does that for a rank's share. Whatever is still missing when a batch is asked for is made then. Batches
-    depend on the listing, the settings, size and seed alone.
+    `prepare` does that for a rank's share; what is still missing is made when a batch needs it. Batches depend only on
+    the listing, the settings, size and seed.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PictureSource:
         if len(samples) == 0:
             raise self._nothing_usable(samples.left_out)
         self.identity = content_key(samples.identity, self.resolutions, enlarge, encoded.identity)
-        self.left_out: LeftOut = {}  # names by reason; complete once the first batch was asked for
+        self.left_out: LeftOut = {}  # names by reason; complete after the first batch
         self._index = f"index/{content_key(_INDEX_VERSION, samples.identity)}"
         self._rank: int | None = None  # None: not prepared yet
         self._buckets: list[tuple[Size, list[int]]] | None = None
@@ -81,7 +81,7 @@ class PictureSource:
     # Preparing
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Look at, and encode, what is missing of this rank's share. The others' is not waited for."""
+        """Inspect and encode the missing part of this rank's share, without waiting for other ranks."""
         places = range(len(self.samples))
         parts = [places[start : start + PART] for start in range(0, len(places), PART)]
         done, total = 0, sum(map(len, parts[rank::world]))
@@ -115,7 +115,7 @@ class PictureSource:
                 self.encoded.texts([record.caption])
 
     def _look(self, place: int) -> tuple[SampleRecord, Image.Image | None]:
-        """The record, and the image at its bucket's size."""
+        """Inspect a sample: return its record, and the image at its bucket's size."""
         try:
             data, caption = self.samples.read(place)
         except UnusableSample as problem:
@@ -124,14 +124,14 @@ class PictureSource:
             return SampleRecord(problem=UNREADABLE), None
         try:
             image = upright(Image.open(io.BytesIO(data)))
-        except Exception:  # Pillow's plugins raise whatever they stumble over
+        except Exception:  # Pillow's plugins raise errors of any type
             return SampleRecord(problem=BROKEN_IMAGE), None
         record = SampleRecord(image=_hash(data), width=image.width, height=image.height, caption=caption)
         size = self._size(record)
         return record, None if size is None else fit_to_size(image, size)
 
     def _pixels(self, place: int, record: SampleRecord, size: Size) -> Tensor:
-        """Of a sample that was looked at before. Raises UserError if it is not what it was then."""
+        """Read pixels of a sample that was inspected before. Raises UserError if it has changed since."""
         name = self.samples.name(place)
         try:
             data, _ = self.samples.read(place)
@@ -158,7 +158,7 @@ class PictureSource:
         self.encoded.store.write_json(f"{self._index}/{number:06}", [asdict(record) for record in records])
 
     def _read_part(self, number: int) -> list[SampleRecord]:
-        """From the index, or looked at now."""
+        """Read records from the index, or inspect the samples now."""
         places = range(len(self.samples))[number * PART : (number + 1) * PART]
         records = self._stored_part(number, len(places))
         if records is None:
@@ -167,7 +167,7 @@ class PictureSource:
         return records
 
     def _listed(self) -> list[tuple[Size, list[int]]]:
-        """Samples of every bucket."""
+        """Return the samples of every bucket, by image size."""
         if self._buckets is None:
             if self._rank is None:
                 self.prepare()
@@ -198,14 +198,14 @@ class PictureSource:
     # Batches
 
     def buckets(self) -> list[tuple[Size, int]]:
-        """Image sizes, and how many samples come at each. Raises UserError if no sample is usable."""
+        """Return image sizes and their numbers of samples. Raises UserError if no sample is usable."""
         return [(size, len(places)) for size, places in self._listed()]
 
     def _new_order(self, size: int, seed: int) -> BucketOrder:
         return BucketOrder([len(places) for _, places in self._listed()], size, seed)
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
-        """Samples of one bucket; see BucketOrder."""
+        """Return samples of one bucket; see BucketOrder."""
         bucket, chosen = self._order(size, seed).batch(index)
         image_size, places = self._listed()[bucket]
         latents, captions = [], []
@@ -219,11 +219,11 @@ class PictureSource:
         return latent_batch(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, P, P] in 0..1; None where no autoencoder is there."""
+        """Decode to images [B, 3, P, P] in 0..1; None without an autoencoder."""
         return self.encoded.decode(tokens_BTC, image_ids_T3)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
-        """From the store, or made and kept."""
+        """Read encoded prompts from the store, or make and keep them."""
         return self.encoded.encode_prompts(prompts)
 
 

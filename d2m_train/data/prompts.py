@@ -1,4 +1,4 @@
-"""Prompts alone as a source: the teacher makes the images itself, along its own trajectories."""
+"""Source of prompts without images: the teacher makes the images, along its own trajectories."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_PROMPT = "line without a prompt"
 
 
 class PromptSource:
-    """The prompts of a file. Images are squares of the resolutions, one drawn for every batch."""
+    """Prompts of a file. Images are squares; each batch draws one of the resolutions."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class PromptSource:
         self.identity = content_key(self.resolutions, encoded.identity, *self.prompts)
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
-        """Encode what is missing of this rank's share of the prompts."""
+        """Encode the missing part of this rank's share of the prompts."""
         share = self.prompts[rank::world]
         try:
             for done, prompt in enumerate(share, start=1):
@@ -59,7 +59,7 @@ class PromptSource:
         self._prepared = True
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
-        """The prompts in random order, in another one when they run out. There are no images."""
+        """Return prompts in random order, a new one for each pass over the file. There are no images."""
         if not self._prepared:
             self.prepare()
         chosen = [self.prompts[place] for place in sample_order(len(self.prompts), index * size, size, (seed,))]
@@ -67,16 +67,16 @@ class PromptSource:
         return prompt_batch(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
-        """[B, 3, P, P] in 0..1; None where no autoencoder is there."""
+        """Decode to images [B, 3, P, P] in 0..1; None without an autoencoder."""
         return self.encoded.decode(tokens_BTC, image_ids_T3)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Texts:
-        """From the store, or made and kept."""
+        """Read encoded prompts from the store, or make and keep them."""
         return self.encoded.encode_prompts(prompts)
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Prompts, and the lines that are none; empty lines are passed over."""
+    """Return the prompts, and the numbers of lines without one; empty lines are skipped."""
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: expected {_FILE_FORMAT}.")
     try:
@@ -87,7 +87,7 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt = line.strip() if path.suffix == ".txt" else _of_json(line)
+        prompt = line.strip() if path.suffix == ".txt" else _json_prompt(line)
         if prompt:
             prompts.append(prompt)
         else:
@@ -95,9 +95,9 @@ def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     return prompts, {_NO_PROMPT: bad} if bad else {}
 
 
-def _of_json(line: str) -> str | None:
+def _json_prompt(line: str) -> str | None:
     try:
-        found = json.loads(line)["prompt"]
-        return found.strip() if isinstance(found, str) else None
+        prompt = json.loads(line)["prompt"]
+        return prompt.strip() if isinstance(prompt, str) else None
     except (ValueError, KeyError, TypeError):
         return None

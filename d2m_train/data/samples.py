@@ -1,4 +1,4 @@
-"""Images with captions, wherever they lie: what a collection of them offers, and what may be wrong with one."""
+"""Collections of images with captions: their interface, and reasons for leaving a sample out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
-CAPTION_NAMES = ("caption", "text", "prompt", "description")  # of columns and fields, the likelier first
-_NAMED = 3  # of the samples left out, so many are named
+CAPTION_NAMES = ("caption", "text", "prompt", "description")  # names of columns and fields, the likeliest first
+_NAMED = 3  # samples named in a message, for each reason
 
-# Why a sample is left out.
+# Reasons for leaving a sample out.
 IMAGE_ALONE, CAPTION_ALONE, EMPTY_CAPTION = "image without a caption", "caption without an image", "empty caption"
 BROKEN_IMAGE, UNREADABLE, TOO_SMALL = "broken image", "unreadable file", "image that is too small"
 
@@ -17,34 +17,34 @@ LeftOut = dict[str, list[str]]  # names by reason
 
 
 class UnusableSample(Exception):
-    """A sample that is left out; the message is the reason, one of the above."""
+    """The sample is left out; the message is one of the reasons above."""
 
 
 class Samples(Protocol):
-    """A listed collection. Listing looks at names, sizes and times only; `read` may find more that is wrong."""
+    """A listed collection. Listing reads only names, sizes and times, so `read` can fail on samples that it lists."""
 
-    expected: str  # what was looked for, for messages
-    identity: str  # changes with the listing
-    left_out: LeftOut  # what the listing already tells
+    expected: str  # description of usable samples, for messages
+    identity: str  # changes whenever the listing does
+    left_out: LeftOut  # as far as the listing shows it
 
     def __len__(self) -> int: ...
 
     def name(self, place: int) -> str: ...
 
     def read(self, place: int) -> tuple[bytes, str]:
-        """An image file's bytes, and the caption without surrounding space. Raises UnusableSample, or OSError."""
+        """Return an image file's bytes and the stripped caption. Raises UnusableSample or OSError."""
         ...
 
 
 class _Listed(NamedTuple):
-    """What grouping files by name gives: complete samples, and the names of what stands alone, by reason."""
+    """Result of pairing files by name: complete samples, and the names of the others by reason."""
 
     complete: list[tuple[str, Any, Any]]  # name, image and caption, as they were given
     left_out: LeftOut
 
 
 def pair_files(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tuple[str, Any]]) -> _Listed:
-    """Images (key, name, image) with the captions key → (name, caption) of their keys."""
+    """Pair images (key, name, image) with the captions {key: (name, caption)} of the same key."""
     complete = [(name, image, captions[key][1]) for key, name, image in images if key in captions]
     keys = {key for key, _, _ in images}
     left_out = {
@@ -55,7 +55,7 @@ def pair_files(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tu
 
 
 def caption_text(data: bytes) -> str:
-    """A caption file's text. Raises UnusableSample if there is none."""
+    """Decode a caption file. Raises UnusableSample if it has no text."""
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
@@ -66,7 +66,7 @@ def caption_text(data: bytes) -> str:
 
 
 def describe_left_out(left_out: LeftOut) -> str:
-    """`2 × broken image (a.png, b.png), …`: for logs and messages."""
+    """Describe samples left out, for messages: `2 × broken image (a.png, b.png), …`."""
     parts = []
     for reason, names in left_out.items():
         more = ", …" if len(names) > _NAMED else ""
@@ -75,8 +75,8 @@ def describe_left_out(left_out: LeftOut) -> str:
 
 
 def merge_left_out(left_outs: Iterable[LeftOut]) -> LeftOut:
-    found: LeftOut = {}
+    together: LeftOut = {}
     for left_out in left_outs:
         for reason, names in left_out.items():
-            found.setdefault(reason, []).extend(names)
-    return found
+            together.setdefault(reason, []).extend(names)
+    return together

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files whose members are grouped by name, `key.jpg` with `key.txt` or `key.json`.
 
-Read through an index of where each member lies, and not in sequence: a batch's samples can then be found from its number
-alone, which the webdataset library does not offer.
+They are read by an index of their members' positions, not in sequence, so that a batch's samples follow from its number
+and a run resumes exactly. The webdataset library only reads in sequence, which is why it is not used here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .store import Store, content_key
 
 
 class _Span(NamedTuple):
-    """A member's bytes, and what kind of file it is."""
+    """Position of a member's bytes in a shard, and its file suffix."""
 
     shard: str
     start: int
@@ -38,10 +38,10 @@ class _Span(NamedTuple):
 
 
 class ShardSamples:
-    """The shards of a folder, or of a pattern such as `data/{0000..0127}.tar` or `data/*.tar`."""
+    """Samples in the shards of a folder, or of a pattern such as `data/{0000..0127}.tar` or `data/*.tar`."""
 
     def __init__(self, path: Path, store: Store, caption_field: str | None = None) -> None:
-        """`store` keeps the indices of shards that do not change. `caption_field`: of .json members."""
+        """`store` keeps the shards' indices. `caption_field`: the caption's field in .json members."""
         shards = _shards(path)
         self.expected = (
             f"in {path} images ({' '.join(sorted(IMAGE_SUFFIXES))}), each with a .txt of the same name, or a .json with "
@@ -72,17 +72,17 @@ class ShardSamples:
     def read(self, place: int) -> tuple[bytes, str]:
         _, image, caption = self._samples[place]
         text = _bytes(caption)
-        return _bytes(image), self._of_json(text) if caption.suffix == ".json" else caption_text(text)
+        return _bytes(image), self._json_caption(text) if caption.suffix == ".json" else caption_text(text)
 
-    def _of_json(self, data: bytes) -> str:
+    def _json_caption(self, data: bytes) -> str:
         try:
             fields = json.loads(data)
-            found = next((fields[field] for field in self._fields if isinstance(fields.get(field), str)), "")
+            caption = next((fields[field] for field in self._fields if isinstance(fields.get(field), str)), "")
         except (ValueError, AttributeError):
             raise UnusableSample(UNREADABLE) from None
-        if not found.strip():
+        if not caption.strip():
             raise UnusableSample(EMPTY_CAPTION)
-        return str(found).strip()
+        return str(caption).strip()
 
 
 def _bytes(span: _Span) -> bytes:
@@ -92,13 +92,13 @@ def _bytes(span: _Span) -> bytes:
 
 
 def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, _Span], dict[str, _Span]]:
-    """Images and captions of a shard by key; read once, and kept."""
+    """Return a shard's images and captions by key, from the store if it has been indexed before."""
     name = f"shards/{key}"
-    found = store.read_json(name)
-    if found is None:
-        found = _members(shard)
-        store.write_json(name, found)
-    images, captions = ({key: _Span(str(shard), *span) for key, span in part.items()} for part in found)
+    members = store.read_json(name)
+    if members is None:
+        members = _members(shard)
+        store.write_json(name, members)
+    images, captions = ({key: _Span(str(shard), *span) for key, span in part.items()} for part in members)
     return images, captions
 
 
@@ -111,7 +111,7 @@ def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tu
                 folder, _, file = member.name.rpartition("/")
                 if not member.isreg() or file.startswith("."):
                     continue
-                # WebDataset's rule: a key goes up to the file name's first point.
+                # WebDataset's rule: the key ends at the first dot of the file name.
                 stem, _, suffix = file.partition(".")
                 key, suffix = f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
                 span = (member.offset_data, member.size, suffix)
@@ -122,13 +122,13 @@ def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tu
     except (tarfile.TarError, OSError, EOFError) as error:
         packed = shard.suffix in (".gz", ".tgz", ".zst", ".bz2", ".xz")
         raise UserError(
-            f"{shard}: {'a packed tar; unpack it to a plain one' if packed else f'not a whole tar file ({error})'}."
+            f"{shard}: {'a packed tar; unpack it to a plain one' if packed else f'not a complete tar file ({error})'}."
         ) from None
     return images, captions
 
 
 def _shards(path: Path) -> list[Path]:
-    """Files of a folder or pattern, sorted. Raises UserError if there are none, or some of a range are missing."""
+    """List the files of a folder or pattern, sorted. Raises UserError if there are none, or a range has gaps."""
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
     else:
@@ -148,7 +148,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}.{x,y}` → a0.x, a0.y, a1.x, …; numbers keep their leading zeros."""
+    """Expand `a{0..2}.{x,y}` to a0.x, a0.y, a1.x, …; numbers keep their leading zeros."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = []
     for place, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""What encoders made, kept on disk by content: one file an entry, whole or not there, and checked when it is read."""
+"""Store of encoders' results on disk, by content: a file per entry, written atomically and checked when it is read."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from torch import Tensor
 
 from .. import UserError
 
-_CHECKSUM = "sha256"  # in an entry's metadata
-_STALE = 24 * 3600  # seconds after which an unfinished file has no writer any more
+_CHECKSUM = "sha256"  # key in an entry's metadata
+_STALE = 24 * 3600  # seconds after which an unfinished file counts as abandoned
 
 
 class DamagedEntry(Exception):
-    """An entry whose bytes are not those that were written; the message names its file."""
+    """An entry's bytes are not those that were written; the message names its file."""
 
 
 class Store:
     """A folder of entries `kind/ke/key.safetensors`, and of small JSON files.
 
-    Any number of processes may write at once, the same entry too: every one writes a file of its own under `.unfinished`,
-    which then takes its name. A crash leaves such a file at worst. Raises UserError for a full disk or a folder that
-    cannot be written; what is there stays.
+    Processes of any number of machines may write at once, even the same entry: each writes its own file under
+    `.unfinished`, which then replaces the entry. It is not synced to disk as atomic_file does, which would slow the
+    encoding of many small entries: if a power failure damages one, its checksum shows it and it is made again. Raises
+    UserError for a full disk or a folder that cannot be written; existing entries stay.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,21 +44,21 @@ class Store:
             try:
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
-            except OSError:  # another process was first
+            except OSError:  # another process has removed it
                 continue
 
     def file(self, kind: str, key: str) -> Path:
-        """Where an entry lies, or would."""
+        """Return the path of an entry, whether it exists or not."""
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether the entry is there; its content is not looked at."""
+        """Whether the entry exists; its content is not checked."""
         return self.file(kind, key).exists()
 
     def get(self, kind: str, key: str, *, check: bool = True) -> dict[str, Tensor] | None:
-        """The entry, or None where there is none. Raises DamagedEntry.
+        """Return an entry, or None if there is none. Raises DamagedEntry.
 
-        `check` False leaves the checksum out, of an entry that is known to be sound: nothing is read until it is used.
+        With `check` False the checksum is not verified, and nothing is read from disk until it is used.
         """
         file = self.file(kind, key)
         try:
@@ -69,16 +70,16 @@ class Store:
         except (SafetensorError, OSError) as error:
             raise DamagedEntry(f"{file} is damaged ({error})") from None
         if check and announced != _checksum(tensors):
-            raise DamagedEntry(f"{file} is damaged (its checksum is another)")
+            raise DamagedEntry(f"{file} is damaged (its checksum differs)")
         return tensors
 
     def put(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry, over one that is there."""
+        """Write an entry, or replace it."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._write(self.file(kind, key), save(tensors, {_CHECKSUM: _checksum(tensors)}))
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote; None where there is nothing, or nothing whole."""
+        """Return what `write_json` wrote; None if there is nothing, or it is damaged."""
         try:
             stored = json.loads((self.folder / f"{name}.json").read_bytes())
             return stored["value"] if stored[_CHECKSUM] == _json_checksum(stored["value"]) else None
@@ -91,7 +92,6 @@ class Store:
         )
 
     def _write(self, target: Path, data: bytes) -> None:
-        # Not synced: what a power failure garbles, the checksum tells, and it is made again.
         part = self._unfinished / uuid.uuid4().hex
         try:
             for folder in (part.parent, target.parent):
@@ -106,13 +106,13 @@ class Store:
                 free = shutil.disk_usage(self.folder).free
                 raise UserError(
                     f"{self.folder}: the disk is full: {len(data):,} bytes are needed for one entry, {free:,} are free. "
-                    "What is there is kept: make room, or set data.cache to a folder on another disk, and run again."
+                    "Existing entries are kept: make room, or set data.cache to a folder on another disk, and run again."
                 ) from None
             raise UserError(f"{target}: cannot be written ({error.strerror or error}); set data.cache.") from None
 
 
 def content_key(*parts: object) -> str:
-    """A key: the hash of the parts' texts."""
+    """Return a key: the hash of the parts' texts."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]
 
 
@@ -121,7 +121,7 @@ def _json_checksum(value: Any) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bytes."""
+    """Hash names, types, shapes and bytes."""
     checksum = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

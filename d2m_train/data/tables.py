@@ -17,11 +17,11 @@ from .store import content_key
 if TYPE_CHECKING:
     import pyarrow
 
-_IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "webp")  # the likelier first
+_IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "webp")  # the likeliest first
 
 
 class TableSamples:
-    """Rows of a .parquet file, of all of a folder or pattern, or of what `datasets` wrote with save_to_disk."""
+    """Rows of the .parquet files of a path, folder or pattern, or of a folder that `datasets` wrote with save_to_disk."""
 
     def __init__(self, path: Path, image_column: str | None = None, caption_column: str | None = None) -> None:
         files = _files(path)
@@ -55,7 +55,7 @@ class TableSamples:
             raise UnusableSample(IMAGE_ALONE)
         if not caption.strip():
             raise UnusableSample(EMPTY_CAPTION)
-        if isinstance(image, dict):  # `datasets` writes its images so
+        if isinstance(image, dict):  # the format of `datasets`
             path = image.get("path")
             image = image.get("bytes")
             if image is None and path:
@@ -70,7 +70,7 @@ class TableSamples:
 
 
 class _ParquetTable:
-    """Keeps the last row group read: samples are prepared in the order of their places."""
+    """A .parquet file. Keeps the latest row group, since samples are prepared in order."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow.parquet
@@ -78,7 +78,7 @@ class _ParquetTable:
         try:
             self._file = pyarrow.parquet.ParquetFile(file, memory_map=True)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a whole parquet file ({_first_line(error)}).") from None
+            raise UserError(f"{file}: not a complete parquet file ({_first_line(error)}).") from None
         self.schema = self._file.schema_arrow
         about = self._file.metadata
         self.rows = about.num_rows
@@ -97,7 +97,7 @@ class _ParquetTable:
 
 
 class _ArrowTable:
-    """An .arrow file, mapped: `datasets` writes the streaming format, others the file's."""
+    """A mapped .arrow file, in the streaming format of `datasets` or in the file format."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow
@@ -109,7 +109,7 @@ class _ArrowTable:
             except pyarrow.ArrowInvalid:
                 self._table = pyarrow.ipc.open_file(mapped).read_all()
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a whole Arrow file ({_first_line(error)}).") from None
+            raise UserError(f"{file}: not a complete Arrow file ({_first_line(error)}).") from None
         self.schema, self.rows = self._table.schema, self._table.num_rows
 
     def read(self, row: int, columns: Sequence[str]) -> tuple[Any, ...]:
@@ -136,23 +136,23 @@ def _files(path: Path) -> list[Path]:
 
 
 def _column(path: Path, schema: pyarrow.Schema, what: str, named: str | None, usual: Sequence[str]) -> str:
-    """The column that is named, or has a usual name, or is the only one of a fitting type."""
+    """Choose the column that is named, else one with a usual name, else the only one of a fitting type."""
     fits = _holds_images if what == "image" else _holds_text
-    found = {field.name: str(field.type) for field in schema}
-    there = "There are: " + ", ".join(f"{name} ({kind})" for name, kind in found.items()) + "."
+    types = {field.name: str(field.type) for field in schema}
+    columns = "Its columns are: " + ", ".join(f"{name} ({kind})" for name, kind in types.items()) + "."
     if named is not None:
-        if named not in found or not fits(schema.field(named).type):
-            said = f"is {found[named]}" if named in found else "is no column"
-            raise UserError(f"{path}: data.{what}_column: {named} {said}. {there}")
+        if named not in types or not fits(schema.field(named).type):
+            problem = f"is {types[named]}" if named in types else "is not a column"
+            raise UserError(f"{path}: data.{what}_column: {named} {problem}. {columns}")
         return named
-    fitting = [name for name in found if fits(schema.field(name).type)]
+    fitting = [name for name in types if fits(schema.field(name).type)]
     likely = [name for name in usual if name in fitting]
     if likely or len(fitting) == 1:
         return (likely or fitting)[0]
     holds = "image files (binary, or a struct of bytes and path)" if what == "image" else "captions (strings)"
     raise UserError(
         f"{path}: {'several columns' if fitting else 'no column'} could hold {holds}; "
-        f"{f'set data.{what}_column. ' if fitting else ''}{there}"
+        f"{f'set data.{what}_column. ' if fitting else ''}{columns}"
     )
 
 

@@ -151,9 +151,9 @@ def test_mistakes_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]
         assert main(command) == 2
         return capsys.readouterr().err
 
-    assert "is a dense FLUX; --what experts is of a FLUX-MoE" in fails("experts", "dense.safetensors")
-    assert "is a dense FLUX; --what top-k is of a FLUX-MoE" in fails("top-k", "dense.safetensors")
-    assert "double_blocks.0.img_mlp is no MoE FFN of this file" in fails(
+    assert "is a dense FLUX; --what experts needs a FLUX-MoE" in fails("experts", "dense.safetensors")
+    assert "is a dense FLUX; --what top-k needs a FLUX-MoE" in fails("top-k", "dense.safetensors")
+    assert "double_blocks.0.img_mlp is not a MoE FFN of this file" in fails(
         "experts", "moe.safetensors", "--layers", "double_blocks.0.img_mlp"
     )
     assert "--top-k is 'one'" in fails("top-k", "moe.safetensors", "--top-k", "one")

@@ -376,7 +376,7 @@ def test_end_to_end_distillation_begins_with_what_blockwise_mode_has_made(
     save_file(files.dense_flux(replace(DIMS, single_blocks=5)), other)
     again = arguments(room, tmp_path / "again", *end_to_end, f"teacher.path={other}")
     assert main(again) == 2
-    assert "is of another teacher" in capsys.readouterr().err
+    assert "was made from another teacher" in capsys.readouterr().err
 
 
 # What goes wrong

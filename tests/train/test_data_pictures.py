@@ -305,7 +305,7 @@ def test_a_damaged_entry_whose_image_is_gone_or_another_stops_the_run(run: Path,
     (run / "one" / "00.png").unlink()
     with pytest.raises(UserError) as error:
         source.batch(1, 1, seed=0)
-    assert f"{file} is damaged (its checksum is another), and cannot be made again of 00.png" in str(error.value)
+    assert f"{file} is damaged (its checksum differs), and cannot be made again from 00.png" in str(error.value)
     assert "00.png of one is not there any more" in str(error.value)
 
 

@@ -168,7 +168,7 @@ def test_what_is_wrong_with_shards_is_said(shards: Path, tmp_path: Path) -> None
         ShardSamples(shards / "t-*.tar", store)
     whole = (shards / "s-01.tar").read_bytes()
     (shards / "s-01.tar").write_bytes(whole[:1700])
-    with pytest.raises(UserError, match=r"s-01\.tar: not a whole tar file"):
+    with pytest.raises(UserError, match=r"s-01\.tar: not a complete tar file"):
         ShardSamples(shards, store)
     packed = save_shard(tmp_path / "p.tar.gz", {"0.png": A}, "w:gz")
     with pytest.raises(UserError, match="a packed tar; unpack it"):
@@ -211,18 +211,20 @@ def test_columns_are_found_by_type_or_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         TableSamples(file)
     assert "several columns could hold image files" in str(error.value)
-    assert "set data.image_column. There are: pixels (binary), words (string), more (binary)" in str(error.value)
+    assert "set data.image_column. Its columns are: pixels (binary), words (string), more (binary)" in str(error.value)
     with pytest.raises(UserError, match=r"several columns could hold captions .* set data\.caption_column"):
         TableSamples(file, "pixels")
     assert everything(TableSamples(file, "pixels", "others")) == [("a.parquet#0", A, "y")]
     with pytest.raises(UserError, match=r"data\.image_column: words is string"):
         TableSamples(file, "words", "others")
-    with pytest.raises(UserError, match=r"data\.caption_column: nothing is no column"):
+    with pytest.raises(UserError, match=r"data\.caption_column: nothing is not a column"):
         TableSamples(file, "pixels", "nothing")
     alone = save_table(tmp_path / "b.parquet", pixels=[A], words=["one"], number=[1])
     assert everything(TableSamples(alone)) == [("b.parquet#0", A, "one")]
     none = save_table(tmp_path / "c.parquet", words=["one"], number=[1])
-    with pytest.raises(UserError, match=r"no column could hold image files .* There are: words \(string\), number"):
+    with pytest.raises(
+        UserError, match=r"no column could hold image files .* Its columns are: words \(string\), number"
+    ):
         TableSamples(none)
 
 
@@ -253,5 +255,5 @@ def test_what_is_wrong_with_tables_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.parquet has columns image, caption; .*a\.parquet: image, text"):
         TableSamples(tmp_path)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: not a complete parquet file"):
         TableSamples(file)

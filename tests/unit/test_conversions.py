@@ -179,7 +179,7 @@ def test_without_data_block_routers_are_random_and_it_is_said(room: Path, tmp_pa
         ({"baseline": "depth_pruning"}, "baseline depth_pruning"),
         ({"recipe": replace(SEEING, experts="coactivation")}, "experts coactivation, router ridge, mean"),
     ):
-        with pytest.raises(UserError, match=f"asks the teacher itself.*{what}.*give data"):
+        with pytest.raises(UserError, match=f"has to run the teacher.*{what}.*give data"):
             convert_teacher(replace(blind, **changes))  # type: ignore[arg-type]
 
 
