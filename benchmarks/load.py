@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 
 from .record import commit, machine, write_result
 

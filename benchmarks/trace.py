@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 
 from .full_size import flux_of, write_random
 from .record import ROOT, commit, machine, median_ratio, seconds_side_by_side, write_result

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2m_model.keys import dense_shapes
 from d2m_model.layout import inverse_order, neuron_axis, permute_neurons
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.grouped import grouped, loaded, watched  # noqa: F401 (fixtures)
 from tests.toys import files
 

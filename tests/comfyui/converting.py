@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.toys import files
 
 RANDOM = "random"

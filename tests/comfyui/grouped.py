@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.toys import files
 
 DEVICE = torch.device("cpu")

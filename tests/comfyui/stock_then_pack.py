@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.tensor_file import TensorFile
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import (
     BATCH,

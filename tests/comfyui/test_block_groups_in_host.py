@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.grouped import (
     BATCH,
     DEVICE,

@@ -14,7 +14,7 @@ from torch import Tensor
 from d2m_model.checkpoint import check_file
 from d2m_model.config import BlockGroup, CapacityRouter
 from d2m_model.tensor_file import TensorFile
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui import test_sampling
 from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.test_saving import load, output, save  # noqa: F401 (fixture)

@@ -15,7 +15,7 @@ import torch
 
 from d2m_model import experts
 from d2m_model.config import BlockGroup, CapacityRouter
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.grouped import evaluate, inputs
 from tests.comfyui.test_quantised import quantise, write

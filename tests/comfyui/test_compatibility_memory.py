@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from d2m_model.config import CapacityRouter
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from demo.server import ApiGraph, ComfyServer
 from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora

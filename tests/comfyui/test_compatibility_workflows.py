@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui import grouped
 from tests.comfyui.grouped import DOUBLES, GROUPS, SINGLES, active
 from tests.comfyui.test_sampling import route_literally

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui import loras
 from tests.comfyui.conftest import Pair
 from tests.toys import files

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2m_model.config import BlockGroup, CapacityRouter
 from d2m_model.layout import ffn_tensors
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import GROUPS, Grouped, active
 from tests.toys import files

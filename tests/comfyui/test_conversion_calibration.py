@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2m_model.checkpoint import check_file
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.converting import convert, deep_flux, file_of, made, prompts, temporary_folder  # noqa: F401
 from tests.toys.compare import distance

@@ -14,7 +14,7 @@ import torch
 from d2m_model.checkpoint import check_file
 from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair, in_teachers_order, with_lora
 from tests.comfyui.converting import DEEP, convert, deep_flux, file_of, made, prompts, temporary_folder  # noqa: F401
 from tests.toys import files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from demo.prompt_encoder import PROMPT_TOKENS, WIDTH, PromptEncoder
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2m_model.checkpoint import check_state_dict
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped
 from tests.comfyui.test_live import Desk, at_step, desk, graph_of, of_log  # noqa: F401 (fixtures)

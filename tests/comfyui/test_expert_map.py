@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import BATCH, GROUPS, Grouped, active
 from tests.comfyui.test_trace import Traced, sample, traced

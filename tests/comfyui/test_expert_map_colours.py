@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tools.host import ROOT
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.toys import files
 from tests.toys.compare import distance

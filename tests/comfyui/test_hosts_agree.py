@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2m_model.config import CapacityRouter
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui import grouped
 from tests.toys import files
 from tests.toys.compare import distance

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped
 from tests.toys import files

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2m_model.config import BlockGroup
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.toys import files
 from tests.toys.compare import distance

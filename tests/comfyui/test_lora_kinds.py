@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2m_model.layout import permute_neurons
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui import loras
 from tests.comfyui.conftest import Pair
 from tests.toys import files

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from d2m_model.config import paper_layout
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.test_saving import load
 from tests.toys import files
@@ -84,7 +84,7 @@ import json, sys
 from pathlib import Path
 import torch
 from tests.comfyui.conftest import with_lora
-from demo.inside import Comfy
+from demo.in_process import Comfy
 
 torch.set_num_threads(1)
 file, base = sys.argv[1], Path(sys.argv[2])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2m_model.checkpoint import check_file
 from d2m_model.tensor_file import TensorFile
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
 from tests.toys import files
 from tests.toys.compare import distance

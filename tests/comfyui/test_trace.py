@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_model.config import CapacityRouter
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import BATCH, DIMS, GROUPS, Grouped, active, evaluate, inputs
 from tests.toys import files

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from demo.inside import Comfy
+from demo.in_process import Comfy
 from tests.toys import files
 from tools.host import ROOT
 
