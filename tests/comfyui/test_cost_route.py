@@ -133,7 +133,7 @@ def test_a_file_that_was_replaced_is_read_anew(server: ComfyServer) -> None:
     ("query", "status", "message"),
     [
         ({}, 400, "Give model_name .* or node"),
-        ({"model_name": "L.safetensors", "node": "1"}, 400, "one of them"),
+        ({"model_name": "L.safetensors", "node": "1"}, 400, "not both"),
         ({"model_name": "nowhere.safetensors"}, 404, r"There is no nowhere\.safetensors"),
         ({"model_name": "../diffusion_models/L.safetensors"}, 404, "There is no"),
         ({"model_name": "broken.safetensors"}, 400, "broken"),
