@@ -16,8 +16,8 @@ from .blocks import FFN
 from .config import FluxMoEConfig
 
 VERSION = 1
-NONE = 255  # in place of an expert
-MOST_EXPERTS = 255  # that a byte can name beside NONE
+NO_EXPERT = 255  # stands where a token has no (further) expert
+MAX_TRACED_EXPERTS = 255  # the other values of a byte
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -69,7 +69,7 @@ class PassRecord:
 
 
 class Layer(NamedTuple):
-    """A router's choice for one sample: uint8 [T, K] (best first, NONE where there is no more), [T, K], [T]."""
+    """A router's choice for one sample: uint8 [T, K] (best first, NO_EXPERT where there is no more), [T, K], [T]."""
 
     experts_TK: Bytes
     gates_TK: Bytes
@@ -142,7 +142,7 @@ class Step:
         start, counts_T = int(counts[:first].sum()), counts[first : first + tokens]
         span = slice(start, start + int(counts_T.sum()))
         filled = np.arange(int(counts_T.max(initial=0))) < counts_T[:, None]
-        experts_TK, gates_TK = np.full(filled.shape, NONE, np.uint8), np.zeros(filled.shape, np.uint8)
+        experts_TK, gates_TK = np.full(filled.shape, NO_EXPERT, np.uint8), np.zeros(filled.shape, np.uint8)
         experts_TK[filled] = self.buffer[entry.experts :][span]
         gates_TK[filled] = 255 if entry.gates is None else self.buffer[entry.gates :][span]
         return Layer(experts_TK, gates_TK, margin_T)
@@ -285,7 +285,7 @@ class Trace:
         experts = self.config.ffns[ffn].experts
         if layer is None:
             return [0] * experts
-        counts = np.bincount(layer.experts_TK.reshape(-1), minlength=NONE + 1)
+        counts = np.bincount(layer.experts_TK.reshape(-1), minlength=NO_EXPERT + 1)
         return [int(count) for count in counts[:experts]]
 
     def _prompt(self) -> list[list[str] | None] | None:
@@ -311,7 +311,7 @@ class Trace:
         for ffn in self.layers:
             if (layer := choices.get(ffn)) is None:
                 continue
-            for part, nothing in zip(layer, (NONE, 0, 0), strict=True):
+            for part, nothing in zip(layer, (NO_EXPERT, 0, 0), strict=True):
                 yield self._filled(ffn, part, text, nothing).tobytes()
 
     def _filled(self, ffn: str, part: Bytes, text: int, nothing: int) -> Bytes:

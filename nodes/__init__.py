@@ -1,1 +1,1 @@
-"""What a ComfyUI user touches. The only place that imports comfy."""
+"""The nodes for ComfyUI, and what they need of it. The only package that imports comfy."""

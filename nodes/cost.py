@@ -1,4 +1,4 @@
-"""What a FLUX-MoE costs under given settings: GET /d2m/cost, and the configurations of nodes that have run.
+"""Costs of a FLUX-MoE under given settings: GET /d2m/cost, and the configurations of nodes that have run.
 
 GET /d2m/cost?model_name=FILE          a file in diffusion_models, dense or FLUX-MoE
 GET /d2m/cost?node=EXECUTION_ID        a node that has run and returned a FLUX-MoE

@@ -1,4 +1,4 @@
-"""The emoji FLUX's own prompt encoder (demo/), in place of FLUX.1's text encoders."""
+"""Emoji FLUX prompt: the prompt encoder of the emoji FLUX (demo/), in place of FLUX.1's text encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .expert_map.trace_node import PIECES_KEY
 
-ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
+_ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
 
 
 class EmojiPrompt(io.ComfyNode):
@@ -18,7 +18,7 @@ class EmojiPrompt(io.ComfyNode):
             node_id="D2MEmojiPrompt",
             display_name="Emoji FLUX prompt",
             category="FLUX-MoE",
-            description="Turns words into the conditioning of the emoji FLUX, the small model that this pack shows itself on.",
+            description="Turns words into the conditioning for the emoji FLUX, the small demo model of this pack.",
             search_aliases=["emoji", "prompt", "text encode", "clip text encode", "dense2moe demo"],
             inputs=[
                 io.String.Input(
@@ -26,7 +26,7 @@ class EmojiPrompt(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="fox in the centre on blue",
-                    tooltip="An object, its place and a background colour. Words that it has not learned count as unknown.",
+                    tooltip="An object, its place and a background colour. Words it has not learned count as unknown.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -35,7 +35,7 @@ class EmojiPrompt(io.ComfyNode):
                     max=10.0,
                     step=0.1,
                     display_mode=io.NumberDisplay.slider,
-                    tooltip="Distilled guidance, as of FLUX.1 dev.",
+                    tooltip="Distilled guidance, as in FLUX.1 dev.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
@@ -45,8 +45,10 @@ class EmojiPrompt(io.ComfyNode):
     def execute(cls, text: str, guidance: float) -> io.NodeOutput:
         from ..demo.prompt_encoder import load_prompt_encoder, padded_words
 
-        if not ENCODER.is_file():
-            raise FileNotFoundError(f"{ENCODER} is missing. It comes with ComfyUI-Dense2MoE: install the pack again.")
-        context, pooled = load_prompt_encoder(ENCODER).encode([text])
-        rest = {"pooled_output": pooled, "guidance": guidance, PIECES_KEY: padded_words(text)}
-        return io.NodeOutput([[context, rest]])
+        if not _ENCODER.is_file():
+            raise FileNotFoundError(
+                f"{_ENCODER} is missing. It is a part of ComfyUI-Dense2MoE: install the pack again."
+            )
+        context, pooled = load_prompt_encoder(_ENCODER).encode([text])
+        options = {"pooled_output": pooled, "guidance": guidance, PIECES_KEY: padded_words(text)}
+        return io.NodeOutput([[context, options]])

@@ -17,8 +17,9 @@ class ActiveBlocks(ControlNode):
     def define_schema(cls) -> io.Schema:
         return cls.control_schema(
             description=(
-                "Sets how many blocks of every block group run (Mixture of Blocks: presets M, S and XS). Each sample's "
-                "router chooses which; the others are skipped. Move the slider while it samples: the next step follows."
+                "Sets how many blocks of every block group run (Mixture of Blocks: presets M, S and XS). A router chooses "
+                "them for each sample; the others are skipped. You can move the slider during sampling: the next step uses "
+                "the new value."
             ),
             search_aliases=["mixture of blocks", "skip blocks", "block groups", "depth", "dense2moe", "flux moe speed"],
             widgets=[
@@ -29,16 +30,16 @@ class ActiveBlocks(ControlNode):
                     max=MAX_BLOCKS,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Blocks that run in each group, 0 (none) up to as many as the largest group has. A smaller group "
-                        "runs all of its own."
+                        "Blocks that run in each group, from 0 (none) to as many as the largest group has. A group with "
+                        "fewer blocks runs all of them."
                     ),
                 ),
                 io.String.Input(
                     "per_group",
                     default="",
                     tooltip=(
-                        "In place of active_blocks one number for each group, in the file's order, such as 1,0,2. Empty: "
-                        "active_blocks holds for all."
+                        "Replaces active_blocks by one number for each group, in the file's order, such as 1,0,2. If empty, "
+                        "active_blocks applies to all groups."
                     ),
                     advanced=True,
                 ),

@@ -21,7 +21,7 @@ from ...d2m_model.config import FluxMoEConfig
 from ..model.flux_moe import FluxMoEModel
 from ..model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
 from .effects import CONTROLLED, Moment, Settings, log_entry
-from .kinds import KINDS
+from .kinds import CONTROL_KINDS
 from .live_values import LIVE, ExecutingPrompt
 from .metadata_log import NEGATIVE, RunLog
 
@@ -33,7 +33,7 @@ class ControlRecord(TypedDict):
     """One control of a MODEL."""
 
     node: str | None  # execution id
-    kind: str  # node id, a key of KINDS
+    kind: str  # node id, a key of CONTROL_KINDS
     values: Mapping[str, Any]  # by widget
 
 
@@ -52,7 +52,7 @@ def static_settings(controls: Sequence[ControlRecord], config: FluxMoEConfig) ->
     """Return the settings that do not depend on the evaluation. Raises ValueError for a control that does not fit."""
     settings: Settings = {}
     for control in controls:
-        settings = KINDS[control["kind"]].apply(settings, control["values"], config, None)
+        settings = CONTROL_KINDS[control["kind"]].apply(settings, control["values"], config, None)
     return settings | _mask_tensors(settings, None)
 
 
@@ -108,7 +108,7 @@ class ControlledRun:
         self, settings: Settings, control: ControlRecord, live: dict[str, Any] | None, moment: Moment
     ) -> Settings:
         """Apply a control with its live values; if these do not fit the file, with its last that did."""
-        apply, queued, node = KINDS[control["kind"]].apply, control["values"], control["node"] or ""
+        apply, queued, node = CONTROL_KINDS[control["kind"]].apply, control["values"], control["node"] or ""
         if live is None or self.prompt is None:
             return apply(settings, queued, self.config, moment)
         try:

@@ -1,4 +1,4 @@
-"""The Expert mask node: mute or boost experts, block by block."""
+"""The Expert mask node: mutes or boosts experts, block by block."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class ExpertMask(ControlNode):
     def define_schema(cls) -> io.Schema:
         return cls.control_schema(
             description=(
-                "Mutes or boosts single experts in the blocks that you name, to hear what each of them paints. Tokens are "
-                "routed as before; a chosen expert's output is multiplied by its weight. Can be rewritten while it samples."
+                "Mutes or boosts single experts in blocks of your choice, to find out what each of them paints. Tokens are "
+                "routed as before, but the output of each chosen expert is multiplied by its weight. You can edit the text "
+                "during sampling."
             ),
             search_aliases=[
                 "mute expert",
@@ -33,9 +34,9 @@ class ExpertMask(ControlNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "One BLOCKS: EXPERT=WEIGHT[, EXPERT=WEIGHT…] to a line. BLOCKS is double_blocks.3.img_mlp, "
+                        "One rule BLOCKS: EXPERT=WEIGHT[, EXPERT=WEIGHT…] per line. BLOCKS is double_blocks.3.img_mlp, "
                         "double_blocks.3.txt_mlp or single_blocks.3, or a pattern such as single_blocks.*; EXPERT is a "
-                        "number from 0, or *; WEIGHT is 0 (mute), 1 (leave) or any other, such as 2. Later lines win. "
+                        "number from 0, or *; WEIGHT is 0 (mute), 1 (no change) or another number, such as 2. Later lines win. "
                         "# begins a comment."
                     ),
                 ),

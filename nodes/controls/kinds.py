@@ -78,7 +78,7 @@ def _text(parse: Callable[[str], object]) -> ValueCheck:
     return check
 
 
-KINDS = {
+CONTROL_KINDS = {
     "D2MTopK": ControlKind(
         apply_top_k,
         {TOP_K: _whole_number(MAX_EXPERTS), "gate": _one_of(AS_IN_FILE, *GATES), CAPACITY: _number(MAX_CAPACITY)},

@@ -23,7 +23,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..prompt_graph import PromptGraph, result_digests
 from ..prompt_server import RequestError, executing_items, prompt_server, with_json_errors
-from .kinds import KINDS
+from .kinds import CONTROL_KINDS
 from .metadata_log import PromptLog, RunLog, add_empty_log, find_log
 
 _LAST_RUNS = 32
@@ -170,9 +170,9 @@ def check_live_values(values: Mapping[str, Any], kinds: set[str]) -> None:
     Raises ValueError for a widget that one of the kinds does not have, or for a value that the widget does not take.
     """
     if kinds:
-        tables = [KINDS[kind].live if kind in KINDS else {} for kind in kinds]
+        tables = [CONTROL_KINDS[kind].live if kind in CONTROL_KINDS else {} for kind in kinds]
     else:
-        tables = [{name: check for kind in KINDS.values() for name, check in kind.live.items()}]
+        tables = [{name: check for kind in CONTROL_KINDS.values() for name, check in kind.live.items()}]
     for name, value in values.items():
         for checks in tables:
             if name not in checks:

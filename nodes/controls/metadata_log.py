@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .kinds import KINDS
+from .kinds import CONTROL_KINDS
 
 LOG_KEY = "d2m_log"  # in extra_pnginfo, and in an image's metadata
 NEGATIVE = "negative"  # `model` in the log of a run whose model evaluates negative prompts alone
@@ -30,7 +30,7 @@ class PromptLog(list[RunLog]):
 def add_empty_log(json_data: dict[str, Any]) -> dict[str, Any]:
     """Handle PromptServer's on_prompt: add an empty log to a prompt with controls that is about to be queued."""
     graph = json_data.get("prompt")
-    if isinstance(graph, dict) and any(node.get("class_type") in KINDS for node in graph.values()):
+    if isinstance(graph, dict) and any(node.get("class_type") in CONTROL_KINDS for node in graph.values()):
         extra_data = json_data.setdefault("extra_data", {})
         if not isinstance(extra_data.get("extra_pnginfo"), dict):
             extra_data["extra_pnginfo"] = {}

@@ -129,7 +129,7 @@ def image_path(image: str) -> Path:
     return path
 
 
-def read_log(image: str | None, log: str) -> str:
+def log_text(image: str | None, log: str) -> str:
     """Return `log`, or if that is empty the log in the metadata of `image`. Raises ValueError if there is none."""
     if log.strip():
         return log
@@ -161,20 +161,20 @@ class Replay(ControlNode):
         files = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
         return cls.control_schema(
             description=(
-                "Uses at every evaluation of the model what an image's run used at it, sliders that were moved while it "
-                "sampled included. With the same seed, prompt and sampler it paints that image again."
+                "Repeats the settings that an image was made with, evaluation by evaluation, including sliders that were "
+                "moved during sampling. With the same seed, prompt and sampler the result is the same image."
             ),
             search_aliases=["reproduce", "live log", "d2m_log", "repeat", "image metadata", "dense2moe"],
             model_tooltip="The FLUX-MoE that the image was made with.",
-            output_tooltip="The same weights under the log's settings.",
+            output_tooltip="The same weights with the log's settings.",
             widgets=[
                 io.Combo.Input(
                     "image",
                     options=sorted(folder_paths.filter_files_content_types(files, ["image"])),
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
-                    optional=True,  # a log will do
-                    tooltip="A PNG of Save Image, or a WEBP of Save Animated WEBP, of a run under FLUX-MoE controls.",
+                    optional=True,  # a log replaces it
+                    tooltip="A PNG from Save Image or a WEBP from Save Animated WEBP, sampled with FLUX-MoE controls.",
                 ),
                 io.Int.Input(
                     "run",
@@ -183,8 +183,8 @@ class Replay(ControlNode):
                     max=_MAX_RUN,
                     optional=True,
                     tooltip=(
-                        "Which run, where the image's workflow sampled several times: 1 is the first. 0 is the only one; if "
-                        "there are several, the message lists them."
+                        "Number of the run, if the image's workflow sampled several times, from 1. 0 stands for the only "
+                        "one; if there are several, the error message lists them."
                     ),
                 ),
                 io.String.Input(
@@ -192,7 +192,7 @@ class Replay(ControlNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="A log as JSON in place of the image's, such as its d2m_log metadata.",
+                    tooltip="A log as JSON, such as the d2m_log metadata of an image, to use instead of the image.",
                     advanced=True,
                 ),
             ],
@@ -215,7 +215,7 @@ class Replay(ControlNode):
     @classmethod
     def execute(cls, model: Any, image: str | None = None, run: int = 0, log: str = "") -> io.NodeOutput:
         config = require_flux_moe(model, cls.title).diffusion_model.config
-        values = {"log": choose_run(parse_log(read_log(image, log)), run)}
+        values = {"log": choose_run(parse_log(log_text(image, log)), run)}
         for index in range(len(values["log"]["evaluations"])):  # refuse a log that does not fit before sampling
             apply_replay({}, values, config, Moment(evaluation=index, sigma=0.0, sigma_at=float))
         return cls.add_to(model, **values)

@@ -1,4 +1,4 @@
-"""The Schedule node: another value of a setting for each part of the model's schedule, from noise to image."""
+"""The Schedule node: a different value of a setting for each part of the model's schedule, from noise to image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from .control_node import ControlNode
 from .effects import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
 
-PIECES = "0 - 40: 1\n40 - 100: 4"
+_DEFAULT_PIECES = "0 - 40: 1\n40 - 100: 4"
 
 
 class Schedule(ControlNode):
@@ -19,9 +19,8 @@ class Schedule(ControlNode):
     def define_schema(cls) -> io.Schema:
         return cls.control_schema(
             description=(
-                "Changes Top-K, active blocks or capacity in the course of sampling: a value for each part of the way from "
-                "noise to image. "
-                "Where no piece holds, what was set before it does. Can be rewritten while it samples."
+                "Changes Top-K, active blocks or capacity during sampling: one value for each part of the way from noise to "
+                "image. Outside of all pieces the value set before this node applies. You can edit the text during sampling."
             ),
             search_aliases=[
                 "schedule top k",
@@ -37,8 +36,8 @@ class Schedule(ControlNode):
                     options=[TOP_K, ACTIVE_BLOCKS, CAPACITY],
                     default=TOP_K,
                     tooltip=(
-                        "What changes: experts per token, blocks per block group, or (files with capacity routers) the "
-                        "experts' share of compute."
+                        "The setting that changes: experts per token, blocks per block group, or (for files with capacity "
+                        "routers) the compute of the experts."
                     ),
                 ),
                 io.Combo.Input(
@@ -46,19 +45,19 @@ class Schedule(ControlNode):
                     options=[PERCENT, SIGMA],
                     default=PERCENT,
                     tooltip=(
-                        "How pieces count. percent: of the model's whole schedule, as start_percent and end_percent of "
-                        "ComfyUI's nodes do: 0 is pure noise, 100 the image. Image to image (denoise below 1) begins late in "
-                        "it. sigma: the noise level itself, which falls from 1 to 0."
+                        "The unit of start and end. percent: percent of the model's whole schedule, like start_percent and "
+                        "end_percent in ComfyUI's nodes: 0 is pure noise, 100 the image. Image to image (denoise below 1) "
+                        "begins late in the schedule. sigma: the noise level itself, which falls from 1 to 0."
                     ),
                 ),
                 io.String.Input(
                     "pieces",
                     multiline=True,
-                    default=PIECES,
+                    default=_DEFAULT_PIECES,
                     tooltip=(
-                        "One START - END: VALUE to a line, such as 0 - 40: 1. A piece holds from its start up to its end, "
-                        "so that the next can begin there. Where pieces overlap the later line holds. # begins a comment. "
-                        "Active blocks may be a list, one for each group: 0 - 50: 1,0,2."
+                        "One piece START - END: VALUE per line, such as 0 - 40: 1. A piece includes its start but not its "
+                        "end, so the next one can begin there. Where pieces overlap, the later line applies. # begins a "
+                        "comment. Active blocks may be a list with a number for each group: 0 - 50: 1,0,2."
                     ),
                 ),
             ],

@@ -18,9 +18,9 @@ class TopK(ControlNode):
     def define_schema(cls) -> io.Schema:
         return cls.control_schema(
             description=(
-                "Sets how many experts every token is sent to, or how much compute a file with capacity routers spends. "
-                "More experts cost more time and add detail; all of them give a converted file its dense teacher's images. "
-                "Move the slider while it samples: the next step follows."
+                "Sets how many experts process each token, or how much compute a file with capacity routers uses. "
+                "More experts take more time and add detail; with all of them a converted file makes the images of its "
+                "dense teacher. You can move the slider during sampling: the next step uses the new value."
             ),
             search_aliases=["experts", "top k", "capacity", "mixture of experts", "dense2moe", "flux moe speed"],
             widgets=[
@@ -31,8 +31,8 @@ class TopK(ControlNode):
                     max=MAX_EXPERTS,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Experts per token, 0 (the shared expert alone) up to as many as the file has (12 in the paper). "
-                        "Not used by files with capacity routers."
+                        "Experts per token, from 0 (only the shared expert) to as many as the file has (12 in the paper). "
+                        "Files with capacity routers do not use it."
                     ),
                 ),
                 io.Combo.Input(
@@ -40,8 +40,8 @@ class TopK(ControlNode):
                     options=[AS_IN_FILE, *GATES],
                     default=AS_IN_FILE,
                     tooltip=(
-                        "sum: every chosen expert counts whole, as in a file that was converted without training. "
-                        "normalised: the router's weights, as in a distilled one."
+                        "sum: every chosen expert counts in full, as in files converted without training. "
+                        "normalised: experts count by the router's weights, as in distilled files."
                     ),
                     advanced=True,
                 ),
@@ -53,10 +53,10 @@ class TopK(ControlNode):
                     step=0.05,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Of files with capacity routers (which give every token as many experts as it needs), in place of "
-                        "top_k: 1 is the file's own, 0 no experts, 2 about twice as many. Other files do not use it."
+                        "Replaces top_k for files with capacity routers, which give every token as many experts as it "
+                        "needs: 1 is the file's own setting, 0 no experts, 2 about twice as many. Other files do not use it."
                     ),
-                    optional=True,  # workflows that were saved before there was one
+                    optional=True,  # for workflows that were saved before this widget existed
                     advanced=True,
                 ),
             ],

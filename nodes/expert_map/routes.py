@@ -1,9 +1,10 @@
-"""The routes by which expert maps read traces. A trace does not change, so its id is its entity tag; the browser asks
-each time whether it is still held.
+"""The routes by which expert maps read traces.
 
-GET    /d2m/traces/{id}                               what it says, but for the choices themselves
-GET    /d2m/traces/{id}/steps/{step}/samples/{sample} the choices of one step for one sample: Trace.step_bytes
-DELETE /d2m/traces/{id}                               it is no longer shown
+A trace does not change, so its id is its entity tag; the browser asks each time whether the trace still exists.
+
+GET    /d2m/traces/{id}                                description of a trace, without the choices of its routers
+GET    /d2m/traces/{id}/steps/{step}/samples/{sample}  choices of one step for one sample: Trace.step_bytes
+DELETE /d2m/traces/{id}                                the map does not show the trace any longer
 """
 
 from __future__ import annotations
@@ -11,103 +12,82 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 
 from ...d2m_model.trace_record import Trace
-from ..prompt_server import prompt_server
+from ..prompt_server import RequestError, prompt_server, with_json_errors
 from .trace_store import STORE
 
-ID = re.compile(r"[A-Za-z0-9_-]{22}")
-NUMBER = re.compile(r"[0-9]{1,5}")
-OCTETS = "application/octet-stream"
+_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+_NUMBER = re.compile(r"[0-9]{1,5}")
 
 
-def refused(status: int, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status)
-
-
-def found(request: web.Request) -> tuple[str, Trace] | web.Response:
-    shown = request.match_info["id"]
-    if not ID.fullmatch(shown):
-        return refused(400, "This is no id of a trace; expected 22 letters, digits, - or _.")
-    trace = STORE.get(shown)
+def _requested_trace(request: web.Request) -> tuple[str, Trace]:
+    """Return the id in the path and its trace. Raises RequestError."""
+    trace_id = request.match_info["id"]
+    if not _ID.fullmatch(trace_id):
+        raise RequestError(400, "This is not the id of a trace; expected 22 letters, digits, - or _.")
+    trace = STORE.get(trace_id)
     if trace is None:
-        return refused(404, "This trace is not held (any more). Queue the workflow again to record it anew.")
-    return shown, trace
+        raise RequestError(404, "This trace does not exist (any more). Queue the workflow again to record it anew.")
+    return trace_id, trace
 
 
-def number(request: web.Request, name: str, count: int) -> int | web.Response:
-    """A number of the path that counts one of so many."""
+def _requested_index(request: web.Request, name: str, count: int) -> int:
+    """Return the number `name` of the path, which is below `count`. Raises RequestError."""
     text = request.match_info[name]
-    if not NUMBER.fullmatch(text):
-        return refused(400, f"{name} is {text[:20]!r}; expected a number from 0.")
+    if not _NUMBER.fullmatch(text):
+        raise RequestError(400, f"{name} is {text[:20]!r}; expected a number from 0.")
     if int(text) >= count:
-        return refused(404, f"{name} is {int(text)}, but this trace has {count} of them.")
+        raise RequestError(404, f"{name} is {int(text)}, but this trace has {count} of them.")
     return int(text)
 
 
-def answer(request: web.Request, tag: str, body: bytes | None, content_type: str) -> web.Response:
-    """`body` None: nothing has changed since the browser asked last."""
+async def _respond(request: web.Request, tag: str, body: Callable[[], bytes], content_type: str) -> web.Response:
+    """Answer with the body, or with status 304 if the browser has what the tag stands for."""
     headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache"}
-    if body is None:
+    if any(known.value == tag for known in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    return web.Response(body=body, content_type=content_type, headers=headers)
+    return web.Response(body=await asyncio.to_thread(body), content_type=content_type, headers=headers)
 
 
-def known(request: web.Request, tag: str) -> bool:
-    return any(it.value == tag for it in request.if_none_match or ())
-
-
-async def describe(request: web.Request) -> web.Response:
-    it = found(request)
-    if isinstance(it, web.Response):
-        return it
-    shown, trace = it
-    if known(request, shown):
-        return answer(request, shown, None, "")
+@with_json_errors
+async def get_trace(request: web.Request) -> web.Response:
+    trace_id, trace = _requested_trace(request)
 
     def body() -> bytes:
-        return json.dumps({"id": shown, **trace.described}, separators=(",", ":")).encode()
+        return json.dumps({"id": trace_id, **trace.described}, separators=(",", ":")).encode()
 
-    return answer(request, shown, await asyncio.to_thread(body), "application/json")
-
-
-async def step(request: web.Request) -> web.Response:
-    it = found(request)
-    if isinstance(it, web.Response):
-        return it
-    shown, trace = it
-    at = number(request, "step", len(trace.steps))
-    sample = number(request, "sample", len(trace.samples))
-    for part in (at, sample):
-        if isinstance(part, web.Response):
-            return part
-    assert isinstance(at, int)
-    assert isinstance(sample, int)
-    tag = f"{shown}-{at}-{sample}"
-    if known(request, tag):
-        return answer(request, tag, None, "")
-    return answer(request, tag, await asyncio.to_thread(trace.step_bytes, at, sample), OCTETS)
+    return await _respond(request, trace_id, body, "application/json")
 
 
-async def free(request: web.Request) -> web.Response:
-    it = found(request)
-    if isinstance(it, web.Response):
-        return it
-    STORE.free(it[0])
+@with_json_errors
+async def get_step(request: web.Request) -> web.Response:
+    trace_id, trace = _requested_trace(request)
+    step = _requested_index(request, "step", len(trace.steps))
+    sample = _requested_index(request, "sample", len(trace.samples))
+    tag = f"{trace_id}-{step}-{sample}"
+    return await _respond(request, tag, lambda: trace.step_bytes(step, sample), "application/octet-stream")
+
+
+@with_json_errors
+async def delete_trace(request: web.Request) -> web.Response:
+    trace_id, _ = _requested_trace(request)
+    STORE.free(trace_id)
     return web.Response(status=204)
 
 
-def add(routes: Any) -> None:
-    """To the routes of ComfyUI's server."""
-    routes.get("/d2m/traces/{id}")(describe)
-    routes.get("/d2m/traces/{id}/steps/{step}/samples/{sample}")(step)
-    routes.delete("/d2m/traces/{id}")(free)
+def add_routes(routes: Any) -> None:
+    """Add the routes to a table of routes, such as that of ComfyUI's server."""
+    routes.get("/d2m/traces/{id}")(get_trace)
+    routes.get("/d2m/traces/{id}/steps/{step}/samples/{sample}")(get_step)
+    routes.delete("/d2m/traces/{id}")(delete_trace)
 
 
 def register() -> None:
-    """Where ComfyUI runs a server."""
+    """Add the routes if ComfyUI runs a server."""
     if (server := prompt_server()) is not None:
-        add(server.routes)
+        add_routes(server.routes)

@@ -1,4 +1,4 @@
-"""LoRAs on modulations, in a file with AdaLN compression: mapped onto lin', and what that loses of them.
+"""LoRAs on the modulations of a file with AdaLN compression: mapped onto the compressed weight lin', with some loss.
 
 Shapes: H hidden size, A rank of the AdaLN compression, N outputs of a modulation.
 """
@@ -20,46 +20,49 @@ from .patches import MappedPatch, dense_change
 
 
 class ModulationMap:
-    """Maps one LoRA's patches of modulations, and sums up what is lost of their changes."""
+    """Maps the patches that one LoRA has for modulations, and sums up the loss."""
 
     def __init__(self, adaln_in_AH: Tensor) -> None:
         self.down_AH = adaln_in_AH.detach().to("cpu", torch.float32)
         self.inverse_HA = pseudo_inverse(self.down_AH)
-        self.lost = self.whole = 0.0
+        self.lost = self.total = 0.0  # squared norms
         self.modulations = 0
 
     def map(self, patch: Any, key: str, weight: Callable[[str], Tensor]) -> Any:
-        """The patch for the compressed weight `key` that `patch` is for the dense one."""
-        low_rank = isinstance(patch, LoRAAdapter) and patch.weights[3:] == (None, None, None)  # mid, dora, reshape
-        return self._low_rank(patch) if low_rank else self._any(patch, key, weight(key))
+        """Return the patch for the compressed weight `key` that does what `patch` does to the dense one.
 
-    def _low_rank(self, patch: LoRAAdapter) -> LoRAAdapter:
-        """(up down) pinv(U) is up (down pinv(U)): a LoRA again, so nothing dense is ever made of a 12 B model's."""
+        `weight` returns the weight of a name as it is in the file.
+        """
+        is_plain_lora = isinstance(patch, LoRAAdapter) and patch.weights[3:] == (None, None, None)  # mid, dora, reshape
+        return self._map_low_rank(patch) if is_plain_lora else self._map_any(patch, key, weight(key))
+
+    def _map_low_rank(self, patch: LoRAAdapter) -> LoRAAdapter:
+        """Return a LoRA again: (up down) pinv(U) = up (down pinv(U)). So a large model needs no dense matrices."""
         up, down, alpha, *rest = patch.weights
         up, down = up.flatten(1), down.flatten(1)
         inverse_HA = self.inverse_HA.to(down.device)
         scale = 1.0 if alpha is None else alpha / down.shape[0]
-        self._count(*lost_low_rank_change(scale * up.float(), down, self.down_AH.to(down.device), inverse_HA))
+        self._add_loss(*lost_low_rank_change(scale * up.float(), down, self.down_AH.to(down.device), inverse_HA))
         return LoRAAdapter(patch.loaded_keys, (up, map_change(down, inverse_HA), alpha, *rest))
 
-    def _any(self, patch: Any, key: str, lin_NA: Tensor) -> MappedPatch:
+    def _map_any(self, patch: Any, key: str, lin_NA: Tensor) -> MappedPatch:
         device = get_torch_device()
         if isinstance(lin_NA, QuantizedTensor):
             lin_NA = lin_NA.dequantize()
         down_AH, inverse_HA = self.down_AH.to(device), self.inverse_HA.to(device)
-        self._count(*lost_change(dense_change(lin_NA.detach().to(device), down_AH, patch, key), down_AH, inverse_HA))
+        self._add_loss(*lost_change(dense_change(lin_NA.detach().to(device), down_AH, patch, key), down_AH, inverse_HA))
         return MappedPatch(getattr(patch, "loaded_keys", set()), (self.down_AH, self.inverse_HA, patch))
 
-    def _count(self, lost: float, whole: float) -> None:
+    def _add_loss(self, lost: float, total: float) -> None:
         self.modulations += 1
         self.lost += lost
-        self.whole += whole
+        self.total += total
 
     def report(self) -> None:
-        """Say once what the LoRA lost."""
-        error = (self.lost / self.whole) ** 0.5 if self.whole else 0.0
+        """Log what the LoRA lost."""
+        error = (self.lost / self.total) ** 0.5 if self.total else 0.0
         logging.info(
-            f"FLUX-MoE: this LoRA changes {self.modulations} modulations, which the file holds compressed to "
-            f"{self.down_AH.shape[0]} of {self.down_AH.shape[1]} directions. What does not lie in these is lost: "
+            f"FLUX-MoE: this LoRA changes {self.modulations} modulations, which the file stores compressed to "
+            f"{self.down_AH.shape[0]} of {self.down_AH.shape[1]} directions. Changes in other directions are lost: "
             f"the relative error of the mapped change is {error:.4g}."
         )

@@ -1,9 +1,9 @@
 """Patches made for a dense FLUX, on the weights of a FLUX-MoE.
 
-Each wraps a patch of ComfyUI's, whatever its kind, and lets ComfyUI apply it to the weight that it was made for. They
-are weight adapters like the others, and so go through all of ComfyUI's own paths: patched on loading, patched on the
-fly in low VRAM, prefetched (adapters are then rebuilt from `loaded_keys` and `weights`). A wrapped patch is anything
-that comfy.lora.calculate_weight takes: an adapter, or a tuple like ("diff", ...).
+Each wraps one of ComfyUI's patches, of any kind, and has ComfyUI apply it to the weight that it was made for. The
+wrappers are weight adapters like others, so they go through all of ComfyUI's own paths: patched on loading, patched on
+the fly in low VRAM, prefetched (adapters are then rebuilt from `loaded_keys` and `weights`). A wrapped patch is
+anything that comfy.lora.calculate_weight takes: an adapter, or a tuple like ("diff", ...).
 
 Shapes: H hidden size, A rank of the AdaLN compression, N outputs of a modulation.
 """
@@ -24,9 +24,9 @@ from ...d2m_model.layout import inverse_order, permute_neurons
 
 
 class PermutedPatch(WeightAdapterBase):
-    """A patch made for the teacher's order of neurons, on a weight that has them in another.
+    """A patch made for the teacher's order of neurons, on a weight with reordered neurons.
 
-    weights is (axis, first, neuron_order, patch).
+    `weights` is (axis, first, neuron_order, patch).
     """
 
     name = "permuted"
@@ -44,8 +44,8 @@ class PermutedPatch(WeightAdapterBase):
         weight: Tensor,
         key: str,
         strength: float,
-        strength_model: float,  # ComfyUI has applied it
-        offset: tuple[int, int, int] | None,  # and narrowed the weight by this
+        strength_model: float,  # already applied by ComfyUI
+        offset: tuple[int, int, int] | None,  # by which ComfyUI has narrowed the weight
         function: Callable[[Tensor], Tensor],
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
@@ -58,14 +58,14 @@ class PermutedPatch(WeightAdapterBase):
             [(strength, patch, 1.0, None, function)], dense, key, intermediate_dtype, original_weights=original_weight
         )
         patched = permute_neurons(dense, axis, first, order)
-        # A slice has to be changed in place; a weight that a patch made larger cannot be.
+        # A slice must be changed in place. A weight that the patch enlarged cannot be.
         return weight.copy_(patched) if patched.shape == weight.shape else patched
 
 
 class MappedPatch(WeightAdapterBase):
-    """A patch made for a dense modulation, on the lin' that stands for it behind U.
+    """A patch made for a dense modulation, on the compressed weight lin', where lin' U stands for the dense one.
 
-    weights is (down_AH, inverse_HA, patch): U and pinv(U), float32.
+    `weights` is (down_AH, inverse_HA, patch): U and pinv(U), float32.
     """
 
     name = "mapped"
@@ -98,8 +98,10 @@ def dense_change(
     strength: float = 1.0,
     function: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """What `patch` changes in the dense modulation lin' U: [N, H]. In float32, whatever the weight's dtype: the change
-    is small beside the weight."""
+    """Return how `patch` changes the dense modulation lin' U: [N, H].
+
+    Computed in float32 whatever the weight's dtype, since the change is small beside the weight.
+    """
     dense_NH = dense_weight(lin_NA, down_AH)
     patches = [(strength, patch, 1.0, None, function)]
     patched_NH: Tensor = comfy.lora.calculate_weight(patches, dense_NH.clone(), key, torch.float32)

@@ -1,6 +1,6 @@
-"""Does a LoRA fit the model? Its shapes say so before anything is patched.
+"""Check by its shapes whether a LoRA fits the model, before anything is patched.
 
-ComfyUI itself finds out when it patches a weight, tensor by tensor, and reshapes what has the right number of elements.
+ComfyUI notices only when it patches a weight, tensor by tensor, and reshapes a change with the right number of elements.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 from comfy.weight_adapter import BOFTAdapter, GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 
-Shape = tuple[int | None, ...]  # None: of any size
+WeightShape = tuple[int | None, ...]  # None: any size
 
 
-def shape_of_change(patch: Any) -> Shape | None:
-    """Shape of the weight that a patch of comfy.lora.load_lora is for, or None if the patch does not tell."""
+def shape_of_change(patch: Any) -> WeightShape | None:
+    """Return the shape of the weight that a patch from comfy.lora.load_lora fits, or None if it does not tell."""
     if isinstance(patch, tuple):
         kind, (tensor, *_) = patch
         return tuple(tensor.shape) if kind in ("diff", "set") else None
@@ -23,7 +23,7 @@ def shape_of_change(patch: Any) -> Shape | None:
     if isinstance(patch, LoRAAdapter):
         up, down, _, mid, _, reshape = weights
         if reshape is not None:
-            return None  # it brings its own
+            return None  # the patch reshapes the weight
         return up.shape[0], down.shape[1:].numel() * (1 if mid is None else mid.shape[2:].numel())
     if isinstance(patch, LoHaAdapter):
         up, down, _, _, _, core, *_ = weights
@@ -35,18 +35,18 @@ def shape_of_change(patch: Any) -> Shape | None:
         return rows * inner_rows, columns * inner_columns
     if isinstance(patch, GLoRAAdapter):
         _, _, b1, b2, *_ = weights
-        # Two spellings: b1 is up and b2 down, or (older) the other way round. For a square weight both products exist.
+        # b1 is up and b2 down, or (older files) the other way round. For a square weight both products exist.
         products = [_product(up, down, None) for up, down in ((b1, b2), (b2, b1)) if up.shape[1] == down.shape[0]]
         return max(products, default=None)
-    blocks = weights[0]  # of rotated rows: [blocks, size, size], and in BOFT a first axis for its stages
+    blocks = weights[0]  # blocks of rotated rows [blocks, size, size]; BOFT has a first axis for its stages
     return blocks.shape[-3] * blocks.shape[-1], None
 
 
-def fits(found: Shape, expected: Shape) -> bool:
-    return len(found) == len(expected) and all(f in (None, e) for f, e in zip(found, expected, strict=True))
+def fits(change: WeightShape, weight: WeightShape) -> bool:
+    return len(change) == len(weight) and all(size in (None, want) for size, want in zip(change, weight, strict=True))
 
 
-def spelled(shape: Shape) -> str:
+def format_shape(shape: WeightShape) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
 
 
@@ -55,7 +55,7 @@ def _matrix(tensor: Any) -> tuple[int, int]:
 
 
 def _product(up: Any, down: Any, core: Any) -> tuple[int, int]:
-    """Shape of up down; around a Tucker core the factors are [R, rows] and [R, columns]."""
+    """Return the shape of up @ down. With a Tucker core, the factors are [R, rows] and [R, columns]."""
     if core is None:
         return up.shape[0], down.shape[1:].numel()
     return up.shape[1], down.shape[1] * core.shape[2:].numel()

@@ -201,7 +201,7 @@ def weight_of(model: Any, name: str, kind: str = "weight") -> Tensor:
 
 def reported(caplog: pytest.LogCaptureFixture) -> float:
     """The relative error that the log names, once."""
-    (line,) = (r.message for r in caplog.records if "modulations, which the file holds compressed" in r.message)
+    (line,) = (r.message for r in caplog.records if "modulations, which the file stores compressed" in r.message)
     assert f"changes {len(MODULATIONS)} modulations" in line
     assert f"to {RANK} of 128 directions" in line
     return float(line.rstrip(".").rsplit(" ", 1)[1])

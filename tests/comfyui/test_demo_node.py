@@ -15,7 +15,7 @@ def test_words_become_conditioning(host: Comfy, tmp_path: Path, monkeypatch: pyt
     torch.manual_seed(0)
     file = tmp_path / "prompt-encoder.safetensors"
     PromptEncoder(["fox", "blue"]).save(file)
-    monkeypatch.setattr(host.module("nodes.demo"), "ENCODER", file)
+    monkeypatch.setattr(host.module("nodes.demo"), "_ENCODER", file)
     ((context, rest),) = host.run("D2MEmojiPrompt", text="fox on blue", guidance=2.0)
     assert context.shape == (1, PROMPT_TOKENS, WIDTH)
     assert rest["pooled_output"].shape == (1, WIDTH)
@@ -25,6 +25,6 @@ def test_words_become_conditioning(host: Comfy, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_missing_encoder_is_said(host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.module("nodes.demo"), "ENCODER", tmp_path / "gone.safetensors")
+    monkeypatch.setattr(host.module("nodes.demo"), "_ENCODER", tmp_path / "gone.safetensors")
     with pytest.raises(FileNotFoundError, match="install the pack again"):
         host.run("D2MEmojiPrompt", text="fox", guidance=2.0)

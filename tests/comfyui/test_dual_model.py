@@ -199,7 +199,7 @@ def test_a_trace_listens_to_the_guiders_model(
     negative = host.top_k(pair.moe, 7) if same else host.control("D2MActiveBlocks", grouped.moe, active_blocks=1)
     traced, handle = host.execute("D2MTraceRouting", model=model).result
     assert torch.equal(dual(traced, negative), dual(model, negative))
-    trace = host.module("nodes.expert_map.trace_store").STORE._held[handle.runs[-1]].trace
+    trace = host.module("nodes.expert_map.trace_store").STORE._stored[handle.runs[-1]].trace
     slots = [[entry.slots for entry in step.entries] for step in trace.steps]
     routed = len(pair.moe.model.diffusion_model.config.ffns)
     assert slots == [[3] * routed + [7] * routed * same] * 3

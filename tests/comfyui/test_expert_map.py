@@ -56,8 +56,8 @@ def store(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty one."""
     module = host.module("nodes.expert_map.trace_store")
     found = module.TraceStore()
-    for name in ("tracing", "expert_map", "trace_routes"):
-        monkeypatch.setattr(host.module(f"nodes.{name}"), "STORE", found)
+    for name in ("trace_node", "map_node", "routes"):
+        monkeypatch.setattr(host.module(f"nodes.expert_map.{name}"), "STORE", found)
     return found
 
 
@@ -139,7 +139,7 @@ def test_of_runs_that_share_a_trace_the_latent_picks_one(host: Comfy, pair: Pair
     assert torch.equal(drawn(host, trace=it.handle, latent={"samples": first}).result[0], before)
     last = drawn(host, trace=it.handle, image=image_of(first)).result[0]
     assert not torch.equal(last, before)
-    assert it.handle.key(second) == it.handle.runs[-1]
+    assert it.handle.find_run(second) == it.handle.runs[-1]
 
 
 def test_two_traces_are_drawn_side_by_side_with_a_legend_beneath(host: Comfy, pair: Pair, store: Any) -> None:
@@ -167,13 +167,13 @@ def test_regions_bear_their_experts_number(host: Comfy) -> None:
     best = np.zeros((16, 16), np.uint8)
     best[:, 8:] = 3
     panel = image.Panel(title="t", grid=(16, 16), best_hw=best, margin_hw=np.ones((16, 16)), image_HW3=None)
-    bare, numbered = (image.draw([panel], 12, 1.0, labels=labels, legend=False) for labels in (False, True))
+    bare, numbered = (image.draw_panels([panel], 12, 1.0, labels=labels, legend=False) for labels in (False, True))
     changed = np.abs(bare - numbered).max(-1) > 0.1
     assert 0 < changed[:, :256].mean() < 0.05
     assert 0 < changed[:, 256:].mean() < 0.05
     columns = np.tile(np.array([[0, 7]], np.uint8), (64, 32))  # without room for a number
     panel = image.Panel(title="t", grid=(64, 64), best_hw=columns, margin_hw=np.ones((64, 64)), image_HW3=None)
-    bare, numbered = (image.draw([panel], 12, 1.0, labels=labels, legend=False) for labels in (False, True))
+    bare, numbered = (image.draw_panels([panel], 12, 1.0, labels=labels, legend=False) for labels in (False, True))
     assert np.array_equal(bare, numbered)
 
 
@@ -184,7 +184,7 @@ def test_maps_of_one_batch_are_of_one_height_whatever_their_shares(host: Comfy) 
     most_in_the_last = np.where(np.arange(even.size).reshape(grid) % 10 < 3, 11, even).astype(np.uint8)
     for widths in (1, 2):  # alone, and beside another trace's
         heights = {
-            image.draw([made(image, grid, best)] * widths, 12, 0.75, labels=False, legend=True).shape[0]
+            image.draw_panels([made(image, grid, best)] * widths, 12, 0.75, labels=False, legend=True).shape[0]
             for best in (even, most_in_the_last, np.full(grid, 11, np.uint8), None)
         }
         assert len(heights) == 1
@@ -283,11 +283,12 @@ def test_a_trace_is_freed_with_the_last_map_that_shows_it(host: Comfy, pair: Pai
     (one,), (two,) = (
         drawn(host, node, trace=it.handle, image=image_of(latents)).ui["d2m_map"][0]["traces"] for node in "78"
     )
-    assert store.free(one)
+    store.free(one)
     assert (store.get(one), len(store)) == (None, 1)
     assert store.get(two) is it.trace
-    assert not store.free(one)
-    assert store.free(two)
+    store.free(one)  # once more
+    assert len(store) == 1
+    store.free(two)
     assert (len(store), store.bytes) == (0, 0)
     with pytest.raises(ValueError, match="has been freed"):
         drawn(host, trace=it.handle, image=image_of(latents))
@@ -344,24 +345,24 @@ def test_an_older_image_that_comes_from_a_cache_is_shown_with_its_own_trace(
     assert (again, torch.equal(map_again, map_b)) == (shown_b, True)
     store.free(shown_b)  # and with it all that no map shows
     assert [store.latents(key) is None for key in it.handle.runs] == [False, True]
-    assert store.losses("5") == 1
+    assert store.freed_count("5") == 1
 
 
 @pytest.mark.parametrize("told_by", ["image", "latent"])
 def test_an_older_image_whose_trace_is_gone_is_recorded_anew_when_it_is_queued_again(
     host: Comfy, pair: Pair, store: Any, told_by: str
 ) -> None:
-    store.most_traces = 1
+    store.max_traces = 1
     with prompt("A"):
         it, latents = run(host, pair.moe, store)
         a = inputs_of(told_by, latents, 0.25)
         drawn(host, trace=it.handle, **a)
     with prompt("B"):
         drawn(host, trace=it.handle, **inputs_of(told_by, host.sample(it.model, (1, 8, 12), seed=9), 0.75))
-    assert store.losses("5") == 0
+    assert store.freed_count("5") == 0
     with prompt("A again"), pytest.raises(ValueError, match=r"has been freed .* Queue again"):
         drawn(host, trace=it.handle, **a)
-    assert store.losses("5") == 1
+    assert store.freed_count("5") == 1
 
 
 def test_an_image_that_may_be_of_several_runs_is_not_guessed(host: Comfy, pair: Pair, store: Any) -> None:
@@ -372,7 +373,7 @@ def test_an_image_that_may_be_of_several_runs_is_not_guessed(host: Comfy, pair: 
     with prompt("C"):
         with pytest.raises(ValueError, match=r"Several images .* Connect the sampler's latent"):
             drawn(host, trace=it.handle, image=image_of(latents))
-        assert store.losses("5") == 1  # queued again, it is sampled anew
+        assert store.freed_count("5") == 1  # queued again, it is sampled anew
         drawn(host, trace=it.handle, image=image_of(latents), latent={"samples": latents})
     with prompt("D"):
         drawn(host, trace=it.handle, image=image_of(latents))
@@ -382,7 +383,7 @@ def test_a_latent_of_another_model_does_not_sample_anew(host: Comfy, pair: Pair,
     it, latents = run(host, pair.moe, store)
     with pytest.raises(ValueError, match="was not sampled with the MODEL"):
         drawn(host, trace=it.handle, latent={"samples": latents + 1})
-    assert store.losses("5") == 0
+    assert store.freed_count("5") == 0
 
 
 def prompt(name: str) -> Any:
@@ -414,10 +415,10 @@ def test_a_trace_that_goes_while_the_store_makes_room_does_not_fail_the_run(host
 
     going, staying = handle_of(store, "5"), handle_of(store, "6")
     for _ in range(2):
-        going.keep(Collecting(), torch.zeros(4))
+        going.add_run(Collecting(), torch.zeros(4))
     found.append(going)
     del going
-    staying.keep(SimpleNamespace(size=20), torch.zeros(4))
+    staying.add_run(SimpleNamespace(size=20), torch.zeros(4))
     assert (len(store), store.bytes) == (1, 20)
 
 
@@ -426,16 +427,16 @@ def test_the_store_is_bounded_in_number_and_bytes(host: Comfy, pair: Pair, store
     (oldest,) = drawn(host, trace=it.handle, image=image_of(latents)).ui["d2m_map"][0]["traces"]
     others = [run(host, pair.moe, store, str(node))[0] for node in range(20, 22)]
     assert store.get(oldest) is not None  # used last
-    store.most_traces = 3
+    store.max_traces = 3
     others.append(run(host, pair.moe, store, "30")[0])
     assert len(store) == 3
     assert store.get(oldest) is not None
-    assert store.losses("20") == 1
-    store.most_bytes = others[-1].trace.size + 1
+    assert store.freed_count("20") == 1
+    store.max_bytes = others[-1].trace.size + 1
     others.append(run(host, pair.moe, store, "31")[0])
     assert len(store) == 1
     assert store.get(oldest) is None
-    assert store.bytes <= store.most_bytes
+    assert store.bytes <= store.max_bytes
 
 
 def test_a_trace_that_no_map_shows_goes_with_the_node_that_recorded_it(host: Comfy, pair: Pair, store: Any) -> None:
@@ -447,7 +448,7 @@ def test_a_trace_that_no_map_shows_goes_with_the_node_that_recorded_it(host: Com
     gc.collect()
     assert len(store) == 1
     assert store.get(id_) is not None
-    assert store.losses("5") == 0
+    assert store.freed_count("5") == 0
 
 
 def test_of_a_node_that_samples_again_and_again_four_traces_are_kept(host: Comfy, pair: Pair, store: Any) -> None:
@@ -456,7 +457,7 @@ def test_of_a_node_that_samples_again_and_again_four_traces_are_kept(host: Comfy
     for _ in range(6):
         sample(it.model, *prompts, steps=1)
     assert len(store) == len(it.handle.runs) == 4
-    assert store.losses("5") == 0
+    assert store.freed_count("5") == 0
 
 
 def test_what_a_trace_says_can_be_sent(host: Comfy, grouped: Grouped, store: Any) -> None:

@@ -27,4 +27,4 @@ def test_the_widget_and_the_image_output_make_weak_margins_equally_faint(host: C
     written = (ROOT / "web" / "expert_map" / "drawing.mjs").read_text()
     drawing = host.module("nodes.expert_map.map_image")
     assert f"const FAINTEST = {drawing.FAINTEST};" in written
-    assert f"margin.length * {1 - drawing.WIDEST:.2f}" in written
+    assert f"margin.length * {1 - drawing.FULL_QUANTILE:.2f}" in written

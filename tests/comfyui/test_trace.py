@@ -74,7 +74,7 @@ class Traced:
 
     @property
     def trace(self) -> Any:
-        return self.store._held[self.handle.runs[-1]].trace
+        return self.store._stored[self.handle.runs[-1]].trace
 
 
 def traced(host: Comfy, model: Any) -> Traced:
@@ -370,19 +370,19 @@ def test_sampling_again_replaces_the_trace(host: Comfy, pair: Pair) -> None:
 def test_samplers_that_share_a_traced_model_are_told_apart_by_their_latents(host: Comfy, pair: Pair) -> None:
     it = traced(host, pair.moe)
     latents = [host.sample(it.model, (1, 8, 8), seed=seed, steps=1) for seed in range(3)]
-    keys = [it.handle.key(latent) for latent in latents]
+    keys = [it.handle.find_run(latent) for latent in latents]
     assert keys == it.handle.runs
-    assert it.handle.key(latents[1].to(torch.bfloat16)) == keys[1]
-    assert it.handle.key(None) == keys[2]
+    assert it.handle.find_run(latents[1].to(torch.bfloat16)) == keys[1]
+    assert it.handle.find_run(None) == keys[2]
     with pytest.raises(ValueError, match="was not sampled with the MODEL"):
-        it.handle.key(host.sample(pair.moe, (1, 8, 8), seed=9, steps=1))
+        it.handle.find_run(host.sample(pair.moe, (1, 8, 8), seed=9, steps=1))
 
 
 def test_only_the_sampler_behind_it_is_recorded(host: Comfy, pair: Pair) -> None:
     it = traced(host, pair.moe)
     host.sample(pair.moe, (1, 8, 8), steps=1)
     with pytest.raises(ValueError, match="This trace is empty"):
-        it.handle.key(None)
+        it.handle.find_run(None)
     second = traced(host, it.model)
     host.sample(second.model, (1, 8, 8), steps=1)
     assert second.handle.runs
@@ -406,7 +406,7 @@ def test_a_run_that_is_interrupted_leaves_the_last_one_in_place(host: Comfy, pai
 
 def test_a_run_past_the_bound_is_sampled_to_its_end(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = host.sample(pair.moe, (1, 8, 8), steps=3)
-    monkeypatch.setattr(host.module("nodes.expert_map.trace_node"), "MOST_BYTES", 600)
+    monkeypatch.setattr(host.module("nodes.expert_map.trace_node"), "_MAX_RUN_BYTES", 600)
     it = traced(host, pair.moe)
     assert torch.equal(host.sample(it.model, (1, 8, 8), steps=3), expected)
     assert len(it.trace.steps) == 2
