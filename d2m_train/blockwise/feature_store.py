@@ -74,7 +74,7 @@ class FeatureStore:
     ) -> None:
         self.teacher, self.data, self.run, self.report, self.check_stop = teacher, data, run, report, check_stop
         self.blocks: list[nn.Module] = [*blocks_of(teacher).values()]
-        self.batches, self.held_out = entries_of(run)
+        self.batches, self.held_out = entry_counts(run)
         self._store = Store(folder)
         parameter = next(teacher.x_embedder.parameters())
         self._place = {"device": parameter.device, "dtype": parameter.dtype}
@@ -216,7 +216,7 @@ def _key(index: int) -> str:
     return f"{index:06}"
 
 
-def entries_of(run: RunConfig) -> tuple[int, int]:
+def entry_counts(run: RunConfig) -> tuple[int, int]:
     """Microbatches to train on, and held out."""
     return math.ceil(run.training.blockwise_samples / run.training.batch_size), run.eyes.validation_batches
 
@@ -224,4 +224,4 @@ def entries_of(run: RunConfig) -> tuple[int, int]:
 def disk_bytes(run: RunConfig, hidden_size: int, tokens: int) -> int:
     """The most that the features take: two depths, and one entry more, of samples of so many tokens."""
     entry = run.training.batch_size * tokens * hidden_size * getattr(torch, run.teacher.dtype).itemsize
-    return (2 * sum(entries_of(run)) + 1) * entry
+    return (2 * sum(entry_counts(run)) + 1) * entry

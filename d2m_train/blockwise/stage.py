@@ -75,7 +75,9 @@ def train_blockwise(stage_run: StageRun) -> None:
     _Blockwise(stage_run).train()
 
 
-def parts_of(config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str], teacher_doubles: int) -> list[Part]:
+def split_into_parts(
+    config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str], teacher_doubles: int
+) -> list[Part]:
     """What a stage trains, in the order in which it runs: blocks, and groups where they choose, that have something to
     train. `teacher_doubles`: the teacher's double blocks, of which a depth-pruned student has fewer.
 
@@ -121,7 +123,7 @@ class _Blockwise:
         self.plan = plan_stage(stage_run.stage, core.flux_moe, stage_run.section)
         self.config = self.plan.config
         trainable = trainable_names(core, self.plan)
-        self.parts = parts_of(
+        self.parts = split_into_parts(
             self.config, self.plan, trainable, dims_of_transformer(stage_run.teacher).depths["double"]
         )
         self._check_outside(trainable)

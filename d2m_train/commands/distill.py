@@ -26,7 +26,7 @@ from ..conversion.run import convert_teacher
 from ..conversion.settings import settings_from_run
 from ..data import open_source
 from ..data.batch import DataSource, check_fits
-from ..distillation.stages import TRAINING, stages_of
+from ..distillation.stages import TRAINING, trainable_stages
 from ..parallel.ranks import Ranks
 from ..run_config import STAGES, RunConfig, Stage, load_run
 from ..teacher.frozen import fused_file, open_frozen_teacher
@@ -116,7 +116,7 @@ class Distill:
             if done.exists():
                 self.ranks.say(f"{stage}: {done} is there already.")
                 continue
-            source = latest_student(run, stage, stages_of(self._config()))
+            source = latest_student(run, stage, trainable_stages(self._config()))
             if teacher is None:
                 section = (
                     run.teacher.model_copy(update={"offload": "stream"}) if run.training.blockwise else run.teacher
@@ -197,7 +197,7 @@ class Distill:
         wanted = [stage for stage in self.run.stages if stage in TRAINING]
         if not wanted:
             return []
-        has = stages_of(self._config())
+        has = trainable_stages(self._config())
         for stage in wanted:
             if stage not in has:
                 self.ranks.say(f"{stage}: nothing to train in a student without {stage}.")
@@ -214,7 +214,7 @@ class Distill:
         target = run.output_dir / run.export.file
         with self.ranks.main_first():
             if self.ranks.main:
-                source = latest_student(run, "export", stages_of(self._config()))
+                source = latest_student(run, "export", trainable_stages(self._config()))
                 export_file(source, target, getattr(torch, run.export.dtype))
                 self.ranks.say(f"export: {target}, of {source.parent.name}.")
 

@@ -141,12 +141,12 @@ class BatchRecorder:
         """Return the batch; if it has prompts only, with images that the teacher samples from them."""
         if batch.tokens_BTC is not None:
             return batch
-        from ..flow.noise import grid, shift_of, trajectory
+        from ..flow.noise import grid, time_shift, trajectory
         from ..run_config import TimestepsSection
 
         section, count, length = TimestepsSection(), len(batch.pooled_BV), len(batch.image_ids_T3)
         noise_BTC = torch.randn(count, length, self.dims.out_channels, generator=generator)
-        levels = grid(section.grid_steps, shift_of(length, section))
+        levels = grid(section.grid_steps, time_shift(length, section))
         return replace(batch, tokens_BTC=trajectory(self.model, batch, noise_BTC, levels).cpu())
 
     @contextmanager

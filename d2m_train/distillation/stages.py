@@ -59,7 +59,7 @@ class StagePlan:
     block_balance: bool
 
 
-def stages_of(config: FluxMoEConfig) -> tuple[Stage, ...]:
+def trainable_stages(config: FluxMoEConfig) -> tuple[Stage, ...]:
     """The training stages that have something to train: no experts without a top_k, no blocks without groups, and nothing
     shared where neither FFNs nor modulations are converted."""
     found: list[Stage] = ["shared"] if config.ffns or config.adaln_rank is not None else []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.batch import Batch
-from ..flow.noise import Noisy, noisy_batch
+from ..flow.noise import NoisyBatch, noisy_batch
 from ..flow.velocity import velocity
 from .features import block_outputs, stream_names
 from .losses import StepLosses, distillation_losses
@@ -41,7 +41,7 @@ class Distillation(RouterTraining):
         self.set_pools(batch)
         return self.compare(batch, noisy)
 
-    def compare(self, batch: Batch, noisy: Noisy) -> StepLosses:
+    def compare(self, batch: Batch, noisy: NoisyBatch) -> StepLosses:
         """`losses` at given noise, for pools of a capacity router that are set."""
         guided = self.teacher.config.guidance_embeds
         inputs = (batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B)

@@ -21,7 +21,7 @@ from d2m_model.atomic import atomic_file
 
 from .. import UserError
 from ..flow.noise import channels_of
-from ..flow.sampling import noise_for, sample, save_png, to_pil
+from ..flow.sampling import noise_for, pil_image, sample, save_png
 from .prompts import Encoders, Prompt
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ImageFolder:
             file.parent.mkdir(exist_ok=True)
             with atomic_file(file) as part:
                 save_file({"tokens": tokens_TC.contiguous()}, part)
-        save_png(to_pil(image), self.image_file(prompt, number))
+        save_png(pil_image(image), self.image_file(prompt, number))
 
     def images(self, number: int) -> Tensor:
         """Image `number` of every prompt, uint8 [prompts, 3, height, width]."""

@@ -157,7 +157,7 @@ def _size(text: str | None, default: int) -> tuple[int, int]:
 
 def time_shift(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
     """mu: what is asked for, or what the model was made for."""
-    from ..flow.noise import shift_of
+    from ..flow.noise import time_shift
     from ..run_config import TimestepsSection
 
     if args.shift is not None:
@@ -165,4 +165,4 @@ def time_shift(args: argparse.Namespace, encoders: Encoders, guided: bool) -> fl
     if isinstance(encoders.autoencoder, EmojiAutoencoder):
         return EMOJI_SHIFT
     tokens = encoders.size[0] * encoders.size[1] // PATCH_PIXELS**2
-    return shift_of(tokens, TimestepsSection()) if guided else 0.0
+    return time_shift(tokens, TimestepsSection()) if guided else 0.0

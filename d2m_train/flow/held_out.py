@@ -18,7 +18,7 @@ from d2m_model.conversion.split import generator_for
 
 from ..data.batch import Batch, DataSource
 from ..run_config import EyesSection, TimestepsSection
-from .noise import channels_of, grid, shift_of, trajectory
+from .noise import channels_of, grid, time_shift, trajectory
 from .velocity import noised, velocity
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _noisy_inputs(
             t_B = (stratum + part_B) / strata
             yield _stratum_name((stratum + 0.5) / strata), t_B, noised(batch.tokens_BTC, noise_BTC, t_B)
         return
-    levels = grid(timesteps.grid_steps, shift_of(noise_BTC.shape[1], timesteps))
+    levels = grid(timesteps.grid_steps, time_shift(noise_BTC.shape[1], timesteps))
     indices = torch.linspace(0, timesteps.grid_steps - 1, strata).round().long().unique().tolist()
     noisy_BTC, walked = noise_BTC, 0
     for index in indices:

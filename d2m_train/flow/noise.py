@@ -29,7 +29,7 @@ SHORT, LONG = (256, 0.5), (4096, 1.15)
 
 
 @dataclass(kw_only=True, slots=True)
-class Noisy:
+class NoisyBatch:
     """A batch's inputs at their noise levels t in 0..1. `target_BTC` (noise - image) is None where there is no image."""
 
     tokens_BTC: Tensor
@@ -37,7 +37,7 @@ class Noisy:
     target_BTC: Tensor | None
 
 
-def shift_of(tokens: int, section: TimestepsSection) -> float:
+def time_shift(tokens: int, section: TimestepsSection) -> float:
     """mu of FLUX's time shift: the section's, or the one that FLUX uses at this resolution."""
     if section.shift != "resolution":
         return float(section.shift)
@@ -57,7 +57,7 @@ def grid(steps: int, mu: float) -> Tensor:
 
 def noise_levels(count: int, tokens: int, section: TimestepsSection, generator: torch.Generator) -> Tensor:
     """t_B: logit-normal and shifted, or levels of the teacher's grid that it is asked at (all but the last, 0)."""
-    mu = shift_of(tokens, section)
+    mu = time_shift(tokens, section)
     if section.sampling == "teacher_grid":
         place_B = torch.randint(section.grid_steps, (count,), generator=generator)
         return grid(section.grid_steps, mu)[place_B]
@@ -67,7 +67,7 @@ def noise_levels(count: int, tokens: int, section: TimestepsSection, generator: 
 
 def noisy_batch(
     batch: Batch, section: TimestepsSection, seed: int, index: int, teacher: FluxTransformer2DModel
-) -> Noisy:
+) -> NoisyBatch:
     """The inputs of batch number `index`. With prompts alone they are points of the teacher's own trajectories.
 
     A trajectory is walked from pure noise to the drawn level of the teacher's grid, so such a batch costs the teacher as
@@ -78,13 +78,13 @@ def noisy_batch(
     noise_BTC = torch.randn(count, tokens, channels_of(teacher), generator=generator)
     if batch.tokens_BTC is not None:
         t_B = noise_levels(count, tokens, section, generator)
-        return Noisy(
+        return NoisyBatch(
             tokens_BTC=noised(batch.tokens_BTC, noise_BTC, t_B), t_B=t_B, target_BTC=noise_BTC - batch.tokens_BTC
         )
-    levels = grid(section.grid_steps, shift_of(tokens, section))
+    levels = grid(section.grid_steps, time_shift(tokens, section))
     walked = int(torch.randint(section.grid_steps, (), generator=generator))
     here_BTC = trajectory(teacher, batch, noise_BTC, levels[: walked + 1])
-    return Noisy(tokens_BTC=here_BTC, t_B=levels[walked].expand(count), target_BTC=None)
+    return NoisyBatch(tokens_BTC=here_BTC, t_B=levels[walked].expand(count), target_BTC=None)
 
 
 def channels_of(teacher: FluxTransformer2DModel) -> int:

@@ -21,7 +21,7 @@ from .. import UserError
 from ..data.batch import Batch, DataSource, prompt_batch
 from ..run_config import EyesSection, TimestepsSection
 from .held_out import held_out_seed
-from .noise import channels_of, grid, shift_of, trajectory
+from .noise import channels_of, grid, time_shift, trajectory
 from .velocity import evaluating
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def sample(
 ) -> Tensor:
     """The images that `model` makes of the noise, asked as `batch` says: tokens [B, T, C], float32 on the CPU.
 
-    `mu` is FLUX's time shift (noise.shift_of). `size` samples at a time (None: as many as have AT_A_TIME tokens);
+    `mu` is FLUX's time shift (noise.time_shift). `size` samples at a time (None: as many as have AT_A_TIME tokens);
     `progress` hears how many more are done. `guided` as in noise.trajectory. The model runs in the mode that it is in.
     """
     levels = grid(steps, mu)
@@ -63,13 +63,13 @@ def sample(
     finished = []
     for start in range(0, len(noise_BTC), size):
         some = slice(start, start + size)
-        part = part_of(batch, some)
+        part = select_samples(batch, some)
         finished.append(trajectory(model, part, noise_BTC[some], levels, guided).cpu())
         progress(len(finished[-1]))
     return torch.cat(finished)
 
 
-def part_of(batch: Batch, some: slice) -> Batch:
+def select_samples(batch: Batch, some: slice) -> Batch:
     """Some of a batch's samples."""
     return replace(
         batch,
@@ -86,9 +86,9 @@ def part_of(batch: Batch, some: slice) -> Batch:
 
 @dataclass(kw_only=True, slots=True)
 class SampleGrid:
-    """The same prompts and noise every time: `grid_of` draws the student's images below the teacher's, made once.
+    """The same prompts and noise every time: `draw` draws the student's images below the teacher's, made once.
 
-    Without an autoencoder in the data source there is nothing to see, and `grid_of` gives None.
+    Without an autoencoder in the data source there is nothing to see, and `draw` gives None.
     """
 
     batch: Batch
@@ -100,7 +100,7 @@ class SampleGrid:
     guided: bool
 
     @torch.no_grad()
-    def grid_of(self, student: nn.Module, every_block: bool = False) -> Image | None:
+    def draw(self, student: nn.Module, every_block: bool = False) -> Image | None:
         """`student` is put into eval mode and back (see velocity.evaluating); every rank of a sharded run calls this."""
         if self.teacher is None:
             return None
@@ -128,7 +128,7 @@ def new_sample_grid(
     batch = replace(example, tokens_BTC=None, guidance_B=torch.full((len(example.pooled_BV),), section.sample_guidance))
     noise_BTC = noise_for(range(len(batch.pooled_BV)), batch.image_ids_T3, channels_of(teacher))
     steps = timesteps.grid_steps if timesteps.sampling == "teacher_grid" else section.sample_steps
-    mu = shift_of(noise_BTC.shape[1], timesteps)
+    mu = time_shift(noise_BTC.shape[1], timesteps)
     images = None
     if section.samples and data.decode(noise_BTC[:1], batch.image_ids_T3) is not None:
         images = data.decode(sample(teacher, batch, noise_BTC, steps=steps, mu=mu), batch.image_ids_T3)
@@ -146,7 +146,7 @@ def new_sample_grid(
 # Pictures
 
 
-def to_pil(image: Tensor) -> Image:
+def pil_image(image: Tensor) -> Image:
     """From [3, P, P] in 0..1."""
     from PIL import Image
 
@@ -170,7 +170,7 @@ def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
         y = top + row * (height + GAP)
         draw.text((4, y + height // 2 - 6), name, fill="black", font=font)
         for column, image in enumerate(images):
-            picture.paste(to_pil(image), (LABEL + column * (width + GAP), y))
+            picture.paste(pil_image(image), (LABEL + column * (width + GAP), y))
     return picture
 
 

@@ -191,7 +191,7 @@ class StageLog:
         self._log.write(json.dumps(plain) + "\n")
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
+def read_stage_log(file: Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl; a last one that a crash cut short is left out."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -204,7 +204,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 def _cut(log: Path, start: int) -> int | None:
     """Leave out what lies beyond `start`; the step that had been reached. None where there is nothing to go on from."""
-    lines = read_log(log)
+    lines = read_stage_log(log)
     if not lines and not start:
         log.unlink(missing_ok=True)
         return None

@@ -49,6 +49,6 @@ class StudentMonitor:
         if step % section.validate_every == 0 or last:
             log.scalars(step, self.validation(self.distillation.student, self.every_block))
         if self.grid is not None and (step % section.sample_every == 0 or last):
-            picture = self.grid.grid_of(self.distillation.student, self.every_block)
+            picture = self.grid.draw(self.distillation.student, self.every_block)
             if picture is not None:
                 log.image(step, "samples", picture)

@@ -23,13 +23,13 @@ UNKNOWN = ("zero_hpz_", "zero_quantized_", "mics_")
 AUTO_CLIPPING = 1.0
 
 
-def asked_for() -> bool:
+def deepspeed_requested() -> bool:
     """Whether accelerate's configuration says DeepSpeed."""
     return os.environ.get(ASKED, "false").lower() in ("true", "1")
 
 
 @contextmanager
-def not_by_accelerate() -> Iterator[None]:
+def without_accelerates_deepspeed() -> Iterator[None]:
     """accelerate sets up the processes as for DDP, since it knows no DeepSpeed on a CPU: what a CPU tries, a GPU runs."""
     before = os.environ.pop(ASKED, None)
     try:
@@ -54,10 +54,10 @@ def configuration(run: RunConfig) -> dict[str, Any]:
     plugin = DeepSpeedPlugin()
     plugin.set_mixed_precision(run.training.mixed_precision)
     check_deepspeed(plugin.deepspeed_config, run)
-    return completed(plugin.deepspeed_config, run)
+    return complete_config(plugin.deepspeed_config, run)
 
 
-def completed(config: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
+def complete_config(config: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
     """A configuration that fits, with nothing left open."""
     training = run.training
     complete: dict[str, Any] = _without_auto(config) | {

@@ -23,7 +23,7 @@ from d2m_model.blocks import blocks_of
 
 from .. import UserError
 from ..run_config import RunConfig
-from .deepspeed import asked_for, configuration, not_by_accelerate
+from .deepspeed import configuration, deepspeed_requested, without_accelerates_deepspeed
 from .parameters import full_tensor
 from .student_state import StudentState, TorchState
 from .zero import Zero
@@ -59,9 +59,9 @@ class Ranks:
             raise UserError(
                 "training.mixed_precision is fp16, which needs a GPU, and there is none; expected bf16 or no."
             )
-        self.zero_config = configuration(run) if asked_for() else None
+        self.zero_config = configuration(run) if deepspeed_requested() else None
         self.zero: Zero | None = None  # the engine of the stage that is being trained
-        with not_by_accelerate():
+        with without_accelerates_deepspeed():
             self.accelerator = Accelerator(
                 cpu=not torch.cuda.is_available(),
                 mixed_precision=run.training.mixed_precision,

@@ -29,7 +29,7 @@ from ..data.batch import Batch
 from ..distillation.features import stream_names
 from ..distillation.stages import StagePlan, prepare_student
 from ..distillation.step import Distillation
-from ..flow.noise import Noisy
+from ..flow.noise import NoisyBatch
 from ..run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def saved_activations(
     )
     batch = _batch(teacher, tokens, size)
     assert batch.tokens_BTC is not None
-    noisy = Noisy(tokens_BTC=batch.tokens_BTC, t_B=torch.empty(size), target_BTC=batch.tokens_BTC)
+    noisy = NoisyBatch(tokens_BTC=batch.tokens_BTC, t_B=torch.empty(size), target_BTC=batch.tokens_BTC)
     core.train()
     with _saved(core) as found:
         distillation.compare(batch, noisy)
     return found[0]
 
 
-def optional_of(run: RunConfig, config: FluxMoEConfig) -> list[str]:
+def optional_names(run: RunConfig, config: FluxMoEConfig) -> list[str]:
     """The optional tensors that this run's conversion writes."""
     kinds = ((".router.bias", run.convert.router == "ridge"), (".expert_mean", run.convert.mean))
     if run.student.baseline == "mlp_pruning":
@@ -103,7 +103,7 @@ def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) ->
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
     from d2m_model.hosts.diffusers.tensors import load_tensors
 
-    optional = optional_of(run, config)
+    optional = optional_names(run, config)
     shapes = expected_tensors(config) | optional_tensors(config)
 
     def empty(name: str) -> Tensor:

@@ -27,15 +27,15 @@ from d2m_model.teacher import open_teacher
 from .. import UserError
 from ..blockwise.feature_store import disk_bytes
 from ..blockwise.part import Part
-from ..blockwise.stage import parts_of
+from ..blockwise.stage import split_into_parts
 from ..conversion.run import shallow
 from ..conversion.settings import file_config, settings_from_run
 from ..data.token_counts import longest_sample, mean_sample
-from ..distillation.stages import TRAINING, plan_stage, stages_of
+from ..distillation.stages import TRAINING, plan_stage, trainable_stages
 from ..run_config import RunConfig, Stage
 from ..teacher.known_flux import KNOWN_DIMS
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
-from .activations import feature_bytes, optional_of, saved_activations, valueless_student, without_values
+from .activations import feature_bytes, optional_names, saved_activations, valueless_student, without_values
 from .memory import Strategy, blockwise_memory, shared_memory, teacher_bytes
 from .run_plan import RunPlan, StageEstimate
 
@@ -51,12 +51,12 @@ def plan_run(
     would stop the run as well, and UserError if the teacher's file is missing and `teacher.dims` does not say what it is.
     """
     count = processes or int(os.environ.get("WORLD_SIZE", 1))
-    chosen = strategy_of(strategy, count)
+    chosen = choose_strategy(strategy, count)
     teacher, teacher_dtypes = _teacher(run)
     config = student_config(run, teacher)
     tokens = longest_sample(run.data)
     dense, student = flux(teacher, DENSE, tokens), flux(config.dims, _conversion(config), tokens)
-    names = [stage for stage in run.stages if stage in TRAINING and stage in stages_of(config)]
+    names = [stage for stage in run.stages if stage in TRAINING and stage in trainable_stages(config)]
     setting = _Setting(run=run, config=config, teacher=teacher, tokens=tokens, processes=count, strategy=chosen)
     stages = tuple(setting.estimate(stage) for stage in names)
     return RunPlan(
@@ -69,12 +69,12 @@ def plan_run(
         stages=stages,
         host={"teacher's blocks": teacher_bytes(run, teacher)[1]} if run.teacher.offload == "cpu" else {},
         disk=_disk(run, config, teacher, teacher_dtypes, stages),
-        gpu_memory=memory_of(gpu_memory),
+        gpu_memory=parse_gpu_memory(gpu_memory),
         notes=tuple(_notes(run, chosen, stages)),
     )
 
 
-def strategy_of(name: str | None, processes: int) -> Strategy:
+def choose_strategy(name: str | None, processes: int) -> Strategy:
     """Raises UserError for one that so many processes cannot have."""
     if processes == 1 and name in (None, "single", "ddp"):
         return "single"
@@ -86,7 +86,7 @@ def strategy_of(name: str | None, processes: int) -> Strategy:
     raise UserError(f"{name} is no strategy of {processes} processes; expected ddp, fsdp2, zero2 or zero3.")
 
 
-def memory_of(text: str | None) -> int | None:
+def parse_gpu_memory(text: str | None) -> int | None:
     """Bytes of `24GB`, `80GiB` or `24`; of None those of the GPU that is here, if there is one. GB counts as GiB, as
     GPUs are sold. Raises UserError for anything else."""
     if text is None:
@@ -180,7 +180,9 @@ class _Setting:
         parts: list[Part] = []
         saved = [trained]
         if run.training.blockwise:
-            parts = parts_of(self.config, plan, {weight.name for weight in trained}, self.teacher.depths["double"])
+            parts = split_into_parts(
+                self.config, plan, {weight.name for weight in trained}, self.teacher.depths["double"]
+            )
             saved = [[weight for weight in trained if part.has(weight.name)] for part in parts]
             samples *= len(parts)
             memory = blockwise_memory(run, self.teacher, parts, weights, activations, working, self.tokens)
@@ -229,7 +231,7 @@ def _disk(
     stages: Sequence[StageEstimate],
 ) -> dict[str, int]:
     dense = dense_shapes(config.dims)
-    shapes = expected_tensors(config) | {name: optional_tensors(config)[name] for name in optional_of(run, config)}
+    shapes = expected_tensors(config) | {name: optional_tensors(config)[name] for name in optional_names(run, config)}
 
     def file(dtype: torch.dtype | None) -> int:
         sizes = (

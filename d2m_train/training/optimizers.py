@@ -50,7 +50,7 @@ def new_optimizer(
     return optimizer, schedule
 
 
-class Average:
+class WeightAverage:
     """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast.
 
     `parameters` may be parts of them, if the model runs with what is in the parts.

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..parallel.student_state import StudentState
 from .checkpoints import Checkpoints
-from .optimizers import Average
+from .optimizers import WeightAverage
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class TrainingState:
 
     student: StudentState
     schedule: LambdaLR
-    average: Average | None
+    average: WeightAverage | None
     fractions: Mapping[str, Tensor]
     scaler: Any = None  # of fp16
 

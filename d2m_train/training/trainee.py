@@ -9,7 +9,7 @@ from torch import nn
 
 from ..parallel.parameters import stored_tensor
 from .compiling import compile_blocks
-from .optimizers import Average, new_optimizer
+from .optimizers import WeightAverage, new_optimizer
 from .stage_run import StageRun
 
 
@@ -41,7 +41,7 @@ class Trainee:
         self.average = None
         if training.ema is not None:
             stored = {name: stored_tensor(parameter) for name, parameter in self.trained.items()}
-            self.average = Average(stored, training.ema)
+            self.average = WeightAverage(stored, training.ema)
 
     def update(self, step: int) -> None:
         """Take an optimizer step with the gradients of step number `step`, from 1; schedule and average follow."""

@@ -30,7 +30,7 @@ from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.blockwise.feature_store import Features
 from d2m_train.blockwise.part import Blocks, Part, relative_losses
-from d2m_train.blockwise.stage import check_blockwise, parts_of
+from d2m_train.blockwise.stage import check_blockwise, split_into_parts
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_stage, trainable_names
 from d2m_train.monitor.stage_log import StageLog
@@ -96,7 +96,7 @@ def parts(stage: str, config: FluxMoEConfig, teacher_doubles: int = 3) -> dict[s
     with torch.device("meta"):
         core = FluxMoETransformer2DModel(config)
     plan = plan_stage(stage, config, StageSection())  # type: ignore[arg-type]
-    found = parts_of(config, plan, trainable_names(core, plan), teacher_doubles)
+    found = split_into_parts(config, plan, trainable_names(core, plan), teacher_doubles)
     return {part.name: (part.start, part.end) for part in found}
 
 

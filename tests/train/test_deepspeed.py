@@ -11,7 +11,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from d2m_train import UserError
-from d2m_train.parallel.deepspeed import check_deepspeed, completed, configuration
+from d2m_train.parallel.deepspeed import check_deepspeed, complete_config, configuration
 from d2m_train.run_config import RunConfig
 from tests.toys.runs import ROOT
 
@@ -159,7 +159,7 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
 
 @pytest.mark.parametrize("file", ["zero2.yaml", "zero3.yaml"])
 def test_what_the_engine_is_given_leaves_nothing_open(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = completed(deepspeed_of(file, monkeypatch), run_of(max_grad_norm=None))
+    found = complete_config(deepspeed_of(file, monkeypatch), run_of(max_grad_norm=None))
     assert found["train_micro_batch_size_per_gpu"] == 2
     assert found["gradient_accumulation_steps"] == 8
     assert found["gradient_clipping"] == 0.0

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
-from d2m_train.monitor.stage_log import read_log
+from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys.runs import (
     ROOT,
     distill,
@@ -144,12 +144,12 @@ def test_stage_blocks_leaves_isolated_blocks_bit_for_bit(finished: Path) -> None
 
 
 def test_every_step_is_logged_with_its_losses_and_what_the_routers_did(finished: Path) -> None:
-    lines = read_log(finished / "experts" / "log.jsonl")
+    lines = read_stage_log(finished / "experts" / "log.jsonl")
     steps = [line for line in lines if "loss/total" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"loss/output", "loss/features", "loss/balance", "learning_rate", "tokens_per_second"} <= steps[0].keys()
     assert any("validation/loss" in line for line in lines)
-    blocks = [line for line in read_log(finished / "blocks" / "log.jsonl") if "loss/total" in line]
+    blocks = [line for line in read_stage_log(finished / "blocks" / "log.jsonl") if "loss/total" in line]
     assert "loss/block_balance" in blocks[0]
     assert list((finished / "tensorboard" / "shared").iterdir())
 
@@ -198,7 +198,7 @@ def test_a_run_killed_in_any_stage_ends_bit_for_bit_where_the_other_ends(
     for stage in STAGES:
         assert not changed(weights(finished, stage), weights(out, stage)), stage
         assert steps_logged(out, stage) == [1, 2, 3, 4]
-    resumed = [line for line in read_log(out / "shared" / "log.jsonl") if line.get("event") == "resumed"]
+    resumed = [line for line in read_stage_log(out / "shared" / "log.jsonl") if line.get("event") == "resumed"]
     assert [line["step"] for line in resumed] == [2], "at its last checkpoint, one interval repeated at most"
 
 
@@ -213,9 +213,9 @@ def test_sigterm_saves_and_exits_and_the_run_goes_on_there(begun: Callable[..., 
     (saved,) = (out / "shared" / "checkpoints").iterdir()
     reached = int(saved.name.removeprefix("step-"))
     assert 1 <= reached < 4
-    assert [line["step"] for line in read_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"] == [
-        reached
-    ]
+    assert [
+        line["step"] for line in read_stage_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"
+    ] == [reached]
     assert main([*again, "stages=[shared]"]) == 0
     assert not changed(weights(finished, "shared"), weights(out, "shared"))
 

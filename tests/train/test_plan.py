@@ -19,16 +19,16 @@ from d2m_train.commands.report import EMOJI_FILE
 from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.distillation.step import Distillation
-from d2m_train.flow.noise import Noisy
-from d2m_train.plan.activations import optional_of
-from d2m_train.plan.estimate import memory_of, plan_run, strategy_of, student_config
+from d2m_train.flow.noise import NoisyBatch
+from d2m_train.plan.activations import optional_names
+from d2m_train.plan.estimate import choose_strategy, parse_gpu_memory, plan_run, student_config
 from d2m_train.plan.memory import shared_memory, teacher_bytes
 from d2m_train.plan.run_plan import RunPlan
 from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
 from d2m_train.teacher.known_flux import EMOJI_FLUX
-from d2m_train.training.optimizers import Average, new_optimizer
+from d2m_train.training.optimizers import WeightAverage, new_optimizer
 from d2m_train.training.parameter_sizes import ParameterSize
 
 IMAGE, TEXT = 64, 12
@@ -52,7 +52,7 @@ class Real:
 
     def __init__(self, run: RunConfig, stage: Stage) -> None:
         config: FluxMoEConfig = student_config(run, EMOJI_FLUX)
-        self.core = FluxMoETransformer2DModel(config, optional_of(run, config))
+        self.core = FluxMoETransformer2DModel(config, optional_names(run, config))
         with torch.no_grad():
             for parameter in self.core.parameters():
                 parameter.normal_(std=0.1)
@@ -86,7 +86,7 @@ class Real:
             text_ids_L3=torch.zeros(TEXT, 3),
             words_BL=torch.ones(size, TEXT, dtype=torch.bool),
         )
-        noisy = Noisy(tokens_BTC=torch.randn(size, IMAGE, 64), t_B=torch.rand(size), target_BTC=None)
+        noisy = NoisyBatch(tokens_BTC=torch.randn(size, IMAGE, 64), t_B=torch.rand(size), target_BTC=None)
         weights = {t.untyped_storage().data_ptr() for t in (*self.core.parameters(), *self.core.buffers())}
         kept: dict[int, Tensor] = {}
 
@@ -144,7 +144,7 @@ def test_the_average_and_the_file_of_a_stage_are_what_they_take(tmp_path: Path) 
     run = run_of(tmp_path, "experts", training={"ema": 0.99}, data={"source": "emoji"})
     planned = plan_run(run)
     real = Real(run, "experts")
-    average = Average(real.trained, 0.99)
+    average = WeightAverage(real.trained, 0.99)
     assert planned.stages[0].memory["average"] == sum(tensor.nbytes for tensor in average.averages.values())
     save_flux_moe(real.core, real.core.flux_moe, tmp_path / "student.safetensors", dtype=torch.float32)
     written = (tmp_path / "student.safetensors").stat().st_size
@@ -236,16 +236,16 @@ def test_a_missing_teacher_without_dims_is_an_error_that_says_how_to_plan_withou
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24), ("80 GiB", 80), ("1.5", 1.5)])
 def test_gpu_memory_is_given_as_gpus_are_sold(text: str, size: float) -> None:
-    assert memory_of(text) == size * 2**30
+    assert parse_gpu_memory(text) == size * 2**30
 
 
 def test_what_no_run_can_have_is_refused() -> None:
     with pytest.raises(UserError, match="expected gigabytes"):
-        memory_of("much")
+        parse_gpu_memory("much")
     with pytest.raises(UserError, match="fsdp3 is no strategy of 4 processes; expected ddp"):
-        strategy_of("fsdp3", 4)
-    assert strategy_of(None, 1) == "single"
-    assert strategy_of(None, 8) == "ddp"
+        choose_strategy("fsdp3", 4)
+    assert choose_strategy(None, 1) == "single"
+    assert choose_strategy(None, 8) == "ddp"
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2m_train.__main__ import main
-from d2m_train.monitor.stage_log import read_log
+from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys.runs import DDP, FSDP2, distill, run_file, start, succeed, wait_for_step, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(out: Path, stage: str) -> list[dict[str, float]]:
-    return [line for line in read_log(out / stage / "log.jsonl") if "loss/total" in line]
+    return [line for line in read_stage_log(out / stage / "log.jsonl") if "loss/total" in line]
 
 
 def run(
@@ -114,7 +114,7 @@ def test_block_routers_that_disagree_between_ranks_do_not_stall_a_sharded_run(in
     out = run(inputs, "disagree", *options, student={"preset": "S"}, processes=2, env=FSDP2)
     chosen = [
         value
-        for line in read_log(out / "blocks" / "log.jsonl")
+        for line in read_stage_log(out / "blocks" / "log.jsonl")
         for name, value in line.items()
         if name.startswith("router/block_groups.") and "/block_" in name
     ]
@@ -183,7 +183,7 @@ def test_sigterm_stops_both_ranks_with_a_checkpoint_and_they_go_on_bit_for_bit(i
     (saved,) = (out / "shared" / "checkpoints").iterdir()
     reached = int(saved.name.removeprefix("step-"))
     assert 1 <= reached < STEPS, said
-    stops = [line["step"] for line in read_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"]
+    stops = [line["step"] for line in read_stage_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"]
     assert stops == [reached], "one of the two says it"
     assert f"going on at {saved.name}" in succeed(distill(file, *asked[2:], processes=2, env=FSDP2))
     found = load_file(out / "shared" / "student.safetensors")

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2m_train import UserError
-from d2m_train.monitor.stage_log import StageLog, read_log
+from d2m_train.monitor.stage_log import StageLog, read_stage_log
 from d2m_train.run_config import EyesSection
 
 
@@ -47,7 +47,7 @@ def events(folder: Path) -> EventAccumulator:
 def test_each_interval_is_one_line_of_means_and_the_last_may_be_short(tmp_path: Path) -> None:
     with open_eyes(tmp_path) as eyes:
         take(eyes, range(1, 11))
-    lines = read_log(tmp_path / "shared" / "log.jsonl")
+    lines = read_stage_log(tmp_path / "shared" / "log.jsonl")
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert [line["loss/total"] for line in lines] == [2.5, 6.5, 9.5]
     assert lines[0]["loss/output"] == pytest.approx(0.25)
@@ -64,7 +64,7 @@ def test_an_interrupted_interval_is_written_when_the_stage_is_stopped(tmp_path: 
     eyes.event("stopped", message="SIGTERM")
     eyes.close()
     eyes.close()
-    lines = read_log(tmp_path / "shared" / "log.jsonl")
+    lines = read_stage_log(tmp_path / "shared" / "log.jsonl")
     assert [line["step"] for line in lines] == [4, 6, 6]
     assert lines[1] == {"event": "stopped", "step": 6, "message": "SIGTERM"}
     assert lines[2]["loss/total"] == 5.5
@@ -82,7 +82,7 @@ def test_a_resumed_log_is_cut_at_its_checkpoint_and_says_so(tmp_path: Path) -> N
         file.write('{"step": 16, "loss/to')  # what a crash leaves
     with open_eyes(tmp_path, steps=20, start=8) as eyes:
         take(eyes, range(9, 21))
-    lines = read_log(log)
+    lines = read_stage_log(log)
     assert all(json.loads(line) for line in log.read_text().splitlines())
     assert [(line["step"], line.get("event")) for line in lines] == [
         (4, None), (8, None), (8, "saved"), (8, None), (8, "resumed"), (12, None), (16, None), (20, None),
@@ -100,7 +100,7 @@ def test_a_stage_that_begins_again_leaves_nothing_of_the_attempt_before(tmp_path
     with open_eyes(tmp_path) as eyes:
         eyes.scalars(0, {"loss": 3.0}, "validation")
         take(eyes, range(1, 5))
-    lines = read_log(tmp_path / "shared" / "log.jsonl")
+    lines = read_stage_log(tmp_path / "shared" / "log.jsonl")
     assert [line["step"] for line in lines] == [0, 0, 4]
     assert (lines[0]["event"], lines[0]["reached"]) == ("resumed", 6)
     assert lines[1]["validation/loss"] == 3

@@ -14,7 +14,7 @@ import torch
 
 from d2m_train import UserError
 from d2m_train.__main__ import main
-from d2m_train.monitor.stage_log import read_log
+from d2m_train.monitor.stage_log import read_stage_log
 from d2m_train.run_config import StageSection, TrainingSection
 from d2m_train.training.optimizers import new_optimizer
 from tests.toys.runs import run_file, write_inputs
@@ -40,7 +40,7 @@ def run(converted: Path) -> Callable[..., Losses]:
         shutil.copytree(converted / "out", out)
         (out / "run.yaml").unlink()
         assert main(["distill", str(run_file(converted)), f"output_dir={out}", STAGES, *options]) == 0
-        lines = [line for stage in ("shared", "experts") for line in read_log(out / stage / "log.jsonl")]
+        lines = [line for stage in ("shared", "experts") for line in read_stage_log(out / stage / "log.jsonl")]
         return [line for line in lines if "loss/total" in line]
 
     return run

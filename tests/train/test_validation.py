@@ -17,10 +17,10 @@ from d2m_model.routers import Routing
 from d2m_train.data.batch import Batch
 from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.losses import balance_loss
-from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, sample, to_pil
+from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, pil_image, sample
 from d2m_train.flow.velocity import evaluating
 from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
-from d2m_train.monitor.stage_log import StageLog, read_log
+from d2m_train.monitor.stage_log import StageLog, read_stage_log
 from d2m_train.monitor.validation import Validation
 from d2m_train.run_config import EyesSection, TimestepsSection
 from tests.toys.students import DIMS, LAYOUT, dense_flux, student
@@ -140,7 +140,7 @@ def test_samples_are_those_of_diffusers_own_pipeline() -> None:
     """Schedule, shift by resolution, scaling of timestep and guidance, packing of latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    from d2m_train.flow.noise import shift_of
+    from d2m_train.flow.noise import time_shift
 
     model = dense_flux()
     batch, noise = question_of(model)
@@ -152,7 +152,7 @@ def test_samples_are_those_of_diffusers_own_pipeline() -> None:
         prompt_embeds=batch.context_BLD, pooled_prompt_embeds=batch.pooled_BV, latents=noise, height=128, width=128,
         num_inference_steps=3, guidance_scale=3.5, output_type="latent",
     ).images  # fmt: skip
-    found = sample(model, batch, noise, steps=3, mu=shift_of(64, TimestepsSection()))
+    found = sample(model, batch, noise, steps=3, mu=time_shift(64, TimestepsSection()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +172,7 @@ def grid(data: EmojiData) -> SampleGrid:
 
 
 def test_a_grid_shows_the_student_below_the_teacher_at_the_same_noise(grid: SampleGrid, tmp_path: Path) -> None:
-    same, other = grid.grid_of(dense_flux()), grid.grid_of(dense_flux(seed=5))
+    same, other = grid.draw(dense_flux()), grid.draw(dense_flux(seed=5))
     assert same is not None
     assert other is not None
     rows = 128 + 4
@@ -193,7 +193,7 @@ def test_a_wrapped_student_is_sampled_too(grid: SampleGrid) -> None:
         def forward(self, *arguments: Any, **keywords: Any) -> Any:
             return self.module(*arguments, **keywords)
 
-    bare, wrapped = grid.grid_of(dense_flux(5)), grid.grid_of(Wrapped(dense_flux(5)))
+    bare, wrapped = grid.draw(dense_flux(5)), grid.draw(Wrapped(dense_flux(5)))
     assert bare is not None
     assert wrapped is not None
     assert bare.tobytes() == wrapped.tobytes()
@@ -202,14 +202,14 @@ def test_a_wrapped_student_is_sampled_too(grid: SampleGrid) -> None:
 def test_without_an_autoencoder_there_is_no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     data = EmojiData()
     monkeypatch.setattr(data, "decode", lambda tokens, ids: None)
-    assert new_sample_grid(data, dense_flux(), SECTION, TimestepsSection(), seed=3).grid_of(student()) is None
+    assert new_sample_grid(data, dense_flux(), SECTION, TimestepsSection(), seed=3).draw(student()) is None
 
 
 def test_captions_stand_above_their_columns() -> None:
     plain = draw_grid({"a": torch.zeros(2, 3, 64, 64)})
     captioned = draw_grid({"a": torch.zeros(2, 3, 64, 64)}, ["a fox at the left , blue background", "cat"])
     assert captioned.height > plain.height
-    assert isinstance(to_pil(torch.zeros(3, 4, 4)), Image.Image)
+    assert isinstance(pil_image(torch.zeros(3, 4, 4)), Image.Image)
 
 
 # Routers
@@ -291,7 +291,7 @@ def test_a_run_logs_its_routers_and_warns_once_of_dead_experts(model: Any, data:
             statistics.add(batch)
             statistics.report(eyes, step)
         statistics.report(eyes, 3)
-    lines = read_log(tmp_path / "experts" / "log.jsonl")
+    lines = read_stage_log(tmp_path / "experts" / "log.jsonl")
     assert [(line["step"], line.get("event")) for line in lines] == [
         (1, None), (1, "expert_load"), (1, "warning"), (2, None), (2, "expert_load"),
     ]  # fmt: skip
@@ -330,4 +330,4 @@ def test_a_stage_without_experts_has_nothing_to_report(data: EmojiData, tmp_path
     statistics.add(batch)
     with StageLog(tmp_path, tmp_path, SECTION, stage="shared", steps=1, start=0, main=True, run_name="run") as eyes:
         statistics.report(eyes, 1)
-    assert read_log(tmp_path / "log.jsonl") == []
+    assert read_stage_log(tmp_path / "log.jsonl") == []
