@@ -152,7 +152,7 @@ def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, A
             for top_k in every_k:
                 if variant in study.every_k:
                     for moe in model.moe_ffns().values():
-                        moe.top_k = top_k
+                        moe.router_value = top_k
                 measured = compare_with_teacher(paint_latents(model, pictures, noise), dense, pictures)
                 rows.append({"variant": variant, "seed": seed, "top_k": top_k} | measured)
                 print(json.dumps(rows[-1]), flush=True)

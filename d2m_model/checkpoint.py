@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, is_modulation
-from .config import ConfigError, FluxDims, FluxMoEConfig
+from .config import FluxDims, FluxMoEConfig
+from .fields import ConfigError
 from .keys import (
     DIFFUSERS,
     HEAD,
@@ -134,7 +135,6 @@ def parse_config(tensor: Tensor) -> FluxMoEConfig:
 
 def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     """Return the tensors that a FLUX-MoE file must have besides `d2m_config`: dense FLUX's, routers, neuron orders."""
-    capacity = config.capacity_router
     h, rank = config.dims.hidden_size, config.adaln_rank
     shapes = dense_shapes(config.dims)
     if rank is not None:
@@ -143,15 +143,8 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
                 shapes[name] = (shape[0], rank)
         shapes["adaln_in.weight"] = (rank, h)
     for ffn, layout in config.ffns.items():
-        shapes[f"{ffn}.router.weight"] = (layout.experts, h)
+        shapes |= {f"{ffn}.{name}": shape for name, shape in config.router.shapes(h, layout.experts).items()}
         shapes[f"{ffn}.neuron_order"] = (layout.neurons,)
-        if capacity is not None:
-            shapes[f"{ffn}.capacity.in_layer.weight"] = (capacity.width, h)
-            shapes[f"{ffn}.capacity.in_layer.bias"] = (capacity.width,)
-            shapes[f"{ffn}.capacity.out_layer.weight"] = (layout.experts, capacity.width)
-            shapes[f"{ffn}.capacity.out_layer.bias"] = (layout.experts,)
-            shapes[f"{ffn}.capacity.scale"] = (1,)
-            shapes[f"{ffn}.threshold"] = (layout.experts,)
     for index, group in enumerate(config.groups):
         for router in ("router_x", "router_y"):
             shapes[f"block_groups.{index}.{router}.weight"] = (group.blocks, h)
@@ -161,9 +154,10 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
 def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     """Return the tensors that a FLUX-MoE file may have in addition: router biases and the experts' mean outputs."""
     shapes: dict[str, Shape] = {}
+    h = config.dims.hidden_size
     for ffn, layout in config.ffns.items():
-        shapes[f"{ffn}.router.bias"] = (layout.experts,)
-        shapes[f"{ffn}.expert_mean"] = (layout.experts, config.dims.hidden_size)
+        shapes |= {f"{ffn}.{name}": shape for name, shape in config.router.optional_shapes(h, layout.experts).items()}
+        shapes[f"{ffn}.expert_mean"] = (layout.experts, h)
     return shapes
 
 
@@ -254,19 +248,10 @@ def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None
             raise CheckpointError(
                 f"{ffn}.neuron_order is not a permutation of 0 to {layout.neurons - 1}; the file is damaged."
             )
-        finite(f"{ffn}.router.weight")
-        if config.capacity_router is None:
-            continue
-        for layer in ("in_layer", "out_layer"):
-            finite(f"{ffn}.capacity.{layer}.weight")
-            finite(f"{ffn}.capacity.{layer}.bias")
-        threshold_E, scale = finite(f"{ffn}.threshold"), finite(f"{ffn}.capacity.scale")
-        if threshold_E.min() < 0 or threshold_E.max() > 1:
-            raise CheckpointError(
-                f"{ffn}.threshold is {threshold_E.min():g} to {threshold_E.max():g}; expected probabilities, 0 to 1."
-            )
-        if scale <= 0:
-            raise CheckpointError(f"{ffn}.capacity.scale is {scale.item():g}; expected a positive number.")
+        for name in config.router.shapes(config.dims.hidden_size, layout.experts):
+            finite(f"{ffn}.{name}")
+        for problem in config.router.problems(ffn, finite):
+            raise CheckpointError(problem)
     for index in range(len(config.groups)):
         for router in ("router_x", "router_y"):
             finite(f"block_groups.{index}.{router}.weight")

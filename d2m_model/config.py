@@ -11,20 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .blocks import BLOCK_KINDS, FFN, Block, BlockKind
-from .routers.routing import Gate, GateMode
+from .fields import ConfigError, expect, fields_of
+from .routers import TOP_K_ROUTER, Gate, GateMode, TokenRouter, router_from_entries, router_to_entries
 
 SCHEMA_VERSION = 1
 PATCH_LATENTS = 2  # latents on the side of an image token
 PATCH_PIXELS = 8 * PATCH_LATENTS  # pixels on that side: the autoencoder makes one latent of 8 x 8 pixels
 MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
-PREDICTOR_WIDTH = 128  # DiffMoE's is hidden_size wide: at 3072 that is 9.4 million parameters for each FFN
 
 PresetName = Literal["L", "M", "S", "XS"]
 Selection = Literal["topk", "window"]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the field, what was found and what was expected."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -77,18 +73,6 @@ class FFNLayout:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class CapacityRouter:
-    """DiffMoE's token router (capacity.py): experts take tokens, and a predictor h -> `width` -> n says which.
-
-    In training each of n experts takes 1/n of the tokens times `capacity`, which is thus the mean number of experts of
-    a token. `Gate.scale` is not used: every FFN has a scale of its own.
-    """
-
-    capacity: float
-    width: int = PREDICTOR_WIDTH
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
 class BlockGroup:
     """A Mixture of Blocks (Eq. 4-5): consecutive blocks of one kind, of which `active` run."""
 
@@ -131,7 +115,7 @@ class FluxMoEConfig:
     adaln_rank: int | None  # None: modulations are dense FLUX's
     split_only: bool  # True: weights are the teacher's, permuted; un-conversion is bit-exact
     teacher: Teacher
-    capacity_router: CapacityRouter | None = None  # None: every token has its top_k experts
+    router: TokenRouter = TOP_K_ROUTER
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: tool version, importance, data, seed
     schema_version: int = SCHEMA_VERSION
 
@@ -141,21 +125,21 @@ class FluxMoEConfig:
                 f"This file is FLUX-MoE schema {self.schema_version}; this version reads up to {SCHEMA_VERSION}. "
                 "Update ComfyUI-Dense2MoE."
             )
-        _expect(self.schema_version >= 1, "schema_version", self.schema_version, "1 or more")
-        _expect(self.gate.mode in get_args(GateMode), "gate.mode", self.gate.mode, "'sum' or 'normalised'")
-        _expect(0 < self.gate.scale < float("inf"), "gate.scale", self.gate.scale, "a positive number")
+        expect(self.schema_version >= 1, "schema_version", self.schema_version, "1 or more")
+        expect(self.gate.mode in get_args(GateMode), "gate.mode", self.gate.mode, "'sum' or 'normalised'")
+        expect(0 < self.gate.scale < float("inf"), "gate.scale", self.gate.scale, "a positive number")
         for size, value in dataclasses.asdict(self.dims).items():
-            _expect(size == "guidance_embed" or value >= 1, f"dims.{size}", value, "1 or more")
-        _expect(self.adaln_rank is None or self.adaln_rank >= 1, "adaln_rank", self.adaln_rank, "1 or more, or null")
+            expect(size == "guidance_embed" or value >= 1, f"dims.{size}", value, "1 or more")
+        expect(self.adaln_rank is None or self.adaln_rank >= 1, "adaln_rank", self.adaln_rank, "1 or more, or null")
         names = set(all_ffn_names(self.dims))
         for name, layout in self.ffns.items():
-            _expect(
+            expect(
                 name in names,
                 "ffns",
                 name,
                 f"an FFN of {self.dims.double_blocks} double and {self.dims.single_blocks} single blocks",
             )
-            _expect(
+            expect(
                 layout.shared >= 0
                 and layout.experts >= 1
                 and layout.width >= 1
@@ -164,36 +148,43 @@ class FluxMoEConfig:
                 f"{layout.shared} + {layout.experts} x {layout.width} neurons",
                 f"shared + experts x width = {self.dims.neurons}",
             )
-        fewest = min((layout.experts for layout in self.ffns.values()), default=0)
-        _expect(0 <= self.top_k <= fewest or not self.ffns, "top_k", self.top_k, f"0 to {fewest}")
-        if self.capacity_router is not None:
-            capacity, width = self.capacity_router.capacity, self.capacity_router.width
-            _expect(
-                0 < capacity <= (fewest or capacity), "capacity_router.capacity", capacity, f"above 0, up to {fewest}"
-            )
-            _expect(width >= 1, "capacity_router.width", width, "1 or more")
+        fewest = self.fewest_experts
+        expect(0 <= self.top_k <= fewest or not self.ffns, "top_k", self.top_k, f"0 to {fewest}")
+        self.router.check(fewest)
         taken: set[Block] = set()
         for index, group in enumerate(self.groups):
-            depth = self.dims.depths.get(group.kind, 0)
+            depth = self.dims.depths[group.kind] if group.kind in BLOCK_KINDS else 0
             fits = (
                 group.kind in BLOCK_KINDS
                 and group.first >= 0
                 and group.blocks >= 2
                 and group.first + group.blocks <= depth
             )
-            _expect(fits, f"groups[{index}]", group, f"two or more blocks within the {depth} {group.kind} blocks")
-            _expect(
+            expect(fits, f"groups[{index}]", group, f"two or more blocks within the {depth} {group.kind} blocks")
+            expect(
                 group.selection in get_args(Selection),
                 f"groups[{index}].selection",
                 group.selection,
                 "'topk' or 'window'",
             )
-            _expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
-            _expect(taken.isdisjoint(group.members), f"groups[{index}]", group, "blocks that no other group has")
+            expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
+            expect(taken.isdisjoint(group.members), f"groups[{index}]", group, "blocks that no other group has")
             taken.update(group.members)
 
+    @property
+    def fewest_experts(self) -> int:
+        """Experts of the FFN that has the fewest; 0 if no FFN is routed."""
+        return min((layout.experts for layout in self.ffns.values()), default=0)
+
+    @property
+    def router_value(self) -> float:
+        """Value of the router's setting at which the file runs by itself. At 0 no expert runs."""
+        return self.router.own_value(self.top_k)
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        entries = dataclasses.asdict(self)
+        del entries["router"]
+        return json.dumps(entries | router_to_entries(self.router), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> FluxMoEConfig:
@@ -212,49 +203,21 @@ class FluxMoEConfig:
             raise ConfigError(
                 f"This file is FLUX-MoE schema {version}; this version reads up to {SCHEMA_VERSION}. Update ComfyUI-Dense2MoE."
             )
-        data = _fields_of(cls, data, "d2m_config")
-        data["dims"] = FluxDims(**_fields_of(FluxDims, data["dims"], "dims"))
-        _expect(isinstance(data["ffns"], dict), "ffns", data["ffns"], "an object")
+        expect(isinstance(data, dict), "d2m_config", data, "an object")
+        router = router_from_entries(data)
+        data = fields_of(cls, data, "d2m_config", without=("router",))
+        data["dims"] = FluxDims(**fields_of(FluxDims, data["dims"], "dims"))
+        expect(isinstance(data["ffns"], dict), "ffns", data["ffns"], "an object")
         data["ffns"] = {
-            name: FFNLayout(**_fields_of(FFNLayout, value, f"ffns[{name!r}]")) for name, value in data["ffns"].items()
+            name: FFNLayout(**fields_of(FFNLayout, value, f"ffns[{name!r}]")) for name, value in data["ffns"].items()
         }
-        _expect(isinstance(data["groups"], list), "groups", data["groups"], "a list")
+        expect(isinstance(data["groups"], list), "groups", data["groups"], "a list")
         data["groups"] = tuple(
-            BlockGroup(**_fields_of(BlockGroup, value, f"groups[{index}]"))
-            for index, value in enumerate(data["groups"])
+            BlockGroup(**fields_of(BlockGroup, value, f"groups[{index}]")) for index, value in enumerate(data["groups"])
         )
-        data["gate"] = Gate(**_fields_of(Gate, data["gate"], "gate"))
-        if data["capacity_router"] is not None:
-            fields = _fields_of(CapacityRouter, data["capacity_router"], "capacity_router")
-            data["capacity_router"] = CapacityRouter(**fields)
-        data["teacher"] = Teacher(**_fields_of(Teacher, data["teacher"], "teacher"))
-        return cls(**data)
-
-
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)), "dict[str, Any]": dict,
-}  # fmt: skip
-
-
-def _expect(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"d2m_config: {name} is {found!r}; expected {expected}.")
-
-
-def _fields_of(cls: type, data: object, where: str) -> dict[str, Any]:
-    """The object's fields, all present, none unknown, simple types as annotated."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"d2m_config: {where} is {data!r}; expected an object.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in data:
-        _expect(name in fields, f"{where}.{name}", data[name], f"no such field (known: {', '.join(fields)})")
-    for name, f in fields.items():
-        _expect(name in data, f"{where}.{name}", "missing", "a value")
-        expected = _FIELD_TYPES.get(str(f.type))
-        if expected is not None:
-            right = isinstance(data[name], expected) and (str(f.type) == "bool" or not isinstance(data[name], bool))
-            _expect(right, f"{where}.{name}", data[name], "an object" if expected is dict else str(f.type))
-    return dict(data)
+        data["gate"] = Gate(**fields_of(Gate, data["gate"], "gate"))
+        data["teacher"] = Teacher(**fields_of(Teacher, data["teacher"], "teacher"))
+        return cls(router=router, **data)
 
 
 def all_ffn_names(dims: FluxDims) -> list[str]:

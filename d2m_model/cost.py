@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .blocks import Block
-from .config import MLP_RATIO, BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig
+from .config import MLP_RATIO, BlockGroup, FFNLayout, FluxDims, FluxMoEConfig
 from .keys import HEAD, TIME_CHANNELS
+from .routers import TOP_K_ROUTER, TokenRouter
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -91,31 +92,22 @@ def modulation(hidden: int, outputs: int, adaln_rank: int | None) -> Cost:
 
 
 def ffn(
-    hidden: int, layout: FFNLayout | None, top_k: float, tokens: int, capacity_router: CapacityRouter | None = None
+    hidden: int, layout: FFNLayout | None, experts_per_token: float, tokens: int, router: TokenRouter = TOP_K_ROUTER
 ) -> Cost:
-    """A dense FFN, or a MoE FFN: shared expert, router, and top_k of the experts for each token (Eq. 2).
-
-    With a capacity router, whose predictor comes on top, a token has top_k experts on average.
-    """
+    """A dense FFN, or a MoE FFN: shared expert, router, and the experts that a token has on average (Eq. 2)."""
     if layout is None:
         return linear(hidden, MLP_RATIO * hidden, tokens) + linear(MLP_RATIO * hidden, hidden, tokens)
     shared = linear(hidden, layout.shared, tokens) + linear(layout.shared, hidden, tokens)
     experts = linear(hidden, layout.experts * layout.width, tokens) + linear(
         layout.experts * layout.width, hidden, tokens, bias=False
     )
-    routing = router(hidden, layout.experts, tokens)
-    if capacity_router is not None:
-        routing += capacity_predictor(hidden, layout.experts, capacity_router.width, tokens)
-    return shared + routing + experts.activated(top_k / layout.experts)
+    return shared + token_router(hidden, layout, router, tokens) + experts.activated(experts_per_token / layout.experts)
 
 
-def router(hidden: int, choices: int, tokens: int) -> Cost:
-    return linear(hidden, choices, tokens, bias=False)
-
-
-def capacity_predictor(hidden: int, choices: int, width: int, tokens: int) -> Cost:
-    """DiffMoE's, with the thresholds and the scale of the gates."""
-    return linear(hidden, width, tokens) + linear(width, choices, tokens) + parameters(choices + 1)
+def token_router(hidden: int, layout: FFNLayout, router: TokenRouter, tokens: int) -> Cost:
+    """The router of a MoE FFN, on every token."""
+    held = parameters(router.parameters(hidden, layout.experts))
+    return dataclasses.replace(held, flops=router.flops(hidden, layout.experts) * tokens)
 
 
 # Blocks
@@ -123,55 +115,36 @@ def capacity_predictor(hidden: int, choices: int, width: int, tokens: int) -> Co
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conversion:
-    """What was changed of a dense FLUX; `DENSE` is nothing. With a capacity router top_k is a token's mean number of
-    experts: the router's capacity, where its thresholds are not scaled."""
+    """Changes to a dense FLUX; `DENSE` has none. `experts_per_token` is a mean where tokens differ."""
 
     ffns: Mapping[str, FFNLayout]
     groups: Sequence[BlockGroup]
     adaln_rank: int | None
-    top_k: float
-    capacity_router: CapacityRouter | None = None
+    experts_per_token: float
+    router: TokenRouter = TOP_K_ROUTER
 
     @classmethod
     def of(
         cls,
         config: FluxMoEConfig,
-        top_k: int | None = None,
+        router_value: float | None = None,
         *,
         active_blocks: Sequence[int] | None = None,
-        capacity: float = 1.0,
     ) -> Conversion:
-        """That of a file as it says itself, or at another top_k, with so many active blocks of each group, or, of a file with
-        a capacity router, at another capacity factor (see experts_at)."""
-        if config.capacity_router is not None and top_k is None:
-            mean = experts_at(capacity, config)
-        else:
-            mean = config.top_k if top_k is None else top_k
+        """Changes of a file. `router_value` is the value of the router's setting, `active_blocks` are numbers of each
+        group's blocks; None takes the file's own."""
+        value = config.router_value if router_value is None else router_value
         active = [group.active for group in config.groups] if active_blocks is None else active_blocks
         return cls(
             ffns=config.ffns,
             groups=[dataclasses.replace(group, active=n) for group, n in zip(config.groups, active, strict=True)],
             adaln_rank=config.adaln_rank,
-            top_k=mean,
-            capacity_router=config.capacity_router,
+            experts_per_token=config.router.experts_per_token(value, config.fewest_experts),
+            router=config.router,
         )
 
 
-def experts_at(capacity: float, config: FluxMoEConfig) -> float:
-    """A token's mean number of experts at a capacity factor: at 1 the router's own capacity, at 0 none.
-
-    At other factors it is data, and this is an estimate: the factor multiplies the odds with which predictions pass their
-    thresholds, here those of an expert to take a token.
-    """
-    assert config.capacity_router is not None
-    experts = min((layout.experts for layout in config.ffns.values()), default=0)
-    if capacity == 1 or not experts:
-        return config.capacity_router.capacity
-    share = config.capacity_router.capacity / experts
-    return experts * capacity * share / (1 - share + capacity * share)
-
-
-DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, top_k=0)
+DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, experts_per_token=0)
 
 
 def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
@@ -180,7 +153,7 @@ def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
     for block_ffn in Block("double", index).ffns:
         stream, length = block_ffn.stream, tokens.image if block_ffn.stream == "img" else tokens.text
         layout = conversion.ffns.get(block_ffn.name)
-        mlp = ffn(hidden, layout, conversion.top_k, length, conversion.capacity_router)
+        mlp = ffn(hidden, layout, conversion.experts_per_token, length, conversion.router)
         cost += (
             modulation(hidden, 6, conversion.adaln_rank)
             + linear(hidden, 3 * hidden, length)
@@ -203,16 +176,16 @@ def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
         + ffn(
             hidden,
             conversion.ffns.get(Block("single", index).name),
-            conversion.top_k,
+            conversion.experts_per_token,
             length,
-            conversion.capacity_router,
+            conversion.router,
         )
     )
 
 
 def group_routers(hidden: int, group: BlockGroup) -> Cost:
     """W_x and W_y (Eq. 5), on one vector each."""
-    return router(hidden, group.blocks, 1) + router(hidden, group.blocks, 1)
+    return linear(hidden, group.blocks, 1, bias=False) + linear(hidden, group.blocks, 1, bias=False)
 
 
 # Model

@@ -5,19 +5,23 @@ Shapes: T tokens, H hidden size, N = S + E F neurons, S shared neurons, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import FFNLayout, Gate
+from .config import FFNLayout
 from .experts import expert_down, expert_up, mean_compensation, plan_dispatch
 from .layout import expert_views
-from .routers import Routing
-from .routers.capacity_routing import CapacityTensors, PoolRouting, route_by_threshold, route_pool, updated_threshold
+from .routers import TOP_K_ROUTER, Gate, RouterCompanion, RouterTensors, Routing, TokenRouter
+from .routers.linear import RouterLinear, copied_linear, copied_parameter
+from .routers.token_router import BIAS, WEIGHT
 from .routers.top_k import route_top_k
+
+EXPERT_MEAN = "expert_mean"  # tensor's name after the FFN's
 
 
 def routed_experts(
@@ -75,51 +79,35 @@ def moe_ffn(
 
 @dataclass(kw_only=True, slots=True)
 class FusedFFN:
-    """One MoE FFN as the file holds it: weights of dense FLUX's shapes, neurons in the layout's order."""
+    """One MoE FFN as the file holds it: weights of dense FLUX's shapes, neurons in the layout's order.
+
+    `router` are the router's tensors by their names in the file after the FFN's.
+    """
 
     up_weight_NH: Tensor
     up_bias_N: Tensor
     down_weight_HN: Tensor
     down_bias_H: Tensor
-    router_weight_EH: Tensor
-    router_bias_E: Tensor | None
+    router: RouterTensors
     expert_mean_EH: Tensor | None
-    capacity: CapacityTensors | None = None  # None: a top-k router
 
     @classmethod
-    def empty(
-        cls,
-        hidden_size: int,
-        layout: FFNLayout,
-        *,
-        router_bias: bool,
-        expert_mean: bool,
-        predictor_width: int | None,
-        device: str | torch.device = "meta",
-    ) -> FusedFFN:
-        """The right shapes and nothing in them. `predictor_width`: of a capacity router; None is a top-k router."""
+    def empty(cls, hidden_size: int, layout: FFNLayout, router: TokenRouter, optional: Container[str]) -> FusedFFN:
+        """Tensors of the right shapes on the meta device. `optional` has the names of those that not every file has."""
 
         def tensor(*shape: int) -> Tensor:
-            return torch.empty(*shape, device=device)
+            return torch.empty(*shape, device="meta")
 
         experts, neurons = layout.experts, layout.neurons
-        capacity = predictor_width and CapacityTensors(
-            in_weight_DH=tensor(predictor_width, hidden_size),
-            in_bias_D=tensor(predictor_width),
-            out_weight_ED=tensor(experts, predictor_width),
-            out_bias_E=tensor(experts),
-            threshold_E=tensor(experts),
-            scale_1=tensor(1),
-        )
+        shapes = router.shapes(hidden_size, experts)
+        shapes |= {n: shape for n, shape in router.optional_shapes(hidden_size, experts).items() if n in optional}
         return cls(
             up_weight_NH=tensor(neurons, hidden_size),
             up_bias_N=tensor(neurons),
             down_weight_HN=tensor(hidden_size, neurons),
             down_bias_H=tensor(hidden_size),
-            router_weight_EH=tensor(experts, hidden_size),
-            router_bias_E=tensor(experts) if router_bias else None,
-            expert_mean_EH=tensor(experts, hidden_size) if expert_mean else None,
-            capacity=capacity or None,
+            router={name: tensor(*shape) for name, shape in shapes.items()},
+            expert_mean_EH=tensor(experts, hidden_size) if EXPERT_MEAN in optional else None,
         )
 
 
@@ -129,64 +117,16 @@ def recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class RouterLinear(nn.Linear):
-    """A router's weight and bias. Calling it gives them, since offloading libraries bring a layer in when it is called."""
-
-    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        return self.weight, self.bias
-
-
-class CapacityPredictor(nn.Module):
-    """A capacity router's parameters (`in_layer`, `out_layer`) and buffers (`threshold` [E], `scale` [1]) beside W_g.
-
-    `capacity` is for training: how many experts a token has on average; `factor` scales the thresholds otherwise.
-    In training it keeps what the last pool was routed to, until `update_threshold`. A forward that is recomputed in the
-    backward pass routes the same pool again and leaves what is kept as it is.
-    """
-
-    threshold: Tensor
-    scale: Tensor
-
-    def __init__(self, tensors: CapacityTensors, *, capacity: float) -> None:
-        super().__init__()
-        self.capacity, self.factor = capacity, 1.0
-        self.in_layer = _linear(tensors.in_weight_DH, tensors.in_bias_D, RouterLinear)
-        self.out_layer = _linear(tensors.out_weight_ED, tensors.out_bias_E, RouterLinear)
-        self.register_buffer("threshold", tensors.threshold_E.detach().clone())
-        self.register_buffer("scale", tensors.scale_1.detach().clone())
-        self.pool_P: Tensor | None = None  # capacity.pool_of the batch's padding mask; None: all tokens
-        self.pooled: PoolRouting | None = None
-
-    def forward(self) -> CapacityTensors:
-        (in_weight_DH, in_bias_D), (out_weight_ED, out_bias_E) = self.in_layer(), self.out_layer()
-        return CapacityTensors(
-            in_weight_DH=in_weight_DH,
-            in_bias_D=in_bias_D,
-            out_weight_ED=out_weight_ED,
-            out_bias_E=out_bias_E,
-            threshold_E=self.threshold,
-            scale_1=self.scale,
-        )
-
-    def copy(self) -> CapacityTensors:
-        tensors = self()
-        return CapacityTensors(**{f.name: getattr(tensors, f.name).detach().clone() for f in fields(tensors)})
-
-    def update_threshold(self, average: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Once a microbatch, after its backward pass, on every rank alike: see capacity.updated_threshold."""
-        self.threshold.copy_(updated_threshold(self.threshold, self.pooled, average))
-        self.pooled = None
-
-
 class MoEFFN(nn.Module):
     """A MoE FFN with shared and routed weights apart, so that each can be trained or frozen by itself.
 
     Parameters: `shared_up` and `shared_down` (linear layers), `routed_up` [E, F, H], `routed_up_bias` [E, F],
-    `routed_down` [E, H, F], `router` (a linear layer) and, if the file has them, `expert_mean` [E, H] and `capacity`
-    (a CapacityPredictor), which then routes in place of `top_k`: by pool in training, else by its thresholds.
+    `routed_down` [E, H, F], `router` (a linear layer, W_g) and, if the file has them, `expert_mean` [E, H] and the
+    router's companion, which in training also routes.
 
-    experts_on  False leaves the shared expert alone: no router, no experts, no means (training's first stage)
-    routing     in training what the last forward chose, for the losses, until it is set to None; None otherwise
+    router_value  value of the router's setting, see TokenRouter.setting
+    experts_on    False leaves the shared expert alone: no router, no experts, no means (training's first stage)
+    routing       in training what the last forward chose, for the losses, until it is set to None; None otherwise
     chunk_tokens  most tokens that the experts take at once; None lets plan_dispatch choose
     """
 
@@ -194,40 +134,44 @@ class MoEFFN(nn.Module):
     chunk_tokens: int | None = None
 
     def __init__(
-        self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, capacity: float | None = None
+        self, fused: FusedFFN, *, layout: FFNLayout, gate: Gate, top_k: int, router: TokenRouter = TOP_K_ROUTER
     ) -> None:
-        """`capacity`: of the configuration's capacity router, where there is one; None is top_k."""
+        """`top_k` and `router` are the configuration's."""
         super().__init__()
-        self.layout, self.gate, self.top_k = layout, gate, top_k
+        self.layout, self.gate = layout, gate
+        self.token_router, self.router_value = router, router.own_value(top_k)
         self.experts_on, self.routing = True, None
         shared = slice(0, layout.shared)
         up_EFH, up_bias_EF, down_HEF = expert_views(fused.up_weight_NH, fused.up_bias_N, fused.down_weight_HN, layout)
-        self.shared_up = _linear(fused.up_weight_NH[shared], fused.up_bias_N[shared])
-        self.shared_down = _linear(fused.down_weight_HN[:, shared], fused.down_bias_H)
-        self.routed_up = _parameter(up_EFH)
-        self.routed_up_bias = _parameter(up_bias_EF)
-        self.routed_down = _parameter(down_HEF.transpose(0, 1))
-        self.router = _linear(fused.router_weight_EH, fused.router_bias_E, RouterLinear)
+        self.shared_up = copied_linear(fused.up_weight_NH[shared], fused.up_bias_N[shared], nn.Linear)
+        self.shared_down = copied_linear(fused.down_weight_HN[:, shared], fused.down_bias_H, nn.Linear)
+        self.routed_up = copied_parameter(up_EFH)
+        self.routed_up_bias = copied_parameter(up_bias_EF)
+        self.routed_down = copied_parameter(down_HEF.transpose(0, 1))
+        self.router = copied_linear(fused.router[WEIGHT], fused.router.get(BIAS), RouterLinear)
         mean = fused.expert_mean_EH
-        self.expert_mean = None if mean is None else _parameter(mean)
-        self.capacity: CapacityPredictor | None = None
-        if fused.capacity is not None:
-            self.capacity = CapacityPredictor(fused.capacity, capacity=top_k if capacity is None else capacity)
+        self.expert_mean = None if mean is None else copied_parameter(mean)
+        if router.companion_name is not None:
+            self.add_module(router.companion_name, router.companion(fused.router))
+
+    @property
+    def companion(self) -> RouterCompanion | None:
+        """Parameters of the router beside W_g, if its kind has any."""
+        name = self.token_router.companion_name
+        return None if name is None else cast(RouterCompanion, self._modules[name])
 
     def route(self, x_TH: Tensor) -> Routing:
-        """The router's choice for x_TH [T, H]. A capacity router in training remembers it as `capacity.pooled`."""
-        (weight_EH, bias_E), capacity = self.router(), self.capacity
-        if capacity is None:
-            return route_top_k(x_TH, weight_EH, bias_E, top_k=self.top_k, gate=self.gate)
-        tensors = capacity()
-        if not self.training:
-            return route_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=self.gate, factor=capacity.factor)
-        pooled = route_pool(
-            x_TH, weight_EH, bias_E, tensors, gate=self.gate, capacity=capacity.capacity, pool_P=capacity.pool_P
-        )
-        if not recomputed():
-            capacity.pooled = pooled
-        return pooled.routing
+        """The router's choice for x_TH [T, H]. In training the companion, if there is one, routes and remembers."""
+        tensors, companion = self._router_tensors(), self.companion
+        if companion is None or not self.training:
+            return self.token_router.route(x_TH, tensors, gate=self.gate, value=self.router_value)
+        return companion.route(x_TH, tensors, self.gate, remember=not recomputed())
+
+    def _router_tensors(self) -> dict[str, Tensor]:
+        """The router's tensors by their names in the file."""
+        weight_EH, bias_E = self.router()
+        tensors = {WEIGHT: weight_EH} if bias_E is None else {WEIGHT: weight_EH, BIAS: bias_E}
+        return tensors if self.companion is None else tensors | self.companion()
 
     def forward(self, x: Tensor) -> Tensor:
         """As `moe_ffn`: [..., H] to [..., H]."""
@@ -254,11 +198,8 @@ class MoEFFN(nn.Module):
         self.routed_down.uniform_(-(width**-0.5), width**-0.5)
         if self.expert_mean is not None:
             self.expert_mean.zero_()
-        if self.capacity is not None:
-            self.capacity.in_layer.reset_parameters()
-            self.capacity.out_layer.reset_parameters()
-            self.capacity.threshold.fill_(0.5)
-            self.capacity.scale.fill_(1)
+        if self.companion is not None:
+            self.companion.reset_parameters()
 
     @torch.no_grad()
     def fused(self) -> FusedFFN:
@@ -268,20 +209,6 @@ class MoEFFN(nn.Module):
             up_bias_N=torch.cat([self.shared_up.bias, self.routed_up_bias.flatten()]),
             down_weight_HN=torch.cat([self.shared_down.weight, self.routed_down.transpose(0, 1).flatten(1)], dim=1),
             down_bias_H=self.shared_down.bias.clone(),
-            router_weight_EH=self.router.weight.clone(),
-            router_bias_E=None if self.router.bias is None else self.router.bias.clone(),
+            router={name: tensor.clone() for name, tensor in self._router_tensors().items()},
             expert_mean_EH=None if self.expert_mean is None else self.expert_mean.clone(),
-            capacity=None if self.capacity is None else self.capacity.copy(),
         )
-
-
-def _parameter(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format))
-
-
-def _linear(weight: Tensor, bias: Tensor | None, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = _parameter(weight)
-    if bias is not None:
-        layer.bias = _parameter(bias)
-    return layer

@@ -246,7 +246,7 @@ class Trace:
             "text_tokens": self.text_tokens,
             "image_tokens": self.image_tokens,
             "reference_tokens": self.reference_tokens,
-            "router": "top_k" if config.capacity_router is None else "capacity",
+            "router": config.router.kind,
             "slots": self.slots,
             "samples": [
                 {"index": index, "cond": key.condition, "prompt": key.entry, "image": key.image}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from d2m_model.checkpoint import CheckpointError
-from d2m_model.config import ConfigError
+from d2m_model.fields import ConfigError
 
 from . import UserError
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2m_model.config import PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
 from d2m_model.conversion.ffn import Experts
-from d2m_model.conversion.options import OPTIONS, Baseline, FFNKind, Importance, TokenRouter
+from d2m_model.conversion.options import OPTIONS, Baseline, FFNKind, Importance
 from d2m_model.conversion.router_init import RouterInit
+from d2m_model.routers import KINDS
 
 from . import UserError
 
@@ -66,10 +67,16 @@ def _option(name: str) -> Any:
     return Field(option.default, description=option.help)
 
 
+def _known_router(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of router; expected {' or '.join(map(repr, KINDS))}")
+    return kind
+
+
 class StudentSection(Section):
     preset: PresetName = Field(description=OPTIONS["preset"].help)
     baseline: Baseline = _option("baseline")
-    router: TokenRouter = _option("router_kind")
+    router: Annotated[str, AfterValidator(_known_router)] = _option("router_kind")
     predictor_width: Count = _option("predictor_width")
     top_k: Count = _option("top_k")
     ffns: FFNKind = _option("ffns")

@@ -26,7 +26,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, dims_of, parse_config
 from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
-from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, experts_at, flux
+from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from ..d2m_model.tensor_file import TensorFile
 from .model.settings import active_blocks
 from .prompt_graph import PromptGraph, result_digests
@@ -161,8 +161,7 @@ def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:
     dense, cost = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
     sliders: dict[str, Any] = {"experts": 0, "groups": []}
     if isinstance(model, FluxMoEConfig):
-        if model.capacity_router is None:
-            sliders["experts"] = min((layout.experts for layout in model.ffns.values()), default=0)
+        sliders["experts"] = model.router.highest(model.fewest_experts) or 0
         sliders["groups"] = [group.blocks for group in model.groups]
     return {
         "total": round(cost.total),
@@ -179,25 +178,21 @@ def _requested_conversion(config: FluxMoEConfig, query: Mapping[str, str], notes
 
     Raises RequestError.
     """
-    experts = min((layout.experts for layout in config.ffns.values()), default=0)
-    top_k, capacity = None, _number(query, "capacity", 1.0, _MAX_CAPACITY)
-    if config.capacity_router is not None:
-        mean = experts_at(capacity, config)
-        if capacity in (0, 1):
-            notes.append(f"Capacity {capacity:g}: {mean:g} experts a token on average.")
-        else:
-            notes.append(
-                f"At capacity {capacity:g} an estimate: about {mean:.1f} experts a token, which depends on the image."
-            )
+    router, experts, value = config.router, config.fewest_experts, config.router_value
+    highest = router.highest(experts)
+    if highest is None:
+        value = _number(query, router.setting, value, _MAX_CAPACITY)
     elif experts:
-        top_k = _whole_number(query, "top_k", config.top_k, 0, experts)
+        value = _whole_number(query, router.setting, int(value), 0, highest)
+    if (note := router.note(value, experts)) is not None:
+        notes.append(note)
     active = None
     if config.groups:
         try:
             active = active_blocks(_requested_blocks(query.get("active_blocks", "")), config.groups)
         except ValueError as error:
             raise RequestError(400, str(error)) from None
-    return Conversion.of(config, top_k, active_blocks=active, capacity=capacity)
+    return Conversion.of(config, value, active_blocks=active)
 
 
 def _requested_blocks(text: str) -> int | list[int] | None:

@@ -13,7 +13,7 @@ from ..blocks import is_modulation
 from ..checkpoint import CONFIG_KEY, config_tensor, expected_tensors, optional_tensors
 from ..config import FluxMoEConfig, Teacher
 from ..layout import ffn_tensors
-from ..routers.capacity_routing import CapacityTensors
+from ..routers.token_router import BIAS
 from ..teacher import DenseTeacher
 from ..tensor_file import CheckpointError, Shape
 from ..tensor_writer import TensorWriter
@@ -66,8 +66,7 @@ def convert_file(
     """Write the FLUX-MoE of `teacher` that `config` describes, and give its configuration with the teacher's sha256.
 
     The teacher is read once, tensor by tensor; `plan` is asked for each FFN of `config.ffns` as it goes past, and must
-    give router biases and expert means if `router_bias` and `expert_mean` announce them, and a capacity router if `config`
-    has them. `modulations` is needed if
+    give router biases and expert means if `router_bias` and `expert_mean` announce them. `modulations` is needed if
     `config.adaln_rank` is set; `block_routers` are the tensors of `config.groups`, float32, by name. `progress` hears of
     `teacher.size` bytes in all. Weights keep the teacher's dtype; what is added is float32. Raises CheckpointError if
     the file cannot be written, or would replace the teacher.
@@ -181,14 +180,10 @@ class _Conversion:
         self._check(ffn, plan, router_bias=router_bias, expert_mean=expert_mean)
         put, order = self.writer.put_pieces, plan.order_N
         self.writer.put(f"{ffn}.neuron_order", order)
-        self.writer.put(f"{ffn}.router.weight", plan.router_EH)
-        if plan.router_bias_E is not None:
-            self.writer.put(f"{ffn}.router.bias", plan.router_bias_E)
+        for name, tensor in plan.router.items():
+            self.writer.put(f"{ffn}.{name}", tensor.float())
         if plan.expert_mean_EH is not None:
             self.writer.put(f"{ffn}.expert_mean", plan.expert_mean_EH)
-        if plan.capacity is not None:
-            for name, tensor in capacity_tensors(ffn, plan.capacity).items():
-                self.writer.put(name, tensor.float())
         put(f"{at.up}.weight", permuted_pieces(up, 0, at.first_row, order))
         put(f"{at.up}.bias", permuted_pieces(up_bias, 0, at.first_row, order))
         pieces = permuted_pieces(down, 1, at.first_column, order)
@@ -202,29 +197,14 @@ class _Conversion:
 
     def _check(self, ffn: str, plan: FFNPlan, *, router_bias: bool, expert_mean: bool) -> None:
         """Raises ValueError for a plan that is not what was announced: a file is not written otherwise than it says."""
-        for what, given, announced in (
-            ("router_bias_E", plan.router_bias_E, router_bias),
-            ("expert_mean_EH", plan.expert_mean_EH, expert_mean),
-            ("capacity", plan.capacity, self.config.capacity_router is not None),
-        ):
-            if (given is not None) != announced:
-                raise ValueError(
-                    f"{ffn}: {what} is {'given' if given is not None else 'missing'}; announced otherwise."
-                )
+        announced = [*self.config.router.shapes(0, 0), *([BIAS] if router_bias else ())]
+        if sorted(plan.router) != sorted(announced):
+            raise ValueError(f"{ffn}: router has {', '.join(plan.router)}; announced {', '.join(announced)}.")
+        if (plan.expert_mean_EH is not None) != expert_mean:
+            given = "missing" if plan.expert_mean_EH is None else "given"
+            raise ValueError(f"{ffn}: expert_mean_EH is {given}; announced otherwise.")
         if self.config.split_only and (plan.shared_down_HS is not None or plan.down_bias_H is not None):
             raise ValueError(f"{ffn}: refit; expected the teacher's weights, since split_only is true.")
-
-
-def capacity_tensors(ffn: str, tensors: CapacityTensors) -> dict[str, Tensor]:
-    """By their names in the file."""
-    return {
-        f"{ffn}.capacity.in_layer.weight": tensors.in_weight_DH,
-        f"{ffn}.capacity.in_layer.bias": tensors.in_bias_D,
-        f"{ffn}.capacity.out_layer.weight": tensors.out_weight_ED,
-        f"{ffn}.capacity.out_layer.bias": tensors.out_bias_E,
-        f"{ffn}.capacity.scale": tensors.scale_1,
-        f"{ffn}.threshold": tensors.threshold_E,
-    }
 
 
 def _with_columns(pieces: Iterable[Tensor], first: int, columns_HS: Tensor) -> Iterator[Tensor]:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import FFNLayout
-from ..routers.capacity_routing import CapacityTensors
+from ..routers import TOP_K_ROUTER, RouterTensors, TokenRouter
+from ..routers.token_router import BIAS, WEIGHT
+from ..routers.top_k import chosen_top_k
 from .coactivation import coactivation_experts
 from .interfaces import FFNPlan, FFNWeights
 from .least_squares import Normal
-from .predictor_init import fitted_tensors, predicted, selection
 from .router_init import RouterInit, centroid_router, random_router, ridge_router
 from .split import by_importance, generator_for, neuron_order, order_of
 
@@ -37,12 +38,11 @@ class Recipe:
     refit: bool  # W2 and b2 of the shared expert learn, in closed form, what the experts not chosen would have added
     top_k: int  # for which clusters, ridge router and refit are made
     seed: int
-    # Of a capacity router's predictor: experts then take top_k / experts of the tokens each. None: every token top_k experts.
-    predictor_width: int | None = None
+    token_router: TokenRouter = TOP_K_ROUTER
 
     @property
     def needs_inputs(self) -> bool:
-        fitted = self.mean or self.refit or self.predictor_width is not None
+        fitted = self.mean or self.refit or self.token_router.needs_data
         return self.experts == "coactivation" or self.router == "ridge" or fitted
 
 
@@ -78,7 +78,7 @@ def plan_without_data(
         router_EH = centroid_router(weights.up_NH, order_N, layout)
     else:
         router_EH = random_router(layout, weights.up_NH.shape[1], generator_for(recipe.seed, f"{name} router"))
-    return FFNPlan(order_N=order_N, router_EH=router_EH)
+    return FFNPlan(order_N=order_N, router={WEIGHT: router_EH})
 
 
 def plan_with_data(
@@ -100,19 +100,16 @@ def plan_with_data(
     rest = _Split.of(dense, layout, order_N, rest_TH, mean_N=fit.mean_N)
 
     routers = _routers(name, weights, layout, order_N, fit, recipe)
-    weight_EH, bias_E = routers[recipe.router]
     errors: dict[str, float] = {
         router: rest.error(rest.missing(rest.chosen(*parameters, recipe.top_k)))
         for router, parameters in routers.items()
     }
     errors["oracle"] = rest.error(rest.missing(rest.best(recipe.top_k)))
-    routing = _Routing.of(name, weight_EH, bias_E, fit, rest, recipe)
+    routing = _FittedRouter.of(name, *routers[recipe.router], fit, rest, recipe)
     plan = FFNPlan(
         order_N=order_N,
-        router_EH=weight_EH,
-        router_bias_E=bias_E,
+        router=routing.tensors,
         expert_mean_EH=fit.expert_means() if recipe.mean else None,
-        capacity=routing.capacity,
     )
     missing_TH = rest.missing(routing.rest_TE)
     if not recipe.refit:
@@ -134,35 +131,26 @@ def plan_with_data(
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class _Routing:
-    """Which experts the file gives the tokens of a fit and the rest, bool [T, E]; its capacity router, if it has one."""
+class _FittedRouter:
+    """The file's router of an FFN, and the experts that it gives the tokens of the fit and the rest, bool [T, E]."""
 
+    tensors: RouterTensors
     fit_TE: Tensor
     rest_TE: Tensor
-    capacity: CapacityTensors | None
     report: dict[str, float]
 
     @classmethod
     def of(
         cls, name: str, weight_EH: Tensor, bias_E: Tensor | None, fit: _Split, rest: _Split, recipe: Recipe
-    ) -> _Routing:
-        if recipe.predictor_width is None:
-            fit_TE, rest_TE = (split.chosen(weight_EH, bias_E, recipe.top_k) for split in (fit, rest))
-            return cls(fit_TE=fit_TE, rest_TE=rest_TE, capacity=None, report={})
-        weight_EH = weight_EH.to(fit.x_TH)
-        bias_E = None if bias_E is None else bias_E.to(fit.x_TH)
-        capacity = fitted_tensors(
-            fit.x_TH,
-            weight_EH,
-            bias_E,
-            capacity=recipe.top_k,
-            width=recipe.predictor_width,
-            generator=generator_for(recipe.seed, f"{name} predictor"),
-        )
-        found_TE, wanted_TE = predicted(rest.x_TH, capacity), selection(rest.x_TH, weight_EH, bias_E, recipe.top_k)
-        both, either = (found_TE & wanted_TE).sum(), found_TE.sum() + wanted_TE.sum()
-        report = {"agrees": float(2 * both / either.clamp_min(1)), "experts": float(found_TE.sum() / len(found_TE))}
-        return cls(fit_TE=predicted(fit.x_TH, capacity), rest_TE=found_TE, capacity=capacity, report=report)
+    ) -> _FittedRouter:
+        router = recipe.token_router
+        tensors = {WEIGHT: weight_EH} if bias_E is None else {WEIGHT: weight_EH, BIAS: bias_E}
+        there = {part: tensor.to(fit.x_TH) for part, tensor in tensors.items()}
+        beside = router.fit(fit.x_TH, there, generator_for(recipe.seed, f"{name} predictor"))
+        there |= beside
+        fit_TE, rest_TE = (router.chosen(split.x_TH, there, recipe.top_k) for split in (fit, rest))
+        report = router.fit_report(rest.x_TH, there, rest_TE)
+        return cls(tensors=tensors | beside, fit_TE=fit_TE, rest_TE=rest_TE, report=report)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -273,9 +261,7 @@ class _Split:
 
     def chosen(self, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
         """bool [T, E], as route_top_k chooses."""
-        logits_TE = F.linear(self.x_TH, weight_EH.to(self.x_TH), None if bias_E is None else bias_E.to(self.x_TH))
-        first_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, first_TK, True)
+        return chosen_top_k(self.x_TH, weight_EH, bias_E, top_k)
 
     def missing(self, chosen_TE: Tensor) -> Tensor:
         """What the experts not chosen would add beyond their means, [T, H]."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..blocks import BLOCK_KINDS, Block
-from ..config import BlockGroup, ConfigError, FluxDims, PresetName, Selection, dense_doubles, preset_groups
+from ..config import BlockGroup, FluxDims, PresetName, Selection, dense_doubles, preset_groups
+from ..fields import ConfigError
 from .block_routers import BlockChange
 
 SYNTAX = "kind:first-last/active, such as double:4-6/1 or single:10-14 (active is then the default)"

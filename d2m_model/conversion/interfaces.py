@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..routers.capacity_routing import CapacityTensors
+from ..routers import RouterTensors
 from ..tensor_file import Shape
 
 
@@ -53,12 +53,10 @@ class FFNPlan:
     """What a dense FFN becomes. With neither refit tensor the FFN's weights are the teacher's, permuted."""
 
     order_N: Tensor  # int32: position -> neuron of the dense FFN
-    router_EH: Tensor  # float32
-    router_bias_E: Tensor | None = None  # float32
+    router: RouterTensors  # by their names in the file after the FFN's
     expert_mean_EH: Tensor | None = None  # float32
     shared_down_HS: Tensor | None = None  # refit: W2 of the shared expert, its neurons in the new order
     down_bias_H: Tensor | None = None  # refit: b2
-    capacity: CapacityTensors | None = None  # of a capacity router
 
 
 # By FFN name. Asked once for each FFN, in the order of the file; what it returns is not kept longer than needed.

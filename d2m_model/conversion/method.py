@@ -8,11 +8,9 @@ from typing import Literal, TypeVar
 from .. import VERSION
 from ..config import (
     BlockGroup,
-    CapacityRouter,
     FFNLayout,
     FluxDims,
     FluxMoEConfig,
-    Gate,
     PresetName,
     Selection,
     Teacher,
@@ -21,10 +19,11 @@ from ..config import (
     preset_groups,
     preset_layouts,
 )
+from ..routers import KINDS, Gate, TopKRouter
 from .block_routers import BlockRouterInit
 from .ffn import Recipe
 from .groups import parse_groups, with_choice
-from .options import Baseline, FFNKind, Importance, TokenRouter, needing_data
+from .options import Baseline, FFNKind, Importance, needing_data
 
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
@@ -44,7 +43,7 @@ class Method:
     ffns          `moe`: those of preset L; `dense`: the teacher's, for block groups or depth pruning alone (Table 3)
     baseline      `mlp_pruning`: what top_k experts would be is part of the shared expert, and no other expert runs (Table
                   2); `depth_pruning`: of each group the blocks that change most are kept, no others (Table 3; needs data)
-    router        `capacity`: DiffMoE's, with a predictor of `predictor_width` (needs data)
+    router        kind of token router, see routers.KINDS; `capacity` has a predictor of `predictor_width` (needs data)
     importance    `taylor` (a backward pass) and `activation` need data, as `recipe.needs_inputs` does
     adaln_rank    of the AdaLN compression: `preset` is hidden size / 12, None leaves the modulations dense
     """
@@ -56,7 +55,7 @@ class Method:
     block_router: BlockRouterInit
     ffns: FFNKind
     baseline: Baseline
-    router: TokenRouter
+    router: str
     predictor_width: int
     recipe: Recipe
     importance: Importance
@@ -94,21 +93,21 @@ class Method:
 
 def resolved(method: AnyMethod) -> AnyMethod:
     """With the recipe that the baseline and the router want. Raises MethodError for what does not go together."""
-    recipe = method.recipe
+    recipe, kind = method.recipe, KINDS[method.router]
+    other_router = kind is not TopKRouter
     if method.baseline == "depth_pruning" and method.preset == "L" and not isinstance(method.groups, tuple):
         raise MethodError("Depth pruning leaves blocks of the preset's groups out, and L has none; take M, S or XS.")
     if method.baseline == "mlp_pruning":
-        if method.ffns == "dense" or method.router == "capacity":
-            what = "dense FFNs" if method.ffns == "dense" else "a capacity router"
+        if method.ffns == "dense" or other_router:
+            what = "dense FFNs" if method.ffns == "dense" else kind.named
             raise MethodError(f"MLP pruning is of FFNs without routers; leave out one of it and {what}.")
         recipe = replace(recipe, experts="dealt", router="random", mean=False)
     if method.ffns == "dense":
-        if method.router == "capacity":
-            raise MethodError("A capacity router needs experts; the FFNs are to stay dense.")
+        if other_router:
+            raise MethodError(f"{kind.named.capitalize()} needs experts; the FFNs are to stay dense.")
         recipe = replace(recipe, experts="dealt", router="random", mean=False, refit=False)
-    if method.router == "capacity":
-        recipe = replace(recipe, predictor_width=method.predictor_width)
-    return replace(method, recipe=recipe)
+    router = kind.for_conversion(top_k=recipe.top_k, predictor_width=method.predictor_width)
+    return replace(method, recipe=replace(recipe, token_router=router))
 
 
 def groups_of(method: Method, dims: FluxDims) -> tuple[BlockGroup, ...]:
@@ -130,7 +129,6 @@ def new_config(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str,
     is what `dims` and the preset say, until calibration has told which blocks.
     """
     recipe, rank = method.recipe, method.rank(dims)
-    width = recipe.predictor_width
     return FluxMoEConfig(
         dims=dims,
         ffns=_layouts(method, dims),
@@ -140,7 +138,7 @@ def new_config(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str,
         adaln_rank=rank,
         split_only=rank is None and not recipe.refit and method.baseline != "depth_pruning",
         teacher=teacher,
-        capacity_router=None if width is None else CapacityRouter(capacity=float(recipe.top_k), width=width),
+        router=recipe.token_router,
         provenance=_provenance(method, data),
     )
 
@@ -160,7 +158,14 @@ def _layouts(method: Method, dims: FluxDims) -> dict[str, FFNLayout]:
 def _provenance(method: Method, data: dict[str, object] | None) -> dict[str, object]:
     how: dict[str, object] = {"tool": f"ComfyUI-Dense2MoE {VERSION}", "preset": method.preset}
     if method.ffns == "moe":
-        how |= {"importance": method.importance, **asdict(method.recipe)}
+        recipe = asdict(method.recipe)
+        del recipe["token_router"]
+        how |= {
+            "importance": method.importance,
+            **recipe,
+            "predictor_width": None,
+            **method.recipe.token_router.provenance,
+        }
     if method.baseline != "none":
         how["baseline"] = method.baseline
     if method.preset != "L" or method.groups != "preset":

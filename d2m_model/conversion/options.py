@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..config import PREDICTOR_WIDTH, PresetName, Selection
+from ..config import PresetName, Selection
+from ..routers import KINDS
+from ..routers.capacity import PREDICTOR_WIDTH
 from .block_routers import BlockRouterInit
 from .ffn import Experts, Recipe
 from .router_init import RouterInit
@@ -17,7 +19,6 @@ from .router_init import RouterInit
 Importance = Literal["taylor", "activation", "weight-norm"]
 FFNKind = Literal["moe", "dense"]
 Baseline = Literal["none", "mlp_pruning", "depth_pruning"]
-TokenRouter = Literal["top_k", "capacity"]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -67,8 +68,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "router_kind": Option(
         default="top_k",
-        choices=get_args(TokenRouter),
-        needs_data=("capacity",),
+        choices=tuple(KINDS),
+        needs_data=tuple(name for name, kind in KINDS.items() if kind.needs_data),
         help="top_k: every token has top_k experts; capacity: DiffMoE's, top_k experts on average (needs data)",
     ),
     "ffns": Option(

@@ -13,7 +13,7 @@ Shapes: T tokens, P of them in the pool, S tokens of an expert, H hidden size, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,9 @@ from .routing import Gate, Routing, float32_linear
 THRESHOLD_DECAY = 0.95  # DiffMoE's
 
 
-@dataclass(kw_only=True)  # no slots: DeepSpeed looks by vars() into what a module returns
+@dataclass(kw_only=True, slots=True)
 class CapacityTensors:
-    """What a FFN's capacity router has beside W_g, as the file holds it (`<ffn>.capacity.*`, `<ffn>.threshold`)."""
+    """Tensors of one FFN's capacity router beside W_g."""
 
     in_weight_DH: Tensor
     in_bias_D: Tensor
@@ -35,6 +35,25 @@ class CapacityTensors:
     out_bias_E: Tensor
     threshold_E: Tensor  # probabilities
     scale_1: Tensor
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> CapacityTensors:
+        """From tensors by their names in the file after the FFN's, among them these."""
+        return cls(**{field: tensors[name] for field, name in _NAMES.items()})
+
+    def named(self) -> dict[str, Tensor]:
+        """By these names."""
+        return {name: getattr(self, field) for field, name in _NAMES.items()}
+
+
+_NAMES = {
+    "in_weight_DH": "capacity.in_layer.weight",
+    "in_bias_D": "capacity.in_layer.bias",
+    "out_weight_ED": "capacity.out_layer.weight",
+    "out_bias_E": "capacity.out_layer.bias",
+    "scale_1": "capacity.scale",
+    "threshold_E": "threshold",
+}
 
 
 def predict(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
@@ -116,14 +135,6 @@ class PoolRouting:
         return loss / max(1, self.selected_PE.numel())
 
 
-def pool_of(keep_T: Tensor) -> Tensor:
-    """The pool: indices, int64 [P], of the tokens that a mask keeps (padding text tokens stay out).
-
-    Counting them makes the host wait for the device, so a step calls this once, not once for each layer.
-    """
-    return keep_T.flatten().nonzero().squeeze(1)
-
-
 def share_of(tokens: int, experts: int, capacity: float) -> int:
     """floor(tokens / experts * capacity): how many tokens of a pool each expert takes. At most all of them."""
     return min(tokens, math.floor(tokens * capacity / experts))
@@ -173,68 +184,14 @@ def route_pool(
 
 
 @torch.no_grad()
-def updated_threshold(
-    threshold_E: Tensor, pooled: PoolRouting | None, average: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """The thresholds, float32, after one more pool: a running mean of the prediction that would give an expert its share.
+def updated_threshold(threshold_E: Tensor, pooled: PoolRouting | None) -> Tensor:
+    """The thresholds, float32, after one more pool: a running mean of the prediction that gives an expert its share.
 
-    That is the S-th highest sigmoid: whatever the predictor's errors, as many tokens pass as the expert took.
-    `average` means a tensor over ranks. It is called also where there is nothing new (`pooled` None, or a pool too small
-    for a share), because the other ranks are waiting in it.
+    That prediction is the S-th highest sigmoid: whatever the predictor's errors, as many tokens pass as the expert took.
+    Without a pool (None), or with one too small for a share, the thresholds stay as they are.
     """
     updated_E = threshold_E.float()
-    if pooled is not None and pooled.share > 0:
-        last_E = pooled.predicted_PE.topk(pooled.share, dim=0).values[-1].sigmoid()
-        updated_E = THRESHOLD_DECAY * updated_E + (1 - THRESHOLD_DECAY) * last_E
-    return updated_E if average is None else average(updated_E)
-
-
-# Initialisation
-
-
-@torch.no_grad()
-def initial_tensors(
-    x_TH: Tensor,
-    weight_EH: Tensor,
-    bias_E: Tensor | None,
-    *,
-    capacity: float,
-    width: int,
-    generator: torch.Generator,
-) -> CapacityTensors:
-    """A capacity router before training, from calibration inputs of its FFN: float32, on the device of x.
-
-    The predictor is random (Xavier, zero biases: DiffMoE's) and knows nothing yet; thresholds are set so that each
-    expert gets its share of these tokens from it. The scale is 1 / mean gate of the selected. Raises ValueError if
-    there are too few tokens for a share.
-    """
-    tokens, hidden, experts = *x_TH.shape, weight_EH.shape[0]
-    share = share_of(tokens, experts, capacity)
-    if share == 0:
-        least = math.ceil(experts / capacity)
-        raise ValueError(f"There are {tokens} calibration tokens; expected {least} or more, one for each expert.")
-
-    def xavier(outputs: int, inputs: int) -> Tensor:
-        bound = math.sqrt(6 / (inputs + outputs))
-        return ((2 * torch.rand(outputs, inputs, generator=generator) - 1) * bound).to(x_TH.device)
-
-    alpha_TE = float32_linear(x_TH, weight_EH, bias_E).softmax(dim=-1)
-    mean_gate = alpha_TE.gather(0, select(alpha_TE, capacity)).mean()
-    tensors = CapacityTensors(
-        in_weight_DH=xavier(width, hidden),
-        in_bias_D=torch.zeros(width, device=x_TH.device),
-        out_weight_ED=xavier(experts, width),
-        out_bias_E=torch.zeros(experts, device=x_TH.device),
-        threshold_E=torch.zeros(experts, device=x_TH.device),
-        scale_1=mean_gate.reciprocal().view(1),
-    )
-    tensors.threshold_E = thresholds_of(predict(x_TH, tensors), share)
-    return tensors
-
-
-def thresholds_of(predicted_TE: Tensor, share: int) -> Tensor:
-    """float32 [E], probabilities: of these tokens each expert gets the `share` (1 or more) that it is most likely to take."""
-    sorted_TE = predicted_TE.sort(dim=0, descending=True).values
-    # Between the last that is to pass and the first that is not.
-    first_out = sorted_TE[share] if share < len(sorted_TE) else sorted_TE[-1] - 1
-    return ((sorted_TE[share - 1] + first_out) / 2).sigmoid()
+    if pooled is None or pooled.share == 0:
+        return updated_E
+    last_E = pooled.predicted_PE.topk(pooled.share, dim=0).values[-1].sigmoid()
+    return THRESHOLD_DECAY * updated_E + (1 - THRESHOLD_DECAY) * last_E

@@ -5,10 +5,59 @@ Shapes: T tokens, H hidden size, E experts, K top_k.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .routing import Gate, Routing, float32_linear
+from .token_router import BIAS, WEIGHT, RouterTensors, TokenRouter
+
+
+@dataclass(kw_only=True, frozen=True)
+class TopKRouter(TokenRouter):
+    """The paper's router, which files have unless they say otherwise. Its k is the configuration's top_k."""
+
+    kind: ClassVar[str] = "top_k"
+    named: ClassVar[str] = "top-k routers"
+    setting: ClassVar[str] = "top_k"
+    label: ClassVar[str] = "Top-K"
+    option: ClassVar[str] = "--top-k"
+    steering: ClassVar[str] = "it has no capacity routers. Set `top_k` instead."
+    whole: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+    balanced: ClassVar[bool] = True
+
+    def route(self, x_TH: Tensor, tensors: RouterTensors, *, gate: Gate, value: float) -> Routing:
+        return route_top_k(x_TH, tensors[WEIGHT], tensors.get(BIAS), top_k=int(value), gate=gate)
+
+    def own_value(self, top_k: int) -> int:
+        return top_k
+
+    def checked(self, value: float, experts: int) -> float:
+        if not 0 <= value <= experts:
+            raise ValueError(
+                f"Top-K is {value}, but this FLUX-MoE has {experts} experts per FFN. Choose 0 to {experts}."
+            )
+        return value
+
+    def highest(self, experts: int) -> int:
+        return experts
+
+    def described(self, top_k: int) -> str:
+        return f"top-{top_k}"
+
+    def experts_per_token(self, value: float, experts: int) -> float:
+        return value
+
+    @classmethod
+    def for_conversion(cls, *, top_k: int, predictor_width: int) -> TopKRouter:
+        return cls()
+
+    def chosen(self, x_TH: Tensor, tensors: RouterTensors, top_k: int) -> Tensor:
+        return chosen_top_k(x_TH, tensors[WEIGHT], tensors.get(BIAS), top_k)
 
 
 def check_top_k(top_k: int, experts: int) -> None:
@@ -34,3 +83,10 @@ def route_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, *, top_k
         # Renormalising a softmax over the chosen is the softmax of their logits.
         gates_TK = gate.scale * logits_TE.gather(-1, experts_TK).softmax(dim=-1)
     return Routing.even(experts_TK, gates_TK, logits_TE, gate_unit=gate.scale)
+
+
+def chosen_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
+    """bool [T, E]: the experts that `route_top_k` gives float32 tokens."""
+    logits_TE = F.linear(x_TH, weight_EH.to(x_TH), None if bias_E is None else bias_E.to(x_TH))
+    first_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, first_TK, True)

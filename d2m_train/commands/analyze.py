@@ -246,8 +246,9 @@ def draw_top_k(args: argparse.Namespace, out: Path, prompts: Sequence[Prompt], e
         raise UserError(f"--top-k is {args.top_k!r}; expected comma-separated numbers, such as 0,1,2,4.") from None
     asked = encoders.batch([prompt.text for prompt in prompts], args.guidance)
     model: FluxMoETransformer2DModel = load_flux(args.file, model_dtype(args), args.device)
-    if model.flux_moe.capacity_router is not None:
-        raise UserError(f"{args.file} has a capacity router, which has no top-k.")
+    router = model.flux_moe.router
+    if router.setting != "top_k":
+        raise UserError(f"{args.file} has {router.named}, which has no top-k.")
     tokens: dict[str, Tensor] = {}
     for k in ks:
         try:

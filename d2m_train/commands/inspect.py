@@ -110,10 +110,7 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
     weights = "changed: needs the pack"
     if config.split_only:
         weights = "the teacher's, reordered: opens as the teacher without the pack"
-    routing = f"top-{config.top_k}"
-    if config.capacity_router is not None:
-        capacity, width = config.capacity_router.capacity, config.capacity_router.width
-        routing = f"by capacity, {capacity:g} experts a token on average, predictor {width} wide"
+    routing = config.router.described(config.top_k)
     return [
         *lines,
         ("routing", f"{routing}, gate {config.gate.mode}, scale {config.gate.scale:g}"),

@@ -84,7 +84,7 @@ def preset_costs(dims: FluxDims, tokens: Tokens, presets: Sequence[PresetName], 
             ffns=preset_layouts(dims),
             groups=preset_groups(preset, dims),
             adaln_rank=adaln_rank_of(dims.hidden_size),
-            top_k=top_k,
+            experts_per_token=top_k,
         )
         costs[preset] = flux(dims, conversion, tokens)
     return costs

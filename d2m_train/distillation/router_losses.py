@@ -16,7 +16,8 @@ from d2m_model.blocks import FFN
 from d2m_model.config import FluxMoEConfig
 from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
-from d2m_model.routers.capacity_routing import pool_of, updated_threshold
+from d2m_model.routers import RouterCompanion
+from d2m_model.routers.token_router import pool_of
 
 from ..run_config import RunConfig
 from .losses import StepLosses, balance_loss
@@ -80,14 +81,13 @@ class RouterTraining:
         """Padding text tokens stay out of a capacity router's pool. One mask per stream."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
-            if moe.capacity is None:
+            if moe.companion is None:
                 continue
             stream = FFN.parse(name).stream
             if stream not in pools:
                 kept_BT = kept_tokens(name, tokens)
-                device = moe.capacity.threshold.device
-                pools[stream] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(device))
-            moe.capacity.pool_P = pools[stream]
+                pools[stream] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(moe.companion.device))
+            moe.companion.pool_P = pools[stream]
 
     def step_losses(self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens) -> StepLosses:
         """Losses against the teacher, with those of the routers added: after the forward pass that made them."""
@@ -110,17 +110,17 @@ class RouterTraining:
                 balances.append(block_balance_loss(routing, self.fractions[number].to(device)))
         if balances:
             yield "block_balance", torch.stack(balances).mean(), self.run.losses.balance
-        pools = [moe.capacity.pooled for _, moe in self._predicting() if moe.capacity is not None]
-        losses = [pool.predictor_loss() for pool in pools if pool is not None]
-        if losses:
-            yield "predictor", torch.stack(losses).mean(), 1.0
+        losses: dict[str, list[Tensor]] = {}
+        for _, companion in self._companions():
+            if (loss := companion.loss()) is not None:
+                losses.setdefault(companion.loss_name, []).append(loss)
+        for name, found in losses.items():
+            yield name, torch.stack(found).mean(), 1.0
 
     def after_backward(self) -> None:
-        """Once a microbatch: what capacity thresholds make of the pool that was just routed."""
-        for name, moe in self._predicting():
-            assert moe.capacity is not None
-            pooled, moe.capacity.pooled = moe.capacity.pooled, None
-            self.thresholds.setdefault(name, []).append(updated_threshold(moe.capacity.threshold, pooled))
+        """Take the thresholds that follow from the pools just routed. Called once a microbatch."""
+        for name, companion in self._companions():
+            self.thresholds.setdefault(name, []).append(companion.take_update())
 
     def end_step(self) -> None:
         """Once a step, on every rank alike: thresholds and choice fractions follow, by the mean over its microbatches and
@@ -132,16 +132,15 @@ class RouterTraining:
         for number, found in self.chosen.items():
             self.fractions[number].copy_(self.average(torch.stack(found).mean(0)))
         self.chosen.clear()
-        for name, moe in self._predicting():
-            assert moe.capacity is not None
+        for name, companion in self._companions():
             if thresholds := self.thresholds.pop(name, []):
-                moe.capacity.threshold.copy_(self.average(torch.stack(thresholds).mean(0)))
+                companion.update(self.average(torch.stack(thresholds).mean(0)))
 
-    def _predicting(self) -> Iterator[tuple[str, MoEFFN]]:
-        """The FFNs whose capacity predictor is being trained."""
+    def _companions(self) -> Iterator[tuple[str, RouterCompanion]]:
+        """Companions of routers that are being trained, by FFN."""
         for name, moe in self.core.moe_ffns().items():
-            if self.plan.experts_on and moe.capacity is not None and moe.capacity.in_layer.weight.requires_grad:
-                yield name, moe
+            if self.plan.experts_on and moe.companion is not None and moe.companion.learns:
+                yield name, moe.companion
 
     def _token_balance(self, tokens: PaddedTokens, device: torch.device) -> Tensor:
         """The mean over layers of GShard's loss; padding text tokens count only if the run says so."""

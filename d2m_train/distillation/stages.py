@@ -63,7 +63,7 @@ def trainable_stages(config: FluxMoEConfig) -> tuple[Stage, ...]:
     """The training stages that have something to train: no experts without a top_k, no blocks without groups, and nothing
     shared where neither FFNs nor modulations are converted."""
     found: list[Stage] = ["shared"] if config.ffns or config.adaln_rank is not None else []
-    if config.capacity_router is not None or config.top_k > 0:
+    if config.router_value > 0:
         found.append("experts")
     if config.groups or _stand_ins(config):
         found.append("blocks")
@@ -81,7 +81,7 @@ def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> St
         trainable = ROUTED
     else:
         trainable = (*_patterns_of_blocks(config), "block_groups.*")
-    routed = config.capacity_router is not None or config.top_k > 0
+    routed = config.router_value > 0
     return StagePlan(
         stage=stage,
         config=_config_after(stage, config),
@@ -89,8 +89,7 @@ def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> St
         features=group_features(config) if stage == "blocks" else block_features(config),
         experts_on=routed and stage != "shared",
         groups_on=stage == "blocks",
-        # A pool hands every expert its share; there is nothing to balance.
-        token_balance=routed and stage == "experts" and config.capacity_router is None,
+        token_balance=routed and stage == "experts" and config.router.balanced,
         block_balance=stage == "blocks" and bool(config.groups),
     )
 

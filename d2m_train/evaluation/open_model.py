@@ -57,16 +57,15 @@ def load_flux(
         return load_transformer(path, dtype, device).requires_grad_(False)
     model = FluxMoETransformer2DModel.from_flux_moe(path, dtype, device)
     config = model.flux_moe
+    for option, value in (("--top-k", sparsity.top_k), ("--capacity-factor", sparsity.capacity_factor)):
+        if value is not None and option != config.router.option:
+            raise UserError(f"{path} has {config.router.named}; use {config.router.option} in place of {option}.")
     if sparsity.top_k is not None:
-        if config.capacity_router is not None:
-            raise UserError(f"{path} has a capacity router; steer it with --capacity-factor in place of --top-k.")
         try:
             model.set_top_k(sparsity.top_k)
         except ValueError as error:
             raise UserError(f"--top-k: {error}") from None
     if sparsity.capacity_factor is not None:
-        if config.capacity_router is None:
-            raise UserError(f"{path} has top-k routers; steer them with --top-k in place of --capacity-factor.")
         if sparsity.capacity_factor < 0:
             raise UserError(f"--capacity-factor is {sparsity.capacity_factor}; expected 0 or more.")
         model.set_capacity_factor(sparsity.capacity_factor)

@@ -155,7 +155,7 @@ def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSum
             "experts_per_token": float(load.sum()) / max(1.0, parts["tokens"]),
             "probability_entropy": parts["probability_entropy"] / max(1.0, parts["tokens"]),
         }
-        if ffns[name].capacity is None:
+        if ffns[name].token_router.balanced:
             layers[name] |= {part: parts[part] / parts["passes"] for part in ("balance", "balance_with_padding")}
     for name, measures in layers.items():
         found.scalars |= {f"{name}/{measure}": value for measure, value in measures.items()}

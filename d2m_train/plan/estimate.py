@@ -55,7 +55,7 @@ def plan_run(
     teacher, teacher_dtypes = _teacher(run)
     config = student_config(run, teacher)
     tokens = longest_sample(run.data)
-    dense, student = flux(teacher, DENSE, tokens), flux(config.dims, _conversion(config), tokens)
+    dense, student = flux(teacher, DENSE, tokens), flux(config.dims, Conversion.of(config), tokens)
     names = [stage for stage in run.stages if stage in TRAINING and stage in trainable_stages(config)]
     setting = _Setting(run=run, config=config, teacher=teacher, tokens=tokens, processes=count, strategy=chosen)
     stages = tuple(setting.estimate(stage) for stage in names)
@@ -133,17 +133,6 @@ def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     return config
 
 
-def _conversion(config: FluxMoEConfig) -> Conversion:
-    router = config.capacity_router
-    return Conversion(
-        ffns=config.ffns,
-        groups=config.groups,
-        adaln_rank=config.adaln_rank,
-        top_k=config.top_k if router is None else router.capacity,
-        capacity_router=router,
-    )
-
-
 def _what(run: RunConfig, config: FluxMoEConfig) -> str:
     name = {"none": f"FLUX-MoE {run.student.preset}", "mlp_pruning": "MLP pruning", "depth_pruning": "Depth pruning"}
     return f"{name[run.student.baseline]} ({' + '.join(map(str, config.dims.depths.values()))} blocks)"
@@ -212,7 +201,7 @@ class _Setting:
         Blockwise, of one of so many parts, and without the teacher.
         """
         groups = tuple(replace(group, active=group.blocks) for group in self.config.groups)
-        student = flux(self.config.dims, _conversion(replace(self.config, groups=groups)), self.tokens).flops
+        student = flux(self.config.dims, Conversion.of(replace(self.config, groups=groups)), self.tokens).flops
         share = sum(weight.count for weight in weights if weight.trained) / sum(weight.count for weight in weights)
         again = 1 if self.run.training.gradient_checkpointing else 0
         if parts:

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ...d2m_model.config import FluxMoEConfig
-from ..model.settings import active_blocks
+from ...d2m_model.routers import kind_with_setting
+from ..model.settings import active_blocks, router_value
 from .widget_text import SchedulePiece, parse_block_counts, parse_mask, parse_schedule
 
 AS_IN_FILE = "as in the file"
@@ -46,30 +47,20 @@ class Moment:
 # Checks against the file
 
 
-def check_top_k(value: int, config: FluxMoEConfig) -> int:
-    """Return `value`. Raises ValueError if the FLUX-MoE cannot run with this Top-K."""
-    if not config.ffns:
+def check_router_setting(setting: str, value: float, config: FluxMoEConfig) -> float:
+    """Return the value of Top-K or Capacity.
+
+    Raises ValueError if another setting steers the routers of the FLUX-MoE, or if they cannot run at this value.
+    """
+    kind, router = kind_with_setting(setting), config.router
+    assert kind is not None
+    if not config.ffns and setting == TOP_K:
         raise ValueError(
             "Top-K has no effect on this FLUX-MoE, which has block groups and no experts. Bypass this node."
         )
-    if config.capacity_router is not None:
-        raise ValueError(
-            "Top-K has no effect on this FLUX-MoE: its capacity routers give every token as many experts as it needs. "
-            "Set `capacity` instead."
-        )
-    experts = min(layout.experts for layout in config.ffns.values())
-    if not 0 <= value <= experts:
-        raise ValueError(f"Top-K is {value}, but this FLUX-MoE has {experts} experts per FFN. Choose 0 to {experts}.")
-    return value
-
-
-def check_capacity(value: float, config: FluxMoEConfig) -> float:
-    """Return `value`. Raises ValueError if the FLUX-MoE cannot run at this capacity."""
-    if config.capacity_router is None:
-        raise ValueError("Capacity has no effect on this FLUX-MoE, which has no capacity routers. Set `top_k` instead.")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"Capacity is {value}; expected 0 (no experts) or more, where 1 is the file's own.")
-    return value
+    if setting != router.setting:
+        raise ValueError(f"{kind.label} has no effect on this FLUX-MoE: {router.steering}")
+    return router.checked(value, config.fewest_experts)
 
 
 def check_active_blocks(value: int | Sequence[int], config: FluxMoEConfig) -> int | tuple[int, ...]:
@@ -89,10 +80,9 @@ def check_active_blocks(value: int | Sequence[int], config: FluxMoEConfig) -> in
 
 def apply_top_k(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
     """Set Top-K, or the capacity of a file with capacity routers. Replaces the gate of an earlier Top-K node too."""
-    if config.ffns and config.capacity_router is not None:
-        changed: Settings = {CAPACITY: check_capacity(values.get(CAPACITY, 1.0), config)}
-    else:
-        changed = {TOP_K: check_top_k(values[TOP_K], config)}
+    setting = config.router.setting if config.ffns else TOP_K
+    value = values.get(setting, config.router_value)
+    changed: Settings = {setting: check_router_setting(setting, value, config)}
     if values.get("gate", AS_IN_FILE) != AS_IN_FILE:
         changed["gate"] = values["gate"]
     return {key: value for key, value in settings.items() if key != "gate"} | changed
@@ -119,17 +109,16 @@ def apply_schedule(settings: Settings, values: Values, config: FluxMoEConfig, mo
 
 
 def _piece_value(piece: SchedulePiece, setting: str, config: FluxMoEConfig) -> Any:
+    kind = kind_with_setting(setting)
     try:
-        if setting == TOP_K:
-            return check_top_k(int(piece.value), config)
-        if setting == CAPACITY:
-            return check_capacity(float(piece.value), config)
+        if kind is not None:
+            return check_router_setting(setting, (int if kind.whole else float)(piece.value), config)
         blocks = parse_block_counts(piece.value)
         return check_active_blocks(blocks if "," in piece.value else blocks[0], config)
     except ValueError as error:
         message = str(error)
         if "invalid literal" in message or "could not convert" in message:
-            message = f"{piece.value!r} is not a {'whole ' if setting == TOP_K else ''}number."
+            message = f"{piece.value!r} is not a {'whole ' if kind is not None and kind.whole else ''}number."
         raise ValueError(f"Line {piece.line} of pieces: {message}") from None
 
 
@@ -208,10 +197,9 @@ def apply_replay(settings: Settings, values: Values, config: FluxMoEConfig, mome
     log = values["log"]
     entry = log["evaluations"][min(moment.evaluation if moment else 0, len(log["evaluations"]) - 1)]
     replayed = {key: value for key, value in settings.items() if key not in CONTROLLED}
-    if TOP_K in entry:
-        replayed[TOP_K] = check_top_k(entry[TOP_K], config)
-    if CAPACITY in entry:
-        replayed[CAPACITY] = check_capacity(entry[CAPACITY], config)
+    for setting in (TOP_K, CAPACITY):
+        if setting in entry:
+            replayed[setting] = check_router_setting(setting, entry[setting], config)
     if "gate" in entry:
         replayed["gate"] = entry["gate"]
     if ACTIVE_BLOCKS in entry:
@@ -240,10 +228,7 @@ def effective_settings(settings: Values, config: FluxMoEConfig) -> Settings:
     """
     effective: Settings = {}
     if config.ffns:
-        if config.capacity_router is not None:
-            effective = {CAPACITY: settings.get(CAPACITY, 1.0)}
-        else:
-            effective = {TOP_K: settings.get(TOP_K, config.top_k)}
+        effective[config.router.setting] = router_value(config, settings)
         effective["gate"] = settings.get("gate", config.gate.mode)
     if config.groups:
         effective[ACTIVE_BLOCKS] = active_blocks(settings.get(ACTIVE_BLOCKS), config.groups)

@@ -30,6 +30,7 @@ from ...d2m_model.conversion.convert import convert_file
 from ...d2m_model.conversion.method import Method, new_config, resolved
 from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
 from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defaults
+from ...d2m_model.routers import KINDS
 from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember_model
 from .calibration import TOKENS_PER_FFN, CalibrationSamples, calibrate_on_prompts, sampling_patches, split_prompts
@@ -59,9 +60,9 @@ def conversion_method(
         "seed": seed,
     }
     method = Method(**method_arguments(with_defaults(values, calibrated=calibrated)))
-    if not calibrated and method.router == "capacity":
+    if not calibrated and KINDS[method.router].needs_data:
         raise ValueError(
-            f"{_NAME}: capacity routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
+            f"{_NAME}: {router} routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
         )
     if not calibrated and preset != "L" and routers_of_blocks == _FITTED:
         raise ValueError(

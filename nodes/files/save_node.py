@@ -27,14 +27,13 @@ from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_moe, conf
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
-from ...d2m_model.routers.capacity_routing import scaled_threshold
 from ...d2m_model.tensor_writer import TensorWriter
 from ..controls.expert_mask import ExpertMask
 from ..controls.replay import Replay
 from ..controls.schedule import Schedule
 from ..controls.widget_text import parse_mask, parse_schedule
 from ..model.flux_moe import TRANSFORMER_PREFIX, require_flux_moe
-from ..model.settings import active_blocks, settings_of
+from ..model.settings import active_blocks, router_value, settings_of
 from .injections import refuse_injections
 
 _NAME = "Save FLUX-MoE"
@@ -72,13 +71,14 @@ def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale; a capacity
     that was set goes into the thresholds."""
     written: set[str] = set()
-    capacity = settings_of(patcher.model_options.get("transformer_options")).get("capacity", 1.0)
+    config: FluxMoEConfig = patcher.model.diffusion_model.config
+    value = router_value(config, settings_of(patcher.model_options.get("transformer_options")))
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         if name in written:
             continue
         pieces: Mapping[str, Tensor] = {name: tensor}
-        if name.endswith(".threshold") and capacity != 1:
-            pieces = {name: scaled_threshold(tensor, capacity)}
+        if (saved := config.router.saved(name, tensor, value)) is not tensor:
+            pieces = {name: saved}
         elif f"{TRANSFORMER_PREFIX}{name}" in patcher.patches:
             weight = patcher.patch_weight_to_device(
                 f"{TRANSFORMER_PREFIX}{name}", device_to=patcher.load_device, return_weight=True

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from ...d2m_model.config import FFNLayout
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.routers import Routing
-from ...d2m_model.routers.capacity_routing import CapacityTensors, route_by_threshold
-from ...d2m_model.routers.top_k import route_top_k
 from .custom_operators import GraphChoice, Handed, down_in_graph, up_in_graph
 from .settings import Choice, FileChoice
 
@@ -76,24 +74,10 @@ class Routed:
 
 
 class CastRouter(NamedTuple):
-    """What a FFN's router computes with, cast for one call; `casts` are what `ExpertLayer.uncast_router` wants."""
+    """A router's tensors by their names in the file, cast for one call; `ExpertLayer.uncast_router` takes `casts`."""
 
-    weight_EH: Tensor
-    bias_E: Tensor | None
-    capacity: CapacityTensors | None
+    tensors: dict[str, Tensor]
     casts: list[tuple[nn.Linear, Tensor, Tensor | None, Any]]
-
-
-class CapacityRouter(nn.Module):
-    """What a capacity router has beside W_g; `threshold` is its FFN's, by the file's names."""
-
-    scale: Tensor
-
-    def __init__(self, stored: Mapping[str, Tensor], name: str, device: torch.device | None) -> None:
-        super().__init__()
-        self.in_layer = router_linear(stored[f"{name}.capacity.in_layer.weight"], True, device)
-        self.out_layer = router_linear(stored[f"{name}.capacity.out_layer.weight"], True, device)
-        self.register_buffer("scale", torch.empty_like(stored[f"{name}.capacity.scale"], device=device))
 
 
 class ExpertLayer(nn.Module):
@@ -103,11 +87,10 @@ class ExpertLayer(nn.Module):
     row: Tensor  # its place among the file's FFNs; a tensor, for graphs that serve several blocks. Always on the host.
     layout: FFNLayout
     file: FileChoice
-    router: nn.Linear
-    capacity: CapacityRouter | None
+    router_layers: tuple[str, ...]  # the router's linear layers and other tensors, by their names in the file
+    router_buffers: tuple[str, ...]
     neuron_order: Tensor
     expert_mean: Tensor | None
-    threshold: Tensor | None
 
     def add_router(
         self,
@@ -121,32 +104,44 @@ class ExpertLayer(nn.Module):
         """Make room for the tensors of FFN `name`, the row-th of the file, in the dtypes of their file."""
         self.name, self.layout, self.file = name, layout, file
         self.row = torch.tensor(row, device="cpu")
-        self.router = router_linear(stored[f"{name}.router.weight"], f"{name}.router.bias" in stored, device)
-        self.capacity = CapacityRouter(stored, name, device) if f"{name}.threshold" in stored else None
-        for buffer in ("neuron_order", "expert_mean", "threshold"):
+        for buffer in ("neuron_order", "expert_mean"):
             like = stored.get(f"{name}.{buffer}")
             self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
+        required = file.router.shapes(0, 0)  # of which only the names are read
+        weights = [tensor for tensor in required if tensor.endswith(".weight")]
+        self.router_layers = tuple(tensor.removesuffix(".weight") for tensor in weights)
+        biases = {f"{layer}.bias" for layer in self.router_layers}
+        self.router_buffers = tuple(tensor for tensor in required if tensor not in weights and tensor not in biases)
+        for layer in self.router_layers:
+            owner, attribute = self._owner(layer)
+            bias = f"{name}.{layer}.bias" in stored
+            owner.add_module(attribute, router_linear(stored[f"{name}.{layer}.weight"], bias, device))
+        for buffer in self.router_buffers:
+            owner, attribute = self._owner(buffer)
+            owner.register_buffer(attribute, torch.empty_like(stored[f"{name}.{buffer}"], device=device))
+
+    def _owner(self, tensor: str) -> tuple[nn.Module, str]:
+        """The module that holds `tensor` of the router, made if it is not there, and the tensor's name in it."""
+        owner: nn.Module = self
+        *path, attribute = tensor.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        return owner, attribute
 
     def cast_router(self, device: torch.device) -> CastRouter:
-        capacity = self.capacity
-        layers = [self.router, *((capacity.in_layer, capacity.out_layer) if capacity is not None else ())]
-        casts = [(layer, *cast_router(layer, device)) for layer in layers]
-        tensors = None
-        if capacity is not None:
-            (_, in_weight_DH, in_bias_D, _), (_, out_weight_ED, out_bias_E, _) = casts[1:]
-            assert in_bias_D is not None
-            assert out_bias_E is not None
-            assert self.threshold is not None
-            tensors = CapacityTensors(
-                in_weight_DH=in_weight_DH,
-                in_bias_D=in_bias_D,
-                out_weight_ED=out_weight_ED,
-                out_bias_E=out_bias_E,
-                threshold_E=self.threshold.to(device),
-                scale_1=capacity.scale.to(device),
-            )
-        _, weight_EH, bias_E, _ = casts[0]
-        return CastRouter(weight_EH, bias_E, tensors, casts)
+        tensors, casts = {}, []
+        for name in self.router_layers:
+            layer: Any = self.get_submodule(name)
+            weight, bias, token = cast_router(layer, device)
+            tensors[f"{name}.weight"] = weight
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias
+            casts.append((layer, weight, bias, token))
+        for name in self.router_buffers:
+            tensors[name] = self.get_buffer(name).to(device)
+        return CastRouter(tensors, casts)
 
     def uncast_router(self, router: CastRouter) -> None:
         for layer, weight, bias, token in router.casts:
@@ -155,12 +150,7 @@ class ExpertLayer(nn.Module):
     def route(self, x_BTH: Tensor, choice: Choice) -> Routing:
         x_TH = x_BTH.flatten(0, -2)
         router = self.cast_router(x_TH.device)
-        weights = (router.weight_EH, router.bias_E)
-        routing: Routing
-        if router.capacity is not None:
-            routing = route_by_threshold(x_TH, *weights, router.capacity, gate=choice.gate, factor=choice.capacity)
-        else:
-            routing = route_top_k(x_TH, *weights, top_k=choice.top_k, gate=choice.gate)
+        routing = self.file.router.route(x_TH, router.tensors, gate=choice.gate, value=choice.value)
         self.uncast_router(router)
         if choice.trace is not None:
             choice.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=choice.gate)
@@ -210,9 +200,7 @@ class ExpertLayer(nn.Module):
         experts = (self.layout.experts, self.layout.width)
         up_EFH, up_bias_EF = weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts)
         x_TH = x_BTH.flatten(0, -2)
-        handed = up_in_graph(
-            x_TH, router.weight_EH, router.bias_E, router.capacity, choice, self.row, up_EFH, up_bias_EF
-        )
+        handed = up_in_graph(x_TH, self.file.router_text, router.tensors, choice, self.row, up_EFH, up_bias_EF)
         self.uncast_router(router)
         comfy.ops.uncast_bias_weight(linear, weight, bias, token)
         return y_BTN, handed

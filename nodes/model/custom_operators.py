@@ -16,41 +16,61 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...d2m_model.blocks import blocks_of
-from ...d2m_model.config import FluxMoEConfig, Gate
+from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ...d2m_model.routers import Routing
-from ...d2m_model.routers.capacity_routing import CapacityTensors, route_by_threshold
-from ...d2m_model.routers.top_k import route_top_k
+from ...d2m_model.routers import Gate, RouterTensors, Routing, router_from_text
+from .settings import router_value
+
+
+class RoutingSettings(NamedTuple):
+    """Settings of one evaluation as numbers, which cross into a graph in one tensor."""
+
+    value: float  # of the setting that steers the routers
+    normalised: float  # 1: gates of mode `normalised`; 0: `sum`
+    scale: float  # of these gates
+    masked: float  # 1: there are weights of experts
+
+    def packed(self) -> Tensor:
+        """float64, on the host."""
+        return torch.tensor(self, dtype=torch.float64)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> RoutingSettings:
+        return cls(*packed.tolist())
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(mode="normalised" if self.normalised else "sum", scale=self.scale)
 
 
 class GraphChoice(NamedTuple):
-    """The settings of one evaluation: choice_5 (float64, on the host) is Top-K, whether gates are normalised, their
-    scale, the factor of capacity routers and whether there is a mask; weights_LE (float32) are the mask's, one row for
-    every routed FFN."""
+    """Settings of one evaluation for a graph: RoutingSettings, packed, and the weights of experts, float32 [L, E]."""
 
-    choice_5: Tensor
+    settings: Tensor
     weights_LE: Tensor
 
 
 def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphChoice:
-    """Of the settings of a clone. FFNs have their rows in the order of config.ffns."""
+    """Pack the settings of a clone. FFNs have their rows in the order of config.ffns."""
     mask: Mapping[str, Tensor] = settings.get("mask") or {}
-    normalised = settings.get("gate", config.gate.mode) == "normalised"
-    capacity = settings.get("capacity", 1.0)
-    values = [settings.get("top_k", config.top_k), normalised, config.gate.scale, capacity, bool(mask)]
+    numbers = RoutingSettings(
+        value=router_value(config, settings),
+        normalised=settings.get("gate", config.gate.mode) == "normalised",
+        scale=config.gate.scale,
+        masked=bool(mask),
+    )
     widest = max((layout.experts for layout in config.ffns.values()), default=0)
     weights_LE = torch.ones(len(config.ffns), widest, device=device)
     for row, ffn in enumerate(config.ffns if mask else ()):
         if ffn in mask:
             weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
-    return GraphChoice(torch.tensor(values, dtype=torch.float64), weights_LE)
+    return GraphChoice(numbers.packed(), weights_LE)
 
 
 def may_compile(flux: nn.Module) -> bool:
@@ -80,9 +100,22 @@ def without_graphs(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class PlanSizes(NamedTuple):
+    """Sizes of a Dispatch, which cross from one operator to the other at the head of `Handed.host_N`."""
+
+    rows: int  # A
+    per_token: int  # K; UNEVEN where tokens differ
+    chunks: int  # C
+
+
+UNEVEN = -1
+
+
 class Handed(NamedTuple):
-    """From W1's side to W2's. Of what ends in R the first A rows are in use, of ends_TE the first C. host_N (int64, on
-    the host, N = T + 4) is A, K (-1 if uneven), C and the chunks' C + 1 first rows. first_T is of an uneven routing."""
+    """Values that W1's side hands to W2's. The first A rows of tensors that end in R are in use, the first C of ends_TE.
+
+    host_N (int64, on the host, N = T + 4) is PlanSizes and the chunks' C + 1 first rows. first_T is of an uneven routing.
+    """
 
     hidden_RF: Tensor
     gate_R: Tensor
@@ -96,20 +129,21 @@ class Handed(NamedTuple):
 
 def up_in_graph(
     x_TH: Tensor,
-    router_EH: Tensor,
-    bias_E: Tensor | None,
-    capacity: CapacityTensors | None,
+    router: str,
+    tensors: RouterTensors,
     choice: GraphChoice,
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
 ) -> Handed:
-    """Routing, and W1's side of the chosen experts. `row` (on the host) is the FFN's row of weights_LE."""
-    of_capacity = None if capacity is None else [getattr(capacity, name) for name in OF_CAPACITY]
-    found: list[Tensor] = torch.ops.d2m.routed_up(
-        x_TH, router_EH, bias_E, of_capacity, *choice, row, up_EFH, up_bias_EF
+    """Route, and run W1's side of the chosen experts.
+
+    `router` is the file's, as router_to_text gives it; `row` (on the host) is the FFN's row of weights_LE.
+    """
+    outputs: list[Tensor] = torch.ops.d2m.routed_up(
+        x_TH, router, list(tensors), list(tensors.values()), *choice, row, up_EFH, up_bias_EF
     )
-    return Handed(*found)
+    return Handed(*outputs)
 
 
 def down_in_graph(handed: Handed, down_HEF: Tensor, expert_mean_EH: Tensor | None) -> Tensor:
@@ -119,8 +153,6 @@ def down_in_graph(handed: Handed, down_HEF: Tensor, expert_mean_EH: Tensor | Non
 
 
 # The operators
-
-OF_CAPACITY = tuple(field.name for field in fields(CapacityTensors))
 
 
 def _room(values: Tensor, rows: int) -> Tensor:
@@ -132,29 +164,24 @@ def _room(values: Tensor, rows: int) -> Tensor:
 
 def _up(
     x_TH: Tensor,
-    router_EH: Tensor,
-    bias_E: Tensor | None,
-    of_capacity: list[Tensor] | None,
-    choice_5: Tensor,
+    router: str,
+    names: list[str],
+    tensors: list[Tensor],
+    settings: Tensor,
     weights_LE: Tensor,
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
 ) -> Handed:
-    top_k, normalised, scale, factor, masked = choice_5.tolist()
-    gate = Gate(mode="normalised" if normalised else "sum", scale=scale)
-    routing: Routing
-    if of_capacity is None:
-        routing = route_top_k(x_TH, router_EH, bias_E, top_k=int(top_k), gate=gate)
-    else:
-        capacity = CapacityTensors(**dict(zip(OF_CAPACITY, of_capacity, strict=True)))
-        routing = route_by_threshold(x_TH, router_EH, bias_E, capacity, gate=gate, factor=factor)
+    numbers, by_name = RoutingSettings.unpacked(settings), dict(zip(names, tensors, strict=True))
+    routing = router_from_text(router).route(x_TH, by_name, gate=numbers.gate, value=numbers.value)
     tokens, experts = routing.logits_TE.shape
-    if masked:
+    if numbers.masked:
         routing = routing.weighed(weights_LE[int(row), :experts])
     plan = plan_dispatch(routing, x_TH)
     rows, chunks = tokens * experts, plan.ends_CE.shape[0]
-    host = [plan.chunk_rows[-1], int(top_k) if plan.first_T is None else -1, chunks, *plan.chunk_rows]
+    per_token = UNEVEN if routing.per_token is None else routing.per_token
+    sizes = PlanSizes(rows=plan.chunk_rows[-1], per_token=per_token, chunks=chunks)
     return Handed(
         hidden_RF=_room(expert_up(x_TH, plan, up_EFH, up_bias_EF), rows),
         gate_R=_room(plan.gate_A, rows),
@@ -163,16 +190,16 @@ def _up(
         row_R=_room(plan.row_TK.flatten(), rows),
         first_T=plan.token_A.new_empty(tokens) if plan.first_T is None else plan.first_T,
         ends_TE=_room(plan.ends_CE, tokens),
-        host_N=_room(torch.tensor(host), tokens + 4),
+        host_N=_room(torch.tensor([*sizes, *plan.chunk_rows]), tokens + 4),
     )
 
 
 def _up_shapes(
     x_TH: Tensor,
-    router_EH: Tensor,
-    bias_E: Tensor | None,
-    of_capacity: list[Tensor] | None,
-    choice_5: Tensor,
+    router: str,
+    names: list[str],
+    tensors: list[Tensor],
+    settings: Tensor,
     weights_LE: Tensor,
     row: Tensor,
     up_EFH: Tensor,
@@ -204,19 +231,19 @@ def _down(
     down_HEF: Tensor,
     expert_mean_EH: Tensor | None,
 ) -> Tensor:
-    (rows, top_k, chunks), (tokens, experts) = host_N[:3].tolist(), ends_TE.shape
-    uneven = top_k < 0
+    sizes, (tokens, experts) = PlanSizes(*host_N[: len(PlanSizes._fields)].tolist()), ends_TE.shape
+    rows, uneven = sizes.rows, sizes.per_token == UNEVEN
     gate_A, token_A, expert_A, row_A = gate_R[:rows], token_R[:rows], expert_R[:rows], row_R[:rows]
     plan = Dispatch(
         tokens=tokens,
         token_A=token_A,
         expert_A=expert_A,
         gate_A=gate_A,
-        row_TK=row_A if uneven else row_A.view(tokens, top_k),
+        row_TK=row_A if uneven else row_A.view(tokens, sizes.per_token),
         first_T=first_T if uneven else None,
-        ends_CE=ends_TE[:chunks],
-        chunk_tokens=-(-tokens // chunks),
-        chunk_rows=host_N[3 : 4 + chunks].tolist(),
+        ends_CE=ends_TE[: sizes.chunks],
+        chunk_tokens=-(-tokens // sizes.chunks),
+        chunk_rows=host_N[len(sizes) : len(sizes) + sizes.chunks + 1].tolist(),
     )
     y_TH = expert_down(hidden_RF[:rows], plan, down_HEF)
     if expert_mean_EH is None:
@@ -247,7 +274,7 @@ torch.library.custom_op(
     _up,
     mutates_args=(),
     schema=(
-        "(Tensor x_TH, Tensor router_EH, Tensor? bias_E, Tensor[]? of_capacity, Tensor choice_5, Tensor weights_LE, "
+        "(Tensor x_TH, str router, str[] names, Tensor[] tensors, Tensor settings, Tensor weights_LE, "
         f"Tensor row, Tensor up_EFH, Tensor up_bias_EF) -> ({', '.join('Tensor' for _ in Handed._fields)})"
     ),
 ).register_fake(_up_shapes)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...d2m_model.config import BlockGroup, FluxMoEConfig, Gate
+from ...d2m_model.config import BlockGroup, FluxMoEConfig
+from ...d2m_model.routers import Gate, TokenRouter, router_to_text
 
 if TYPE_CHECKING:
     from ...d2m_model.trace import Recorder
@@ -38,12 +39,17 @@ def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, A
     return (transformer_options or {}).get(OPTIONS_KEY) or {}
 
 
+def router_value(config: FluxMoEConfig, settings: Mapping[str, Any]) -> float:
+    """Value of the setting that steers the file's routers: the clone's, or else the file's."""
+    value: float = settings.get(config.router.setting, config.router_value)
+    return value
+
+
 class Choice(NamedTuple):
     """How the tokens of one call are routed."""
 
-    top_k: int
+    value: float  # of the setting that steers the router
     gate: Gate
-    capacity: float  # factor, in place of top_k where the router is a capacity router
     mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
     trace: Recorder | None = None
     graph: GraphChoice | None = None  # the same for a graph of torch.compile, which is to read nothing else
@@ -51,28 +57,35 @@ class Choice(NamedTuple):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FileChoice:
-    """What a file says of that."""
+    """A file's own choice."""
 
-    top_k: int
+    router: TokenRouter
+    router_text: str  # the same, for graphs
+    value: float
     gates: Mapping[str, Gate]  # by mode
     gate: str  # the file's own mode
 
     @classmethod
     def of(cls, config: FluxMoEConfig) -> FileChoice:
         gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
-        return cls(top_k=config.top_k, gates=gates, gate=config.gate.mode)
+        return cls(
+            router=config.router,
+            router_text=router_to_text(config.router),
+            value=config.router_value,
+            gates=gates,
+            gate=config.gate.mode,
+        )
 
     def under(self, transformer_options: Mapping[str, Any] | None) -> Choice:
         """The sampled clone's settings, or else the file's."""
         graph = (transformer_options or {}).get(GRAPH_KEY)
         if graph is not None and torch.compiler.is_compiling():
-            return Choice(top_k=self.top_k, gate=self.gates[self.gate], capacity=1.0, graph=graph)
+            return Choice(value=self.value, gate=self.gates[self.gate], graph=graph)
         settings = settings_of(transformer_options)
         gate = self.gates[settings.get("gate", self.gate)]
         return Choice(
-            top_k=settings.get("top_k", self.top_k),
+            value=settings.get(self.router.setting, self.value),
             gate=gate,
-            capacity=settings.get("capacity", 1.0),
             mask=settings.get("mask"),
             trace=settings.get("trace"),
             graph=graph,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import BlockGroup, CapacityRouter
+from d2m_model.config import BlockGroup
+from d2m_model.routers import CapacityRouter
 from d2m_model.tensor_file import TensorFile
 from demo.in_process import Comfy
 from tests.comfyui import test_sampling
@@ -197,7 +198,7 @@ def test_saved_and_loaded_it_paints_the_same(host: Comfy, uneven: Capacity, tmp_
     with TensorFile(saved) as file, TensorFile(source) as original:
         assert file.dtypes == original.dtypes
         assert all(torch.equal(file.tensor(name), original.tensor(name)) for name in routing_tensors(file.shapes))
-    assert check_file(saved).capacity_router == ROUTER
+    assert check_file(saved).router == ROUTER
 
 
 @pytest.mark.parametrize("factor", [0, 0.5, 3.0])

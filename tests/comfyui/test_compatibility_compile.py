@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from d2m_model import experts
-from d2m_model.config import BlockGroup, CapacityRouter
+from d2m_model.config import BlockGroup
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair, with_lora
 from tests.comfyui.grouped import evaluate, inputs

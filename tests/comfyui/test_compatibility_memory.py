@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2m_model.config import CapacityRouter
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from demo.server import ApiGraph, ComfyServer
 from tests.comfyui import grouped

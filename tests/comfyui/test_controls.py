@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, CapacityRouter
+from d2m_model.config import BlockGroup
 from d2m_model.layout import ffn_tensors
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import GROUPS, Grouped, active

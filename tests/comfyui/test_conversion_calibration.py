@@ -22,7 +22,7 @@ def quick_fits(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     coactivation = host.module("d2m_model.conversion.coactivation")
     monkeypatch.setattr(coactivation, "ORACLE_STEPS", 1)
     monkeypatch.setattr(coactivation, "MOST_STEPS", 2)
-    monkeypatch.setattr(host.module("d2m_model.conversion.predictor_init"), "STEPS", 20)
+    monkeypatch.setattr(host.module("d2m_model.routers.capacity_fit"), "STEPS", 20)
 
 
 def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +157,5 @@ def test_block_routers_are_fitted(host: Comfy, deep: Any, preset: str) -> None:
 @pytest.mark.usefixtures("quick_fits")
 def test_capacity_routers_are_fitted(host: Comfy, pair: Pair) -> None:
     moe = convert(host, pair.teacher, router="capacity", calibration=prompts(host, pair.teacher))
-    assert moe.model.diffusion_model.config.capacity_router.capacity == 2
+    assert moe.model.diffusion_model.config.router.capacity == 2
     assert host.sample(moe).isfinite().all()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import BlockGroup, CapacityRouter, adaln_rank_of, preset_groups
+from d2m_model.config import BlockGroup, adaln_rank_of, preset_groups
+from d2m_model.routers import CapacityRouter
 from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
 from demo.server import ApiGraph, ComfyServer, ServerError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_model.config import CapacityRouter
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from tests.comfyui import grouped
 from tests.toys import files

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, CapacityRouter
+from d2m_model.config import BlockGroup
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from tests.comfyui.conftest import LINEARS, Pair, in_teachers_order, with_lora
 from tests.comfyui.test_saving import as_nodes_run, load, output, save  # noqa: F401 (fixtures)

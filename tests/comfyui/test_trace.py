@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2m_model.config import CapacityRouter
+from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import BATCH, DIMS, GROUPS, Grouped, active, evaluate, inputs

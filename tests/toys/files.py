@@ -11,17 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2m_model.config import (
-    BlockGroup,
-    CapacityRouter,
-    FFNLayout,
-    FluxDims,
-    FluxMoEConfig,
-    Gate,
-    Teacher,
-    all_ffn_names,
-)
+from d2m_model.config import BlockGroup, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher, all_ffn_names
 from d2m_model.layout import ffn_tensors, neuron_axis, permute_neurons
+from d2m_model.routers import TOP_K_ROUTER, CapacityRouter
 
 DIMS = FluxDims(
     hidden_size=128, double_blocks=2, single_blocks=3, in_channels=64, out_channels=64,
@@ -129,7 +121,7 @@ def split(
             weight = torch.randn(group.blocks, dims.hidden_size, generator=extra)
             tensors[f"block_groups.{index}.{router}.weight"] = weight
     config = FluxMoEConfig(
-        dims=dims, ffns=ffns, groups=groups, gate=gate, top_k=2, capacity_router=capacity,
+        dims=dims, ffns=ffns, groups=groups, gate=gate, top_k=2, router=capacity or TOP_K_ROUTER,
         adaln_rank=compressed["adaln_in.weight"].shape[0] if compressed else None,
         split_only=not mean and not compressed,
         teacher=Teacher(title="tiny", sha256="0" * 64, licence="none"),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2m_model.config import BlockGroup, CapacityRouter
+from d2m_model.config import BlockGroup
+from d2m_model.routers import CapacityRouter
 from tests.toys import files, teachers
 
 DIMS = replace(teachers.DIMS, double_blocks=3, single_blocks=3)

@@ -7,16 +7,9 @@ from dataclasses import replace
 import torch
 from diffusers import FluxTransformer2DModel
 
-from d2m_model.config import (
-    BlockGroup,
-    CapacityRouter,
-    FFNLayout,
-    FluxMoEConfig,
-    Gate,
-    Teacher,
-    all_ffn_names,
-)
+from d2m_model.config import BlockGroup, FFNLayout, FluxMoEConfig, Gate, Teacher, all_ffn_names
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, untrained_transformer
+from d2m_model.routers import TOP_K_ROUTER, CapacityRouter
 from tests.toys import files
 
 DIMS = replace(files.DIMS, double_blocks=3, context_size=128, vector_size=128)
@@ -39,7 +32,7 @@ def student_config(*, capacity: bool = False, groups: bool = True) -> FluxMoECon
         adaln_rank=None,
         split_only=False,
         teacher=Teacher(title="Small FLUX", sha256="0" * 64, licence="Apache-2.0"),
-        capacity_router=CapacityRouter(capacity=2.0, width=16) if capacity else None,
+        router=CapacityRouter(capacity=2.0, width=16) if capacity else TOP_K_ROUTER,
     )
 
 

@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import CapacityRouter, FluxMoEConfig
+from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, output_blocks
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+from d2m_model.routers import CapacityRouter
 from d2m_model.teacher import open_teacher
 from d2m_model.tensor_writer import TensorWriter
 from d2m_train import UserError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -17,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from d2m_model.config import FFNLayout, Gate
 from d2m_model.moe import FusedFFN, MoEFFN
-from d2m_model.routers import Routing
+from d2m_model.routers import CapacityRouter, Routing
+from d2m_model.routers.capacity import CapacityPredictor
+from d2m_model.routers.capacity_fit import initial_tensors
 from d2m_model.routers.capacity_routing import (
     CapacityTensors,
     PoolRouting,
-    initial_tensors,
-    pool_of,
     predict,
     route_by_threshold,
     route_pool,
@@ -30,12 +29,14 @@ from d2m_model.routers.capacity_routing import (
     share_of,
     updated_threshold,
 )
+from d2m_model.routers.token_router import BIAS, WEIGHT, pool_of
 
 from .reference import MoE
 
 SUM = Gate(mode="sum", scale=5.0)  # whose scale is not used, in either mode
 NORMALISED = Gate(mode="normalised", scale=5.0)
 LAYOUT = FFNLayout(shared=16, experts=6, width=8)
+WIDTH = 5  # of predictors
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -59,11 +60,34 @@ def random_ffn(hidden: int, layout: FFNLayout, seed: int = 0, *, mean: bool = Tr
         up_bias_N=normal(seed + 1, layout.neurons),
         down_weight_HN=normal(seed + 2, hidden, layout.neurons) * layout.neurons**-0.5,
         down_bias_H=normal(seed + 3, hidden),
-        router_weight_EH=normal(seed + 4, layout.experts, hidden) * hidden**-0.5,
-        router_bias_E=normal(seed + 5, layout.experts),
+        router={
+            WEIGHT: normal(seed + 4, layout.experts, hidden) * hidden**-0.5,
+            BIAS: normal(seed + 5, layout.experts),
+            **(random_tensors(hidden, layout.experts, WIDTH, seed + 7).named() if capacity else {}),
+        },
         expert_mean_EH=normal(seed + 6, layout.experts, hidden) * 0.1 if mean else None,
-        capacity=random_tensors(hidden, layout.experts, 5, seed + 7) if capacity else None,
     )
+
+
+def routed_by_capacity(ffn: FusedFFN, gate: Gate, layout: FFNLayout = LAYOUT, capacity: float = 2.0) -> MoEFFN:
+    return MoEFFN(ffn, layout=layout, gate=gate, top_k=2, router=CapacityRouter(capacity=capacity, width=WIDTH))
+
+
+def predictor(layer: MoEFFN) -> CapacityPredictor:
+    assert isinstance(layer.companion, CapacityPredictor)
+    return layer.companion
+
+
+def pooled(layer: MoEFFN) -> PoolRouting:
+    """The pool of the last forward pass in training."""
+    found = predictor(layer).pooled
+    assert found is not None
+    return found
+
+
+def update(layer: MoEFFN) -> None:
+    """One training step of one microbatch on one rank."""
+    predictor(layer).update(predictor(layer).take_update())
 
 
 # Literally
@@ -117,9 +141,9 @@ def literal_ffn(
 
 
 def weights_of(ffn: FusedFFN) -> list[Tensor | None]:
-    assert ffn.capacity is not None
-    fused = [getattr(ffn, f.name) for f in dataclasses.fields(ffn) if f.name != "capacity"]
-    return [None if tensor is None else tensor.double() for tensor in (*fused, ffn.capacity.scale_1[0])]
+    dense = [ffn.up_weight_NH, ffn.up_bias_N, ffn.down_weight_HN, ffn.down_bias_H]
+    weights = [*dense, ffn.router[WEIGHT], ffn.router[BIAS], ffn.expert_mean_EH, ffn.router["capacity.scale"][0]]
+    return [None if tensor is None else tensor.double() for tensor in weights]
 
 
 def taken_of(routing: Routing) -> dict[int, list[int]]:
@@ -190,22 +214,20 @@ def test_no_capacity_asks_for_more_tokens_than_there_are() -> None:
 @pytest.mark.parametrize("kept", [0, 7, 13])
 def test_padding_gets_no_expert_and_changes_nothing_for_the_others(kept: int) -> None:
     ffn = random_ffn(16, LAYOUT, mean=False)
-    layer = MoEFFN(ffn, layout=LAYOUT, gate=NORMALISED, top_k=2).train()
-    assert layer.capacity is not None
+    layer = routed_by_capacity(ffn, NORMALISED).train()
     keep = torch.arange(13) < kept
-    layer.capacity.pool_P = pool_of(keep)
+    predictor(layer).pool_P = pool_of(keep)
     x = normal(50, 13, 16)
-    y, threshold = layer(x), updated_threshold(layer.capacity.threshold, layer.capacity.pooled)
+    y, threshold = layer(x), updated_threshold(predictor(layer).threshold, predictor(layer).pooled)
     shared = layer.shared_down(torch.nn.functional.gelu(layer.shared_up(x), approximate="tanh"))
     torch.testing.assert_close(y[~keep], shared[~keep])
     x = torch.where(keep[:, None], x, 100 * normal(51, 13, 16))
     assert torch.equal(layer(x)[keep], y[keep])
-    assert torch.equal(updated_threshold(layer.capacity.threshold, layer.capacity.pooled), threshold)
-    layer.capacity.pool_P = None
-    layer.capacity.capacity = 2.0
+    assert torch.equal(updated_threshold(predictor(layer).threshold, predictor(layer).pooled), threshold)
+    predictor(layer).pool_P = None
+    predictor(layer).capacity = 2.0
     torch.testing.assert_close(layer(x[keep]), y[keep])
-    assert layer.capacity.pooled is not None
-    assert layer.capacity.pooled.predictor_loss().isfinite()
+    assert pooled(layer).predictor_loss().isfinite()
 
 
 @pytest.mark.parametrize(("tokens", "capacity"), [(23, 2), (23, 6), (23, 0.5), (1, 2)])
@@ -213,17 +235,15 @@ def test_padding_gets_no_expert_and_changes_nothing_for_the_others(kept: int) ->
 @pytest.mark.parametrize("mean", [True, False])
 def test_training_results_and_gradients_are_the_equations(tokens: int, capacity: float, gate: Gate, mean: bool) -> None:
     ffn = random_ffn(16, LAYOUT, mean=mean)
-    layer = MoEFFN(ffn, layout=LAYOUT, gate=gate, top_k=2, capacity=capacity).train()
+    layer = routed_by_capacity(ffn, gate, capacity=capacity).train()
     x = normal(50, tokens, 16).requires_grad_()
     y = layer(x)
     direction = normal(51, tokens, 16)
     y.backward(direction)
-    assert layer.capacity is not None
-    assert layer.capacity.pooled is not None
 
     inputs = [None if weight is None else weight.requires_grad_() for weight in weights_of(ffn)]
     x64 = x.detach().double().requires_grad_()
-    taken = taken_of(layer.capacity.pooled.routing)
+    taken = taken_of(pooled(layer).routing)
     expected = literal_ffn(inputs, LAYOUT, gate, taken)
     y64 = expected(x64)
     y64.backward(direction.double())
@@ -255,13 +275,11 @@ def test_training_results_and_gradients_are_the_equations(tokens: int, capacity:
 def test_a_pool_too_small_for_a_share_gives_every_parameter_a_gradient(compiled: bool) -> None:
     """Ranks with such a pool must exchange the gradients that the others have: zeros, but for what stands apart of experts."""
     layout = FFNLayout(shared=16, experts=12, width=8)
-    layer = MoEFFN(random_ffn(16, layout, mean=False), layout=layout, gate=NORMALISED, top_k=2).train()
+    layer = routed_by_capacity(random_ffn(16, layout, mean=False), NORMALISED, layout).train()
     forward = torch.compile(layer, backend="aot_eager", dynamic=False) if compiled else layer
     y = forward(normal(50, 5, 16))
-    assert layer.capacity is not None
-    assert layer.capacity.pooled is not None
-    assert layer.capacity.pooled.share == 0
-    (y.sum() + layer.capacity.pooled.predictor_loss()).backward()
+    assert pooled(layer).share == 0
+    (y.sum() + pooled(layer).predictor_loss()).backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
     zero = {name for name, gradient in gradients.items() if gradient is not None and not gradient.any()}
@@ -271,16 +289,14 @@ def test_a_pool_too_small_for_a_share_gives_every_parameter_a_gradient(compiled:
 def test_training_waits_for_nothing_from_the_device() -> None:
     """Fake tensors have no values to wait for."""
     with FakeTensorMode():
-        layer = MoEFFN(random_ffn(16, LAYOUT), layout=LAYOUT, gate=NORMALISED, top_k=2).train()
-        assert layer.capacity is not None
+        layer = routed_by_capacity(random_ffn(16, LAYOUT), NORMALISED).train()
         for pool_P in (None, torch.arange(30)):
-            layer.capacity.pool_P = pool_P
+            predictor(layer).pool_P = pool_P
             y = layer(torch.randn(2, 20, 16))
-            assert layer.capacity.pooled is not None
-            (y.sum() + layer.capacity.pooled.predictor_loss()).backward()
+            (y.sum() + pooled(layer).predictor_loss()).backward()
             assert y.shape == (2, 20, 16)
         assert all(parameter.grad is not None for parameter in layer.parameters())
-        layer.capacity.update_threshold()
+        update(layer)
 
 
 # The predictor and its thresholds
@@ -306,20 +322,18 @@ def test_the_loss_is_the_cross_entropy_and_the_threshold_the_mean_of_the_last_th
 
 
 def test_the_predictor_learns_from_its_loss_and_nothing_else_does() -> None:
-    layer = MoEFFN(random_ffn(16, LAYOUT), layout=LAYOUT, gate=NORMALISED, top_k=2).train()
+    layer = routed_by_capacity(random_ffn(16, LAYOUT), NORMALISED).train()
     x = normal(50, 64, 16).requires_grad_()
-    optimizer = torch.optim.Adam(layer.capacity.parameters() if layer.capacity else [], lr=0.03)
+    optimizer = torch.optim.Adam(predictor(layer).parameters(), lr=0.03)
     losses = []
     for _ in range(150):
         layer.route(x)
-        assert layer.capacity is not None
-        assert layer.capacity.pooled is not None
-        loss = layer.capacity.pooled.predictor_loss()
+        loss = pooled(layer).predictor_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        layer.capacity.update_threshold()
+        update(layer)
     assert losses[-1] < 0.4 * losses[0]
     assert x.grad is None
     assert layer.router.weight.grad is None
@@ -342,46 +356,29 @@ def test_an_empty_pool_has_no_loss_and_leaves_thresholds_alone() -> None:
     assert route_pool(normal(0, 0, 5), normal(1, 4, 5), None, tensors, gate=SUM, capacity=2).predictor_loss() == 0
 
 
-def test_thresholds_are_averaged_over_ranks_also_by_a_rank_that_saw_nothing() -> None:
-    tensors, weight = random_tensors(5, 4, 3), normal(1, 4, 5)
-    ranks: list[PoolRouting | None] = [
-        route_pool(normal(rank, 12, 5), weight, None, tensors, gate=SUM, capacity=2) for rank in range(2)
-    ]
-    ranks.append(None)
-    alone = [updated_threshold(tensors.threshold_E, pooled) for pooled in ranks]
-    gathered: list[Tensor] = []
-
-    def average(mine: Tensor) -> Tensor:
-        gathered.append(mine)
-        return torch.stack(alone).mean(dim=0)
-
-    together = [updated_threshold(tensors.threshold_E, pooled, average) for pooled in ranks]
-    assert len(gathered) == 3
-    for rank in range(3):
-        assert torch.equal(gathered[rank], alone[rank])
-        assert torch.equal(together[rank], torch.stack(alone).mean(dim=0))
-    assert not torch.equal(alone[0], alone[1])
+def test_a_rank_that_saw_no_pool_keeps_its_thresholds() -> None:
+    tensors = random_tensors(5, 4, 3)
+    pooled = route_pool(normal(0, 12, 5), normal(1, 4, 5), None, tensors, gate=SUM, capacity=2)
+    assert torch.equal(updated_threshold(tensors.threshold_E, None), tensors.threshold_E)
+    assert not torch.equal(updated_threshold(tensors.threshold_E, pooled), tensors.threshold_E)
 
 
 def test_recomputing_a_forward_does_not_move_thresholds_twice() -> None:
     thresholds = []
     for recomputed in (False, True):
-        layer = MoEFFN(random_ffn(16, LAYOUT), layout=LAYOUT, gate=NORMALISED, top_k=2).train()
-        assert layer.capacity is not None
+        layer = routed_by_capacity(random_ffn(16, LAYOUT), NORMALISED).train()
         forwards: list[Tensor] = []
         layer.register_forward_pre_hook(lambda module, inputs, seen=forwards: seen.append(inputs[0]))
         for step in range(3):
             x = normal(60 + step, 30, 16).requires_grad_()
             y = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
             y.sum().backward()
-            layer.capacity.update_threshold()
-            assert layer.capacity.pooled is None  # its graph is let go
+            update(layer)
+            assert predictor(layer).pooled is None  # its graph is let go
         assert len(forwards) == (6 if recomputed else 3)
-        thresholds.append(layer.capacity.threshold)
+        thresholds.append(predictor(layer).threshold)
     assert torch.equal(*thresholds)
-    initial = random_ffn(16, LAYOUT).capacity
-    assert initial is not None
-    assert not torch.equal(thresholds[0], initial.threshold_E)
+    assert not torch.equal(thresholds[0], random_ffn(16, LAYOUT).router["threshold"])
 
 
 # Inference
@@ -402,22 +399,20 @@ def test_a_token_has_the_experts_whose_prediction_passes_their_threshold(
     tokens: int, hidden: int, layout: FFNLayout, gate: Gate, mean: bool, factor: float, seed: int
 ) -> None:
     ffn = random_ffn(hidden, layout, seed, mean=mean)
-    assert ffn.capacity is not None
-    layer = MoEFFN(ffn, layout=layout, gate=gate, top_k=0).eval()
-    assert layer.capacity is not None
-    layer.capacity.factor = factor
+    layer = routed_by_capacity(ffn, gate, layout).eval()
+    layer.router_value = factor
     x = normal(seed + 50, tokens, hidden)
     with torch.no_grad():
         y = layer(x)
 
-    t_E = ffn.capacity.threshold_E.double()
+    t_E = ffn.router["threshold"].double()
     odds_E = t_E / (1 - t_E)
     taken = {}
     for t, x_H in enumerate(x.double()):
-        p_E = literal_prediction(x_H, double(ffn.capacity))
+        p_E = literal_prediction(x_H, double(CapacityTensors.of(ffn.router)))
         taken[t] = [e for e in range(layout.experts) if factor and p_E[e] / (1 - p_E[e]) > odds_E[e] / factor]
-    assert taken_of(layer.route(x)) == taken  # type: ignore[arg-type]
-    assert layer.capacity.pooled is None
+    assert taken_of(layer.route(x)) == taken
+    assert predictor(layer).pooled is None
     if tokens:
         expected = literal_ffn(weights_of(ffn), layout, gate, taken)
         assert ((y.double() - expected(x.double())).abs() <= expected.rounding(x.double(), torch.float32)).all()
@@ -453,9 +448,8 @@ def test_a_factor_that_cannot_be_is_refused(factor: float) -> None:
 
 def test_all_experts_at_weight_one_are_the_dense_ffn() -> None:
     ffn = random_ffn(16, LAYOUT)
-    layer = MoEFFN(ffn, layout=LAYOUT, gate=SUM, top_k=0).eval()
-    assert layer.capacity is not None
-    layer.capacity.factor = 1e30
+    layer = routed_by_capacity(ffn, SUM).eval()
+    layer.router_value = 1e30
     x = normal(50, 40, 16)
     hidden = torch.nn.functional.linear(x.double(), ffn.up_weight_NH.double(), ffn.up_bias_N.double())
     hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
@@ -498,13 +492,12 @@ def test_initial_tensors_give_every_expert_its_share_of_the_calibration_tokens_a
 
 def test_the_module_gives_its_tensors_back_and_survives_a_state_dict() -> None:
     ffn = random_ffn(16, LAYOUT)
-    layer, other = (MoEFFN(f, layout=LAYOUT, gate=SUM, top_k=2).eval() for f in (ffn, random_ffn(16, LAYOUT, 100)))
-    back = layer.fused().capacity
-    assert back is not None
-    assert ffn.capacity is not None
-    for f in dataclasses.fields(back):
-        assert torch.equal(getattr(back, f.name), getattr(ffn.capacity, f.name)), f.name
-        assert getattr(back, f.name).data_ptr() != getattr(ffn.capacity, f.name).data_ptr()
+    layer, other = (routed_by_capacity(f, SUM).eval() for f in (ffn, random_ffn(16, LAYOUT, 100)))
+    back = layer.fused().router
+    assert back.keys() == ffn.router.keys()
+    for name, tensor in back.items():
+        assert torch.equal(tensor, ffn.router[name]), name
+        assert tensor.data_ptr() != ffn.router[name].data_ptr()
     other.load_state_dict(layer.state_dict(), strict=True)
     x = normal(50, 30, 16)
     assert torch.equal(layer(x), other(x))
@@ -516,6 +509,6 @@ def test_the_module_gives_its_tensors_back_and_survives_a_state_dict() -> None:
 
 
 def test_a_top_k_file_has_no_capacity_router() -> None:
-    layer: Any = MoEFFN(random_ffn(16, LAYOUT, capacity=False), layout=LAYOUT, gate=SUM, top_k=2)
-    assert layer.capacity is None
-    assert layer.fused().capacity is None
+    layer = MoEFFN(random_ffn(16, LAYOUT, capacity=False), layout=LAYOUT, gate=SUM, top_k=2)
+    assert layer.companion is None
+    assert set(layer.fused().router) == {WEIGHT, BIAS}

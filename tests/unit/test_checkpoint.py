@@ -25,7 +25,6 @@ from d2m_model.checkpoint import (
 )
 from d2m_model.config import (
     BlockGroup,
-    CapacityRouter,
     FFNLayout,
     FluxMoEConfig,
     Gate,
@@ -34,6 +33,7 @@ from d2m_model.config import (
     preset_layouts,
 )
 from d2m_model.keys import dense_shapes
+from d2m_model.routers import CapacityRouter
 from tests.toys.teachers import DIMS, dense_flux
 
 CONFIG = FluxMoEConfig(
@@ -165,7 +165,7 @@ def capacity(moe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`moe` with capacity routers and a group of blocks."""
     config = dataclasses.replace(
         CONFIG,
-        capacity_router=CapacityRouter(capacity=2, width=8),
+        router=CapacityRouter(capacity=2, width=8),
         groups=(BlockGroup(kind="single", first=0, blocks=2, active=1, selection="topk"),),
     )
     for name, shape in expected_tensors(config).items():
@@ -175,7 +175,7 @@ def capacity(moe: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_a_capacity_router_brings_its_tensors_and_they_are_checked_whole(capacity: dict[str, torch.Tensor]) -> None:
     config = check_state_dict(capacity)
-    assert config.capacity_router == CapacityRouter(capacity=2, width=8)
+    assert config.router == CapacityRouter(capacity=2, width=8)
     parts = {name.removeprefix(f"{FFN}."): tuple(capacity[name].shape) for name in capacity if name.startswith(FFN)}
     assert {name: shape for name, shape in parts.items() if name.startswith(("capacity", "threshold"))} == {
         "capacity.in_layer.weight": (8, 128),

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from d2m_model import VERSION
 from d2m_model.checkpoint import check_file, optional_tensors
-from d2m_model.config import CapacityRouter
 from d2m_model.cost import Conversion, Tokens, flux
+from d2m_model.routers import CapacityRouter
 from d2m_train.__main__ import main
 from tests.toys.teachers import DIMS, dense_flux, save_flux
 
@@ -175,8 +175,8 @@ def test_groups_and_capacity_are_chosen_and_shown(
         ffns=config.ffns,
         groups=config.groups,
         adaln_rank=11,
-        top_k=3,
-        capacity_router=CapacityRouter(capacity=3, width=8),
+        experts_per_token=3,
+        router=CapacityRouter(capacity=3, width=8),
     )
     cost = flux(config.dims, activated, Tokens(image=1, text=1))
     assert facts["activated_parameters"]["touched"] == round(cost.touched)

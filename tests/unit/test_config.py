@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from d2m_model.config import (
     SCHEMA_VERSION,
     BlockGroup,
-    CapacityRouter,
-    ConfigError,
     FFNLayout,
     FluxDims,
     FluxMoEConfig,
@@ -28,6 +26,8 @@ from d2m_model.config import (
     preset_groups,
     preset_layouts,
 )
+from d2m_model.fields import ConfigError
+from d2m_model.routers import TOP_K_ROUTER, CapacityRouter
 from d2m_train.teacher.known_flux import FLUX_DEV
 
 
@@ -104,7 +104,7 @@ LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 
 
 def test_the_sample_is_sound_with_either_router() -> None:
-    capacity = dataclasses.replace(CONFIG, capacity_router=CapacityRouter(capacity=2.5))
+    capacity = dataclasses.replace(CONFIG, router=CapacityRouter(capacity=2.5))
     for config in (CONFIG, capacity):
         assert FluxMoEConfig.from_json(config.to_json().encode()) == config
     assert json.loads(CONFIG.to_json())["capacity_router"] is None
@@ -125,10 +125,10 @@ def group(**changes: Any) -> BlockGroup:
         ({"top_k": -1}, "top_k is -1"),
         ({"gate": Gate(mode="normalised", scale=0.0)}, "gate.scale is 0.0; expected a positive number"),
         ({"gate": Gate(mode="mean", scale=1.0)}, "gate.mode is 'mean'"),  # type: ignore[arg-type]
-        ({"capacity_router": CapacityRouter(capacity=0)}, "capacity_router.capacity is 0; expected above 0, up to 12"),
-        ({"capacity_router": CapacityRouter(capacity=12.5)}, "capacity is 12.5; expected above 0, up to 12"),
-        ({"capacity_router": CapacityRouter(capacity=float("nan"))}, "capacity is nan"),
-        ({"capacity_router": CapacityRouter(capacity=2, width=0)}, "capacity_router.width is 0; expected 1 or more"),
+        ({"router": CapacityRouter(capacity=0)}, "capacity_router.capacity is 0; expected above 0, up to 12"),
+        ({"router": CapacityRouter(capacity=12.5)}, "capacity is 12.5; expected above 0, up to 12"),
+        ({"router": CapacityRouter(capacity=float("nan"))}, "capacity is nan"),
+        ({"router": CapacityRouter(capacity=2, width=0)}, "capacity_router.width is 0; expected 1 or more"),
         ({"groups": (group(first=6),)}, r"groups\[0\].*within the 10 single blocks"),
         ({"groups": (group(kind="double", first=2, blocks=3),)}, r"groups\[0\].*within the 4 double blocks"),
         ({"groups": (group(blocks=1),)}, r"groups\[0\].*two or more"),
@@ -199,8 +199,8 @@ JSON_VALUES = st.recursive(
 @given(data=st.data(), value=JSON_VALUES)
 def test_any_value_in_any_place_is_a_config_or_a_config_error(data: st.DataObject, value: Any) -> None:
     """A damaged file reaches the user as a message, never as a traceback."""
-    router = data.draw(st.sampled_from([None, CapacityRouter(capacity=2)]))
-    whole = json.loads(dataclasses.replace(CONFIG, capacity_router=router).to_json())
+    router = data.draw(st.sampled_from([TOP_K_ROUTER, CapacityRouter(capacity=2)]))
+    whole = json.loads(dataclasses.replace(CONFIG, router=router).to_json())
     place: Any = whole
     while True:
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))

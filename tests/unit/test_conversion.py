@@ -26,6 +26,7 @@ from d2m_model.conversion.importance import TaylorImportance, weight_norm_import
 from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.router_init import centroid_router, random_router
 from d2m_model.conversion.split import generator_for, neuron_order
+from d2m_model.routers.token_router import WEIGHT
 from d2m_model.teacher import DenseTeacher, open_teacher
 from tests.toys.teachers import METADATA, dense_flux, save_flux
 
@@ -192,7 +193,7 @@ def plan_of(config: FluxMoEConfig, seed: int = 0) -> Callable[[str, FFNWeights],
         layout = config.ffns[ffn]
         importance = weight_norm_importance(weights.up_NH, weights.up_bias_N, weights.down_HN)
         order = neuron_order(importance, layout, "dealt", generator_for(seed, ffn))
-        return FFNPlan(order_N=order, router_EH=centroid_router(weights.up_NH, order, layout))
+        return FFNPlan(order_N=order, router={WEIGHT: centroid_router(weights.up_NH, order, layout)})
 
     return plan
 
@@ -379,6 +380,7 @@ MEMORY = """
 import json, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
+from d2m_model.routers.token_router import WEIGHT
 from d2m_model.keys import dense_shapes
 from tests.toys.teachers import DIMS
 from tests.unit.test_conversion import convert

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import BlockGroup, CapacityRouter, FluxMoEConfig
-from d2m_model.conversion import predictor_init
+from d2m_model.config import BlockGroup, FluxMoEConfig
 from d2m_model.conversion.depth_pruning import output_blocks
 from d2m_model.conversion.options import Baseline, FFNKind
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
+from d2m_model.routers import CapacityRouter, capacity_fit
 from d2m_train import UserError
 from d2m_train.conversion.run import convert_teacher
 from d2m_train.conversion.settings import ConversionSettings, settings_from_run
@@ -198,9 +198,9 @@ def test_a_split_only_preset_gives_its_teacher_back_bit_for_bit(room: Path, tmp_
 
 
 def test_a_capacity_router_works_without_training(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor_init, "STEPS", 100)
+    monkeypatch.setattr(capacity_fit, "STEPS", 100)
     config, report, said = made(room, tmp_path / "capacity.safetensors", preset="L", router="capacity")
-    assert config.capacity_router == CapacityRouter(capacity=2.0, width=16)
+    assert config.router == CapacityRouter(capacity=2.0, width=16)
     assert config.gate.mode == "sum"
     assert any("capacity predictors agree" in line for line in said)
     agrees = [ffn["agrees"] for ffn in report["ffns"].values()]
@@ -209,8 +209,7 @@ def test_a_capacity_router_works_without_training(room: Path, tmp_path: Path, mo
     assert answer(model).isfinite().all()
     moe = model.moe_ffns()["single_blocks.3"]
     tensors = load_file(tmp_path / "capacity.safetensors")
-    assert moe.capacity is not None
-    assert torch.equal(moe.capacity.threshold, tensors["single_blocks.3.threshold"])
+    assert torch.equal(moe.get_buffer("capacity.threshold"), tensors["single_blocks.3.threshold"])
 
 
 # Baselines

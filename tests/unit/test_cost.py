@@ -14,7 +14,6 @@ from d2m_model import cost
 from d2m_model.checkpoint import CONFIG_KEY, expected_tensors
 from d2m_model.config import (
     BlockGroup,
-    CapacityRouter,
     FFNLayout,
     FluxDims,
     FluxMoEConfig,
@@ -27,6 +26,7 @@ from d2m_model.config import (
 )
 from d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
 from d2m_model.keys import dense_shapes
+from d2m_model.routers import TOP_K_ROUTER, CapacityRouter, TokenRouter
 from d2m_train.__main__ import main
 from d2m_train.commands.report import MEGAPIXEL, PRINTED, preset_costs
 from d2m_train.teacher.known_flux import EMOJI_FLUX, FLUX_DEV
@@ -40,14 +40,14 @@ def converted(
     *,
     adaln: bool = True,
     top_k: int = 2,
-    capacity_router: CapacityRouter | None = None,
+    router: TokenRouter = TOP_K_ROUTER,
 ) -> Conversion:
     return Conversion(
         ffns=preset_layouts(dims),
         groups=preset_groups(preset, dims),
         adaln_rank=adaln_rank_of(dims.hidden_size) if adaln else None,
-        top_k=top_k,
-        capacity_router=capacity_router,
+        experts_per_token=top_k,
+        router=router,
     )
 
 
@@ -60,13 +60,11 @@ def test_total_of_a_dense_flux_is_what_its_tensors_hold(dims: FluxDims) -> None:
     assert dense.total == dense.touched == sum(map(prod, dense_shapes(dims).values()))
 
 
-@pytest.mark.parametrize("capacity_router", [None, CapacityRouter(capacity=2)])
+@pytest.mark.parametrize("router", [TOP_K_ROUTER, CapacityRouter(capacity=2)])
 @pytest.mark.parametrize("adaln", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_total_of_a_flux_moe_is_what_its_file_holds(
-    preset: PresetName, adaln: bool, capacity_router: CapacityRouter | None
-) -> None:
-    conversion = converted(preset, FLUX_DEV, adaln=adaln, capacity_router=capacity_router)
+def test_total_of_a_flux_moe_is_what_its_file_holds(preset: PresetName, adaln: bool, router: TokenRouter) -> None:
+    conversion = converted(preset, FLUX_DEV, adaln=adaln, router=router)
     config = FluxMoEConfig(
         dims=FLUX_DEV,
         ffns=dict(conversion.ffns),
@@ -74,7 +72,7 @@ def test_total_of_a_flux_moe_is_what_its_file_holds(
         gate=Gate(mode="sum", scale=1.0),
         top_k=2,
         adaln_rank=conversion.adaln_rank,
-        capacity_router=capacity_router,
+        router=router,
         split_only=False,
         teacher=Teacher(title="", sha256="", licence=""),
     )
@@ -140,7 +138,9 @@ def test_a_moe_ffn_runs_its_shared_expert_its_router_and_top_k_experts(top_k: in
 
 
 def test_a_capacity_router_adds_its_predictor_on_every_token() -> None:
-    plain, found = (cost.ffn(128, LAYOUT, 2.5, 7, router) for router in (None, CapacityRouter(capacity=2.5, width=16)))
+    plain, found = (
+        cost.ffn(128, LAYOUT, 2.5, 7, router) for router in (TOP_K_ROUTER, CapacityRouter(capacity=2.5, width=16))
+    )
     with FlopCounterMode(display=False) as counter:
         nn.Sequential(nn.Linear(128, 16), nn.SiLU(), nn.Linear(16, 12))(torch.randn(7, 128))
     assert found.flops - plain.flops == counter.get_total_flops()
@@ -153,7 +153,7 @@ def test_a_group_runs_its_active_blocks_and_its_routers() -> None:
     tokens = Tokens(image=16, text=4)
     group = BlockGroup(kind="single", first=0, blocks=2, active=1, selection="topk")
     plain = flux(DIMS, DENSE, tokens)
-    grouped = flux(DIMS, Conversion(ffns={}, groups=(group,), adaln_rank=None, top_k=0), tokens)
+    grouped = flux(DIMS, Conversion(ffns={}, groups=(group,), adaln_rank=None, experts_per_token=0), tokens)
     block, routers = cost.single_block(DIMS, 0, DENSE, tokens), 2 * 2 * 128
     assert grouped.total == plain.total + routers
     assert grouped.touched == plain.touched - block.touched + routers
@@ -166,7 +166,7 @@ def test_attention_grows_with_the_square_of_the_tokens() -> None:
 
 def test_compressed_modulation_has_one_shared_projection() -> None:
     plain = flux(DIMS, DENSE, MEGAPIXEL)
-    compressed = flux(DIMS, Conversion(ffns={}, groups=(), adaln_rank=11, top_k=0), MEGAPIXEL)
+    compressed = flux(DIMS, Conversion(ffns={}, groups=(), adaln_rank=11, experts_per_token=0), MEGAPIXEL)
     outputs = (2 * 6 + 2 * 3) * 128  # of one double and two single blocks
     assert plain.total - compressed.total == outputs * (128 - 11) - 11 * 128
 

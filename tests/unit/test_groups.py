@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2m_model.blocks import Block, BlockKind
-from d2m_model.config import BlockGroup, ConfigError, preset_groups
+from d2m_model.config import BlockGroup, preset_groups
 from d2m_model.conversion.block_routers import BlockChange, GroupObservations, plan_block_routers
 from d2m_model.conversion.depth_pruning import kept_blocks, teacher_name
 from d2m_model.conversion.groups import auto_groups, least_runs, parse_groups
+from d2m_model.fields import ConfigError
 from d2m_model.mob import route_blocks
 from tests.toys.teachers import DIMS
 

@@ -14,13 +14,13 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from d2m_model.checkpoint import CheckpointError, check_file, optional_tensors
-from d2m_model.config import CapacityRouter
 from d2m_model.hosts.diffusers import (
     FluxMoETransformer2DModel,
     flux_moe_specs,
     flux_moe_tensors,
     load_transformer,
 )
+from d2m_model.routers import CapacityRouter
 from tests.toys.pairs import GROUPS, Pair, inputs, save_pair, velocity
 
 CAPACITY = CapacityRouter(capacity=2.0, width=16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -18,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
 from d2m_model.moe import FusedFFN, MoEFFN, moe_ffn
+from d2m_model.routers.token_router import BIAS, WEIGHT
 from d2m_model.routers.top_k import route_top_k
 
 from .reference import MoE
@@ -25,7 +25,6 @@ from .reference import MoE
 SUM = Gate(mode="sum", scale=1.0)
 NORMALISED = Gate(mode="normalised", scale=2.0)
 LAYOUT = FFNLayout(shared=16, experts=6, width=8)
-WEIGHTS = [field.name for field in dataclasses.fields(FusedFFN) if field.name != "capacity"]  # see test_capacity.py
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error (norms) of a gradient against float64's.
 GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -44,15 +43,18 @@ def random_ffn(
         up_bias_N=normal(layout.neurons),
         down_weight_HN=normal(hidden, layout.neurons, scale=layout.neurons**-0.5),
         down_bias_H=normal(hidden),
-        router_weight_EH=normal(layout.experts, hidden, scale=hidden**-0.5),
-        router_bias_E=normal(layout.experts) if bias else None,
+        router={
+            WEIGHT: normal(layout.experts, hidden, scale=hidden**-0.5),
+            **({BIAS: normal(layout.experts)} if bias else {}),
+        },
         expert_mean_EH=normal(layout.experts, hidden, scale=0.1) if mean else None,
     )
 
 
 def tensors(ffn: FusedFFN) -> list[Tensor | None]:
     """As moe_ffn takes them."""
-    return [getattr(ffn, name) for name in WEIGHTS]
+    dense = [ffn.up_weight_NH, ffn.up_bias_N, ffn.down_weight_HN, ffn.down_bias_H]
+    return [*dense, ffn.router[WEIGHT], ffn.router.get(BIAS), ffn.expert_mean_EH]
 
 
 def leaves(*values: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
@@ -116,7 +118,7 @@ def test_tied_experts_are_the_same_ones_everywhere(gate: Gate, top_k: int, seed:
     ffn = random_ffn(8, LAYOUT, torch.float32, seed, bias=False)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-1, 2, (10, 8), generator=generator).float()
-    ffn.router_weight_EH = torch.randint(-1, 2, (6, 8), generator=generator).float()
+    ffn.router = {WEIGHT: torch.randint(-1, 2, (6, 8), generator=generator).float()}
     y = moe_ffn(x, *tensors(ffn), layout=LAYOUT, gate=gate, top_k=top_k)
     expected = exact(tensors(ffn), LAYOUT, gate, top_k, x)
     expected.choices = None  # the reference's own, exact for whole numbers
@@ -181,7 +183,7 @@ def test_gradients_are_the_equations(dtype: torch.dtype, gate: Gate, tokens: int
     expected = exact(inputs[1:], LAYOUT, gate, top_k, x)
     expected = MoE(*inputs64[1:], LAYOUT, gate, top_k, expected.choices)
     expected(inputs64[0]).backward(direction.double())
-    names = ("x", *WEIGHTS)
+    names = ("x", "up", "up bias", "down", "down bias", "router", "router bias", "mean")
     for name, found, exactly in zip(names, inputs, inputs64, strict=True):
         assert found is not None
         assert exactly is not None
@@ -262,9 +264,9 @@ def test_module_computes_what_the_fused_weights_do_and_gives_them_back(optional:
     layer = MoEFFN(ffn, layout=layout, gate=NORMALISED, top_k=2)
     x = random_x(2, 9, 16, dtype=torch.bfloat16)
     torch.testing.assert_close(layer(x), moe_ffn(x, *tensors(ffn), layout=layout, gate=NORMALISED, top_k=2))
-    for name, before, after in zip(WEIGHTS, tensors(ffn), tensors(layer.fused()), strict=True):
-        assert (before is None) == (after is None), name
-        assert before is None or (after is not None and torch.equal(before, after)), name
+    for before, after in zip(tensors(ffn), tensors(layer.fused()), strict=True):
+        assert (before is None) == (after is None)
+        assert before is None or (after is not None and torch.equal(before, after))
 
 
 def test_module_owns_its_weights_and_can_train_the_experts_alone() -> None:
@@ -282,7 +284,7 @@ def test_module_owns_its_weights_and_can_train_the_experts_alone() -> None:
     assert torch.equal(trained.down_weight_HN[:, :16], ffn.down_weight_HN[:, :16])
     assert not torch.equal(trained.up_weight_NH[16:], ffn.up_weight_NH[16:])
     assert not torch.equal(trained.down_weight_HN[:, 16:], ffn.down_weight_HN[:, 16:])
-    assert not torch.equal(trained.router_weight_EH, ffn.router_weight_EH)
+    assert not torch.equal(trained.router[WEIGHT], ffn.router[WEIGHT])
 
 
 def test_module_survives_a_state_dict() -> None:

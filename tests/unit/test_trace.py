@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2m_model.config import BlockGroup, CapacityRouter, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher
+from d2m_model.config import BlockGroup, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher
 from d2m_model.mob import BlockRouting, SampleSubset
-from d2m_model.routers import Routing
+from d2m_model.routers import TOP_K_ROUTER, CapacityRouter, Routing
 from d2m_model.routers.top_k import route_top_k
 from d2m_model.trace import Evaluation, Pass, Run
 from d2m_model.trace_record import NONE, SampleKey, Trace
@@ -92,7 +92,7 @@ def test_what_a_top_k_router_chose_is_read_back_for_every_sample() -> None:
 
 
 def test_what_a_capacity_router_chose_is_read_back_best_first() -> None:
-    made = config(capacity_router=CapacityRouter(capacity=2.0))
+    made = config(router=CapacityRouter(capacity=2.0))
     listening = Pass([ONE, TWO], TEXT, 0)
     routings = {ffn: unevenly(2 * length, seed=seed) for seed, (ffn, length) in enumerate(LENGTHS.items())}
     for ffn, routing in routings.items():
@@ -255,7 +255,7 @@ class Leaving(TorchDispatchMode):
 
 @pytest.mark.parametrize("router", ["top_k", "capacity"])
 def test_an_evaluation_leaves_the_device_in_one_copy(router: str) -> None:
-    made = config(groups=(GROUP,), capacity_router=CapacityRouter(capacity=2.0) if router == "capacity" else None)
+    made = config(groups=(GROUP,), router=CapacityRouter(capacity=2.0) if router == "capacity" else TOP_K_ROUTER)
     run = Run(made, GRID, 2**20)
     with Leaving() as leaving:
         for evaluation in range(3):

@@ -15,6 +15,7 @@ from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.least_squares import Normal
 from d2m_model.conversion.router_init import ridge_router
 from d2m_model.moe import moe_ffn
+from d2m_model.routers.token_router import BIAS, WEIGHT
 
 H, LAYOUT = 32, FFNLayout(shared=32, experts=6, width=16)
 TEACHER = Recipe(experts="random", router="random", mean=False, refit=False, top_k=2, seed=0)
@@ -66,8 +67,8 @@ def converted(weights: FFNWeights, plan: FFNPlan, x_TH: Tensor, top_k: int) -> T
         weights.up_bias_N[order],
         down_HN,
         weights.down_bias_H if plan.down_bias_H is None else plan.down_bias_H,
-        plan.router_EH,
-        plan.router_bias_E,
+        plan.router[WEIGHT],
+        plan.router.get(BIAS),
         plan.expert_mean_EH,
         layout=LAYOUT,
         gate=Gate(mode="sum", scale=1.0),
@@ -216,8 +217,8 @@ def test_without_data_the_weights_alone_decide() -> None:
     plan = plan_without_data("x", topical_ffn(), LAYOUT, IMPORTANCE, option)
     with_data, _ = plan_with_data("x", topical_ffn(), LAYOUT, IMPORTANCE, topics(200), option)
     assert torch.equal(plan.order_N, with_data.order_N)
-    assert torch.equal(plan.router_EH, with_data.router_EH)
-    assert plan.expert_mean_EH is plan.shared_down_HS is plan.router_bias_E is None
+    assert torch.equal(plan.router[WEIGHT], with_data.router[WEIGHT])
+    assert plan.expert_mean_EH is plan.shared_down_HS is plan.router.get(BIAS) is None
 
 
 def test_too_few_calibration_tokens_are_refused() -> None:

@@ -14,6 +14,7 @@ from d2m_model.config import BlockGroup, FluxMoEConfig, Gate, preset_layouts
 from d2m_model.conversion.convert import convert_file, describe_teacher
 from d2m_model.conversion.interfaces import FFNPlan, FFNWeights
 from d2m_model.conversion.unconvert import unconvert_file
+from d2m_model.routers.token_router import BIAS, WEIGHT
 from d2m_model.teacher import open_teacher
 from d2m_train.__main__ import main
 from tests.toys.teachers import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
@@ -42,8 +43,10 @@ def convert(
     def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
         return FFNPlan(
             order_N=torch.randperm(DIMS.neurons, generator=generator, dtype=torch.int32),
-            router_EH=torch.randn(12, DIMS.hidden_size, generator=generator),
-            router_bias_E=torch.randn(12, generator=generator),
+            router={
+                WEIGHT: torch.randn(12, DIMS.hidden_size, generator=generator),
+                BIAS: torch.randn(12, generator=generator),
+            },
             expert_mean_EH=torch.randn(12, DIMS.hidden_size, generator=generator),
             shared_down_HS=torch.full((128, 128), 2.5) if refit else None,
             down_bias_H=torch.full((128,), 1.5) if refit else None,
@@ -185,11 +188,14 @@ def test_a_plan_that_is_not_what_the_file_says_is_an_error(tmp_path: Path) -> No
     target.unlink()
 
     def plan(ffn: str, weights: FFNWeights, **changes: torch.Tensor) -> FFNPlan:
-        return replace(FFNPlan(order_N=torch.arange(512, dtype=torch.int32), router_EH=torch.ones(12, 128)), **changes)
+        order_N = torch.arange(512, dtype=torch.int32)
+        return replace(FFNPlan(order_N=order_N, router={WEIGHT: torch.ones(12, 128)}), **changes)
 
     with open_teacher(tmp_path / "teacher.safetensors") as teacher:
         with pytest.raises(ValueError, match="expert_mean_EH is missing; announced otherwise"):
             convert_file(teacher, target, config, plan, expert_mean=True)
+        with pytest.raises(ValueError, match=r"router has router\.weight; announced router\.weight, router\.bias"):
+            convert_file(teacher, target, config, plan, router_bias=True)
         with pytest.raises(ValueError, match=r"refit; expected the teacher's weights, since split_only is true"):
             convert_file(teacher, target, config, lambda *given: plan(*given, down_bias_H=torch.ones(128)))
         with pytest.raises(ValueError, match=r"split_only is true; expected false with compressed modulations"):

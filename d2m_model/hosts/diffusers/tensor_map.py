@@ -116,5 +116,5 @@ def _added_tensor(name: str, config: FluxMoEConfig) -> str:
     for ffn in (".".join(name.split(".")[:parts]) for parts in (2, 3)):
         if ffn in config.ffns:
             own = name.removeprefix(f"{ffn}.")
-            return f"{ffn_module(ffn)}.{'capacity.threshold' if own == 'threshold' else own}"
+            return f"{ffn_module(ffn)}.{config.router.names_in_model.get(own, own)}"
     return name

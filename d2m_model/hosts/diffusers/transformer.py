@@ -82,21 +82,10 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
     def _route_ffn(self, name: str) -> None:
         config, layout = self.flux_moe, self.flux_moe.ffns[name]
-        hidden_size, capacity = config.dims.hidden_size, config.capacity_router
-        fused = FusedFFN.empty(
-            hidden_size,
-            layout,
-            router_bias=f"{name}.router.bias" in self.optional,
-            expert_mean=f"{name}.expert_mean" in self.optional,
-            predictor_width=None if capacity is None else capacity.width,
-        )
-        moe = MoEFFN(
-            fused,
-            layout=layout,
-            gate=config.gate,
-            top_k=config.top_k,
-            capacity=None if capacity is None else capacity.capacity,
-        )
+        hidden_size, prefix = config.dims.hidden_size, f"{name}."
+        optional = {other.removeprefix(prefix) for other in self.optional if other.startswith(prefix)}
+        fused = FusedFFN.empty(hidden_size, layout, config.router, optional)
+        moe = MoEFFN(fused, layout=layout, gate=config.gate, top_k=config.top_k, router=config.router)
         moe.register_buffer("neuron_order", torch.empty(layout.neurons, dtype=torch.int32, device="meta"))
         owner, _, attribute = ffn_module(name).rpartition(".")
         if attribute != "moe":
@@ -218,17 +207,23 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         return [router for router in self.block_groups if isinstance(router, GroupRouter)]
 
     def set_top_k(self, top_k: int) -> None:
-        """Set the number of experts per token in every FFN. Raises ValueError unless it is 0 to all experts."""
+        """Set the number of experts per token in every FFN. Raises ValueError unless it is 0 to all experts.
+
+        Has no effect where another setting steers the routers.
+        """
         for name, moe in self.moe_ffns().items():
             if not 0 <= top_k <= moe.layout.experts:
                 raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
-            moe.top_k = top_k
+        self._set_router("top_k", top_k)
 
     def set_capacity_factor(self, factor: float) -> None:
         """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold)."""
+        self._set_router("capacity", factor)
+
+    def _set_router(self, setting: str, value: float) -> None:
         for moe in self.moe_ffns().values():
-            if moe.capacity is not None:
-                moe.capacity.factor = factor
+            if moe.token_router.setting == setting:
+                moe.router_value = value
 
     def clear_routings(self) -> None:
         """Forget the choices of the last forward pass in training."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from d2m_model.config import Gate
-from d2m_model.conversion.predictor_init import fitted_tensors, predicted, selection
-from d2m_model.routers.capacity_routing import route_by_threshold, share_of
+from d2m_model.routers.capacity_fit import fitted_tensors, selection
+from d2m_model.routers.capacity_routing import CapacityTensors, predict, route_by_threshold, share_of
 
 H, E, CAPACITY = 32, 6, 2.0
 
@@ -24,6 +24,11 @@ def router() -> tuple[Tensor, Tensor]:
     return torch.randn(E, H, generator=generator) / torch.logspace(-1, 2, H) / H**0.5, torch.randn(
         E, generator=generator
     )
+
+
+def predicted(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
+    """bool [T, E]: the experts that take a token by their prediction."""
+    return predict(x_TH, tensors) > tensors.threshold_E.logit()
 
 
 def agreement(found_TE: Tensor, wanted_TE: Tensor) -> float:

@@ -5,16 +5,66 @@ Shapes: T tokens, H hidden size, D predictor width, E experts.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routers.capacity_routing import CapacityTensors, initial_tensors, predict, select, share_of, thresholds_of
-from ..routers.routing import float32_linear
+from .capacity_routing import CapacityTensors, predict, select, share_of
+from .routing import float32_linear
 
 STEPS = 300
 BATCH = 1024
 LEARNING_RATE = 1e-2
+
+
+@torch.no_grad()
+def initial_tensors(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    *,
+    capacity: float,
+    width: int,
+    generator: torch.Generator,
+) -> CapacityTensors:
+    """A capacity router before training, from calibration inputs of its FFN: float32, on the device of x.
+
+    The predictor is random (Xavier, zero biases: DiffMoE's) and knows nothing yet; thresholds are set so that each
+    expert gets its share of these tokens from it. The scale is 1 / mean gate of the selected. Raises ValueError if
+    there are too few tokens for a share.
+    """
+    tokens, hidden, experts = *x_TH.shape, weight_EH.shape[0]
+    share = share_of(tokens, experts, capacity)
+    if share == 0:
+        least = math.ceil(experts / capacity)
+        raise ValueError(f"There are {tokens} calibration tokens; expected {least} or more, one for each expert.")
+
+    def xavier(outputs: int, inputs: int) -> Tensor:
+        bound = math.sqrt(6 / (inputs + outputs))
+        return ((2 * torch.rand(outputs, inputs, generator=generator) - 1) * bound).to(x_TH.device)
+
+    alpha_TE = float32_linear(x_TH, weight_EH, bias_E).softmax(dim=-1)
+    mean_gate = alpha_TE.gather(0, select(alpha_TE, capacity)).mean()
+    tensors = CapacityTensors(
+        in_weight_DH=xavier(width, hidden),
+        in_bias_D=torch.zeros(width, device=x_TH.device),
+        out_weight_ED=xavier(experts, width),
+        out_bias_E=torch.zeros(experts, device=x_TH.device),
+        threshold_E=torch.zeros(experts, device=x_TH.device),
+        scale_1=mean_gate.reciprocal().view(1),
+    )
+    tensors.threshold_E = thresholds_of(predict(x_TH, tensors), share)
+    return tensors
+
+
+def thresholds_of(predicted_TE: Tensor, share: int) -> Tensor:
+    """float32 [E], probabilities: of these tokens each expert gets the `share` (1 or more) that it is most likely to take."""
+    sorted_TE = predicted_TE.sort(dim=0, descending=True).values
+    # Between the last that is to pass and the first that is not.
+    first_out = sorted_TE[share] if share < len(sorted_TE) else sorted_TE[-1] - 1
+    return ((sorted_TE[share - 1] + first_out) / 2).sigmoid()
 
 
 def fitted_tensors(
@@ -69,8 +119,3 @@ def selection(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, capacity: 
     alpha_TE = float32_linear(x_TH, weight_EH, bias_E).softmax(dim=-1)
     taken_SE = select(alpha_TE, capacity)
     return torch.zeros_like(alpha_TE, dtype=torch.bool).scatter(0, taken_SE, True)
-
-
-def predicted(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
-    """bool [T, E]: what the experts take by prediction, as at inference."""
-    return predict(x_TH, tensors) > tensors.threshold_E.logit()
