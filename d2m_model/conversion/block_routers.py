@@ -1,4 +1,4 @@
-"""Block routers of a group from calibration, and how well they choose.
+"""Block routers fitted to a calibration, and a report on how well they choose.
 
 Shapes: n observations, H hidden size, M blocks of a group.
 """
@@ -16,17 +16,16 @@ from ..mob import BlockRouters, BlockRouting, random_block_routers, ridge_block_
 from .split import generator_for
 
 BlockRouterInit = Literal["ridge", "random"]
-_REPORTED = 4  # one observation in so many is kept from the fit that the report is of
-FEWEST = 2 * _REPORTED  # observations
+_REPORTED = 4  # the report uses one observation in so many, which its fit does not see
+FEWEST = 2 * _REPORTED  # observations that a fit needs
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class BlockChange:
-    """The mean square of a block's output - input (Fig. 3), of all tokens and of the image's alone.
+    """Mean square of a block's output - input (Fig. 3), over all tokens and over the image tokens.
 
-    Blocks are compared by the latter: what a block does to the text counts only through what later blocks take from it.
-    (In the emoji FLUX the last double block changes the text more than all others together, and of its group it is the
-    one that the image misses least.)
+    Blocks are compared by the image tokens: a change of the text matters only where later blocks read it. (In the emoji
+    FLUX, the last double block changes the text more than all others together, yet the image needs it least in its group.)
     """
 
     mse: float
@@ -35,14 +34,18 @@ class BlockChange:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class GroupObservations:
-    """A group in the dense model, of samples over prompts and timesteps: ahead of its first block the mean of all tokens
-    (mob.mean_tokens) and vec; and how much each block changes the image: |B(x) - x| over its tokens, absolute."""
+    """Observations of a block group in the dense model, over prompts and timesteps.
+
+    x_mean_nH, vec_nH  the router's inputs before the group's first block (mob.mean_tokens, vec)
+    change_nM          the norm of each block's change of the image tokens, |B(x) - x|
+    """
 
     x_mean_nH: Tensor
     vec_nH: Tensor
     change_nM: Tensor
 
-    def of(self, which_n: Tensor) -> GroupObservations:
+    def select(self, which_n: Tensor) -> GroupObservations:
+        """Return some of the observations."""
         return GroupObservations(
             x_mean_nH=self.x_mean_nH[which_n], vec_nH=self.vec_nH[which_n], change_nM=self.change_nM[which_n]
         )
@@ -50,8 +53,11 @@ class GroupObservations:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ChoiceReport:
-    """`agreement`: part of the chosen blocks that the oracle chooses too. `skipped`: the change of the blocks not chosen,
-    as a part of all of the group's."""
+    """Quality of a choice.
+
+    agreement  fraction of the chosen blocks that the oracle chooses too
+    skipped    the change by blocks that were not chosen, as a fraction of the group's change
+    """
 
     agreement: float
     skipped: float
@@ -59,10 +65,13 @@ class ChoiceReport:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class GroupReport:
-    """Ways to choose a group's blocks, on observations that no fit has seen.
+    """Quality of several ways to choose a group's blocks, on observations that no fit has seen.
 
-    `random` routers as the paper begins with; `fixed`: always the blocks that change most on average, which no router is
-    needed for; `ridge`; `oracle`: those of the largest change. `converted` is the file's, of the first or the third.
+    random     random routers, the paper's initialisation
+    fixed      always the blocks that change most on average, without a router
+    ridge      fitted routers
+    oracle     the blocks with the largest change
+    converted  the kind that the file gets: `random` or `ridge`
     """
 
     random: ChoiceReport
@@ -78,16 +87,16 @@ class GroupReport:
 def plan_block_routers(
     name: str, group: BlockGroup, seen: GroupObservations, init: BlockRouterInit, seed: int
 ) -> tuple[BlockRouters, GroupReport]:
-    """The group's routers, fitted to all observations, and what routers fitted to most of them do on the others.
+    """Return the group's routers, fitted to all observations, and a report on routers fitted to a part of them.
 
-    Ridge routers learn each block's share of the group's change, so that every sample counts alike.
-    Raises ValueError if there are fewer than FEWEST.
+    Ridge routers learn each block's share of the group's change, which gives every sample the same weight.
+    Raises ValueError for fewer than FEWEST observations.
     """
     seen = replace(seen, change_nM=seen.change_nM / seen.change_nM.sum(dim=1, keepdim=True))
     if len(seen.change_nM) < FEWEST:
         raise ValueError(f"There are {len(seen.change_nM)} calibration samples; expected {FEWEST} or more.")
     kept_n = torch.arange(len(seen.change_nM)) % _REPORTED == 0
-    fit, rest = seen.of(~kept_n), seen.of(kept_n)
+    fit, rest = seen.select(~kept_n), seen.select(kept_n)
     random = random_block_routers_of(name, group, seen.x_mean_nH.shape[1], seed)
     fixed_nM = fit.change_nM.mean(dim=0).expand_as(rest.change_nM)
     report = GroupReport(
@@ -101,7 +110,7 @@ def plan_block_routers(
 
 
 def random_block_routers_of(name: str, group: BlockGroup, hidden_size: int, seed: int) -> BlockRouters:
-    """The paper's beginning, of this seed and group."""
+    """Return the paper's initial routers for this seed and group."""
     return random_block_routers(group.blocks, hidden_size, generator_for(seed, f"{name} router"))
 
 
@@ -110,7 +119,7 @@ def _ridge(seen: GroupObservations) -> BlockRouters:
 
 
 def _best(score_nM: Tensor, group: BlockGroup) -> Tensor:
-    """bool [n, M]: what a router with these logits would choose."""
+    """Return the choice of a router with these logits, bool [n, M]."""
     nothing_nM, identity_MM = torch.zeros_like(score_nM), 2 * torch.eye(group.blocks)  # alpha is 1/2
     return route_blocks(score_nM, nothing_nM, identity_MM, identity_MM, group.active, group.selection).chosen_BM
 

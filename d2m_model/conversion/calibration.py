@@ -1,12 +1,16 @@
-"""What a conversion without training wants to know of the dense model, gathered in parts.
+"""A calibration: measurements of the dense model for a conversion without training, stored in parts.
 
-Neurons' importance (Eq. 6), some of every FFN's inputs, conditioning vectors, and what blocks do to their input (Fig. 3).
-Each part is a file of its own, written whole or not at all: an interrupted calibration can go on where it stopped, and
-none is held in memory. Who gathers them runs the model: d2m_train in diffusers, nodes in ComfyUI.
+It has the importance of neurons (Eq. 6), some inputs of every FFN, conditioning vectors, and the changes that blocks make
+to their input (Fig. 3). Each part is a file, written atomically: an interrupted calibration can be resumed, and nothing
+stays in memory. d2m_train records the parts with a model in diffusers, the nodes with a model in ComfyUI (recorder.py).
 
-Of a part: `importance.<ffn>` [N], optional; `inputs.<ffn>` [n, H]; `silu_vec` [n, H]; and of its samples in their order
-`vec` [n, H], `mean.<block>` [n, H] (mob.mean_tokens of the block's input) and `change.<block>` [n, 2], the mean squares of
-output - input over all tokens and over the image's. Blocks are wanted of block groups alone.
+Tensors of a part:
+  importance.<ffn> [N]   optional
+  inputs.<ffn> [n, H]
+  silu_vec [n, H]
+  vec [n, H]             of the part's samples, in their order; so are the following two, for blocks of groups
+  mean.<block> [n, H]    mob.mean_tokens of the block's input
+  change.<block> [n, 2]  mean squares of output - input, over all tokens and over the image tokens
 
 Shapes: H hidden size, N neurons, n samples.
 """
@@ -27,42 +31,42 @@ from ..tensor_writer import write_tensors
 from .adaln import VecMoments
 from .block_routers import BlockChange, GroupObservations
 
-_KEY = "calibration"  # of a part's metadata: whose it is
+_KEY = "calibration"  # of the metadata that tells which calibration a part belongs to
 _FEW_SHARE = 0.2  # see VecMoments.widened
-GUIDANCE = (1.5, 5.0)  # a guidance-distilled teacher is asked with values of this range
+GUIDANCE = (1.5, 5.0)  # range of guidances for a guidance-distilled teacher
 
 
 class Calibration:
-    """A finished calibration in its files; tensors are read when they are asked for. `few`: of a handful of prompts."""
+    """A finished calibration. Tensors are read from its files when they are used. `few`: it has only a few prompts."""
 
     def __init__(self, files: Sequence[Path], *, few: bool = False) -> None:
         self.files, self.few = files, few
 
     @property
     def losses(self) -> list[float]:
-        """Of each part, where one was measured."""
+        """The loss of each part, if losses were measured."""
         return [part_metadata(file)["loss"] for file in self.files]
 
     def importance(self, ffn: str) -> Tensor:
-        """Eq. 6 summed over the parts, float32 [N]."""
+        """Return the importance of Eq. 6, summed over the parts: float32 [N]."""
         return torch.stack(self._parts(f"importance.{ffn}")).double().sum(0).float()
 
     def inputs(self, ffn: str) -> Tensor:
-        """[n, H] inputs of an FFN, padding left out."""
+        """Return inputs of an FFN without padding, [n, H]."""
         return torch.cat(self._parts(f"inputs.{ffn}"))
 
     def moments(self) -> VecMoments:
-        """Of silu(vec)."""
+        """Return the moments of silu(vec)."""
         moments = VecMoments.of(torch.cat(self._parts("silu_vec")))
         return moments.widened(_FEW_SHARE) if self.few else moments
 
     def block_change(self, block: str) -> BlockChange:
-        """Mean change of a block (by BFL name) over all samples."""
+        """Return the mean change by a block (BFL name) over all samples."""
         all_tokens, image = torch.cat(self._parts(f"change.{block}")).mean(0).tolist()
         return BlockChange(mse=all_tokens, image_mse=image)
 
     def group(self, group: BlockGroup) -> GroupObservations:
-        """What a group's router would see of every sample, and what its blocks did."""
+        """Return a router's inputs and the changes by the group's blocks, per sample."""
         changes = [torch.cat(self._parts(f"change.{block.name}"))[:, 1].sqrt() for block in group.members]
         return GroupObservations(
             x_mean_nH=torch.cat(self._parts(f"mean.{group.members[0].name}")),
@@ -79,12 +83,13 @@ class Calibration:
 
 
 def write_part(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a part's file atomically; `about` becomes its metadata."""
     announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(file, announced, tensors.__getitem__, {_KEY: json.dumps(about)})
 
 
 def part_metadata(file: Path) -> dict:
-    """What `write_part` was told `about` it; empty of another file. Raises CheckpointError for a damaged one."""
+    """Return what `write_part` got as `about`; empty for another file. Raises CheckpointError for a damaged file."""
     with TensorFile(file) as stored:
-        found: dict = json.loads(stored.metadata.get(_KEY, "null")) or {}
-        return found
+        about: dict = json.loads(stored.metadata.get(_KEY, "null")) or {}
+        return about

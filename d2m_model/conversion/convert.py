@@ -1,4 +1,4 @@
-"""A dense FLUX file becomes a FLUX-MoE file in one pass, one tensor at a time."""
+"""Conversion of a dense FLUX into a FLUX-MoE file in one pass, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from .permute import permuted_pieces
 
 UNKNOWN_LICENCE = "not stated in the teacher's file"
 ARCHITECTURE = "modelspec.architecture"
-UNHASHED = "0" * 64  # as long as a sha256, so that the file's header has its length before the hash is known
+UNHASHED = "0" * 64  # as long as a sha256: the header's length is fixed before the hash is known
 
-ByteProgress = Callable[[int], object]  # told the bytes done since it was last called
+ByteProgress = Callable[[int], object]  # called with the number of bytes done since its last call
 
 
 def describe_teacher(teacher: DenseTeacher) -> Teacher:
-    """Title and licence from the file's header (title else its name). Its sha256 is known when it has been converted."""
+    """Return title (by default the file's name) and licence of a teacher. Its sha256 is known after the conversion."""
     path = teacher.path.absolute()
-    if path.name.startswith("diffusion_pytorch_model"):  # every diffusers model's file; its folder tells more
+    if path.name.startswith(
+        "diffusion_pytorch_model"
+    ):  # the file name of every diffusers model; the folder's name says more
         path = path.parent
     if path.name == "transformer":
         path = path.parent
@@ -45,7 +47,7 @@ def describe_teacher(teacher: DenseTeacher) -> Teacher:
 def refuse_same_file(
     sources: Iterable[str | os.PathLike[str]], target: str | os.PathLike[str], what: str = "this is the teacher"
 ) -> None:
-    """Raises CheckpointError if the output would replace one of the files that are read, by any of their names."""
+    """Raises CheckpointError if the output would replace one of the source files, under any name."""
     for source in sources:
         if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
             raise CheckpointError(f"{target}: {what}; write to another file.")
@@ -63,13 +65,15 @@ def convert_file(
     block_routers: Mapping[str, Tensor] | None = None,
     progress: ByteProgress = lambda done: None,
 ) -> FluxMoEConfig:
-    """Write the FLUX-MoE of `teacher` that `config` describes, and give its configuration with the teacher's sha256.
+    """Write the FLUX-MoE that `config` describes. Return its configuration with the teacher's sha256.
 
-    The teacher is read once, tensor by tensor; `plan` is asked for each FFN of `config.ffns` as it goes past, and must
-    give router biases and expert means if `router_bias` and `expert_mean` announce them. `modulations` is needed if
-    `config.adaln_rank` is set; `block_routers` are the tensors of `config.groups`, float32, by name. `progress` hears of
-    `teacher.size` bytes in all. Weights keep the teacher's dtype; what is added is float32. Raises CheckpointError if
-    the file cannot be written, or would replace the teacher.
+    The teacher is read once, tensor by tensor. Its weights keep their dtype; new tensors are float32.
+    plan                      called once for each FFN of `config.ffns`, when its weights are read
+    modulations               needed if `config.adaln_rank` is set
+    router_bias, expert_mean  the optional tensors that every plan has
+    block_routers             the tensors of `config.groups` by name, float32
+    progress                  gets `teacher.size` bytes in total
+    Raises CheckpointError if the file cannot be written or would replace the teacher.
     """
     refuse_same_file(teacher.files, target)
     if (config.adaln_rank is None) != (modulations is None):
@@ -96,7 +100,7 @@ def convert_file(
 def _announce(
     teacher: TeacherTensors, config: FluxMoEConfig, *, router_bias: bool, expert_mean: bool
 ) -> dict[str, tuple[torch.dtype, Shape]]:
-    """Every tensor of the file: first the teacher's in its order, so that writing goes forward as reading does."""
+    """Return dtype and shape of every tensor of the file, the teacher's first: writing then follows the reading order."""
     shapes = expected_tensors(config)
     for name, shape in optional_tensors(config).items():
         if (router_bias and name.endswith(".router.bias")) or (expert_mean and name.endswith(".expert_mean")):
@@ -124,11 +128,11 @@ class _Conversion:
     ) -> None:
         self.teacher, self.config, self.plan, self.modulations = teacher, config, plan, modulations
         self.writer, self.digest, self.progress = writer, digest, progress
-        self.told = 0  # bytes that `progress` has heard of
+        self._reported = 0  # bytes that `progress` got
 
     def run(self, *, router_bias: bool, expert_mean: bool) -> None:
         hidden_size = self.config.dims.hidden_size
-        ffn_of: dict[str, str] = {}  # of a tensor with an FFN's neurons or its b2
+        ffn_of: dict[str, str] = {}  # by the tensors that hold an FFN's neurons or its b2
         for ffn in self.config.ffns:
             at = ffn_tensors(ffn, hidden_size)
             for name in (f"{at.up}.weight", f"{at.up}.bias", f"{at.down}.weight", f"{at.down}.bias"):
@@ -138,17 +142,17 @@ class _Conversion:
             if name not in ffn_of:
                 self._tensor(name)
             elif name.endswith(".weight") and (ffn := ffn_of[name]) not in written:
-                # Its biases may lie elsewhere, before all weights, say; they are small and read with the first weight.
+                # Biases may be elsewhere in the file, for example before all weights; they are small, so read them now.
                 self._ffn(ffn, router_bias=router_bias, expert_mean=expert_mean)
                 written.add(ffn)
-        self.progress(self.teacher.size - self.told)
+        self.progress(self.teacher.size - self._reported)
 
     def _read(self, name: str) -> Tensor:
         end = self.teacher.span(name)[1]
         self.digest.reach(end)
-        if end > self.told:
-            self.progress(end - self.told)
-            self.told = end
+        if end > self._reported:
+            self.progress(end - self._reported)
+            self._reported = end
         tensor = self.teacher.tensor(name)
         self.digest.take(name, tensor)
         return tensor
@@ -196,7 +200,7 @@ class _Conversion:
             self.teacher.release(f"{module}.weight")
 
     def _check(self, ffn: str, plan: FFNPlan, *, router_bias: bool, expert_mean: bool) -> None:
-        """Raises ValueError for a plan that is not what was announced: a file is not written otherwise than it says."""
+        """Raises ValueError for a plan that does not match the announced tensors."""
         announced = [*self.config.router.shapes(0, 0), *([BIAS] if router_bias else ())]
         if sorted(plan.router) != sorted(announced):
             raise ValueError(f"{ffn}: router has {', '.join(plan.router)}; announced {', '.join(announced)}.")
@@ -208,7 +212,7 @@ class _Conversion:
 
 
 def _with_columns(pieces: Iterable[Tensor], first: int, columns_HS: Tensor) -> Iterator[Tensor]:
-    """Consecutive parts of a weight [H, N], with `columns_HS` in place of its columns from `first` on."""
+    """Yield consecutive parts of a weight [H, N] whose columns from `first` on are replaced by `columns_HS`."""
     row = 0
     for piece in pieces:
         piece[:, first : first + columns_HS.shape[1]] = columns_HS[row : row + len(piece)]
@@ -217,7 +221,7 @@ def _with_columns(pieces: Iterable[Tensor], first: int, columns_HS: Tensor) -> I
 
 
 def file_metadata(config: FluxMoEConfig, teacher: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The header's metadata, for people and model managers: the configuration and modelspec fields."""
+    """Return the header's metadata, for people and model managers: the configuration and modelspec fields."""
     architecture = "Flux.1-dev" if config.dims.guidance_embed else "Flux.1-schnell"
     dense = (
         "Its weights are the teacher's with reordered FFN neurons: without the pack it opens and samples as the dense teacher."

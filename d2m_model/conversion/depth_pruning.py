@@ -1,4 +1,4 @@
-"""A dense FLUX.1 with some of its blocks left out: what depth pruning makes of a teacher before anything is trained."""
+"""Depth pruning: a dense FLUX.1 without some of its blocks, before any training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..config import BlockGroup, FluxDims
 from ..teacher import DenseTeacher
 from .block_routers import BlockChange
 
-TeacherBlocks = dict[BlockKind, list[int]]  # position in the shallow FLUX -> block of the teacher
+TeacherBlocks = dict[BlockKind, list[int]]  # the teacher's block for each block of the shallow FLUX
 
 
 def kept_blocks(dims: FluxDims, groups: Sequence[BlockGroup], change: Mapping[str, BlockChange]) -> TeacherBlocks:
-    """Of every group its `active` blocks that change the image most, and all blocks that no group has: as many as run
-    with the groups."""
+    """Return the blocks to keep: all blocks outside of groups, and the `active` blocks of each group that change the image
+    most. As many blocks as run with the groups."""
     dropped: set[Block] = set()
     for group in groups:
         ranked = sorted(group.members, key=lambda block: -change[block.name].image_mse)
@@ -28,9 +28,9 @@ def kept_blocks(dims: FluxDims, groups: Sequence[BlockGroup], change: Mapping[st
 
 
 def output_blocks(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherBlocks:
-    """Of every kept block the teacher's block whose output it is to give once trained: the last that it stands for.
+    """Return the teacher's block whose output each kept block learns to give: the last of the blocks that it replaces.
 
-    In a group that is the one ahead of the next kept block, and of the last kept one the group's last.
+    In a group, a kept block replaces those up to the next kept block, and the last kept block those up to the group's end.
     """
     outputs: TeacherBlocks = {}
     for kind, indices in kept.items():
@@ -43,7 +43,7 @@ def output_blocks(groups: Sequence[BlockGroup], kept: TeacherBlocks) -> TeacherB
 
 
 def teacher_name(name: str, kept: TeacherBlocks) -> str:
-    """The teacher's name of a shallow FLUX's tensor or FFN."""
+    """Return the teacher's name of a tensor or FFN of the shallow FLUX."""
     block = Block.parse(name)
     if block is None:
         return name
@@ -51,7 +51,7 @@ def teacher_name(name: str, kept: TeacherBlocks) -> str:
 
 
 class ShallowTeacher:
-    """A DenseTeacher seen with the blocks of `kept` alone, renumbered without gaps. It does not own the teacher."""
+    """View of a DenseTeacher with the blocks of `kept` alone, renumbered without gaps. Does not close the teacher."""
 
     def __init__(self, teacher: DenseTeacher, kept: TeacherBlocks) -> None:
         self._teacher = teacher

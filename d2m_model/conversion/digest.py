@@ -1,4 +1,4 @@
-"""The hash of a teacher, taken while it is being read for something else: of its files, or of tensors in memory."""
+"""Hash of a teacher, computed while a conversion reads it: of its files, or of tensors in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _LEAD = 512 << 20  # bytes
 
 
 class Digest(Protocol):
-    """Told what is read, before and after; `result` is asked when all has been."""
+    """A hash of everything that is read.
+
+    `reach` is called before reading up to a position, `take` with each tensor that was read, `result` at the end.
+    """
 
     def reach(self, position: int) -> None: ...
     def take(self, name: str, tensor: Tensor) -> None: ...
@@ -27,7 +30,7 @@ class Digest(Protocol):
 
 
 class TensorDigest:
-    """sha256 of tensors in the order in which they are read: of each name, dtype and shape, and its bytes."""
+    """sha256 of tensors in the order in which they are read: name, dtype, shape and bytes of each."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -52,10 +55,10 @@ class TensorDigest:
 
 
 class PacedDigest:
-    """sha256 of files laid end to end, on a thread of its own that keeps near whoever else is reading them.
+    """sha256 of concatenated files, on a thread that reads them at the same pace as the caller.
 
-    Neither of the two gets further ahead than _LEAD, so that what one has read from the disk the other finds in memory.
-    To be used in a `with`. Raises CheckpointError, from `reach` and `result`, for a file that cannot be read.
+    Neither gets more than _LEAD ahead of the other, so that both read from the disk only once. Use it in a `with`.
+    `reach` and `result` raise CheckpointError for a file that cannot be read.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -69,7 +72,7 @@ class PacedDigest:
         self._thread.start()
 
     def reach(self, position: int) -> None:
-        """The caller is about to read up to `position`. Waits until the thread is near."""
+        """Announce that the caller will read up to `position`. Waits until the thread is near."""
         with self._moved:
             self._reached = max(self._reached, position)
             self._moved.notify_all()
@@ -77,10 +80,10 @@ class PacedDigest:
             self._check()
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """The files say it all."""
+        """Do nothing: the thread hashes the files."""
 
     def result(self) -> str:
-        """The whole hash, in hexadecimal. Waits for it."""
+        """Wait for the hash of all files and return it in hexadecimal."""
         with self._moved:
             self._reached = 1 << 63
             self._moved.notify_all()

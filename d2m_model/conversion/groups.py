@@ -1,4 +1,4 @@
-"""Which blocks are grouped (Mixture of Blocks): a preset's groups, those of least change, or what the user says."""
+"""Choice of the block groups (Mixture of Blocks): a preset's, those that change least, or the user's."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SYNTAX = "kind:first-last/active, such as double:4-6/1 or single:10-14 (active i
 
 
 def with_choice(groups: Sequence[BlockGroup], active: int, selection: Selection) -> tuple[BlockGroup, ...]:
-    """The same blocks, of which `active` run."""
+    """Return the groups with another number of active blocks and another selection."""
     return tuple(replace(group, active=active, selection=selection) for group in groups)
 
 
 def parse_groups(texts: Sequence[str], active: int, selection: Selection) -> tuple[BlockGroup, ...]:
-    """Groups written as SYNTAX says, both ends included. Raises ConfigError for one that is not, or of one block."""
+    """Parse groups in the form of SYNTAX, both ends included. Raises ConfigError for another form or a single block."""
     groups = []
     for text in texts:
-        found = re.fullmatch(r"\s*(double|single):(\d+)-(\d+)(?:/(\d+))?\s*", text)
-        if found is None:
-            raise ConfigError(f"{text!r} is no block group; expected {SYNTAX}.")
-        kind, (first, last) = found[1], (int(found[2]), int(found[3]))
+        match = re.fullmatch(r"\s*(double|single):(\d+)-(\d+)(?:/(\d+))?\s*", text)
+        if match is None:
+            raise ConfigError(f"{text!r} is not a block group; expected {SYNTAX}.")
+        kind, (first, last) = match[1], (int(match[2]), int(match[3]))
         if last <= first:
             raise ConfigError(f"{text!r} has {max(0, last - first + 1)} blocks; expected two or more, first to last.")
         groups.append(
@@ -34,7 +34,7 @@ def parse_groups(texts: Sequence[str], active: int, selection: Selection) -> tup
                 kind="double" if kind == "double" else "single",
                 first=first,
                 blocks=last - first + 1,
-                active=active if found[4] is None else int(found[4]),
+                active=active if match[4] is None else int(match[4]),
                 selection=selection,
             )
         )
@@ -42,10 +42,10 @@ def parse_groups(texts: Sequence[str], active: int, selection: Selection) -> tup
 
 
 def auto_groups(preset: PresetName, dims: FluxDims, change: Mapping[str, BlockChange]) -> tuple[BlockGroup, ...]:
-    """As many groups of each kind and size as the preset has, placed where blocks change least (Fig. 3).
+    """Place the preset's groups, the same number of each kind and size, on the blocks that change least (Fig. 3).
 
-    `change` is each block's, by name. Of all placements of the groups the one whose blocks have the least image_mse in
-    all, so that the blocks with the highest stay out; the preset's dense double blocks stay out too.
+    `change` is by block name. The placement with the lowest sum of image_mse is chosen, so that the blocks that change
+    most stay out of groups; so do the preset's dense double blocks.
     """
     groups: list[BlockGroup] = []
     given = preset_groups(preset, dims)
@@ -60,10 +60,10 @@ def auto_groups(preset: PresetName, dims: FluxDims, change: Mapping[str, BlockCh
 
 
 def least_runs(costs: Sequence[float], runs: int, length: int) -> list[int]:
-    """Where `runs` runs of `length` neighbours begin, none overlapping, so that they cost least in all."""
+    """Return the starts of `runs` disjoint runs of `length` neighbours with the lowest total cost."""
     if runs * length > len(costs):
         raise ValueError(f"{runs} runs of {length} do not fit into {len(costs)}.")
-    # best[r][i]: r runs within the first i costs, as (their cost, where they begin).
+    # best[r][i]: (cost, starts) of the best r runs within the first i costs.
     best: list[list[tuple[float, list[int]] | None]] = [[(0.0, [])] * (len(costs) + 1)]
     for _ in range(runs):
         row: list[tuple[float, list[int]] | None] = [None] * length
@@ -75,6 +75,6 @@ def least_runs(costs: Sequence[float], runs: int, length: int) -> list[int]:
                 options.append((before[0] + sum(costs[begin:end]), [*before[1], begin]))
             row.append(min((option for option in options if option is not None), default=None, key=lambda o: o[0]))
         best.append(row)
-    found = best[-1][-1]
-    assert found is not None
-    return found[1]
+    cheapest = best[-1][-1]
+    assert cheapest is not None
+    return cheapest[1]

@@ -1,4 +1,4 @@
-"""What is decided of a dense FLUX before it is written as a FLUX-MoE: of every FFN, and of the modulations.
+"""Interfaces of a conversion: the teacher that it reads, and the plan for every FFN and for the modulations.
 
 Shapes: H hidden size, N = S + E F neurons, S shared neurons, E experts, F expert width, A AdaLN rank, O modulation outputs.
 """
@@ -20,7 +20,7 @@ from ..tensor_file import Shape
 class TeacherTensors(Protocol):
     """A dense FLUX.1 as a conversion reads it: by BFL names, each tensor about once. See teacher.DenseTeacher.
 
-    `files` is empty of a teacher that is in memory; `size` counts the bytes that `span` speaks of.
+    `files` is empty for a teacher in memory. `size` is the number of bytes that `span` refers to.
     """
 
     @property
@@ -40,7 +40,7 @@ class TeacherTensors(Protocol):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FFNWeights:
-    """A dense FFN as the teacher has it: W2 gelu_tanh(W1 x + b1) + b2. Views of the teacher's file: read only."""
+    """Weights of a dense FFN, W2 gelu_tanh(W1 x + b1) + b2: read-only views of the teacher's file."""
 
     up_NH: Tensor
     up_bias_N: Tensor
@@ -50,7 +50,7 @@ class FFNWeights:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FFNPlan:
-    """What a dense FFN becomes. With neither refit tensor the FFN's weights are the teacher's, permuted."""
+    """Conversion of one dense FFN. Without the refit tensors its weights are the teacher's, permuted."""
 
     order_N: Tensor  # int32: position -> neuron of the dense FFN
     router: RouterTensors  # by their names in the file after the FFN's
@@ -59,7 +59,7 @@ class FFNPlan:
     down_bias_H: Tensor | None = None  # refit: b2
 
 
-# By FFN name. Asked once for each FFN, in the order of the file; what it returns is not kept longer than needed.
+# Called with the FFN's name once per FFN, in the order of the file; the result is dropped as soon as it is written.
 PlanFFN = Callable[[str, FFNWeights], FFNPlan]
 
 

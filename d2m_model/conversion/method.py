@@ -1,4 +1,4 @@
-"""What a conversion is to make of a dense FLUX and how, and the configuration of the file that comes of it."""
+"""Options of a conversion without training, and the configuration of the file that it writes."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 
 class MethodError(ValueError):
-    """Options that cannot be met, or not together; the message says which."""
+    """Options that cannot be met or combined; the message says which."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Method:
     """How a dense FLUX becomes a FLUX-MoE without training.
 
-    groups        the preset's block groups; as many and as large ones where blocks change least (`auto`, needs data);
-                  or these, as groups.SYNTAX says
-    active        blocks of a group that run, where `groups` does not say
+    groups        `preset`: the preset's block groups; `auto`: groups of the same number and sizes, where blocks change
+                  least (needs data); or a list in the form of groups.SYNTAX
+    active        active blocks per group, unless `groups` gives the number
     block_router  `ridge` needs data
     ffns          `moe`: those of preset L; `dense`: the teacher's, for block groups or depth pruning alone (Table 3)
-    baseline      `mlp_pruning`: what top_k experts would be is part of the shared expert, and no other expert runs (Table
-                  2); `depth_pruning`: of each group the blocks that change most are kept, no others (Table 3; needs data)
+    baseline      `mlp_pruning`: the shared expert is larger by top_k experts, and no routed expert runs (Table 2);
+                  `depth_pruning`: only the blocks of each group that change most are kept (Table 3; needs data)
     router        kind of token router, see routers.KINDS; `capacity` has a predictor of `predictor_width` (needs data)
     importance    `taylor` (a backward pass) and `activation` need data, as `recipe.needs_inputs` does
-    adaln_rank    of the AdaLN compression: `preset` is hidden size / 12, None leaves the modulations dense
+    adaln_rank    rank of the AdaLN compression: `preset` is hidden size / 12, None leaves the modulations dense
     """
 
     preset: PresetName
@@ -83,37 +83,39 @@ class Method:
         return [name if value is True else f"{name} {value}" for name, value in needing_data(values)]
 
     def rank(self, dims: FluxDims) -> int | None:
-        """Of the AdaLN compression of a teacher of these dimensions."""
+        """Return the rank of the AdaLN compression for a teacher with these dimensions, or None."""
         return adaln_rank_of(dims.hidden_size) if self.adaln_rank == "preset" else self.adaln_rank
 
     def most_experts(self, dims: FluxDims) -> int:
-        """The largest recipe.top_k."""
+        """Return the largest possible recipe.top_k."""
         return paper_layout(dims.hidden_size).experts - (self.baseline == "mlp_pruning")
 
 
 def resolved(method: AnyMethod) -> AnyMethod:
-    """With the recipe that the baseline and the router want. Raises MethodError for what does not go together."""
+    """Return the method with the recipe that its baseline and router need. Raises MethodError for a contradiction."""
     recipe, kind = method.recipe, KINDS[method.router]
     other_router = kind is not TopKRouter
     if method.baseline == "depth_pruning" and method.preset == "L" and not isinstance(method.groups, tuple):
-        raise MethodError("Depth pruning leaves blocks of the preset's groups out, and L has none; take M, S or XS.")
+        raise MethodError("Depth pruning drops blocks of the preset's groups, and L has none; take M, S or XS.")
     if method.baseline == "mlp_pruning":
         if method.ffns == "dense" or other_router:
-            what = "dense FFNs" if method.ffns == "dense" else kind.named
-            raise MethodError(f"MLP pruning is of FFNs without routers; leave out one of it and {what}.")
+            other = "dense FFNs" if method.ffns == "dense" else kind.named
+            raise MethodError(f"MLP pruning is for FFNs without routers; leave out either it or {other}.")
         recipe = replace(recipe, experts="dealt", router="random", mean=False)
     if method.ffns == "dense":
         if other_router:
-            raise MethodError(f"{kind.named.capitalize()} needs experts; the FFNs are to stay dense.")
+            raise MethodError(
+                f"{kind.named.capitalize()} needs experts, but the FFNs stay dense; change one of the two options."
+            )
         recipe = replace(recipe, experts="dealt", router="random", mean=False, refit=False)
     router = kind.for_conversion(top_k=recipe.top_k, predictor_width=method.predictor_width)
     return replace(method, recipe=replace(recipe, token_router=router))
 
 
 def groups_of(method: Method, dims: FluxDims) -> tuple[BlockGroup, ...]:
-    """The block groups of a file; for `auto` the preset's, until calibration has said where they go.
+    """Return the file's block groups; for `auto` the preset's, until a calibration places them.
 
-    Raises MethodError for `auto` with a preset that has none, and ConfigError for groups that cannot be.
+    Raises MethodError for `auto` with a preset that has none, and ConfigError for impossible groups.
     """
     if isinstance(method.groups, tuple):
         return parse_groups(method.groups, method.active, method.selection)
@@ -123,10 +125,10 @@ def groups_of(method: Method, dims: FluxDims) -> tuple[BlockGroup, ...]:
 
 
 def new_config(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str, object] | None) -> FluxMoEConfig:
-    """The file's configuration, but for the teacher's hash; of a resolved method. Raises MethodError or ConfigError.
+    """Return the file's configuration for a resolved method, without the teacher's hash.
 
-    `data` says for the file's provenance what it was calibrated with, if it was. For groups `auto` and depth pruning it
-    is what `dims` and the preset say, until calibration has told which blocks.
+    `data` describes the calibration data, if any, for the file's provenance. For groups `auto` and depth pruning the
+    blocks are preliminary until a calibration chooses them. Raises MethodError or ConfigError.
     """
     recipe, rank = method.recipe, method.rank(dims)
     return FluxMoEConfig(
@@ -150,7 +152,7 @@ def _layouts(method: Method, dims: FluxDims) -> dict[str, FFNLayout]:
     if method.baseline != "mlp_pruning":
         return layouts
     paper, top_k = paper_layout(dims.hidden_size), method.recipe.top_k
-    # r_a = r_s + k r_n, all of it shared; the rest is in experts that never run, as the file has room for all neurons.
+    # r_a = r_s + k r_n neurons are shared. The others go to experts that never run: the file keeps every neuron.
     pruned = replace(paper, shared=paper.shared + top_k * paper.width, experts=paper.experts - top_k)
     return dict.fromkeys(layouts, pruned)
 

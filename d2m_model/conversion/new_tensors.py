@@ -1,6 +1,6 @@
-"""What is decided by a method of a dense FLUX before and while its file is written: with a calibration or without.
+"""The new tensors of a conversion, decided by a method with or without a calibration.
 
-`found` fills with what was measured on the way.
+The functions add what they measure to `found`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .method import Method, MethodError
 def block_routers(
     method: Method, config: FluxMoEConfig, calibration: Calibration | None, found: dict[str, GroupReport]
 ) -> dict[str, Tensor]:
-    """The tensors of all groups, by their names in the file. Raises MethodError for too small a calibration."""
+    """Return the router tensors of all groups by their names in the file. Raises MethodError for too few samples."""
     tensors: dict[str, Tensor] = {}
     for index, group in enumerate(config.groups):
         name, seed = f"block_groups.{index}", method.recipe.seed
@@ -46,7 +46,7 @@ def block_routers(
 def fitted_modulations(
     tensor: Callable[[str], Tensor], config: FluxMoEConfig, calibration: Calibration | None
 ) -> FittedModulations | None:
-    """The AdaLN compression of `config`, of the teacher's tensors by their names."""
+    """Fit the AdaLN compression of `config`; None without one. `tensor` returns the teacher's tensors by name."""
     if config.adaln_rank is None:
         return None
     names = [name for name in dense_shapes(config.dims) if is_modulation(name.removesuffix(".weight"))]
@@ -60,19 +60,19 @@ def planner(
     calibration: Calibration | None,
     found: dict[str, FFNReport],
     *,
-    place: torch.device,
+    device: torch.device,
     kept: TeacherBlocks | None = None,
 ) -> Callable[[str, FFNWeights], FFNPlan]:
-    """See plan.PlanFFN. `place`: where FFNs are fitted to a calibration; `kept`: blocks of a teacher that is pruned."""
+    """Return the PlanFFN of a conversion. FFNs are fitted on `device`; `kept` are the blocks of a pruned teacher."""
 
     def plan(ffn: str, weights: FFNWeights) -> FFNPlan:
         recipe, layout = method.recipe, config.ffns[ffn]
         if config.top_k == 0:
-            recipe = replace(recipe, top_k=0)  # MLP pruning: the refit is of the shared expert alone
+            recipe = replace(recipe, top_k=0)  # MLP pruning: only the shared expert is refitted
         source = ffn if kept is None else teacher_name(ffn, kept)
         if calibration is None:
             return plan_without_data(ffn, weights, layout, weight_norm_importance(*_parts(weights)), recipe)
-        inputs_TH = calibration.inputs(source).to(place)
+        inputs_TH = calibration.inputs(source).to(device)
         if method.taylor:
             importance_N = calibration.importance(source)
         elif method.importance == "activation":

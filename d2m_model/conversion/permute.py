@@ -1,4 +1,4 @@
-"""Reordering of neurons in pieces: what permute_neurons of layout.py does, for a weight too large to be held twice."""
+"""layout.permute_neurons in pieces, for a weight too large to be in memory twice."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE = 2 << 20  # bytes; fits a processor's cache
+_PIECE = 2 << 20  # bytes; fits into a processor's cache
 
 _AS_INTEGERS = {
     1: torch.uint8,
     2: torch.int16,
     4: torch.int32,
     8: torch.int64,
-}  # numpy knows neither bfloat16 nor float8
+}  # numpy has neither bfloat16 nor float8
 
 
 def permuted_pieces(tensor: Tensor, axis: int, first: int, order: Tensor) -> Iterator[Tensor]:
-    """`tensor` with its neurons along `axis`, from `first` on, in `order`, as consecutive parts along the first axis.
+    """Yield `tensor` with its neurons along `axis`, from `first` on, in `order`, as parts along the first axis.
 
-    A part is valid until the next is asked for: all lie in one buffer.
+    All parts share one buffer: a part is valid until the next is requested.
     """
     source = tensor.detach().view(_AS_INTEGERS[tensor.dtype.itemsize]).numpy()
-    index = np.arange(source.shape[axis])  # what stays where it is, is gathered too: as fast as copying
+    index = np.arange(source.shape[axis])  # gathers unmoved elements too, which is as fast as copying
     index[first : first + len(order)] = first + order.numpy()
     count = max(1, _PIECE // source[:1].nbytes)
     buffer = np.empty((min(count, len(source)), *source.shape[1:]), source.dtype)

@@ -1,4 +1,4 @@
-"""A FLUX-MoE file becomes a dense FLUX file again, one tensor at a time."""
+"""Conversion of a FLUX-MoE file back into a dense FLUX file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ROWS = 1024  # rows of a modulation computed at a time
 def unconvert_file(
     path: str | os.PathLike[str], target: str | os.PathLike[str], progress: ByteProgress = lambda done: None
 ) -> FluxMoEConfig:
-    """Write the dense FLUX of the FLUX-MoE `path`, BFL keys, each tensor of the dtype that it has there; give its config.
+    """Write the dense FLUX of a FLUX-MoE file, with BFL keys and the file's dtypes. Return the file's configuration.
 
-    Of a split-only file these are the teacher's weights, bit for bit. Of another the neurons are in their old places and
-    compressed modulations multiplied out (lin' U): the dense FLUX that computes what the file does with all experts in
-    mode `sum`, without expert means. Block groups lose their routers: every block runs. `progress` hears of the
-    file's bytes. Raises CheckpointError for a file that is no FLUX-MoE or is quantised, and as TensorWriter does.
+    A split-only file gives back the teacher's weights bit for bit. For other files, the neurons return to their original
+    order and compressed modulations are multiplied out (lin' U): the result computes what the file does with all experts
+    in mode `sum`, without expert means. Block groups lose their routers, so every block runs. `progress` gets the file's
+    bytes. Raises CheckpointError for another or a quantised file, and in the cases of TensorWriter.
     """
     config = check_file(path)
     refuse_same_file([path], target, "this is the FLUX-MoE that is read")
@@ -38,7 +38,7 @@ def unconvert_file(
         companion = next((name for name in file.shapes if is_companion(name, wanted) or name == "scaled_fp8"), None)
         if companion is not None or HEADER_KEY in file.metadata:
             raise CheckpointError(
-                f"{path}: this FLUX-MoE is quantised ({companion or HEADER_KEY}); un-convert the file that it was made of."
+                f"{path}: this FLUX-MoE is quantised ({companion or HEADER_KEY}); un-convert the file that it was made from."
             )
         tensors = {name: (dtype, wanted[name]) for name, dtype in file.dtypes.items() if name in wanted}
         with TensorWriter(target, tensors, dense_metadata(config, file.metadata.get(ARCHITECTURE))) as writer:
@@ -55,9 +55,9 @@ def unconvert_file(
 
 
 def dense_pieces(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: str) -> Iterator[Tensor]:
-    """A tensor of the dense FLUX as consecutive parts along its first axis, each valid until the next is asked for.
+    """Yield a tensor of the dense FLUX as parts along its first axis, each valid until the next is requested.
 
-    `tensor` gives the FLUX-MoE's by name.
+    `tensor` returns the FLUX-MoE's tensors by name.
     """
     if config.adaln_rank is not None and is_modulation(name.removesuffix(".weight")):
         basis_AH = tensor("adaln_in.weight").float()
@@ -65,14 +65,14 @@ def dense_pieces(tensor: Callable[[str], Tensor], config: FluxMoEConfig, name: s
             yield (rows_OA.float() @ basis_AH).to(rows_OA.dtype)
         return
     for ffn in config.ffns:
-        if name.startswith(ffn) and (place := neuron_axis(name, ffn, config.dims.hidden_size)) is not None:
-            yield from permuted_pieces(tensor(name), *place, inverse_order(tensor(f"{ffn}.neuron_order")))
+        if name.startswith(ffn) and (axis := neuron_axis(name, ffn, config.dims.hidden_size)) is not None:
+            yield from permuted_pieces(tensor(name), *axis, inverse_order(tensor(f"{ffn}.neuron_order")))
             return
     yield tensor(name)
 
 
 def dense_metadata(config: FluxMoEConfig, architecture: str | None) -> dict[str, str]:
-    """The header's metadata, for people and model managers."""
+    """Return the header's metadata, for people and model managers."""
     origin = "the teacher's weights, bit for bit" if config.split_only else "not the teacher's weights"
     fields = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -84,11 +84,11 @@ def dense_metadata(config: FluxMoEConfig, architecture: str | None) -> dict[str,
 
 
 def why_not_the_teacher(config: FluxMoEConfig) -> str | None:
-    """What keeps the dense FLUX from being the teacher, or None if it is."""
+    """Return why the dense FLUX is not the teacher, or None if it is."""
     if config.split_only:
         return None
     if "teacher_blocks" in config.provenance:
-        return "it has some of its blocks only (depth pruning)"
+        return "it has only some of its blocks (depth pruning)"
     if config.adaln_rank is not None:
         return f"its modulations were compressed to rank {config.adaln_rank}"
     return "its weights were changed after the split, by refit or training"

@@ -1,1 +1,1 @@
-"""Where a FLUX-MoE runs besides ComfyUI."""
+"""Hosts of a FLUX-MoE besides ComfyUI."""

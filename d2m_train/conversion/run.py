@@ -74,7 +74,7 @@ def convert_teacher(
                 source,
                 settings.out,
                 config,
-                planner(settings, config, calibration, measured.ffns, place=settings.torch_device, kept=kept),
+                planner(settings, config, calibration, measured.ffns, device=settings.torch_device, kept=kept),
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,

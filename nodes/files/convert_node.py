@@ -125,7 +125,7 @@ def convert_model(
                 teacher,
                 target,
                 config,
-                planner(method, config, calibration, {}, place=comfy.model_management.get_torch_device()),
+                planner(method, config, calibration, {}, device=comfy.model_management.get_torch_device()),
                 modulations=fitted_modulations(teacher.tensor, config, calibration),
                 router_bias=method.recipe.router == "ridge",
                 expert_mean=method.recipe.mean,
