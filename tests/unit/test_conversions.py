@@ -289,8 +289,8 @@ def test_of_several_kept_blocks_of_a_group_each_stands_for_those_up_to_the_next(
     [
         ({"baseline": "depth_pruning", "preset": "L"}, "L has none; take M, S or XS"),
         ({"groups": "auto", "preset": "L"}, "L has none"),
-        ({"baseline": "mlp_pruning", "router": "capacity"}, "leave out one of it and a capacity router"),
-        ({"baseline": "mlp_pruning", "ffns": "dense"}, "leave out one of it and dense FFNs"),
+        ({"baseline": "mlp_pruning", "router": "capacity"}, "leave out either it or a capacity router"),
+        ({"baseline": "mlp_pruning", "ffns": "dense"}, "leave out either it or dense FFNs"),
         ({"ffns": "dense", "router": "capacity"}, "A capacity router needs experts"),
         ({"baseline": "mlp_pruning", "recipe": replace(SEEING, top_k=12)}, "expected 1 to 11"),
     ],

@@ -47,7 +47,7 @@ def test_groups_are_read_as_they_are_written() -> None:
     ("text", "expected"),
     [
         ("double:4", "'double:4' is not a block group; expected kind:first-last/active, such as double:4-6/1"),
-        ("triple:1-2", "no block group"),
+        ("triple:1-2", "not a block group"),
         ("single:5-5/1", "'single:5-5/1' has 1 blocks; expected two or more"),
         ("single:5-4", "'single:5-4' has 0 blocks"),
     ],
