@@ -1,6 +1,6 @@
-"""One YAML file is one run: what it may say, its defaults, and overrides by dotted name.
+"""Configuration of a run: the fields of its YAML file, their defaults, and overrides by dotted name.
 
-Unknown names are errors that suggest the near one; nothing is guessed. The resolved file is saved with the run.
+Unknown names are errors that suggest the closest field. The resolved file is saved with the run.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class TeacherSection(Section):
     path: Path
     dtype: Dtype = "bfloat16"
     quantise: Literal["fp8", "int8", "nf4"] | None = None
-    """Of the blocks' linear layers, when the teacher is asked; the student is made of what the file has."""
+    """Quantisation of the blocks' linear layers while the teacher runs; the student is made from the file's weights."""
     offload: Literal["none", "cpu", "stream"] = "none"
-    """`cpu`: blocks wait in the host's memory; `stream`: in the file."""
+    """Where blocks are kept while they do not run. `cpu`: in the host's memory; `stream`: in the file."""
     loras: tuple[Lora, ...] = ()
-    """Fused into the teacher: the student learns the teacher with them."""
+    """LoRAs that are fused into the teacher, so that the student learns to imitate both."""
     dims: KnownFlux | None = None
-    """What the file is, for --dry-run on a machine without it (Krea and Kontext are flux1-dev in this)."""
+    """Dimensions of the teacher, for --dry-run on a machine without its file (Krea and Kontext have those of flux1-dev)."""
 
     @model_validator(mode="after")
     def _fits(self) -> TeacherSection:
@@ -113,23 +113,23 @@ class DataSection(Section):
     """A folder of images with .txt captions; shards; a parquet file; a file of prompts; precomputed latents."""
     image_column: str | None = None
     caption_column: str | None = None
-    """Of a parquet file; of a shard's .json the field; otherwise found by name and type."""
+    """Column of a parquet file, or field of a shard's .json; by default found by name and type."""
     resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1024,)
-    """Pixels on the side of a square of the same area; each has its buckets of aspect ratios."""
+    """Side in pixels of a square of the same area; each resolution has buckets of aspect ratios."""
     enlarge: Annotated[float, Field(ge=1)] = 1.25
-    """Images are enlarged so much at most; those too small even for the smallest resolution are left out."""
+    """Maximum factor by which images are enlarged; those too small for the smallest resolution are left out."""
     cache: Path | None = None
-    """Latents and text embeddings by content (default: output_dir/cache)."""
+    """Folder for latents and text embeddings (default: output_dir/cache)."""
     text_encoders: str | None = None
     """A local folder or hub name of a diffusers FLUX pipeline, or `emoji` for the demo's prompt encoder."""
     text_tokens: Count = 512
     """T5's sequence length; longer captions are cut."""
     vae: str | None = None
-    """The same pipeline or another, a folder with the autoencoder alone, or `emoji`."""
+    """The same pipeline or another, a folder with only the autoencoder, or `emoji`."""
     encoder_dtype: Dtype = "bfloat16"
-    """Of text encoders and autoencoder, and of what the cache keeps of them."""
+    """Dtype of text encoders and autoencoder, and of the text embeddings in the cache."""
     pool: Count | None = None
-    """Of the emoji dataset: so many pictures, encoded once, instead of new ones for every batch."""
+    """Number of emoji pictures that are encoded once and reused, instead of new ones for every batch."""
 
     @model_validator(mode="after")
     def _complete(self) -> DataSection:
@@ -142,17 +142,17 @@ class DataSection(Section):
         if missing := [field for field in needed if getattr(self, field) is None]:
             raise ValueError(f"source {self.source} needs {' and '.join(missing)}")
         if self.pool is not None and self.source != "emoji":
-            raise ValueError(f"pool is of source emoji; source {self.source} keeps all its samples")
+            raise ValueError(f"pool is only for source emoji; source {self.source} keeps all its samples")
         return self
 
 
 class TimestepsSection(Section):
     sampling: Literal["logit_normal", "teacher_grid"] = "logit_normal"
-    """`teacher_grid`: the noise levels of the teacher's own inference, for few-step teachers."""
+    """`teacher_grid`: noise levels at which the teacher samples, for few-step teachers."""
     mean: float = 0.0
     std: Rate = 1.0
     shift: float | Literal["resolution"] = "resolution"
-    """mu of FLUX's time shift exp(mu); 0 for schnell, 1.15 for ComfyUI's FLUX; `resolution` is dev's, by image tokens."""
+    """mu of FLUX's time shift exp(mu): 0 for schnell, 1.15 for ComfyUI's FLUX; `resolution`: dev's, by image tokens."""
     grid_steps: Count = 20
 
 
@@ -160,7 +160,7 @@ class LossesSection(Section):
     feature: Weight = 1.0
     balance: Weight = 0.01
     outliers: Rate | None = None
-    """Teacher features beyond so many standard deviations are left out."""
+    """Teacher features beyond this many standard deviations are left out."""
     text_padding: bool = False
     """Whether padding text tokens count in the balance loss."""
 
@@ -169,7 +169,7 @@ class StageSection(Section):
     steps: Annotated[int, Field(ge=0)] = 1000
     learning_rate: Rate = 1e-4
     trainable: tuple[str, ...] | None = None
-    """Patterns of parameter names (fnmatch) instead of the stage's own."""
+    """Patterns of the names of trainable parameters (fnmatch), instead of the stage's own."""
 
 
 class StagesSection(Section):
@@ -180,15 +180,15 @@ class StagesSection(Section):
 
 class TrainingSection(Section):
     batch_size: Count = 1
-    """Samples of one device in one pass; times accumulation times processes is the global batch."""
+    """Samples per device and pass; the global batch is this times accumulation times processes."""
     accumulation: Count = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     blockwise: bool = False
-    """One block at a time against the teacher's features, which are kept on the disk: a 12 B conversion on one consumer
-    GPU. `steps` of a stage are then of each block. It initialises; end-to-end distillation follows."""
+    """Train one block at a time against the teacher's features, which are stored on disk: a 12 B conversion on one
+    consumer GPU. `steps` of a stage then count for each block. End-to-end distillation should follow."""
     blockwise_samples: Count = 512
-    """Of which the teacher's features are kept, for as long as the stage lasts; a block walks through them again and again."""
+    """Samples whose features are stored during the stage; every block is trained on them repeatedly."""
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: Weight = 0.0
@@ -197,7 +197,7 @@ class TrainingSection(Section):
     max_grad_norm: Rate | None = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     compile: bool | str = False
-    """torch.compile of every block: `true` by inductor, which needs a C++ compiler, or the name of another backend."""
+    """torch.compile every block: `true` for inductor, which needs a C++ compiler, or another backend's name."""
 
 
 class CheckpointsSection(Section):
@@ -208,14 +208,14 @@ class CheckpointsSection(Section):
 class EyesSection(Section):
     log_every: Count = 10
     routers_every: Count = 100
-    """Steps over which load, entropy, balance and dead experts are counted."""
+    """Steps over which load, entropy, balance and dead experts are measured."""
     validate_every: Count = 250
     validation_batches: Count = 2
-    """Held-out batches, each asked at every one of the noise levels."""
+    """Held-out batches, each evaluated at all noise levels."""
     validation_timesteps: Count = 5
     sample_every: Count = 500
     samples: Annotated[int, Field(ge=0)] = 8
-    """Images of a grid, from the source's own samples where there are no prompts."""
+    """Images in a grid; from the source's own samples if there are no prompts."""
     prompts: tuple[str, ...] = ()
     sample_steps: Count = 20
     sample_guidance: Weight = 3.5
@@ -224,7 +224,7 @@ class EyesSection(Section):
 
 class ExportSection(Section):
     file: Path = Path("student.safetensors")
-    """Within output_dir unless absolute."""
+    """Path within output_dir, or an absolute path."""
     dtype: Dtype = "bfloat16"
 
 
@@ -232,9 +232,9 @@ class RunConfig(Section):
     output_dir: Path
     seed: int = 0
     resume: Literal["latest", "never"] = "never"
-    """`latest`: go on where the run in output_dir stopped, or start it."""
+    """`latest`: continue the run in output_dir where it stopped, or start it."""
     restart: Stage | None = None
-    """Make this stage of the run in output_dir anew, and those behind it."""
+    """Repeat this stage of the run in output_dir, and those after it."""
     stages: tuple[Stage, ...] = STAGES
     teacher: TeacherSection
     student: StudentSection
@@ -265,20 +265,20 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """Every field, so that a run does not depend on later defaults."""
+        """Return all fields as YAML, so that a run does not depend on later defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run of a YAML file, its fields overridden in turn by what `overrides` are: further YAML files, whose sections
-    are laid over those before them, and `dotted.name=value` (values are YAML).
+    """Load the run of a YAML file.
 
-    Raises UserError naming the file or override, the field, what was found and what was expected.
+    `overrides` change its fields in turn: further YAML files, which are merged over it, or `dotted.name=value` (values
+    are YAML). Raises UserError naming the file or override, the field, its value and what was expected.
     """
     data = _read(path)
     for override in overrides:
         if "=" not in override and override.endswith((".yaml", ".yml")):
-            _lay_over(data, _read(Path(override)))
+            _merge(data, _read(Path(override)))
         else:
             _set(data, override)
     try:
@@ -301,11 +301,11 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _lay_over(data: dict[str, Any], above: dict[str, Any]) -> None:
-    for name, value in above.items():
+def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
+    for name, value in over.items():
         below = data.get(name)
         if isinstance(value, dict) and isinstance(below, dict):
-            _lay_over(below, value)
+            _merge(below, value)
         else:
             data[name] = value
 
@@ -313,7 +313,7 @@ def _lay_over(data: dict[str, Any], above: dict[str, Any]) -> None:
 def _set(data: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise UserError(f"{override!r} is no override; expected name=value, like training.batch_size=4.")
+        raise UserError(f"{override!r} is not an override; expected name=value, like training.batch_size=4.")
     *sections, field = name.split(".")
     for section in sections:
         data = data.setdefault(section, {})
@@ -330,7 +330,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
         names = [str(part) for part in problem["loc"]]
         where = ".".join(names) or "the run"
         if problem["type"] == "extra_forbidden":
-            yield f"{where} is no field{_suggestion(names)}."
+            yield f"{where} is not a field{_suggestion(names)}."
         elif problem["type"] == "missing":
             yield f"{where} is missing."
         else:
@@ -340,7 +340,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
 
 
 def _suggestion(names: Sequence[str]) -> str:
-    """The near name, and else those that there are."""
+    """Suggest the closest field name, or else list all."""
     section: Any = RunConfig
     for name in names[:-1]:
         field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, BaseModel) else None
@@ -348,4 +348,4 @@ def _suggestion(names: Sequence[str]) -> str:
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return ""
     near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(section.model_fields)})"
+    return f"; did you mean {near[0]}?" if near else f" (fields: {', '.join(section.model_fields)})"

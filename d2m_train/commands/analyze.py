@@ -40,7 +40,7 @@ from ..evaluation.prompts import (
     model_dtype,
     open_encoders,
     read_prompts,
-    time_shift,
+    sampling_shift,
 )
 from ..evaluation.scores import distances, interval
 from ..flow.noise import channels_of, grid, trajectory
@@ -274,7 +274,7 @@ def _sampled(
     args: argparse.Namespace, model: FluxTransformer2DModel, asked: Batch, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Tensor:
     noise_BTC = noise_for([args.seed + prompt.index for prompt in prompts], asked.image_ids_T3, channels_of(model))
-    mu = time_shift(args, encoders, bool(model.config.guidance_embeds))
+    mu = sampling_shift(args, encoders, bool(model.config.guidance_embeds))
     return sample(model, asked, noise_BTC, steps=args.steps, mu=mu, size=args.batch)
 
 
@@ -308,7 +308,7 @@ def walks(
     args: argparse.Namespace, model: FluxTransformer2DModel, prompts: Sequence[Prompt], encoders: Encoders
 ) -> Iterator[Walk]:
     """Yield the walks of all prompts, a batch of prompts at a time."""
-    levels = grid(args.steps, time_shift(args, encoders, bool(model.config.guidance_embeds)))
+    levels = grid(args.steps, sampling_shift(args, encoders, bool(model.config.guidance_embeds)))
     for start in progress_bar(range(0, len(prompts), args.batch), desc=f"{args.what}: {args.file.name}"):
         some = prompts[start : start + args.batch]
         batch = encoders.batch([prompt.text for prompt in some], args.guidance)

@@ -16,7 +16,7 @@ from typing import Any
 from d2m_model.conversion.options import OPTIONS, method_arguments, needing_data, with_defaults
 
 from .. import UserError
-from ..conversion.run import convert_teacher
+from ..conversion.run import run_conversion
 from ..conversion.settings import ConversionSettings
 from ..data import open_data
 from ..data.latents import LATENTS_FORMAT
@@ -133,5 +133,5 @@ def settings_from(args: argparse.Namespace) -> ConversionSettings:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
-    convert_teacher(settings, None if args.data is None else open_data(args.data))
+    run_conversion(settings, None if args.data is None else open_data(args.data))
     return 0

@@ -22,14 +22,15 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..blockwise.stage import check_blockwise, train_blockwise
-from ..conversion.run import convert_teacher
+from ..conversion.run import run_conversion
 from ..conversion.settings import settings_from_run
 from ..data import open_source
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, trainable_stages
 from ..parallel.ranks import Ranks
 from ..run_config import STAGES, RunConfig, Stage, load_run
-from ..teacher.frozen import fused_file, open_frozen_teacher
+from ..teacher.frozen import open_frozen_teacher
+from ..teacher.loras import fused_file
 from ..training.end_to_end import train_end_to_end
 from ..training.loop import Stopped
 from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
@@ -175,7 +176,7 @@ class Distill:
                 self._begin_with(self.run.student.start, path, target)
                 return
             settings = settings_from_run(self.run, path, target, target.parent / "calibration")
-            convert_teacher(settings, data, report=self.ranks.say)
+            run_conversion(settings, data, report=self.ranks.say)
 
     def _begin_with(self, start: Path, teacher: Path, target: Path) -> None:
         """Copy a student from another run. Raises UserError if it was made from a different teacher."""

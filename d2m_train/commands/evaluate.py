@@ -27,7 +27,7 @@ from ..evaluation.prompts import (
     model_dtype,
     open_encoders,
     read_prompts,
-    time_shift,
+    sampling_shift,
 )
 from ..evaluation.scores import LEVEL, Clip, Scores, interval, score_images
 from ..progress import progress_bar
@@ -101,7 +101,7 @@ def _sample(
             encoders,
             steps=args.steps,
             guidance=args.guidance,
-            shift=lambda guided: time_shift(args, encoders, guided),
+            shift=lambda guided: sampling_shift(args, encoders, guided),
             seed=args.seed,
             batch=args.batch,
             progress=bar.update,

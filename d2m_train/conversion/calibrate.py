@@ -90,7 +90,7 @@ def calibrate_on_batches(
 
 
 def _is_whole(file: Path, identity: dict[str, object]) -> bool:
-    """Whether this batch has been recorded. Raises UserError if it belongs to another calibration."""
+    """Return whether this batch has been recorded. Raises UserError if it belongs to another calibration."""
     if not file.exists():
         return False
     try:

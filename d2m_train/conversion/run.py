@@ -1,6 +1,6 @@
 """Conversion of a dense FLUX.1 to a FLUX-MoE without training: the command `convert`, and a run's first stage.
 
-`convert_teacher` calibrates on the teacher (if there are data), decides on blocks and routers, and streams the file.
+`run_conversion` calibrates on the teacher (if there are data), decides on blocks and routers, and streams the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 
-def convert_teacher(
+def run_conversion(
     settings: ConversionSettings, data: DataSource | None = None, *, report: Callable[[str], object] = print
 ) -> FluxMoEConfig:
     """Write `settings.out` and its report, and return its configuration. An interrupted calibration is continued.

@@ -59,7 +59,7 @@ class Encoded:
         return Texts(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
     def has_latents(self, image: str, size: Size) -> bool:
-        """Whether the store has an image at this size. `image`: hash of its file."""
+        """Return whether the store has an image at this size. `image`: hash of its file."""
         return self.store.has("latents", self._latents_key(image, size))
 
     def latents(self, image: str, size: Size, name: str, pixels: Callable[[], Tensor]) -> Tensor:

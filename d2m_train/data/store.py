@@ -52,7 +52,7 @@ class Store:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether the entry exists; its content is not checked."""
+        """Return whether the entry exists; its content is not checked."""
         return self.file(kind, key).exists()
 
     def get(self, kind: str, key: str, *, check: bool = True) -> dict[str, Tensor] | None:

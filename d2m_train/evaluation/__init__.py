@@ -1,1 +1,1 @@
-"""Sampling prompts with a FLUX, scoring the images, and drawing figures."""
+"""Evaluation: sampling prompts with a FLUX, scoring the images, and drawing figures."""

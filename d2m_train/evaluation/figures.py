@@ -1,4 +1,4 @@
-"""The paper's figures 3 and 6 from measured numbers, by matplotlib."""
+"""The paper's Figs. 3 and 6 from measured numbers, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOUR_MAP = "viridis"
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """In inches. Without pyplot, which keeps every figure and may want a display."""
+    """Make a figure; sizes in inches. pyplot is avoided, since it keeps every figure and may need a display."""
     from matplotlib.figure import Figure
 
     figure: Figure = Figure(figsize=(width, height), layout="constrained")
@@ -30,7 +30,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """As PNG. Raises UserError where it cannot be written."""
+    """Write a figure as PNG. Raises UserError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as part:
@@ -40,9 +40,9 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 
 def block_change(by_prompt: np.ndarray, by_timestep: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Fig. 3: log10 of the MSE between input and output of every block, a line for each prompt, and for each timestep.
+    """Draw Fig. 3: log10 of the MSE between input and output of every block, a line per prompt and per timestep.
 
-    by_prompt [prompts, blocks], by_timestep [steps, blocks] from noise to image. The black line is the mean MSE.
+    `by_prompt` is [prompts, blocks], `by_timestep` [steps, blocks] from noise to image. The black line is the mean MSE.
     """
     import matplotlib
     from matplotlib.ticker import MaxNLocator
@@ -51,7 +51,7 @@ def block_change(by_prompt: np.ndarray, by_timestep: np.ndarray, names: Sequence
     left, right = figure.subplots(1, 2, sharey=True)
     doubles = sum(name.startswith(BFL_BLOCKS["double"]) for name in names)
     for axes, lines, what in ((left, by_prompt, "prompts"), (right, by_timestep, "timesteps")):
-        # The first timestep, of pure noise, is dark.
+        # The first timestep, with pure noise, is dark.
         colours = matplotlib.colormaps["tab20" if what == "prompts" else _COLOUR_MAP](
             np.linspace(0, 1, max(2, len(lines)))
         )
@@ -69,17 +69,17 @@ def block_change(by_prompt: np.ndarray, by_timestep: np.ndarray, names: Sequence
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
-    """A block that changes nothing has no logarithm: it stands at the smallest number there is."""
+    """Replace zeros, which have no logarithm, by the smallest positive number."""
     return np.maximum(values, np.finfo(np.float32).tiny)
 
 
 def expert_selection(
     layers: dict[str, dict[str, np.ndarray]], categories: Sequence[str], text_tokens: dict[str, int], title: str
 ) -> Figure:
-    """Fig. 6: how often experts are selected, by prompt, timestep and token; a row of three maps for each layer.
+    """Draw Fig. 6: how often experts are selected, by prompt, timestep and token; a row of three maps per layer.
 
-    Each layer has `prompt` [prompts, E], sorted by `categories` (one for each prompt; white lines part them), `timestep`
-    [steps, E] and `token` [tokens, E]. `text_tokens`: of each layer how many of its tokens, the first, are text.
+    Each layer has `prompt` [prompts, E], sorted by `categories` (one per prompt, separated by white lines), `timestep`
+    [steps, E] and `token` [tokens, E]. `text_tokens`: number of each layer's first tokens that are text.
     """
     figure = _new_figure(12, 3.6 * len(layers))
     grid: Any = figure.subplots(len(layers), 3, squeeze=False)

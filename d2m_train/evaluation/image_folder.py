@@ -1,9 +1,9 @@
-"""Images of many prompts in GenEval's layout, made bit by bit: what is there is kept.
+"""Folder of images of many prompts in GenEval's layout. Sampling can be interrupted; existing images are kept.
 
 00000/metadata.jsonl          the prompt's line of evaluation_metadata.jsonl
-00000/samples/0000.png …      one for each seed
-00000/latents/0000.safetensors …  what the image was decoded from, where a distance is to be measured
-sampled.json                  how they were made; a folder of other settings is refused
+00000/samples/0000.png …      one per seed
+00000/latents/0000.safetensors …  the images' latents, if a distance is measured
+sampled.json                  settings of the images; a folder with other settings is refused
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from .prompts import Encoders, Prompt
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-_SEEDS_APART = 100_000  # from a prompt's first image to its next, so that no two images of a set have the same noise
+_SEEDS_APART = 100_000  # between a prompt's images, so that no two images of a set have the same noise
 
 
 class ImageFolder:
-    """The images of `prompts`, `seeds` of each."""
+    """Images of `prompts`, `seeds` for each."""
 
     def __init__(
         self, folder: Path, prompts: Sequence[Prompt], *, seeds: int, keep_latents: bool, made: dict[str, Any]
     ) -> None:
-        """`made`: how the images are made. Raises UserError if the folder has images that were made otherwise."""
+        """`made`: settings of the images. Raises UserError if the folder has images with other settings."""
         self.folder, self.prompts, self.seeds, self.keep_latents = folder, prompts, seeds, keep_latents
         self.made, self.marker = made, folder / "sampled.json"
         if self.marker.exists():
-            found = json.loads(self.marker.read_text())
+            stored = json.loads(self.marker.read_text())
             differs = [
-                f"{key} {found.get(key)!r}, now {value!r}" for key, value in made.items() if found.get(key) != value
+                f"{key} {stored.get(key)!r}, now {value!r}" for key, value in made.items() if stored.get(key) != value
             ]
             if differs:
                 raise UserError(
-                    f"{folder} has images made otherwise: {'; '.join(differs)}. Name another folder with --out, or delete it."
+                    f"{folder} has images with other settings: {'; '.join(differs)}. Name another folder with --out, or "
+                    "delete it."
                 )
 
     def image_file(self, prompt: Prompt, number: int) -> Path:
@@ -56,7 +57,7 @@ class ImageFolder:
         return self.folder / f"{prompt.index:05}" / "latents" / f"{number:04}.safetensors"
 
     def missing(self) -> list[tuple[Prompt, int]]:
-        """Prompts and the numbers of their images that are still to be made."""
+        """Return the prompts and numbers of images that are missing."""
         return [
             (prompt, number)
             for prompt in self.prompts
@@ -66,7 +67,7 @@ class ImageFolder:
         ]
 
     def put(self, prompt: Prompt, number: int, image: Tensor, tokens_TC: Tensor) -> None:
-        """The image last, since its file says that all is there."""
+        """Write an image and its files; the image last, since it marks them as complete."""
         folder = self.folder / f"{prompt.index:05}"
         folder.mkdir(parents=True, exist_ok=True)
         if not self.marker.exists():
@@ -81,7 +82,7 @@ class ImageFolder:
         save_png(pil_image(image), self.image_file(prompt, number))
 
     def images(self, number: int) -> Tensor:
-        """Image `number` of every prompt, uint8 [prompts, 3, height, width]."""
+        """Return image `number` of every prompt, uint8 [prompts, 3, height, width]."""
         import numpy as np
         from PIL import Image
 
@@ -91,7 +92,7 @@ class ImageFolder:
         )
 
     def latents(self, number: int) -> Tensor:
-        """[prompts, T, C]."""
+        """Return the latents [prompts, T, C] of image `number` of every prompt."""
         return torch.stack([load_file(self.latents_file(prompt, number))["tokens"] for prompt in self.prompts])
 
     def seed_of(self, prompt: Prompt, number: int, first: int) -> int:
@@ -111,7 +112,7 @@ def sample_missing(
     batch: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Make what is missing. The model is loaded only if anything is. `shift` gives mu, told whether the model is guided."""
+    """Sample missing images. The model is loaded only if there are any. `shift` returns mu for a guided or unguided model."""
     missing = folder.missing()
     if not missing:
         return
@@ -119,11 +120,11 @@ def sample_missing(
     guided = bool(model.config.guidance_embeds)
     for start in range(0, len(missing), batch):
         some = missing[start : start + batch]
-        asked = encoders.batch([prompt.text for prompt, _ in some], guidance)
+        inputs = encoders.batch([prompt.text for prompt, _ in some], guidance)
         seeds = [folder.seed_of(prompt, number, seed) for prompt, number in some]
-        noise_BTC = noise_for(seeds, asked.image_ids_T3, channels_of(model))
-        tokens_BTC = sample(model, asked, noise_BTC, steps=steps, mu=shift(guided), size=batch)
-        images = encoders.images(tokens_BTC, asked.image_ids_T3)
+        noise_BTC = noise_for(seeds, inputs.image_ids_T3, channels_of(model))
+        tokens_BTC = sample(model, inputs, noise_BTC, steps=steps, mu=shift(guided), size=batch)
+        images = encoders.images(tokens_BTC, inputs.image_ids_T3)
         for (prompt, number), image, tokens_TC in zip(some, images, tokens_BTC, strict=True):
             folder.put(prompt, number, image, tokens_TC)
         progress(len(some))

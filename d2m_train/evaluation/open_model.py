@@ -1,4 +1,4 @@
-"""A FLUX file of either kind, dense or FLUX-MoE, opened to be asked."""
+"""Opening of FLUX files, dense or MoE, for evaluation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Sparsity:
-    """How much of a FLUX-MoE runs; None is the file's own."""
+    """Settings of how much of a FLUX-MoE runs; None is the file's own."""
 
     top_k: int | None = None
     active_blocks: int | None = None
     capacity_factor: float | None = None
 
-    def asked(self) -> list[str]:
+    def options(self) -> list[str]:
+        """Return the command line options that are set."""
         options = {
             "--top-k": self.top_k,
             "--active-blocks": self.active_blocks,
@@ -35,7 +36,10 @@ class Sparsity:
 
 
 def is_flux_moe(path: Path) -> bool:
-    """Raises CheckpointError for a file that is no .safetensors. An index or a folder is of a dense FLUX's shards."""
+    """Return whether a path is a FLUX-MoE file. Raises CheckpointError for a file that is not a .safetensors.
+
+    An index or a folder belongs to a dense FLUX's shards.
+    """
     if path.suffix == ".json" or not path.is_file():
         return False
     with TensorFile(path) as file:
@@ -45,15 +49,17 @@ def is_flux_moe(path: Path) -> bool:
 def load_flux(
     path: Path, dtype: torch.dtype, device: str | torch.device = "cpu", sparsity: Sparsity | None = None
 ) -> FluxTransformer2DModel:
-    """In eval mode, without gradients. Raises CheckpointError for a file that is no FLUX, UserError for a sparsity that
-    it does not have."""
+    """Load a FLUX in eval mode, without gradients.
+
+    Raises CheckpointError for a file that is not a FLUX, UserError for a sparsity that it does not have.
+    """
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
     from d2m_model.hosts.diffusers.modules import GroupRouter
 
     sparsity = sparsity or Sparsity()
     if not is_flux_moe(path):
-        if sparsity.asked():
-            raise UserError(f"{path} is a dense FLUX; {', '.join(sparsity.asked())} are of a FLUX-MoE.")
+        if sparsity.options():
+            raise UserError(f"{path} is a dense FLUX; {', '.join(sparsity.options())} need a FLUX-MoE.")
         return load_transformer(path, dtype, device).requires_grad_(False)
     model = FluxMoETransformer2DModel.from_flux_moe(path, dtype, device)
     config = model.flux_moe
@@ -77,5 +83,5 @@ def load_flux(
         for group in model.block_groups:
             assert isinstance(group, GroupRouter)
             group.active = sparsity.active_blocks
-    found: FluxTransformer2DModel = model.requires_grad_(False)
-    return found
+    frozen: FluxTransformer2DModel = model.requires_grad_(False)
+    return frozen

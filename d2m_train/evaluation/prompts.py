@@ -1,4 +1,4 @@
-"""Prompts to sample, of the emoji dataset, of GenEval or of a list, and what encodes and decodes for them."""
+"""Prompts to sample (of the emoji dataset, of GenEval, or a list), and their encoders; options of both."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ _EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Prompt:
-    """`index` is its line, or its place among the emoji prompts. `metadata` stands beside its images."""
+    """A prompt. `index` is its line, or its number among the emoji prompts; `metadata` is written beside its images."""
 
     index: int
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    picture: Any = None  # demo.dataset.Picture: what the emoji prompt asks for
+    picture: Any = None  # demo.dataset.Picture that an emoji prompt describes
 
 
 def read_prompts(data: str, every: int = 1) -> list[Prompt]:
-    """`emoji`: the demo's 500 fixed prompts. A .jsonl: one object with `prompt` a line, as GenEval's evaluation_metadata.
-    Another file: a prompt a line. Of these every n-th.
+    """Read prompts, or every n-th of them.
 
-    Raises UserError for a file that cannot be read, or that has no prompts.
+    `data` is `emoji` for the demo's 500 fixed prompts, a .jsonl with an object with `prompt` on each line, as GenEval's
+    evaluation_metadata, or another file with a prompt on each line. Raises UserError for a file that cannot be read or
+    has no prompts.
     """
     if data == "emoji":
         return [_emoji_prompt(index, picture) for index, picture in enumerate(prompt_pictures())][::every]
@@ -44,11 +45,11 @@ def read_prompts(data: str, every: int = 1) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason}); expected emoji, or a file of prompts.") from None
     prompts = [_prompt_of(path, number, line) for number, line in enumerate(line for line in lines if line.strip())]
     if not prompts:
-        raise UserError(f"{path}: has no prompts; expected one a line.")
+        raise UserError(f"{path}: has no prompts; expected one per line.")
     return prompts[::every]
 
 
@@ -70,7 +71,7 @@ def _emoji_prompt(index: int, picture: Any) -> Prompt:
 
 @dataclass(kw_only=True, slots=True)
 class Encoders:
-    """Between words and pictures and what a FLUX sees. `size`: width and height in pixels."""
+    """Text encoders and autoencoder of an evaluation. `size`: width and height in pixels."""
 
     texts: TextEncoders
     autoencoder: ImageAutoencoder
@@ -82,50 +83,56 @@ class Encoders:
 
     @torch.no_grad()
     def images(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor:
-        """[B, 3, height, width] in 0..1."""
+        """Decode to images [B, 3, height, width] in 0..1."""
         return self.autoencoder.decode(tokens_to_latents(tokens_BTC, image_ids_T3))
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """What read_prompts and encoders_of need."""
+    """Add the options that read_prompts and open_encoders read."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--data", required=True, metavar="emoji|PROMPTS",
-        help="the demo's 500 prompts; GenEval's evaluation_metadata.jsonl; or a file with a prompt a line",
+        help="the demo's 500 prompts; GenEval's evaluation_metadata.jsonl; or a file with a prompt per line",
     )  # fmt: skip
-    prompts.add_argument("--every", type=int, default=1, metavar="N", help="every N-th prompt only")
+    prompts.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th prompt")
     prompts.add_argument(
         "--text-encoders", metavar="P", help="a diffusers FLUX pipeline, or emoji (default with --data emoji)"
     )
     prompts.add_argument("--vae", metavar="P", help="the same or another pipeline, or emoji (default: --text-encoders)")
-    prompts.add_argument("--text-tokens", type=int, default=512, help="of T5 (default: 512)")
-    prompts.add_argument("--encoder-device", metavar="D", help="of text encoders and autoencoder (default: --device)")
-    prompts.add_argument("--size", metavar="WxH", help="pixels (default: 1024x1024; emoji: 128x128)")
+    prompts.add_argument("--text-tokens", type=int, default=512, help="T5's sequence length (default: 512)")
+    prompts.add_argument(
+        "--encoder-device", metavar="D", help="device of text encoders and autoencoder (default: --device)"
+    )
+    prompts.add_argument(
+        "--size", metavar="WxH", help="width and height in pixels (default: 1024x1024; emoji: 128x128)"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How images are made."""
+    """Add the options of sampling."""
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=int, default=20, help="default: 20")
-    sampling.add_argument("--guidance", type=float, default=3.5, help="default: 3.5")
+    sampling.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    sampling.add_argument("--guidance", type=float, default=3.5, help="guidance scale (default: 3.5)")
     sampling.add_argument(
         "--shift", type=float, metavar="MU",
         help="time shift (default: FLUX's, by size; 0 for a file without guidance, such as schnell; emoji: 1.15)",
     )  # fmt: skip
-    sampling.add_argument("--seed", type=int, default=0, help="of prompt 0; prompt i has seed + i (default: 0)")
+    sampling.add_argument("--seed", type=int, default=0, help="seed of prompt 0; prompt i has seed + i (default: 0)")
     sampling.add_argument("--batch", type=int, default=16, metavar="N", help="images at a time (default: 16)")
-    sampling.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
+    sampling.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model (default: bfloat16, on a CPU float32)"
+    )
     sampling.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype:
     on_cpu = torch.device(args.device).type == "cpu"
-    found: torch.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
-    return found
+    dtype: torch.dtype = getattr(torch, args.dtype or ("float32" if on_cpu else "bfloat16"))
+    return dtype
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless each of these options is 1 or more."""
+    """Raise UserError unless each of these options is 1 or more."""
     for name in names:
         value = getattr(args, name)
         if value < 1:
@@ -133,7 +140,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 
 
 def open_encoders(args: argparse.Namespace) -> Encoders:
-    """Raises UserError where none are named, or what is named is not there."""
+    """Open the encoders. Raises UserError if none are named, or they are missing."""
     texts = args.text_encoders or ("emoji" if args.data == "emoji" else None)
     vae = args.vae or texts
     if texts is None or vae is None:
@@ -155,8 +162,8 @@ def _size(text: str | None, default: int) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def time_shift(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
-    """mu: what is asked for, or what the model was made for."""
+def sampling_shift(args: argparse.Namespace, encoders: Encoders, guided: bool) -> float:
+    """Return mu: as given, or as the model was made for."""
     from ..flow.noise import time_shift
     from ..run_config import TimestepsSection
 

@@ -1,7 +1,7 @@
-"""Scores of images, prompt by prompt, and how sure one may be of their means.
+"""Scores of images, prompt by prompt, and confidence intervals of their means.
 
-Every score is a number for each prompt (the mean of its images), so that intervals come from drawing prompts again, and
-two files are compared prompt by prompt at the same noise.
+Every score is a number per prompt (the mean of its images), so that intervals come from resampling prompts, and two
+files are compared prompt by prompt from the same noise.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .prompts import Prompt
 _DRAWS = 10_000
 LEVEL = 0.95
 
-Scores = dict[str, np.ndarray]  # by name, one number for each prompt
+Scores = dict[str, np.ndarray]  # by name, one number per prompt
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Interval:
-    """A mean and its bootstrap interval over prompts, LEVEL wide."""
+    """A mean and its bootstrap confidence interval over prompts, at LEVEL."""
 
     mean: float
     low: float
@@ -54,19 +54,21 @@ def interval(values: np.ndarray, seed: int = 0) -> Interval:
 
 
 def score_images(folder: ImageFolder, reference: ImageFolder | None, clip: Clip | None) -> Scores:
-    """`object`, `colour`, `position` and `retrieval` where the prompts are the emoji's; `clip_score`; `teacher_distance`."""
-    parts: list[dict[str, np.ndarray]] = []
+    """Score a folder's images: `object`, `colour`, `position` and `retrieval` of emoji prompts; `clip_score` with `clip`;
+    `teacher_distance` with `reference`.
+    """
+    parts: list[Scores] = []
     for number in range(folder.seeds):
         images = folder.images(number)
-        found: dict[str, np.ndarray] = {}
+        scores: Scores = {}
         if all(prompt.picture is not None for prompt in folder.prompts):
-            found |= emoji_scores(images, folder.prompts)
+            scores |= emoji_scores(images, folder.prompts)
         if clip is not None:
             texts = [prompt.text for prompt in folder.prompts]
-            found["clip_score"] = np.array([clip(image, text) for image, text in zip(images, texts, strict=True)])
+            scores["clip_score"] = np.array([clip(image, text) for image, text in zip(images, texts, strict=True)])
         if reference is not None:
-            found["teacher_distance"] = distances(folder.latents(number), reference.latents(number))
-        parts.append(found)
+            scores["teacher_distance"] = distances(folder.latents(number), reference.latents(number))
+        parts.append(scores)
     return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
@@ -77,21 +79,21 @@ def emoji_scores(images: Tensor, prompts: Sequence[Prompt]) -> dict[str, np.ndar
 
 
 def distances(latents_BTC: Tensor, reference_BTC: Tensor) -> np.ndarray:
-    """||a - b|| / ||b|| of each: how far images are from the teacher's at the same noise (demo.scorer.latent_distance)."""
+    """Return ||a - b|| / ||b|| of each image: its distance to the teacher's from the same noise."""
     difference_B = (latents_BTC - reference_BTC).flatten(1).norm(dim=1)
-    found: np.ndarray = (difference_B / reference_BTC.flatten(1).norm(dim=1)).double().numpy()
-    return found
+    relative: np.ndarray = (difference_B / reference_BTC.flatten(1).norm(dim=1)).double().numpy()
+    return relative
 
 
 class Clip:
-    """torchmetrics' CLIPScore of one image: 100 times the cosine of image and text, not below 0."""
+    """torchmetrics' CLIPScore of one image: 100 times the cosine of image and text, or 0 if it is negative."""
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
-        """`folder`: a CLIPModel with its processor, as transformers saves them. Raises UserError if there is none."""
+        """`folder`: a CLIPModel and its processor, as transformers saves them. Raises UserError if they are missing."""
         from transformers import CLIPModel, CLIPProcessor
 
         class Features(CLIPModel):
-            """transformers 5 gives an object where torchmetrics expects its pooled features."""
+            """CLIPModel that returns pooled features, as torchmetrics expects; transformers 5 returns an object."""
 
             def get_image_features(self, *arguments: Any, **keywords: Any) -> Tensor:
                 return _pooled(super().get_image_features(*arguments, **keywords))
@@ -106,18 +108,18 @@ class Clip:
             processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--clip {folder}: no CLIP model with its processor ({reason}).") from None
+            raise UserError(f"--clip {folder}: not a CLIP model with its processor ({reason}).") from None
         self._parts: Callable[[], tuple[Any, Any]] = lambda: (model, processor)
         self.device = device
 
     @torch.no_grad()
     def __call__(self, image: Tensor, text: str) -> float:
-        """Of a uint8 image [3, height, width]."""
+        """Score a uint8 image [3, height, width]."""
         from torchmetrics.functional.multimodal import clip_score
 
         return float(clip_score(image.to(self.device), text, self._parts))
 
 
 def _pooled(features: Any) -> Tensor:
-    found: Tensor = features if isinstance(features, Tensor) else features.pooler_output
-    return found
+    pooled: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return pooled

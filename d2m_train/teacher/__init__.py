@@ -1,1 +1,1 @@
-"""The frozen teacher: a dense FLUX.1 with LoRAs, quantised or offloaded."""
+"""The frozen teacher: a dense FLUX.1, with LoRAs, quantised or offloaded."""

@@ -1,53 +1,46 @@
-"""The frozen teacher: a dense FLUX.1, with LoRAs fused into it, quantised, and held where there is room for it.
+"""The frozen teacher: a dense FLUX.1, possibly quantised or offloaded.
 
-`offload: cpu` keeps the blocks in the host's memory and lends each to the device for its forward. `offload: stream`
-keeps them in the file: a block is mapped, or copied to the device, for its forward and let go after it, so that the
-memory is a block's and not the model's.
+`offload: cpu` keeps the blocks in the host's memory and copies each to the device for its forward. `offload: stream`
+keeps them in the file: a block is mapped, or copied to the device, for its forward and freed afterwards, so that only
+one block takes memory.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from d2m_model.blocks import DIFFUSERS_BLOCKS, Block, blocks_of
-from d2m_model.conversion.convert import refuse_same_file
 from d2m_model.hosts.diffusers import untrained_transformer
 from d2m_model.keys import diffusers_sources, swap_halves
 from d2m_model.teacher import DenseTeacher, open_teacher
-from d2m_model.tensor_file import TensorFile
-from d2m_model.tensor_writer import write_tensors
 
 from .. import UserError
-from ..run_config import Lora, TeacherSection
-from .loras import LoraDeltas, lora_files
+from ..run_config import TeacherSection
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-_IDENTITY = "d2m_fused"  # of a fused file's metadata: what it was made of
-NF4_BLOCK, NF4_SCALER_BLOCK = 64, 256  # weights that share a scale, scales that share one of their own
-_TITLE = "modelspec.title"
+NF4_BLOCK, NF4_SCALER_BLOCK = 64, 256  # weights per scale, scales per second-level scale
 
 
 def open_frozen_teacher(
     section: TeacherSection, device: str | torch.device = "cpu", *, fused: Path | None = None
 ) -> FluxTransformer2DModel:
-    """The teacher, to be asked without gradients: eval, nothing of it trainable.
+    """Open the teacher in eval mode, without trainable parameters.
 
-    A section with LoRAs needs `fused`, the file that `fused_file` has written. Weights are read and quantised block by
-    block, on the device: at no time does it hold more than the teacher as it will be and one block besides. With
-    `offload: stream` the file stays open as long as the model lives.
-    Raises CheckpointError if the file is no dense FLUX.1, UserError if a package is missing.
+    A section with LoRAs needs `fused`, the file that loras.fused_file writes. Weights are read and quantised block by
+    block on the device, which never holds more than the finished teacher and one block. With `offload: stream` the file
+    stays open as long as the model lives. Raises CheckpointError if the file is not a dense FLUX.1, UserError if a
+    package is missing.
     """
     if bool(section.loras) != (fused is not None):
-        raise ValueError("A teacher with LoRAs is read from its fused file, and only that.")
+        raise ValueError("A teacher is read from a fused file if, and only if, it has LoRAs.")
     device, dtype = torch.device(device), getattr(torch, section.dtype)
     quantise = None if section.quantise is None else _quantiser(section.quantise)
     teacher = open_teacher(section.path if fused is None else fused)
@@ -56,7 +49,7 @@ def open_frozen_teacher(
     model.eval().requires_grad_(False)
     weights = _Weights(teacher)
     weights.lend(model, weights.outside, device, dtype, keep=True)
-    for block, names in weights.of_blocks(model):
+    for block, names in weights.by_block(model):
         if section.offload == "stream":
             _stream(block, names, weights, device, dtype)
             continue
@@ -74,90 +67,32 @@ def open_frozen_teacher(
     return model
 
 
-# LoRAs
-
-
-def fused_file(section: TeacherSection, path: Path, report: Callable[[str], object] = lambda note: None) -> Path:
-    """Write the section's teacher with its LoRAs to `path`, a dense FLUX.1 in BFL names, from which the student is made.
-
-    The teacher is read and written tensor by tensor, in the dtype in which it is read (bfloat16 for float8). A file that
-    was made from the same files at the same strengths is kept. `report` gets a sentence for each LoRA. Raises UserError
-    if `path` holds anything else or a LoRA does not fit; CheckpointError as open_teacher and the writer do.
-    """
-    with open_teacher(section.path) as teacher:
-        refuse_same_file([*teacher.files, *(lora_files(lora.path)[0] for lora in section.loras)], path, "this is read")
-        deltas = LoraDeltas(teacher.dims, [(lora.path, lora.strength) for lora in section.loras])
-        identity = _identity(teacher, section.loras)
-        if path.exists():
-            _check_made_of(path, identity)
-            return path
-        for note in deltas.notes:
-            report(note)
-
-        def produce(name: str) -> Tensor:
-            tensor = deltas.fused(name, teacher.tensor(name))
-            teacher.release(name)
-            return tensor
-
-        metadata = {key: value for key, value in teacher.metadata.items() if key.startswith("modelspec.")}
-        names = " + ".join(lora.path.stem for lora in section.loras)
-        metadata[_TITLE] = f"{metadata.get(_TITLE, section.path.stem)} + {names}"
-        metadata[_IDENTITY] = json.dumps(identity)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(
-            path, {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items()}, produce, metadata
-        )
-    return path
-
-
-def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
-    def state(file: Path) -> str:
-        about = file.stat()
-        return f"{file.absolute()}, {about.st_size} bytes, modified {about.st_mtime_ns}"
-
-    def lora_state(lora: Lora) -> dict[str, Any]:
-        weights, config = lora_files(lora.path)
-        peft = {} if config is None else {"peft_config": state(config)}
-        return {"file": state(weights), "strength": lora.strength} | peft
-
-    return {"teacher": [state(file) for file in teacher.files], "loras": [lora_state(lora) for lora in loras]}
-
-
-def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:
-    with TensorFile(path) as file:
-        found = json.loads(file.metadata.get(_IDENTITY, "{}"))
-    if found != identity:
-        differs = [key for key in identity if found.get(key) != identity[key]]
-        what = f"was made of other {' and '.join(differs)}" if found else "is no fused teacher"
-        raise UserError(f"{path}: {what}. Give the same ones to go on with it, or delete it. Nothing was changed.")
-
-
 # Weights
 
 
 class _Weights:
-    """A dense FLUX.1's tensors for the modules of diffusers' model, by BFL name."""
+    """A dense FLUX.1's tensors by BFL name, for the modules of diffusers' model."""
 
     def __init__(self, teacher: DenseTeacher) -> None:
         self._teacher = teacher
         self._sources = diffusers_sources(teacher.dims)
         self._blocks: dict[Block, list[str]] = {}
-        self.outside: list[str] = []  # of no block
+        self.outside: list[str] = []  # tensors outside of blocks
         for name in teacher.shapes:
             block = Block.parse(name)
             (self.outside if block is None else self._blocks.setdefault(block, [])).append(name)
 
-    def of_blocks(self, model: FluxTransformer2DModel) -> Iterator[tuple[nn.Module, list[str]]]:
-        """Every block, in the order in which they run, and its tensors."""
+    def by_block(self, model: FluxTransformer2DModel) -> Iterator[tuple[nn.Module, list[str]]]:
+        """Yield every block and its tensors' names, in the order in which blocks run."""
         for block, module in blocks_of(model).items():
             yield module, self._blocks[block]
 
     def lend(
         self, root: nn.Module, names: Sequence[str], device: torch.device, dtype: torch.dtype, *, keep: bool
     ) -> None:
-        """Give `root` (the model, or a block) these tensors as parameters; to `keep`, they are copied.
+        """Set parameters of `root`, the model or a block, to these tensors.
 
-        Otherwise those that need no other dtype, device or order stay views of the mapped file.
+        With `keep` they are copies. Otherwise tensors that need no conversion stay views of the mapped file.
         """
         for name in names:
             whole, source = self._teacher.tensor(name), self._sources[name]
@@ -170,7 +105,7 @@ class _Weights:
                 self._teacher.release(name)
 
     def take_back(self, root: nn.Module, names: Sequence[str]) -> None:
-        """Leave `root` without these tensors, and the memory without the pages of the file."""
+        """Remove these tensors from `root`, and their pages from memory."""
         for name in names:
             for part in self._sources[name].names:
                 parameter = _find(root, part)
@@ -180,15 +115,15 @@ class _Weights:
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     module, _, parameter = name.rpartition(".")
-    if not hasattr(root, DIFFUSERS_BLOCKS["double"]):  # a block: without its list and index
+    if not hasattr(root, DIFFUSERS_BLOCKS["double"]):  # `root` is a block: drop its list and index
         module = module.split(".", 2)[2]
     return root.get_submodule(module), parameter
 
 
 def _find(root: nn.Module, name: str) -> Tensor:
     module, parameter = _owner(root, name)
-    found: Tensor = getattr(module, parameter)
-    return found
+    tensor: Tensor = getattr(module, parameter)
+    return tensor
 
 
 def _set(root: nn.Module, name: str, value: Tensor) -> None:
@@ -208,12 +143,12 @@ def _offload(model: FluxTransformer2DModel, device: torch.device) -> None:
         offload_device=torch.device("cpu"),
         offload_type="block_level",
         num_blocks_per_group=1,
-        use_stream=device.type == "cuda",  # the next block travels while one computes
+        use_stream=device.type == "cuda",  # the next block is copied during a block's forward
     )
 
 
 class _Streamed:
-    """A block's weights in a file, which it has during each forward, or as long as a `with` of this lasts."""
+    """Context manager that gives a block its weights from the file; nested uses share them."""
 
     def __init__(
         self, block: nn.Module, names: Sequence[str], weights: _Weights, device: torch.device, dtype: torch.dtype
@@ -243,7 +178,7 @@ def _stream(
 
 
 def weights_on_device(block: nn.Module) -> AbstractContextManager[None]:
-    """A block of a teacher with `offload: stream` keeps its weights on the device during the `with`, for many forwards."""
+    """Keep a block of a teacher with `offload: stream` on the device during the `with`, for many forwards."""
     streamed: _Streamed = block.streamed  # type: ignore[assignment]
     return streamed
 
@@ -252,7 +187,7 @@ def weights_on_device(block: nn.Module) -> AbstractContextManager[None]:
 
 
 def _quantiser(form: str) -> Callable[[nn.Linear], object]:
-    """Replaces a linear layer's weight by a quantised one: 8 bits with a scale for each row, or nf4."""
+    """Return a function that quantises a linear layer's weight: to 8 bits with a scale for each row, or to nf4."""
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_, to_nf4
     except ModuleNotFoundError as error:

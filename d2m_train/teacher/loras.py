@@ -1,9 +1,9 @@
-"""Fuses LoRA files into a dense FLUX.1's tensors. A LoRA is a .safetensors file or a folder that PEFT has saved."""
+"""Fusing of LoRAs into a teacher. A LoRA is a .safetensors file or a folder that PEFT has saved."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,76 @@ import torch
 from torch import Tensor
 
 from d2m_model.config import FluxDims
+from d2m_model.conversion.convert import refuse_same_file
 from d2m_model.lora_file import LoraChange, LoraContents, LoraError, read_lora
+from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
+from d2m_model.tensor_writer import write_tensors
 
 from .. import UserError
+from ..run_config import Lora, TeacherSection
 
 _ROWS = 4096  # rows of a weight fused at a time
 _SHOWN = 5  # keys named in an error
+_IDENTITY = "d2m_fused"  # key of a fused file's metadata: what it was made from
+_TITLE = "modelspec.title"
 _METADATA = "lora_adapter_metadata"  # where diffusers stores PEFT's configuration
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def fused_file(section: TeacherSection, path: Path, report: Callable[[str], object] = lambda note: None) -> Path:
+    """Write the section's teacher with its LoRAs to `path`, a dense FLUX.1 in BFL names, from which the student is made.
+
+    The teacher is read and written tensor by tensor, in the dtype in which it is read (bfloat16 for float8). A file that
+    was made from the same files at the same strengths is kept. `report` gets a sentence for each LoRA. Raises UserError
+    if `path` holds anything else or a LoRA does not fit; CheckpointError as open_teacher and the writer do.
+    """
+    with open_teacher(section.path) as teacher:
+        refuse_same_file([*teacher.files, *(lora_files(lora.path)[0] for lora in section.loras)], path, "this is read")
+        deltas = LoraDeltas(teacher.dims, [(lora.path, lora.strength) for lora in section.loras])
+        identity = _identity(teacher, section.loras)
+        if path.exists():
+            _check_made_of(path, identity)
+            return path
+        for note in deltas.notes:
+            report(note)
+
+        def produce(name: str) -> Tensor:
+            tensor = deltas.fused(name, teacher.tensor(name))
+            teacher.release(name)
+            return tensor
+
+        metadata = {key: value for key, value in teacher.metadata.items() if key.startswith("modelspec.")}
+        names = " + ".join(lora.path.stem for lora in section.loras)
+        metadata[_TITLE] = f"{metadata.get(_TITLE, section.path.stem)} + {names}"
+        metadata[_IDENTITY] = json.dumps(identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(
+            path, {name: (teacher.dtypes[name], shape) for name, shape in teacher.shapes.items()}, produce, metadata
+        )
+    return path
+
+
+def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
+    def state(file: Path) -> str:
+        about = file.stat()
+        return f"{file.absolute()}, {about.st_size} bytes, modified {about.st_mtime_ns}"
+
+    def lora_state(lora: Lora) -> dict[str, Any]:
+        weights, config = lora_files(lora.path)
+        peft = {} if config is None else {"peft_config": state(config)}
+        return {"file": state(weights), "strength": lora.strength} | peft
+
+    return {"teacher": [state(file) for file in teacher.files], "loras": [lora_state(lora) for lora in loras]}
+
+
+def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:
+    with TensorFile(path) as file:
+        stored = json.loads(file.metadata.get(_IDENTITY, "{}"))
+    if stored != identity:
+        differs = [key for key in identity if stored.get(key) != identity[key]]
+        problem = f"was made from other {' and '.join(differs)}" if stored else "is not a fused teacher"
+        raise UserError(f"{path}: {problem}. Give the same ones to go on with it, or delete it. Nothing was changed.")
 
 
 class LoraDeltas:

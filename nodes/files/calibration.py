@@ -1,8 +1,8 @@
-"""What a conversion asks of a dense FLUX inside ComfyUI: it paints the prompts, and what its blocks see is written down.
+"""Calibration of a conversion inside ComfyUI: a dense FLUX samples prompts while its blocks' inputs are recorded.
 
-The teacher walks its own trajectories from noise, with ComfyUI's own sampling, and all that is recorded comes from the
-forward passes (see d2m_model/conversion/calibration.py): neurons' importance by their activation, for which a backward
-pass of Taylor's would take several times the memory of sampling and gain nothing (docs/training-free.md).
+The teacher samples from noise with ComfyUI's own sampler, and only forward passes are recorded (see
+d2m_model/conversion/calibration.py). Neurons' importance is that of their activation: Taylor importance would need a
+backward pass, with several times the memory of sampling, and gain nothing (docs/training-free.md).
 
 Shapes: B batch, T tokens, H hidden size, V pooled width.
 """
@@ -31,15 +31,15 @@ from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
 
 TOKENS_PER_FFN: int = OPTIONS["tokens"].default  # inputs kept of every FFN, over the whole calibration
-_PIXELS = 8  # of an image on the side of a latent
-_TEXT_ENTRIES = ("pooled_output", "attention_mask")  # of a conditioning, which have a batch like its text
+_PIXELS = 8  # pixels on the side of a latent
+_TEXT_ENTRIES = ("pooled_output", "attention_mask")  # entries of a conditioning that have a batch axis, like its text
 
-CalibrationPrompt = list  # one [text, options] in a list, as comfy.sample takes it
+CalibrationPrompt = list  # a list of one [text, options], as comfy.sample takes it
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class CalibrationSamples:
-    """`samples` images of `size` pixels on the side, prompt after prompt, each in `steps` evaluations."""
+    """Images to sample: `samples` images with sides of `size` pixels, prompt after prompt, each in `steps` evaluations."""
 
     samples: int
     steps: int
@@ -52,7 +52,7 @@ class CalibrationSamples:
 
 
 def split_prompts(conditioning: Sequence[Any]) -> list[CalibrationPrompt]:
-    """Each prompt of a CONDITIONING by itself: combined ones, and those of a batch. Raises ValueError if there is none."""
+    """Split a CONDITIONING into its prompts, which may be combined or in a batch. Raises ValueError if there is none."""
     prompts = []
     for text, options in conditioning:
         for index in range(len(text)):
@@ -74,14 +74,14 @@ def calibrate_on_prompts(
     folder: Path,
     progress: Callable[[], object],
 ) -> Calibration:
-    """Sample the prompts with the teacher in `model` and keep in `folder` what converting it to `config` needs.
+    """Sample the prompts with the teacher in `model` and record in `folder` what converting it to `config` needs.
 
-    Patches of weights and of sampling count; other packs' patches of blocks, wrappers and compiled graphs are left out: it
-    is the weights that are converted. `progress` hears of every evaluation. Raises ValueError for too few evaluations.
+    Patches of weights and of sampling apply. Other packs' patches of blocks, wrappers and compiled graphs do not, since
+    only weights are converted. `progress` is called after every evaluation. Raises ValueError for too few evaluations.
     """
     if config.groups and settings.evaluations < FEWEST:
         raise ValueError(
-            f"Block routers are fitted to {FEWEST} evaluations of the model or more; these are {settings.evaluations} "
+            f"Block routers need {FEWEST} evaluations of the model or more to be fitted; these are {settings.evaluations} "
             f"({settings.samples} samples of {settings.steps} steps). Raise samples or steps."
         )
     plain = model.clone()
@@ -106,7 +106,7 @@ def calibrate_on_prompts(
 
 
 def sampling_patches(model: Any) -> dict[str, Any]:
-    """The patches by which ModelSamplingFlux and its kind steer the noise levels: of no model's weights."""
+    """Return the patches of noise levels, as by ModelSamplingFlux, which belong to no weights."""
     return {key: patch for key, patch in model.object_patches.items() if key == "model_sampling"}
 
 

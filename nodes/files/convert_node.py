@@ -1,7 +1,8 @@
-"""Convert FLUX to MoE: the dense FLUX.1 in a MODEL becomes a FLUX-MoE, without training.
+"""The node Convert FLUX to MoE: converts the dense FLUX.1 in a MODEL to a FLUX-MoE, without training.
 
-It is written to a file in ComfyUI's temporary folder, tensor by tensor, and mapped from there: at no time are there two
-copies of the weights in memory. The file goes with the last MODEL that uses it; Save FLUX-MoE keeps it.
+The FLUX-MoE is written to a file in ComfyUI's temporary folder, tensor by tensor, and mapped from there, so that there
+are never two copies of the weights in memory. The file is deleted with the last MODEL that uses it; Save FLUX-MoE keeps
+a copy.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from .save_node import baking_note, unload_patches, weight_patches
 
 _NAME = "Convert FLUX to MoE"
 _FITTED, _RANDOM = "fitted to the prompts", "random"
-_PERCENT = 100  # of the progress bar: half of it calibration, if there is one
-_GUIDANCE_HOOKS = "sampler_"  # how the entries of model_options begin by which nodes steer guidance
-_FILE_OVERHEAD = 1.03  # a FLUX-MoE's routers and means, and the file's header
+_PERCENT = 100  # length of the progress bar; calibration, if there is one, takes half of it
+_GUIDANCE_HOOKS = "sampler_"  # prefix of the entries of model_options with which nodes change guidance
+_FILE_OVERHEAD = 1.03  # size of the file relative to the teacher's: routers, means and the header
 
 
 def conversion_method(
-    *, preset: str, split_only: bool, router: str, routers_of_blocks: str, top_k: int, seed: int, calibrated: bool
+    *, preset: str, split_only: bool, router: str, block_routers_init: str, top_k: int, seed: int, calibrated: bool
 ) -> Method:
     """Choose as `python -m d2m_train convert` does with data and without, with activation in place of Taylor importance."""
     values = {
         "preset": preset,
         "router_kind": router,
-        "block_router": None if routers_of_blocks == _FITTED else "random",
+        "block_router": None if block_routers_init == _FITTED else "random",
         "importance": "activation" if calibrated else None,
         "refit": False if split_only else None,
         "adaln_rank": "none" if split_only else None,
@@ -62,19 +63,19 @@ def conversion_method(
     method = Method(**method_arguments(with_defaults(values, calibrated=calibrated)))
     if not calibrated and KINDS[method.router].needs_data:
         raise ValueError(
-            f"{_NAME}: {router} routers are fitted to what the model does. Connect calibration prompts, or take router top_k."
+            f"{_NAME}: {router} routers have to be fitted to the model. Connect calibration prompts, or choose router top_k."
         )
-    if not calibrated and preset != "L" and routers_of_blocks == _FITTED:
+    if not calibrated and preset != "L" and block_routers_init == _FITTED:
         raise ValueError(
-            f"{_NAME}: the block routers of preset {preset} are fitted to what the model does. Connect calibration prompts "
-            f"(a CONDITIONING; a dozen combined ones do well), take preset L, or set block_routers to {_RANDOM}, which has "
-            "to be trained before it paints well."
+            f"{_NAME}: the block routers of preset {preset} have to be fitted to the model. Connect calibration prompts "
+            f"(a CONDITIONING; a dozen combined ones work well), choose preset L, or set block_routers to {_RANDOM}: such a "
+            "model has to be trained before it paints well."
         )
     return resolved(method)
 
 
 class ConversionProgress:
-    """A node's progress bar, in percent; wherever it is told of progress, the user's Cancel is heard too."""
+    """The node's progress bar, in percent. Every update also checks whether the user has cancelled."""
 
     def __init__(self, evaluations: int) -> None:
         self._bar = comfy.utils.ProgressBar(_PERCENT)
@@ -97,10 +98,10 @@ class ConversionProgress:
 def convert_model(
     model: Any, method: Method, conditioning: Any | None, settings: CalibrationSamples, target: Path
 ) -> FluxMoEConfig:
-    """Write the FLUX-MoE of `model` to `target`; without a conditioning the weights alone decide.
+    """Write the FLUX-MoE of `model` to `target`; without a conditioning everything is derived from the weights.
 
-    Raises ValueError (CheckpointError) for models and disks that will not do, InterruptProcessingException when the user
-    stops it. Nothing half-written stays.
+    Raises ValueError (or its subclass CheckpointError) for unsuitable models and full disks, InterruptProcessingException
+    when the user cancels. Nothing incomplete is left behind.
     """
     with open_dense(model) as (teacher, about), calibration_folder(target) as folder:
         data, prompts = None, None
@@ -118,8 +119,8 @@ def convert_model(
         calibration: Calibration | None = None
         if prompts is not None:
             calibration = calibrate_on_prompts(model, config, prompts, settings, folder, progress.evaluated)
-        unload_patches(model)  # its patches are to be out of the weights, and fits want the device's memory
-        # ComfyUI runs nodes in inference mode, where nothing can be fitted by gradients (capacity routers).
+        unload_patches(model)  # takes its patches out of the weights, and frees the device's memory for fits
+        # ComfyUI runs nodes in inference mode, in which capacity routers could not be fitted by gradients.
         with torch.inference_mode(False), torch.no_grad():
             return convert_file(
                 teacher,
@@ -144,7 +145,7 @@ def calibration_folder(target: Path) -> Iterator[Path]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Before minutes of calibration rather than after. Raises CheckpointError."""
+    """Check for disk space before minutes of calibration. Raises CheckpointError."""
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
             f"{_NAME} writes the FLUX-MoE to ComfyUI's temporary folder {folder}: {needed:,} bytes are needed, {free:,} are "
@@ -153,7 +154,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def earlier_conversions() -> str:
-    """For people, what earlier conversions take: ComfyUI's cache keeps a MODEL, and so its file, for every seed, preset …"""
+    """Describe the disk space of earlier conversions: ComfyUI caches a MODEL, and so its file, for each seed, preset, ..."""
     sizes = []
     for file in list(_FILES):
         with suppress(OSError):  # not written yet
@@ -171,7 +172,7 @@ def earlier_conversions() -> str:
 
 
 class TemporaryFile:
-    """A file that is deleted when the last MODEL that is, or may be, loaded from it is gone."""
+    """A file that is deleted with the last MODEL that is, or can be, loaded from it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,24 +180,27 @@ class TemporaryFile:
         _FILES.add(self)
 
 
-_FILES: weakref.WeakSet[TemporaryFile] = weakref.WeakSet()  # of this process that are still held
+_FILES: weakref.WeakSet[TemporaryFile] = weakref.WeakSet()  # this process's files that are still in use
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # Windows keeps what is mapped; ComfyUI clears the folder when it ends
+    with suppress(OSError):  # Windows does not delete mapped files; ComfyUI clears the folder when it ends
         os.unlink(path)
 
 
 def load_temporary(file: TemporaryFile, model_options: dict[str, Any], disable_dynamic: bool = False) -> Any:
-    """As loading.load_flux_moe; ComfyUI may load it again, so that the file stays as long as the MODEL and its clones."""
+    """Load a file as load_flux_moe does. ComfyUI can load it again, so the file lives as long as the MODEL and its clones."""
     model = load_flux_moe(str(file.path), model_options, disable_dynamic)
     model.cached_patcher_init = (load_temporary, (file, model_options))
     return model
 
 
-def with_settings_of(model: Any, converted: Any) -> Any:
-    """`converted` with what `model` carries beside its weights and is as right for a FLUX-MoE: the patch of ModelSamplingFlux
-    and its kind, and hooks on guidance. What patches or compiles the dense model's blocks stays with it."""
+def copy_settings(model: Any, converted: Any) -> Any:
+    """Copy settings of `model` to `converted` that also suit a FLUX-MoE, and return it.
+
+    These are patches of noise levels, as by ModelSamplingFlux, and hooks on guidance. Patches and compiled graphs of the
+    dense model's blocks are not copied.
+    """
     for key, patch in sampling_patches(model).items():
         converted.add_object_patch(key, patch)
     for key, value in model.model_options.items():
@@ -343,7 +347,7 @@ class ConvertFlux(io.ComfyNode):
             preset=preset,
             split_only=split_only,
             router=router,
-            routers_of_blocks=block_routers,
+            block_routers_init=block_routers,
             top_k=top_k,
             seed=seed,
             calibrated=calibration is not None,
@@ -356,4 +360,4 @@ class ConvertFlux(io.ComfyNode):
         remember_model(convert_model(model, method, calibration, settings, file.path))
         earlier_conversions = model.model.diffusion_model.dtype
         converted = load_temporary(file, {"dtype": earlier_conversions} if earlier_conversions in FLOAT8 else {})
-        return io.NodeOutput(with_settings_of(model, converted))
+        return io.NodeOutput(copy_settings(model, converted))

@@ -1,5 +1,8 @@
-"""The dense FLUX.1 in a MODEL as a conversion reads it: from the file that it was loaded from where the two are the same,
-else out of memory, tensor by tensor, with its patches (LoRAs) in the weights."""
+"""The dense FLUX.1 in a MODEL, as a conversion reads it.
+
+It is read from the file that it was loaded from if the two are equal, else from memory, tensor by tensor, with its
+patches (LoRAs) applied to the weights.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +28,30 @@ from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .injections import refuse_injections
 from .save_node import unload_patches, weight_patches
 
-_FLOAT8_LAYOUTS = "TensorCoreFP8"  # how ComfyUI's names of float8 with a scale begin
+_FLOAT8_LAYOUTS = "TensorCoreFP8"  # prefix of ComfyUI's names for float8 layouts with a scale
 
 
 def refuse_others(model: Any, node: str) -> None:
-    """Raises ValueError unless there is a dense FLUX.1 in this MODEL, all of it in weights whose neurons can be put in
-    another order."""
+    """Raise ValueError unless this MODEL has a dense FLUX.1, with all changes in weights whose neurons can be reordered."""
     base = model.model
     if isinstance(base, FluxMoEModel):
-        raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect the dense FLUX that is to become one.")
+        raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect a dense FLUX.")
     if not isinstance(getattr(base, "diffusion_model", None), Flux):
         raise ValueError(
             f"{node} works on a dense FLUX.1 (dev, schnell, Fill, Kontext …), but this MODEL is a {type(base).__name__}."
         )
     refuse_injections(model, node)
     for name, module in base.diffusion_model.named_modules():
-        weight, found = getattr(module, "weight", None), None
+        weight, quantisation = getattr(module, "weight", None), None
         if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(_FLOAT8_LAYOUTS):
-            found = str(weight._layout_cls)
+            quantisation = str(weight._layout_cls)
         elif isinstance(weight, Tensor) and not weight.dtype.is_floating_point:
-            found = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+            quantisation = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
         elif getattr(module, "pre_quant_scale", None) is not None:
-            found = "smoothed (pre_quant_scale)"
-        if found is not None:
+            quantisation = "smoothed (pre_quant_scale)"
+        if quantisation is not None:
             raise ValueError(
-                f"{node}: this FLUX is quantised ({found}, {name}.weight), and its neurons cannot be put in another order "
+                f"{node}: this FLUX is quantised ({quantisation}, {name}.weight), and its neurons cannot be reordered "
                 "without loss. Load its bfloat16, float16 or float8 version."
             )
     LoadedTeacher(model)
@@ -57,8 +59,8 @@ def refuse_others(model: Any, node: str) -> None:
 
 @contextmanager
 def open_dense(model: Any) -> Iterator[tuple[DenseTeacher | LoadedTeacher, Teacher]]:
-    """What is converted, and what is said of it."""
-    unload_patches(model)  # a clone's LoRA may lie in the weights that it shares with this MODEL
+    """Open the teacher to convert, and its description."""
+    unload_patches(model)  # a clone's LoRA may be applied to the weights that it shares with this MODEL
     with _opened(_file_of(model)) as file:
         about = Teacher(title=type(model.model).__name__, sha256=UNHASHED, licence=UNKNOWN_LICENCE)
         if file is not None:
@@ -70,7 +72,7 @@ def open_dense(model: Any) -> Iterator[tuple[DenseTeacher | LoadedTeacher, Teach
 
 
 def _file_of(model: Any) -> Path | None:
-    """Where ComfyUI's loaders say that they have it from."""
+    """Return the file that ComfyUI's loader noted, if it exists."""
     _, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
     path = arguments[0] if arguments else None
     return Path(path) if isinstance(path, str) and Path(path).is_file() else None
@@ -82,7 +84,7 @@ def _opened(path: Path | None) -> Iterator[DenseTeacher | None]:
     if path is not None:
         try:
             teacher = open_teacher(path)
-        except CheckpointError:  # a .ckpt, say
+        except CheckpointError:  # for example a .ckpt
             teacher = None
     if teacher is None:
         yield None
@@ -92,7 +94,7 @@ def _opened(path: Path | None) -> Iterator[DenseTeacher | None]:
 
 
 def _same(file: DenseTeacher, model: Any) -> bool:
-    """Whether the file still is what was loaded, and nobody has changed the weights since: by a row of every tensor."""
+    """Return whether the file still has the weights in memory, judged by a row of every tensor."""
     loaded = _parameters(model)
     if {name: tuple(tensor.shape) for name, tensor in loaded.items()} != dict(file.shapes):
         return False
@@ -107,14 +109,17 @@ def _same(file: DenseTeacher, model: Any) -> bool:
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
-    """By BFL names."""
+    """Return the parameters by BFL name."""
     return {bfl_spelling(name): tensor for name, tensor in model.model.diffusion_model.named_parameters()}
 
 
 class LoadedTeacher:
-    """See d2m_model.conversion.plan.TeacherTensors. float8 is given as bfloat16; other types as the MODEL holds them, which
-    on a CPU is float32 where the file has bfloat16. `tensor` wants the MODEL unloaded (saving.unload). Raises CheckpointError
-    for what is no dense FLUX.1."""
+    """A teacher in memory (see d2m_model.conversion.interfaces.TeacherTensors).
+
+    float8 is returned as bfloat16, other types as the MODEL has them: on a CPU float32, where the file has bfloat16. The
+    MODEL has to be unloaded (save_node.unload_patches) before `tensor` is called. Raises CheckpointError if it is not a
+    dense FLUX.1.
+    """
 
     files: tuple[Path, ...] = ()
     metadata: Mapping[str, str] = {}
@@ -137,7 +142,7 @@ class LoadedTeacher:
         try:
             self.dims = check_dense(self.shapes, self.dtypes)
             if surplus := sorted(set(self.shapes) - set(dense_shapes(self.dims))):
-                raise CheckpointError(f"This is not FLUX.1, but something like it: it has {surplus[0]}.")
+                raise CheckpointError(f"This is not FLUX.1 but a variant of it, with {surplus[0]}.")
         except CheckpointError as error:
             raise CheckpointError(f"This MODEL cannot be converted. {error}") from None
 
@@ -145,7 +150,7 @@ class LoadedTeacher:
         return f"{TRANSFORMER_PREFIX}{self._names[name]}"
 
     def tensor(self, name: str) -> Tensor:
-        """As ComfyUI would sample with it, on the CPU."""
+        """Return a tensor as ComfyUI would use it for sampling, on the CPU."""
         key = self._key(name)
         if key in self._patcher.patches:
             device = self._patcher.load_device
@@ -162,4 +167,4 @@ class LoadedTeacher:
         return self._spans[name]
 
     def release(self, name: str) -> None:
-        """Nothing is kept."""
+        """Does nothing: no pages of a file are in memory."""

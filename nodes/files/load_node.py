@@ -1,8 +1,8 @@
-"""Load FLUX-MoE.
+"""The node Load FLUX-MoE.
 
-The file is mapped, not read: a weight comes from the disk when it is first used, and no copy of it is held where the
-model runs in the file's own type. On the CPU it always does (computing in float32), so that a file may be as large as
-the memory. With dynamic VRAM, ComfyUI's own loader maps files too, and knows more of them.
+The file is mapped, not read: a weight is read from disk when it is first used, and there is no copy of it if the model
+runs in the file's own dtype. On the CPU it always does (computing in float32), so that a file can be as large as the
+memory. With dynamic VRAM, ComfyUI's own loader maps files too, and handles more kinds of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2"
 
 
 def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic: bool = False) -> Any:  # noqa: B006
-    """comfy.sd.load_diffusion_model for a FLUX-MoE file. Raises CheckpointError if it is none, or not whole."""
+    """Load a FLUX-MoE file as comfy.sd.load_diffusion_model does. Raises CheckpointError if it is damaged or not one."""
     if comfy.memory_management.aimdo_enabled:
         check_file(path)
         return comfy.sd.load_diffusion_model(path, model_options, disable_dynamic)
@@ -43,7 +43,7 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     if not quantised and comfy.model_management.is_device_cpu(device):
         options.setdefault("dtype", comfy.utils.weight_dtype(tensors))
     model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic)
-    model.cached_patcher_init = (load_flux_moe, (path, model_options))  # by which ComfyUI loads it again
+    model.cached_patcher_init = (load_flux_moe, (path, model_options))  # with which ComfyUI loads it again
     return model
 
 

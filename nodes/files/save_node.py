@@ -1,7 +1,7 @@
-"""Save FLUX-MoE: a MODEL, with the LoRAs that are on it, becomes a file.
+"""The node Save FLUX-MoE: writes a MODEL, with its LoRAs, to a file.
 
-Tensor by tensor. A patched weight is computed when its turn comes to be written, by ComfyUI and as it does for
-sampling: the file holds what was sampled with, and there is never a second copy of the model.
+The file is written tensor by tensor. ComfyUI computes a patched weight when it is written, as it does for sampling: the
+file has the weights that were sampled with, and there is never a second copy of the model.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of ea
 
 
 def unload_patches(patcher: Any) -> None:
-    """Take the patches out of the weights, those of this MODEL and of others that share them. Sampling loads it again."""
+    """Take the patches of this MODEL, and of others that share its weights, out of them. Sampling loads it again."""
     management = comfy.model_management
     others = [it for it in management.current_loaded_models if it.model is None or not patcher.is_clone(it.model)]
     management.free_memory(1e30, patcher.load_device, keep_loaded=others)
-    if patcher.backup:  # loaded by hand
+    if patcher.backup:  # loaded without ComfyUI's memory management
         patcher.detach()
 
 
 def file_specs(patcher: Any) -> _Specs:
-    """What the file of this MODEL holds, by BFL name."""
+    """Return dtype and shape of each tensor of this MODEL's file, by BFL name."""
     specs: _Specs = {}
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         key, shape = f"{TRANSFORMER_PREFIX}{name}", tuple(tensor.shape)
@@ -68,8 +68,10 @@ def file_specs(patcher: Any) -> _Specs:
 
 
 def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors themselves, one at a time. Quantised weights stay quantised, patched ones with a new scale; a capacity
-    that was set goes into the thresholds."""
+    """Yield the tensors of this MODEL's file, one at a time.
+
+    Quantised weights stay quantised, patched ones with a new scale. A capacity that is set scales the thresholds.
+    """
     written: set[str] = set()
     config: FluxMoEConfig = patcher.model.diffusion_model.config
     value = router_value(config, settings_of(patcher.model_options.get("transformer_options")))
@@ -90,18 +92,18 @@ def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def as_loadable(tensor: Tensor) -> Tensor:
-    """Scales of this type have no name that every loader of safetensors knows; ComfyUI takes them as bytes too."""
+    """Return scales of dtype float8_e8m0fnu, which not every loader of safetensors knows, as bytes: ComfyUI reads both."""
     return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float8_e8m0fnu", None) else tensor
 
 
 def weight_patches(patcher: Any) -> dict[str, list]:
-    """Of this MODEL's transformer, by its tensors' names in a MODEL."""
+    """Return the patches of the transformer, by tensor name in the MODEL."""
     return {key: found for key, found in patcher.patches.items() if key.startswith(TRANSFORMER_PREFIX) and found}
 
 
-def what_no_file_holds(patcher: Any) -> list[str]:
-    """The controls of this MODEL whose settings are no file's: those of single experts, or of a part of a run."""
-    found = []
+def controls_without_file(patcher: Any) -> list[str]:
+    """Return names of controls whose settings no file has: those for single experts, or for a part of sampling."""
+    names = []
     for control in settings_of(patcher.model_options.get("transformer_options")).get("controls", ()):
         kind, values, node = control["kind"], control["values"], control["node"]
         if kind == Schedule.node_id and not parse_schedule(values["pieces"]):
@@ -109,19 +111,18 @@ def what_no_file_holds(patcher: Any) -> list[str]:
         if kind == ExpertMask.node_id and not parse_mask(values["mask"]):
             continue
         if kind in _WORKFLOW_CONTROLS:
-            found.append(f"{_WORKFLOW_CONTROLS[kind]} (node {node})" if node else _WORKFLOW_CONTROLS[kind])
-    return found
+            names.append(f"{_WORKFLOW_CONTROLS[kind]} (node {node})" if node else _WORKFLOW_CONTROLS[kind])
+    return names
 
 
 def baking_note(patches: Mapping[str, list]) -> dict[str, Any]:
-    """What a file's provenance says of patches that were baked in."""
-    strengths = sorted({float(patch[0]) for found in patches.values() for patch in found})
+    """Return the provenance of patches that are baked in."""
+    strengths = sorted({float(patch[0]) for of_tensor in patches.values() for patch in of_tensor})
     return {"tensors": len(patches), "strengths": strengths}
 
 
 def saved_config(patcher: Any, specs: _Specs) -> FluxMoEConfig:
-    """The file's configuration with this MODEL's Top-K, gate and active blocks, and a note of the patches that go into
-    its weights."""
+    """Return the file's configuration, with this MODEL's Top-K, gate and active blocks, and a note of baked patches."""
     config: FluxMoEConfig = patcher.model.diffusion_model.config
     settings = settings_of(patcher.model_options.get("transformer_options"))
     active = active_blocks(settings.get("active_blocks"), config.groups)
@@ -137,7 +138,7 @@ def saved_config(patcher: Any, specs: _Specs) -> FluxMoEConfig:
     baked = [*config.provenance.get("baked", ()), baking_note(patches)]
     dims = config.dims
     if f"{TRANSFORMER_PREFIX}img_in.weight" in patches and "img_in.comfy_quant" not in specs:
-        dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # which some LoRAs (Depth, Canny) raise
+        dims = replace(dims, in_channels=specs["img_in.weight"][1][1])  # some LoRAs (Depth, Canny) raise it
     return replace(
         config,
         dims=dims,
@@ -147,7 +148,7 @@ def saved_config(patcher: Any, specs: _Specs) -> FluxMoEConfig:
 
 
 def saved_metadata(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str]:
-    """As a converted file's."""
+    """Return the header's metadata, as for a converted file."""
     metadata = file_metadata(config)
     if was_split_only and not config.split_only:
         start = metadata["modelspec.description"].partition(". ")[0]
@@ -156,7 +157,7 @@ def saved_metadata(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str
 
 
 def next_target(filename_prefix: str) -> Path:
-    """The next free name in the output folder, as ComfyUI counts. Raises CheckpointError if there can be none."""
+    """Return the next free path in the output folder, counted as ComfyUI does. Raises CheckpointError if there is none."""
     output = folder_paths.get_output_directory()
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
@@ -169,16 +170,16 @@ def next_target(filename_prefix: str) -> Path:
 
 
 def save_model(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
-    """Write the FLUX-MoE in `patcher` to `target`, with `notes` beside its own metadata.
+    """Write the FLUX-MoE in `patcher` to `target`, with `notes` in its metadata.
 
-    Raises CheckpointError for controls that no file holds, an unwritable folder, a full disk, or patches after which it
-    would be no FLUX-MoE; InterruptProcessingException when the user stops it. Nothing half-written stays.
+    Raises CheckpointError for controls whose settings no file has, an unwritable folder, a full disk, or patches after
+    which it would not be a FLUX-MoE; InterruptProcessingException when the user cancels. Nothing incomplete is left.
     """
-    if lost := what_no_file_holds(patcher):
+    if lost := controls_without_file(patcher):
         raise CheckpointError(
             f"{_NAME} cannot write {', '.join(lost)} to a file, which has one Top-K, gate, capacity and number of active "
-            "blocks for all of a run. Bypass these nodes, or take the MODEL from before them, and put them behind the "
-            "loader in the workflow that loads the file."
+            "blocks. Bypass these nodes, or connect the MODEL from before them, and put them after the loader in the "
+            "workflow that loads the file."
         )
     unload_patches(patcher)
     specs = file_specs(patcher)
@@ -238,7 +239,7 @@ class SaveFluxMoE(io.ComfyNode):
 
 
 def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
-    """Prompt and workflow as ComfyUI's own nodes put them into a file's metadata."""
+    """Return prompt and workflow as ComfyUI's own nodes write them to a file's metadata."""
     if args.disable_metadata:
         return {}
     notes = {} if prompt is None else {"prompt": json.dumps(prompt)}

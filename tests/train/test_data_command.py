@@ -60,7 +60,7 @@ def test_mistakes_are_said_in_one_line(run: Path, capsys: pytest.CaptureFixture[
         (["data.text_encoders=null"], "data: source folder needs text_encoders"),
         (["data.vae=null", "data.text_encoders=null"], "data: source folder needs text_encoders and vae"),
         (["data.resolutions=[100]"], "data.resolutions.0 is 100: input should be a multiple of 16"),
-        (["data.pool=5"], "data: pool is of source emoji"),
+        (["data.pool=5"], "data: pool is only for source emoji"),
         (["data.source=prompts", "data.text_encoders=null"], "data: source prompts needs text_encoders"),
     ):
         assert main(["cache", str(run / "run.yaml"), *arguments]) == 2

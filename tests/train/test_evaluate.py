@@ -136,7 +136,7 @@ def test_a_folder_of_other_settings_is_left_alone(
     evaluated: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = fails(capsys, files["dealt"], *FEW[:4], "--steps", 3, "--out", evaluated)
-    assert "images made otherwise: steps 2, now 3" in said
+    assert "images with other settings: steps 2, now 3" in said
     assert "--out" in said
     assert "top_k None, now 4" in fails(capsys, files["dealt"], *FEW, "--top-k", 4, "--out", evaluated)
 
@@ -223,7 +223,7 @@ def test_mistakes_are_said_before_anything_is_sampled(
     assert "--size is 100x128" in fails(capsys, TEACHER, *FEW, "--size", "100x128", *out)
     assert "--seeds is 0; expected 1 or more" in fails(capsys, TEACHER, *FEW, "--seeds", 0, *out)
     assert "--clip" in fails(capsys, TEACHER, *FEW, "--clip", tmp_path, *out)
-    assert "is a dense FLUX; --top-k are of a FLUX-MoE" in fails(capsys, TEACHER, *FEW, "--top-k", 2, *out)
+    assert "is a dense FLUX; --top-k need a FLUX-MoE" in fails(capsys, TEACHER, *FEW, "--top-k", 2, *out)
     assert "top_k is 13; expected 0 to 12" in fails(capsys, files["dealt"], *FEW, "--top-k", 13, *out)
     assert "no block groups" in fails(capsys, files["dealt"], *FEW, "--active-blocks", 1, *out)
     assert "has top-k routers" in fails(capsys, files["dealt"], *FEW, "--capacity-factor", 2, *out)

@@ -25,9 +25,9 @@ from d2m_train.commands.report import EMOJI_FILE
 from d2m_train.data.emoji import EmojiData
 from d2m_train.flow.velocity import noised, velocity
 from d2m_train.run_config import Lora, TeacherSection
-from d2m_train.teacher.frozen import fused_file, open_frozen_teacher
+from d2m_train.teacher.frozen import open_frozen_teacher
 from d2m_train.teacher.known_flux import FLUX_DEV
-from d2m_train.teacher.loras import LoraDeltas
+from d2m_train.teacher.loras import LoraDeltas, fused_file
 from tests.toys.teachers import DIMS, METADATA, dense_flux, diffusers_tensors, save_flux
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ def test_a_folder_that_peft_saved_has_its_alpha_in_adapter_config(given: str, fl
     section = TeacherSection(path=flux, loras=(Lora(path=lora),))
     fused_file(section, tmp_path / "fused.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 6}))
-    with pytest.raises(UserError, match="made of other loras"):
+    with pytest.raises(UserError, match="made from other loras"):
         fused_file(section, tmp_path / "fused.safetensors")
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json: .* is not valid JSON"):
@@ -335,10 +335,10 @@ def test_the_fused_file_is_kept_and_another_teachers_never_replaced(flux: Path, 
         assert file.metadata["modelspec.title"] == f"{METADATA['modelspec.title']} + lora"
         assert file.metadata["modelspec.license"] == METADATA["modelspec.license"]
     stronger = TeacherSection(path=flux, loras=(Lora(path=tmp_path / "lora.safetensors", strength=2.0),))
-    with pytest.raises(UserError, match="made of other loras"):
+    with pytest.raises(UserError, match="made from other loras"):
         fused_file(stronger, target)
     save_flux(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="no fused teacher"):
+    with pytest.raises(UserError, match="not a fused teacher"):
         fused_file(section, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="this is read"):
         fused_file(section, flux)

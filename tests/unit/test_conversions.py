@@ -17,7 +17,7 @@ from d2m_model.conversion.options import Baseline, FFNKind
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_model.routers import CapacityRouter, capacity_fit
 from d2m_train import UserError
-from d2m_train.conversion.run import convert_teacher
+from d2m_train.conversion.run import run_conversion
 from d2m_train.conversion.settings import ConversionSettings, settings_from_run
 from d2m_train.data.batch import Batch
 from d2m_train.data.latents import LatentFile
@@ -81,7 +81,7 @@ def settings(room: Path, out: Path, **changes: object) -> ConversionSettings:
 def made(room: Path, out: Path, **changes: object) -> tuple[FluxMoEConfig, dict, list[str]]:
     """Configuration as read from the file, the JSON report, and what was said."""
     said: list[str] = []
-    config = convert_teacher(settings(room, out, **changes), LatentFile(room / "data.safetensors"), report=said.append)
+    config = run_conversion(settings(room, out, **changes), LatentFile(room / "data.safetensors"), report=said.append)
     assert check_file(out) == config
     return config, json.loads(out.with_name(f"{out.name}.report.json").read_text()), said
 
@@ -166,7 +166,7 @@ def test_without_data_block_routers_are_random_and_it_is_said(room: Path, tmp_pa
         room, tmp_path / "m.safetensors", recipe=BLIND, importance="weight-norm", block_router="random", preset="M"
     )
     said: list[str] = []
-    convert_teacher(blind, report=said.append)
+    run_conversion(blind, report=said.append)
     tensors = load_file(blind.out)
     assert any("Block routers are random" in line for line in said)
     router = tensors["block_groups.0.router_x.weight"]
@@ -180,7 +180,7 @@ def test_without_data_block_routers_are_random_and_it_is_said(room: Path, tmp_pa
         ({"recipe": replace(SEEING, experts="coactivation")}, "experts coactivation, router ridge, mean"),
     ):
         with pytest.raises(UserError, match=f"has to run the teacher.*{what}.*give data"):
-            convert_teacher(replace(blind, **changes))  # type: ignore[arg-type]
+            run_conversion(replace(blind, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", ["M", "S", "XS"])
@@ -299,7 +299,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_done(
     room: Path, tmp_path: Path, changes: dict[str, object], expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):
-        convert_teacher(
+        run_conversion(
             settings(room, tmp_path / "x.safetensors", folder=tmp_path / "calibration", **changes),
             LatentFile(room / "data.safetensors"),
         )
@@ -341,6 +341,6 @@ def test_prompts_alone_calibrate_on_the_teachers_own_images(room: Path, tmp_path
             return replace(super().batch(index, size, seed), tokens_BTC=None)
 
     asked = settings(room, tmp_path / "p.safetensors", folder=None, preset="L", batches=2, adaln_rank=None)
-    config = convert_teacher(asked, Prompts(room / "data.safetensors"), report=[].append)
+    config = run_conversion(asked, Prompts(room / "data.safetensors"), report=[].append)
     assert check_file(asked.out) == config
     assert not list(tmp_path.glob("*.calibration")), "left behind"

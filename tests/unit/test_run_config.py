@@ -80,16 +80,16 @@ def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.batchsize=2", "training.batchsize is no field; did you mean batch_size?"),
-        ("trainig.batch_size=2", "trainig is no field; did you mean training?"),
-        ("student.xyzzy=1", "student.xyzzy is no field (there are: preset, baseline, router"),
+        ("training.batchsize=2", "training.batchsize is not a field; did you mean batch_size?"),
+        ("trainig.batch_size=2", "trainig is not a field; did you mean training?"),
+        ("student.xyzzy=1", "student.xyzzy is not a field (fields: preset, baseline, router"),
         ("training.batch_size=0", "training.batch_size is 0: input should be greater than or equal to 1"),
         ("training.batch_size=many", "training.batch_size is 'many': input should be a valid integer"),
         ("student.preset=XL", "student.preset is 'XL': input should be 'L', 'M', 'S' or 'XS'"),
         ("data.source=folder", "data: source folder needs a path"),
         ("data.path=x", "data: source emoji takes no path"),
         ("stages=[experts, shared]", "stages are experts, shared; expected each at most once, in the order convert"),
-        ("seed", "'seed' is no override; expected name=value, like training.batch_size=4"),
+        ("seed", "'seed' is not an override; expected name=value, like training.batch_size=4"),
         ("seed.x=1", "seed is {'x': 1}: input should be a valid integer"),
     ],
 )
@@ -100,7 +100,7 @@ def test_mistakes_are_named(file: Path, override: str, expected: str) -> None:
 def test_every_mistake_is_told_at_once(file: Path) -> None:
     said = complaint(file, MINIMAL.replace("preset: L", "presett: L"))
     assert "student.preset is missing" in said
-    assert "student.presett is no field; did you mean preset?" in said
+    assert "student.presett is not a field; did you mean preset?" in said
 
 
 def test_a_file_that_is_none_is_said_so(file: Path, tmp_path: Path) -> None:
