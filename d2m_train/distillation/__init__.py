@@ -1,1 +1,1 @@
-"""What a training stage trains and compares: stages, losses and one microbatch (Sec. 3.2)."""
+"""The training stages, their losses, and one microbatch of distillation (Sec. 3.2)."""

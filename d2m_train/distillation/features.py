@@ -1,4 +1,4 @@
-"""Block outputs of a FLUX in diffusers, kept while a `with` lasts: what Eq. 8 compares.
+"""Block outputs of a FLUX in diffusers, recorded during a `with`: the features that Eq. 8 compares.
 
 Shapes: B batch, T image and L text tokens, H hidden size.
 """
@@ -20,38 +20,38 @@ if TYPE_CHECKING:
 
 @contextmanager
 def block_outputs(model: FluxTransformer2DModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the blocks `names` (in BFL's style) of the forward passes during the `with`.
+    """Record the outputs of the blocks `names` (in BFL's style) during the `with`.
 
     A double block has two entries, `<name>.img` [B, T, H] and `<name>.txt` [B, L, H]; a single block has one, [B, L + T, H].
-    Of several passes the first counts, so that a block that is computed again for the backward pass, under gradient
-    checkpointing, does not put its second output in the place of its first.
+    Only the first forward pass counts: under gradient checkpointing a block runs again for the backward pass, and its
+    second output must not replace the first.
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        found.setdefault(name, tensor)
+        outputs.setdefault(name, tensor)
 
     def hook_of(name: str) -> Any:
         streams = stream_names(name)
 
         def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
             text, image = output
-            outputs = (image, text) if len(streams) == 2 else (torch.cat([text, image], dim=1),)
-            for stream, tensor in zip(streams, outputs, strict=True):
+            features = (image, text) if len(streams) == 2 else (torch.cat([text, image], dim=1),)
+            for stream, tensor in zip(streams, features, strict=True):
                 keep(stream, tensor)
 
         return hook
 
     handles = [find_block(model, name).register_forward_hook(hook_of(name)) for name in names]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def find_block(model: FluxTransformer2DModel, name: str) -> nn.Module:
-    """A block by its BFL name, or the block of an FFN."""
+    """Return the block with a BFL name, or the block that contains the named FFN."""
     block = Block.parse(name)
     if block is None:
         raise ValueError(f"{name!r} is not the name of a block.")

@@ -1,4 +1,4 @@
-"""The distillation losses (Sec. 3.2, Eq. 7-10) and the load-balancing loss: pure functions of what the models put out.
+"""The distillation losses (Sec. 3.2, Eq. 7-10) and the load-balancing loss: pure functions of the models' outputs.
 
 Shapes: B samples, T tokens of a sample, E experts, K top_k; a feature is any tensor, the same in teacher and student.
 """
@@ -29,36 +29,36 @@ def output_loss(teacher: Tensor, student: Tensor) -> Tensor:
 def feature_losses(
     teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], outliers: float | None = None
 ) -> dict[str, Tensor]:
-    """The bare terms of Eq. 8: the mean squared error of each feature, in float32.
+    """The unweighted terms of Eq. 8: the mean squared error of each feature, in float32.
 
-    `outliers`: elements of the teacher's feature that lie more than so many standard deviations from its mean are left
-    out (FLUX has a few enormous ones); None keeps all. Raises ValueError for features that the two do not share.
+    `outliers`: leave out elements of the teacher's feature more than this many standard deviations from its mean (FLUX
+    has a few enormous ones); None keeps all. Raises ValueError for features that only one of the two models has.
     """
     if teacher.keys() != student.keys():
         missing = sorted(teacher.keys() ^ student.keys())
         raise ValueError(f"Features {', '.join(missing)} are of one model only; expected the same of both.")
     losses = {}
-    for name, wanted in teacher.items():
-        square = (student[name].float() - wanted.float()).square()
-        losses[name] = square.mean() if outliers is None else _mean_of(square, _ordinary(wanted, outliers))
+    for name, target in teacher.items():
+        square = (student[name].float() - target.float()).square()
+        losses[name] = square.mean() if outliers is None else _masked_mean(square, _within(target, outliers))
     return losses
 
 
-def _ordinary(feature: Tensor, outliers: float) -> Tensor:
+def _within(feature: Tensor, outliers: float) -> Tensor:
     feature = feature.float()
     return (feature - feature.mean()).abs() <= outliers * feature.std()
 
 
-def _mean_of(values: Tensor, kept: Tensor) -> Tensor:
+def _masked_mean(values: Tensor, kept: Tensor) -> Tensor:
     return (values * kept).sum() / kept.sum().clamp_min(1)
 
 
 @torch.no_grad()
 def feature_weights(output: Tensor, losses: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Eq. 9, detached: L_distill / L_feature,l times the mean of the teacher's feature norms over layer l's.
+    """Eq. 9, detached: L_distill / L_feature,l times the mean of the teacher's feature norms over layer l's norm.
 
-    A layer that agrees exactly (one ahead of every change, or a student that is the teacher still) would give 0/0:
-    denominators are clamped, and its term is zero whatever the weight.
+    A layer that agrees exactly (one before every changed block, or a student that still equals the teacher) would give
+    0/0. Denominators are clamped; such a layer's term is zero whatever its weight.
     """
     if not losses:
         return {}
@@ -66,7 +66,7 @@ def feature_weights(output: Tensor, losses: Mapping[str, Tensor], teacher: Mappi
     mean = torch.stack(list(norms.values())).mean()
     tiny = torch.finfo(torch.float32).eps
     return {
-        # Clamped relative to what they are weighed against, so that no weight can overflow.
+        # Clamped relative to the numerator, so that no weight can overflow.
         name: output
         / loss.clamp_min(tiny * output.clamp_min(tiny))
         * mean
@@ -90,10 +90,10 @@ def distillation_losses(
 
 
 def balance_loss(probabilities_BTE: Tensor, experts_BTK: Tensor, kept_BT: Tensor | None = None) -> Tensor:
-    """GShard's, of one layer: for each sequence sum_i (E / (T K)) sum_t I(t, i) * (1/T) sum_t p(t, i), averaged over them.
+    """GShard's balance loss of one layer: sum_i (E / (T K)) sum_t I(t, i) * (1/T) sum_t p(t, i), averaged over sequences.
 
-    p is the router's softmax over all experts, through which it learns. 1 when balanced, E / K when K experts take
-    everything. Tokens that `kept_BT` (bool) leaves out do not count; neither do sequences without any.
+    p is the router's softmax over all experts, through which it learns. The loss is 1 when balanced, and E / K when K
+    experts take everything. Tokens that `kept_BT` (bool) leaves out do not count, nor do sequences without tokens.
     """
     experts = probabilities_BTE.shape[-1]
     if experts_BTK.shape[-1] == 0:
@@ -106,4 +106,4 @@ def balance_loss(probabilities_BTE: Tensor, experts_BTK: Tensor, kept_BT: Tensor
     fraction_BE = (chosen_BTE * kept_BT1).sum(1) / (tokens_B1 * experts_BTK.shape[-1])
     mean_BE = (probabilities_BTE * kept_BT1).sum(1) / tokens_B1
     loss_B = experts * (fraction_BE * mean_BE).sum(-1)
-    return _mean_of(loss_B, kept_BT.any(1))
+    return _masked_mean(loss_B, kept_BT.any(1))

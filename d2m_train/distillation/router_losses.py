@@ -1,4 +1,4 @@
-"""What routers learn from besides the teacher: balance losses, capacity predictors, and thresholds that follow.
+"""Losses of routers: balance, capacity predictors, and thresholds that follow the routing.
 
 Shapes: B batch, T image and L text tokens, E experts, K top_k, M blocks of a group.
 """
@@ -29,7 +29,7 @@ def as_is(tensor: Tensor) -> Tensor:
 
 
 class PaddedTokens(Protocol):
-    """What routers' losses must know of a batch's tokens: how many the image has, and which of the text's are no padding."""
+    """A batch's tokens as routers' losses see them: how many the image has, and which text tokens are not padding."""
 
     @property
     def image_ids_T3(self) -> Tensor: ...
@@ -39,7 +39,7 @@ class PaddedTokens(Protocol):
 
 
 class RoutedModel(Protocol):
-    """A FLUX-MoE in training, or some blocks of one: its FFNs by name, and all block routers."""
+    """A FLUX-MoE in training, or some of its blocks: MoE FFNs by name, and all block routers."""
 
     @property
     def block_groups(self) -> nn.ModuleList: ...
@@ -52,20 +52,22 @@ class RoutedModel(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class RouterTraining:
-    """What routers learn from besides the teacher: balance, predictors, and thresholds that follow.
+    """The routers of a student in training: their losses, and thresholds that follow the routing.
 
-    `core` is the model itself, in no wrapper. `average` means a tensor over the ranks.
+    core        the model itself, in no wrapper
+    average     the mean of a tensor over the ranks
+    fractions   for each group, how often its blocks ran in the last step
+    thresholds  of the step's microbatches so far, by FFN
+    chosen      choice fractions of the step's microbatches so far, by group
     """
 
     core: RoutedModel
     plan: StagePlan
     run: RunConfig
     average: Callable[[Tensor], Tensor] = field(default=as_is)
-    fractions: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # of each group, how often its blocks ran in the last step
-    thresholds: dict[str, list[Tensor]] = field(default_factory=dict)  # of the step's microbatches so far, by FFN
-    chosen: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by group
+    fractions: dict[str, Tensor] = field(default_factory=dict)
+    thresholds: dict[str, list[Tensor]] = field(default_factory=dict)
+    chosen: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.plan.block_balance:
@@ -73,12 +75,12 @@ class RouterTraining:
                 zip(self.core.block_groups, self.core.flux_moe.groups, strict=True)
             ):
                 device = next(group.parameters()).device
-                if device.type != "meta":  # of blockwise mode's one part the others' have no weights
+                if device.type != "meta":  # in blockwise mode, groups of other parts have no weights
                     share = config.active / config.blocks
                     self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
 
     def set_pools(self, tokens: PaddedTokens) -> None:
-        """Padding text tokens stay out of a capacity router's pool. One mask per stream."""
+        """Keep padding text tokens out of the pool of a capacity router. All FFNs of a stream share a mask."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
             if moe.companion is None:
@@ -90,7 +92,7 @@ class RouterTraining:
             moe.companion.pool_P = pools[stream]
 
     def step_losses(self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens) -> StepLosses:
-        """Losses against the teacher, with those of the routers added: after the forward pass that made them."""
+        """Add the routers' losses to those against the teacher (`total`, and `parts` for the log), after a forward pass."""
         parts = dict(parts)
         for name, loss, weight in self._losses(tokens, total.device):
             parts[name] = loss
@@ -98,8 +100,8 @@ class RouterTraining:
         return StepLosses(total=total, parts={name: part.detach() for name, part in {"total": total, **parts}.items()})
 
     def _losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
-        """(name, loss, weight), of what the last forward pass chose: of token routers, of block routers, and of capacity
-        predictors, which nothing else learns from."""
+        """Yield (name, loss, weight) for the choices of the last forward pass: token balance, block balance, and the loss
+        of capacity predictors, their only one."""
         if self.plan.token_balance:
             yield "balance", self._token_balance(tokens, device), self.run.losses.balance
         balances = []
@@ -114,37 +116,36 @@ class RouterTraining:
         for _, companion in self._companions():
             if (loss := companion.loss()) is not None:
                 losses.setdefault(companion.loss_name, []).append(loss)
-        for name, found in losses.items():
-            yield name, torch.stack(found).mean(), 1.0
+        for name, layers in losses.items():
+            yield name, torch.stack(layers).mean(), 1.0
 
     def after_backward(self) -> None:
-        """Take the thresholds that follow from the pools just routed. Called once a microbatch."""
+        """Take the thresholds that follow from the pools just routed. Called once per microbatch."""
         for name, companion in self._companions():
             self.thresholds.setdefault(name, []).append(companion.take_update())
 
     def end_step(self) -> None:
-        """Once a step, on every rank alike: thresholds and choice fractions follow, by the mean over its microbatches and
-        all ranks.
+        """Called once per step on every rank: set thresholds and choice fractions to means over microbatches and ranks.
 
-        So how a global batch is dealt to ranks and microbatches does not matter. What block routers are balanced by is
-        the global batch of the step before, since a step's own is known when its last microbatch has run.
+        So the result does not depend on how a global batch is divided. Block routers are balanced by the global batch of
+        the step before, since a step's own fractions are known only after its last microbatch.
         """
-        for number, found in self.chosen.items():
-            self.fractions[number].copy_(self.average(torch.stack(found).mean(0)))
+        for number, fractions in self.chosen.items():
+            self.fractions[number].copy_(self.average(torch.stack(fractions).mean(0)))
         self.chosen.clear()
         for name, companion in self._companions():
             if thresholds := self.thresholds.pop(name, []):
                 companion.update(self.average(torch.stack(thresholds).mean(0)))
 
     def _companions(self) -> Iterator[tuple[str, RouterCompanion]]:
-        """Companions of routers that are being trained, by FFN."""
+        """Yield the companions of routers that are being trained, by FFN."""
         for name, moe in self.core.moe_ffns().items():
             if self.plan.experts_on and moe.companion is not None and moe.companion.learns:
                 yield name, moe.companion
 
     def _token_balance(self, tokens: PaddedTokens, device: torch.device) -> Tensor:
-        """The mean over layers of GShard's loss; padding text tokens count only if the run says so."""
-        found = []
+        """The mean of GShard's balance loss over layers. Padding text tokens count only if losses.text_padding says so."""
+        losses = []
         for name, moe in self.core.moe_ffns().items():
             routing = moe.routing
             if routing is None or routing.per_token is None or not moe.router.weight.requires_grad:
@@ -153,18 +154,18 @@ class RouterTraining:
             if self.run.losses.text_padding:
                 kept_BT = torch.ones_like(kept_BT)
             samples = len(kept_BT)
-            found.append(
+            losses.append(
                 balance_loss(
                     routing.probabilities_TE.unflatten(0, (samples, -1)),
                     routing.experts_TK.unflatten(0, (samples, -1)),
                     kept_BT,
                 )
             )
-        return torch.stack(found).mean() if found else torch.zeros((), device=device)
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
 
 
 def kept_tokens(ffn: str, tokens: PaddedTokens) -> Tensor:
-    """bool [B, tokens]: which of the tokens that an FFN sees are no padding. A single block's begin with the text."""
+    """bool [B, tokens]: the tokens of an FFN that are not padding. A single block's tokens begin with the text."""
     words_BL = tokens.words_BL
     image_BT = torch.ones(len(words_BL), len(tokens.image_ids_T3), dtype=torch.bool)
     return {"img": image_BT, "txt": words_BL, "joint": torch.cat([words_BL, image_BT], 1)}[FFN.parse(ffn).stream]

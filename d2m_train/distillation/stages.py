@@ -1,8 +1,8 @@
-"""The training stages: what each of them trains, what it compares, and how the student runs in it (Sec. 3.2, method.md).
+"""The training stages: what each of them trains, what it compares, and how the student runs in it (Sec. 3.2).
 
-`shared` makes the shared experts a pruned model of their own, with the routed experts off. `experts` leaves them as they
-are and trains what is routed. `blocks` lets groups of blocks choose, which run whole until then, and trains nothing
-outside of the groups.
+`shared` trains the shared experts as a pruned model of their own, with the routed experts off. `experts` freezes the
+shared experts and trains the routed ones and their routers. `blocks` trains the block groups alone; only from this stage
+on do groups choose among their blocks, all of which run before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TRAINING: tuple[Stage, ...] = ("shared", "experts", "blocks")
 
-# Sec. 4.1: modulations and what they are compressed by
+# Sec. 4.1: modulations, and the matrix U of their compression
 MODULATIONS = (
     "adaln_in.*",
     "*.norm1.linear.*",
@@ -39,7 +39,7 @@ ROUTED = ("*.routed_*", "*.router.*", "*.expert_mean", "*.capacity.*")
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Feature:
-    """A block output of the student, and the teacher's that it is to be (Eq. 8). Blocks in BFL names."""
+    """A block output of the student and the teacher's output that it learns (Eq. 8). Blocks have BFL names."""
 
     student: str
     teacher: str
@@ -60,18 +60,18 @@ class StagePlan:
 
 
 def trainable_stages(config: FluxMoEConfig) -> tuple[Stage, ...]:
-    """The training stages that have something to train: no experts without a top_k, no blocks without groups, and nothing
-    shared where neither FFNs nor modulations are converted."""
-    found: list[Stage] = ["shared"] if config.ffns or config.adaln_rank is not None else []
+    """The training stages that have something to train: `shared` needs converted FFNs or modulations, `experts` a
+    router, `blocks` groups or blocks that stand for several of the teacher's."""
+    stages: list[Stage] = ["shared"] if config.ffns or config.adaln_rank is not None else []
     if config.router_value > 0:
-        found.append("experts")
+        stages.append("experts")
     if config.groups or _stand_ins(config):
-        found.append("blocks")
-    return tuple(found)
+        stages.append("blocks")
+    return tuple(stages)
 
 
 def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> StagePlan:
-    """How a stage runs, its patterns replaced by the section's own where it has some."""
+    """Return how a stage runs. The section's `trainable` patterns, where it has some, replace the stage's own."""
     if stage not in TRAINING:
         raise ValueError(f"Stage {stage} trains nothing; expected one of {', '.join(TRAINING)}.")
     trainable: tuple[str, ...]
@@ -95,7 +95,7 @@ def plan_stage(stage: Stage, config: FluxMoEConfig, section: StageSection) -> St
 
 
 def _config_after(stage: Stage, config: FluxMoEConfig) -> FluxMoEConfig:
-    """From stage `experts` on, gates are normalised, so that routers learn, with the k of training as their scale."""
+    """Return the configuration that the stage leaves: from `experts` on, normalised gates, so that routers learn."""
     config = replace(config, split_only=False)
     if stage != "shared" and config.gate.mode == "sum" and config.top_k > 0:
         config = replace(config, gate=Gate(mode="normalised", scale=float(config.top_k)))
@@ -103,21 +103,21 @@ def _config_after(stage: Stage, config: FluxMoEConfig) -> FluxMoEConfig:
 
 
 def trainable_names(model: nn.Module, plan: StagePlan) -> set[str]:
-    """The parameters that a stage trains. Raises UserError for a pattern that none matches, or if there are none."""
+    """Names of the parameters that a stage trains. Raises UserError if there are none, or if a pattern matches none."""
     names = [name for name, _ in model.named_parameters()]
-    found: set[str] = set()
+    trainable: set[str] = set()
     for pattern in plan.trainable:
         matching = {name for name in names if fnmatchcase(name, pattern)}
         if not matching and pattern not in (*MODULATIONS, *SHARED, *ROUTED, "block_groups.*"):
             raise UserError(
                 f"stage.{plan.stage}.trainable: {pattern!r} is no parameter of this student; names are such as {names[0]}."
             )
-        found |= matching
-    if plan.stage == "blocks" and not plan.experts_on:  # of pruned FFNs, in which they never run
-        found = {name for name in found if not any(fnmatchcase(name, pattern) for pattern in ROUTED)}
-    if not found:
+        trainable |= matching
+    if plan.stage == "blocks" and not plan.experts_on:  # pruned FFNs, whose experts never run
+        trainable = {name for name in trainable if not any(fnmatchcase(name, pattern) for pattern in ROUTED)}
+    if not trainable:
         raise UserError(f"Stage {plan.stage} has nothing to train; leave it out of `stages`, or give it patterns.")
-    return found
+    return trainable
 
 
 def prepare_student(model: FluxMoETransformer2DModel, plan: StagePlan, frozen_dtype: Dtype | None = None) -> None:
@@ -142,7 +142,7 @@ def prepare_student(model: FluxMoETransformer2DModel, plan: StagePlan, frozen_dt
 
 
 def block_features(config: FluxMoEConfig) -> tuple[Feature, ...]:
-    """Every block's output, but for blocks ahead of the first changed one: theirs is the teacher's exactly."""
+    """Every block's output, except for blocks before the first changed one, whose output is exactly the teacher's."""
     blocks = config.dims.blocks
     if config.adaln_rank is None:  # compressed modulations change every block
         changed = [number for number, block in enumerate(blocks) if _is_changed(config, block)]
@@ -168,20 +168,21 @@ def _is_changed(config: FluxMoEConfig, block: Block) -> bool:
 
 
 def teacher_outputs(config: FluxMoEConfig) -> Mapping[BlockKind, list[int]]:
-    """Of every block the teacher's block whose output it is to give: itself, unless depth pruning has renumbered them."""
+    """Indices, by kind, of the teacher's blocks whose outputs the student's blocks learn: the same indices, unless depth
+    pruning has renumbered the student's."""
     pruned: Mapping[str, list[int]] = config.provenance.get("teacher_outputs") or {}
     return {kind: list(pruned.get(kind) or range(depth)) for kind, depth in config.dims.depths.items()}
 
 
 def _stand_ins(config: FluxMoEConfig) -> list[Block]:
-    """The blocks of a depth-pruned student that stand in for several of the teacher's."""
-    found = []
+    """The blocks of a depth-pruned student that stand for several of the teacher's."""
+    blocks = []
     for kind, outputs in teacher_outputs(config).items():
         before = [-1, *outputs[:-1]]
-        found += [
+        blocks += [
             Block(kind, index) for index, (last, now) in enumerate(zip(before, outputs, strict=True)) if now > last + 1
         ]
-    return found
+    return blocks
 
 
 def _patterns_of_blocks(config: FluxMoEConfig) -> tuple[str, ...]:

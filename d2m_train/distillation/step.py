@@ -1,4 +1,4 @@
-"""One microbatch of distillation: both models' forward passes, and every loss between them (Sec. 3.2).
+"""One microbatch of distillation: forward passes of teacher and student, and every loss (Sec. 3.2).
 
 Shapes: B batch, T image tokens, C channels of a token.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Distillation(RouterTraining):
     """A stage's comparison of a student with its teacher.
 
-    `student` is what is called (wrapped for several ranks, as a rule); `core` is the model within it.
+    `student` runs the forward pass (wrapped, where there are several ranks); `core` is the model within it.
     """
 
     core: FluxMoETransformer2DModel
@@ -36,23 +36,23 @@ class Distillation(RouterTraining):
     student: Any
 
     def losses(self, batch: Batch, index: int) -> StepLosses:
-        """Of batch number `index`, which its noise depends on. The student is left as it is but for its routers' records."""
+        """Losses of batch `index`, which also seeds its noise. Only the routers' records change."""
         noisy = noisy_batch(batch, self.run.timesteps, self.run.seed, index, self.teacher)
         self.set_pools(batch)
         return self.compare(batch, noisy)
 
     def compare(self, batch: Batch, noisy: NoisyBatch) -> StepLosses:
-        """`losses` at given noise, for pools of a capacity router that are set."""
+        """Losses at given noise. A capacity router's pools must have been set."""
         guided = self.teacher.config.guidance_embeds
         inputs = (batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B)
         with torch.no_grad(), block_outputs(self.teacher, [f.teacher for f in self.plan.features]) as teacher_outputs:
-            wanted_BTC = velocity(self.teacher, *inputs, guided)
+            teacher_BTC = velocity(self.teacher, *inputs, guided)
         with block_outputs(self.core, [f.student for f in self.plan.features]) as student_outputs:
-            found_BTC = velocity(self.student, *inputs, guided)
-        device = found_BTC.device
+            student_BTC = velocity(self.student, *inputs, guided)
+        device = student_BTC.device
         output, features = distillation_losses(
-            wanted_BTC.to(device),
-            found_BTC,
+            teacher_BTC.to(device),
+            student_BTC,
             {own: teacher_outputs[other].to(device) for own, other in self._pairs()},
             student_outputs,
             outliers=self.run.losses.outliers,

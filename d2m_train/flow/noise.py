@@ -1,4 +1,4 @@
-"""Noise levels, noise and noisy latents of a training batch (method.md, Distillation: timesteps).
+"""Noise levels, noise and noisy latents of a training batch.
 
 Everything is drawn from the run's seed and the batch's number, so that a resumed run draws the same.
 
@@ -24,8 +24,8 @@ from .velocity import noised, velocity
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-# FLUX's: the shift grows with the logarithm of resolution, a line through these (tokens, mu).
-SHORT, LONG = (256, 0.5), (4096, 1.15)
+# FLUX's time shift mu is a line through these points (image tokens, mu).
+_SHORT, _LONG = (256, 0.5), (4096, 1.15)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,15 +38,15 @@ class NoisyBatch:
 
 
 def time_shift(tokens: int, section: TimestepsSection) -> float:
-    """mu of FLUX's time shift: the section's, or the one that FLUX uses at this resolution."""
+    """mu of FLUX's time shift: the section's own, or FLUX's at this number of image tokens."""
     if section.shift != "resolution":
         return float(section.shift)
-    slope = (LONG[1] - SHORT[1]) / (LONG[0] - SHORT[0])
-    return SHORT[1] + slope * (tokens - SHORT[0])
+    slope = (_LONG[1] - _SHORT[1]) / (_LONG[0] - _SHORT[0])
+    return _SHORT[1] + slope * (tokens - _SHORT[0])
 
 
 def shifted(t: Tensor, mu: float) -> Tensor:
-    """exp(mu) t / (1 + (exp(mu) - 1) t): towards noise for mu > 0."""
+    """Shift noise levels: exp(mu) t / (1 + (exp(mu) - 1) t), towards noise for mu > 0."""
     return math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t)
 
 
@@ -56,11 +56,11 @@ def grid(steps: int, mu: float) -> Tensor:
 
 
 def noise_levels(count: int, tokens: int, section: TimestepsSection, generator: torch.Generator) -> Tensor:
-    """t_B: logit-normal and shifted, or levels of the teacher's grid that it is asked at (all but the last, 0)."""
+    """Draw t_B: logit-normal and shifted, or levels of the teacher's grid except its last, 0."""
     mu = time_shift(tokens, section)
     if section.sampling == "teacher_grid":
-        place_B = torch.randint(section.grid_steps, (count,), generator=generator)
-        return grid(section.grid_steps, mu)[place_B]
+        index_B = torch.randint(section.grid_steps, (count,), generator=generator)
+        return grid(section.grid_steps, mu)[index_B]
     normal_B = section.mean + section.std * torch.randn(count, generator=generator)
     return shifted(normal_B.sigmoid(), mu)
 
@@ -68,10 +68,10 @@ def noise_levels(count: int, tokens: int, section: TimestepsSection, generator: 
 def noisy_batch(
     batch: Batch, section: TimestepsSection, seed: int, index: int, teacher: FluxTransformer2DModel
 ) -> NoisyBatch:
-    """The inputs of batch number `index`. With prompts alone they are points of the teacher's own trajectories.
+    """Noisy inputs of batch `index`; for prompts without images, points of the teacher's own trajectories.
 
-    A trajectory is walked from pure noise to the drawn level of the teacher's grid, so such a batch costs the teacher as
-    many passes as it walks steps, half of `grid_steps` on average; its samples share their level.
+    Such a trajectory goes from pure noise to a drawn level of the teacher's grid. It costs the teacher one pass per step,
+    half of `grid_steps` on average; all samples of the batch share the level.
     """
     generator = generator_for(seed, f"noise {index}")
     count, tokens = len(batch.pooled_BV), len(batch.image_ids_T3)
@@ -83,12 +83,12 @@ def noisy_batch(
         )
     levels = grid(section.grid_steps, time_shift(tokens, section))
     walked = int(torch.randint(section.grid_steps, (), generator=generator))
-    here_BTC = trajectory(teacher, batch, noise_BTC, levels[: walked + 1])
-    return NoisyBatch(tokens_BTC=here_BTC, t_B=levels[walked].expand(count), target_BTC=None)
+    noisy_BTC = trajectory(teacher, batch, noise_BTC, levels[: walked + 1])
+    return NoisyBatch(tokens_BTC=noisy_BTC, t_B=levels[walked].expand(count), target_BTC=None)
 
 
 def channels_of(teacher: FluxTransformer2DModel) -> int:
-    """Of the noised part of a token; an inpainting FLUX takes more, of its conditions."""
+    """Channels of the noised part of a token; an inpainting FLUX takes further channels for its conditions."""
     channels: int = teacher.out_channels
     return channels
 
@@ -97,14 +97,14 @@ def channels_of(teacher: FluxTransformer2DModel) -> int:
 def trajectory(
     model: FluxTransformer2DModel, batch: Batch, noise_BTC: Tensor, levels: Tensor, guided: bool | None = None
 ) -> Tensor:
-    """Euler's way from levels[0] to levels[-1] of the model's own velocity: float32 [B, T, C].
+    """Follow the model's own velocity from levels[0] to levels[-1] by Euler's method: float32 [B, T, C].
 
-    `guided`: whether the model takes guidance; None asks its configuration, which a model wrapped for several ranks hides.
+    `guided`: whether the model takes guidance. None reads its configuration, which a wrapped model does not show.
     """
-    here_BTC = noise_BTC
+    noisy_BTC = noise_BTC
     guided = model.config.guidance_embeds if guided is None else guided
     for now, following in itertools.pairwise(levels.tolist()):
         t_B = torch.full((len(noise_BTC),), now)
-        flow_BTC = velocity(model, batch, here_BTC, t_B, batch.guidance_B, guided)
-        here_BTC = here_BTC + (following - now) * flow_BTC.float().to(here_BTC.device)
-    return here_BTC
+        flow_BTC = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, guided)
+        noisy_BTC = noisy_BTC + (following - now) * flow_BTC.float().to(noisy_BTC.device)
+    return noisy_BTC

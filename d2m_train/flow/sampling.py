@@ -1,7 +1,7 @@
-"""Images of a FLUX in diffusers, teacher and student alike: Euler's steps on FLUX's shifted grid.
+"""Images of a FLUX in diffusers, teacher or student: Euler's method on FLUX's shifted grid of noise levels.
 
-The noise of an image depends on its seed alone, and is drawn as latents are, so that the same seed gives the same noise
-here, in the demo and beside the teacher.
+The noise of an image depends on its seed alone and is drawn in the layout of latents, so that a seed gives the same noise
+here, in the demo and for the teacher.
 
 Shapes: B batch, T image tokens, C channels of a token, P pixels.
 """
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
     from PIL.Image import Image
 
-AT_A_TIME = 16_384  # image tokens: four images of 1024 x 1024
-GAP = 4  # pixels between the images of a grid
-LARGEST = 512  # pixels on the longer side of an image in a grid
-LABEL = 72  # pixels left of a row
+_MOST_TOKENS = 16_384  # image tokens of one forward pass: four images of 1024 x 1024
+_GAP = 4  # pixels between the images of a grid
+_LARGEST = 512  # pixels on the longer side of an image in a grid
+_LABEL = 72  # pixels left of a row
 
 
 def noise_for(seeds: Sequence[int], image_ids_T3: Tensor, channels: int) -> Tensor:
-    """[B, T, C] float32, one image's for each seed."""
+    """Noise [B, T, C], float32: one image per seed."""
     height, width = (int(image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
     size = (1, channels // 4, 2 * height, 2 * width)
     latents = torch.cat([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -53,23 +53,24 @@ def sample(
     size: int | None = None,
     guided: bool | None = None,
 ) -> Tensor:
-    """The images that `model` makes of the noise, asked as `batch` says: tokens [B, T, C], float32 on the CPU.
+    """Sample images from the noise, with the prompts of `batch`: tokens [B, T, C], float32 on the CPU.
 
-    `mu` is FLUX's time shift (noise.time_shift). `size` samples at a time (None: as many as have AT_A_TIME tokens);
-    `progress` hears how many more are done. `guided` as in noise.trajectory. The model runs in the mode that it is in.
+    `mu` is FLUX's time shift (noise.time_shift). `size` samples run at a time (None: as many as fill a pass of 16,384
+    image tokens); `progress` is called with the number that are newly done. `guided` as in noise.trajectory. The model
+    stays in its mode.
     """
     levels = grid(steps, mu)
-    size = size or max(1, AT_A_TIME // noise_BTC.shape[1])
+    size = size or max(1, _MOST_TOKENS // noise_BTC.shape[1])
     finished = []
     for start in range(0, len(noise_BTC), size):
         some = slice(start, start + size)
-        part = select_samples(batch, some)
+        part = slice_batch(batch, some)
         finished.append(trajectory(model, part, noise_BTC[some], levels, guided).cpu())
         progress(len(finished[-1]))
     return torch.cat(finished)
 
 
-def select_samples(batch: Batch, some: slice) -> Batch:
+def slice_batch(batch: Batch, some: slice) -> Batch:
     """Some of a batch's samples."""
     return replace(
         batch,
@@ -86,9 +87,9 @@ def select_samples(batch: Batch, some: slice) -> Batch:
 
 @dataclass(kw_only=True, slots=True)
 class SampleGrid:
-    """The same prompts and noise every time: `draw` draws the student's images below the teacher's, made once.
+    """Fixed prompts and noise, whose images by the student are drawn below those by the teacher, which are made once.
 
-    Without an autoencoder in the data source there is nothing to see, and `draw` gives None.
+    Without an autoencoder in the data source there are no images, and `draw` returns None.
     """
 
     batch: Batch
@@ -101,12 +102,12 @@ class SampleGrid:
 
     @torch.no_grad()
     def draw(self, student: nn.Module, every_block: bool = False) -> Image | None:
-        """`student` is put into eval mode and back (see velocity.evaluating); every rank of a sharded run calls this."""
+        """Sample in eval mode (see velocity.evaluating) and draw. Every rank of a sharded run calls this."""
         if self.teacher is None:
             return None
         with evaluating(student, every_block):
-            found = sample(student, self.batch, self.noise_BTC, steps=self.steps, mu=self.mu, guided=self.guided)
-        images = self.data.decode(found, self.batch.image_ids_T3)
+            tokens_BTC = sample(student, self.batch, self.noise_BTC, steps=self.steps, mu=self.mu, guided=self.guided)
+        images = self.data.decode(tokens_BTC, self.batch.image_ids_T3)
         assert images is not None  # the teacher's were decoded
         return draw_grid({"teacher": self.teacher, "student": images})
 
@@ -115,10 +116,10 @@ class SampleGrid:
 def new_sample_grid(
     data: DataSource, teacher: FluxTransformer2DModel, section: EyesSection, timesteps: TimestepsSection, seed: int
 ) -> SampleGrid:
-    """The section's prompts, or else the captions of held-out samples; the teacher's images of them.
+    """A grid of the section's prompts, or else of the captions of held-out samples, with the teacher's images.
 
-    Raises UserError where there are prompts and the source has no text encoders. A few-step teacher (timesteps.sampling
-    `teacher_grid`) takes the steps of its own grid.
+    A few-step teacher (timesteps.sampling `teacher_grid`) takes the steps of its own grid. Raises UserError where there
+    are prompts but the data source has no text encoders.
     """
     example = data.batch(0, section.samples or 1, held_out_seed(seed))
     if section.prompts:
@@ -147,36 +148,36 @@ def new_sample_grid(
 
 
 def pil_image(image: Tensor) -> Image:
-    """From [3, P, P] in 0..1."""
+    """Convert an image [3, P, P] in 0..1."""
     from PIL import Image
 
     return Image.fromarray(image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
-    """A row of images [B, 3, P, P] for each name, which stands left of it; captions stand above the columns."""
+    """Draw a row of images [B, 3, P, P] per name, with the name to its left and captions above the columns."""
     from PIL import Image, ImageDraw, ImageFont
 
     rows = {name: _shrunk(images) for name, images in rows.items()}
     first = next(iter(rows.values()))
     count, (height, width) = len(first), first.shape[-2:]
-    top = 3 * 14 + GAP if captions else GAP
-    picture = Image.new("RGB", (LABEL + count * (width + GAP), top + len(rows) * (height + GAP)), "white")
+    top = 3 * 14 + _GAP if captions else _GAP
+    picture = Image.new("RGB", (_LABEL + count * (width + _GAP), top + len(rows) * (height + _GAP)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for column, caption in enumerate(captions):
         text = "\n".join(_wrapped(caption, font.getlength, width)[:3])
-        draw.multiline_text((LABEL + column * (width + GAP), 1), text, fill="black", font=font, spacing=2)
+        draw.multiline_text((_LABEL + column * (width + _GAP), 1), text, fill="black", font=font, spacing=2)
     for row, (name, images) in enumerate(rows.items()):
-        y = top + row * (height + GAP)
+        y = top + row * (height + _GAP)
         draw.text((4, y + height // 2 - 6), name, fill="black", font=font)
         for column, image in enumerate(images):
-            picture.paste(pil_image(image), (LABEL + column * (width + GAP), y))
+            picture.paste(pil_image(image), (_LABEL + column * (width + _GAP), y))
     return picture
 
 
 def _shrunk(images: Tensor) -> Tensor:
-    """No larger than LARGEST, so that a grid of 1024 x 1024 images stays a picture."""
-    factor = LARGEST / max(images.shape[-2:])
+    """Shrink images to at most 512 pixels a side, so that a grid of 1024 x 1024 images stays small enough to view."""
+    factor = _LARGEST / max(images.shape[-2:])
     if factor >= 1:
         return images
     height, width = (round(factor * side) for side in images.shape[-2:])
@@ -184,7 +185,7 @@ def _shrunk(images: Tensor) -> Tensor:
 
 
 def _wrapped(text: str, length: Callable[[str], float], width: int) -> list[str]:
-    """The words of a text in lines that are no longer than `width` pixels, where a word is not longer itself."""
+    """Break a text into lines of at most `width` pixels; a longer word gets a line of its own."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

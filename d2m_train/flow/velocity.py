@@ -1,4 +1,4 @@
-"""A FLUX in diffusers asked for its velocity, teacher and student alike.
+"""The velocity of a FLUX in diffusers, teacher or student.
 
 Shapes: B batch, T image tokens, C channels of a token.
 """
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 def velocity(
     model: FluxTransformer2DModel, batch: Batch, noisy_BTC: Tensor, t_B: Tensor, guidance_B: Tensor, embedded: bool
 ) -> Tensor:
-    """noise - image as `model` sees it in `noisy_BTC`, at noise levels t in 0..1: [B, T, C] in the model's dtype.
+    """Predict noise - image for `noisy_BTC` at noise levels t in 0..1: [B, T, C] in the model's dtype.
 
-    `embedded`: whether the model takes guidance. Inputs may lie anywhere; they are moved to the model.
+    `embedded`: whether the model takes guidance. Inputs are moved to the model's device and dtype.
     """
     parameter = next(model.parameters())
-    place = {"device": parameter.device, "dtype": parameter.dtype}
-    found: Tensor = model(
-        hidden_states=noisy_BTC.to(**place),
-        encoder_hidden_states=batch.context_BLD.to(**place),
-        pooled_projections=batch.pooled_BV.to(**place),
-        timestep=t_B.to(**place),
-        guidance=guidance_B.to(**place) if embedded else None,
+    options = {"device": parameter.device, "dtype": parameter.dtype}
+    velocity_BTC: Tensor = model(
+        hidden_states=noisy_BTC.to(**options),
+        encoder_hidden_states=batch.context_BLD.to(**options),
+        pooled_projections=batch.pooled_BV.to(**options),
+        timestep=t_B.to(**options),
+        guidance=guidance_B.to(**options) if embedded else None,
         img_ids=batch.image_ids_T3.to(parameter.device),
         txt_ids=batch.text_ids_L3.to(parameter.device),
         return_dict=False,
     )[0]
-    return found
+    return velocity_BTC
 
 
 def noised(tokens_BTC: Tensor, noise_BTC: Tensor, t_B: Tensor) -> Tensor:

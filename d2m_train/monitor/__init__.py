@@ -1,1 +1,1 @@
-"""What a run shows while it trains: log, validation, sample images and router statistics."""
+"""The display of a run in training: log, validation, sample images and router statistics."""

@@ -1,7 +1,7 @@
-"""What the routers do in training: load, entropy, dead experts, balance, and which blocks are chosen.
+"""Statistics of routers in training: load, entropy, dead experts, balance, and the blocks that are chosen.
 
-Sums stay on the device until an interval ends; then they are reduced over ranks at once. Padding text tokens are left
-out of everything but the balance loss, which is given with and without them (Sec. 4.4: they go to the same experts).
+Sums stay on the device until an interval ends; then they are reduced over ranks at once. Padding text tokens do not count,
+except in `balance_with_padding` (Sec. 4.4: they all go to the same experts).
 
 Shapes: B batch, T tokens, E experts, A assignments, M blocks of a group.
 """
@@ -24,16 +24,25 @@ from ..distillation.losses import balance_loss
 from ..distillation.router_losses import PaddedTokens, RoutedModel, kept_tokens
 from .stage_log import StageLog
 
-PARTS = ("passes", "tokens", "probability_entropy", "balance", "balance_with_padding")  # of a layer's sums, after load
+_PARTS = (
+    "passes",
+    "tokens",
+    "probability_entropy",
+    "balance",
+    "balance_with_padding",
+)  # of a layer's sums, after the load
 
-NAMED = 3  # layers with dead experts that a warning names; all are in its line of the log
+_NAMED_LAYERS = 3  # with dead experts, in a warning; its line in the log has all
 
 
 @dataclass(kw_only=True, slots=True)
 class RouterSummary:
-    """Of one interval. `scalars`: `<ffn>/<measure>` of each layer, `<measure>` of all; `dead`: experts without a token.
+    """Statistics of one interval.
 
-    load: of each FFN the fraction of assignments that each expert got. blocks: of each group how often a block ran.
+    scalars  `<ffn>/<measure>` of each layer, and `<measure>`, the mean over layers
+    load     for each FFN, the fraction of assignments that each expert got
+    dead     for each FFN that has some, the experts without a token
+    blocks   for each group, how often each block ran
     """
 
     scalars: dict[str, float]
@@ -44,7 +53,7 @@ class RouterSummary:
 
 @dataclass(slots=True)
 class RouterStatistics:
-    """Of a student in training: `add` after every step, `report` at the end of an interval, on every rank alike."""
+    """Statistics of a student in training: `add` after each forward pass, `report` at the end of an interval, on every rank."""
 
     model: RoutedModel
     _sums: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +61,7 @@ class RouterStatistics:
 
     @torch.no_grad()
     def add(self, batch: PaddedTokens | None = None) -> None:
-        """What MoEFFNs and block groups chose in the last forward. `batch` is the one that they saw: it knows the padding."""
+        """Add the choices of the last forward pass. `batch` is the one it ran on, which tells padding; None: no padding."""
         kept: dict[str, Tensor] = {}
         for name, moe in self.model.moe_ffns().items():
             if moe.routing is None:
@@ -66,22 +75,24 @@ class RouterStatistics:
                 self._add(f"block_groups.{number}", group_sums(group.routing))
 
     def report(self, log: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-        """Show what was added since the last report. `reduce` sums, or means, a tensor over ranks.
+        """Log the statistics since the last report. `reduce` sums or averages a tensor over ranks.
 
-        Experts that got no token are a warning when they appear, and not again while they stay as they are.
+        Experts that got no token cause a warning when they first appear, and again only when they change.
         """
         if not self._sums:
             return
-        found = summary(self._reduced(reduce), self.model.moe_ffns())
+        statistics = summary(self._reduced(reduce), self.model.moe_ffns())
         self._sums.clear()
-        log.scalars(step, found.scalars, "router")
-        if found.load:
-            log.event("expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in found.load.items()})
-        new = {name: experts for name, experts in found.dead.items() if self._warned.get(name) != experts}
+        log.scalars(step, statistics.scalars, "router")
+        if statistics.load:
+            log.event(
+                "expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in statistics.load.items()}
+            )
+        new = {name: experts for name, experts in statistics.dead.items() if self._warned.get(name) != experts}
         if new:
-            some = list(new)[:NAMED]
+            some = list(new)[:_NAMED_LAYERS]
             named = "; ".join(f"{name}: {', '.join(map(str, new[name]))}" for name in some)
-            more = f"; and in {len(new) - NAMED} more layers, see the log" if len(new) > NAMED else ""
+            more = f"; and in {len(new) - _NAMED_LAYERS} more layers, see the log" if len(new) > _NAMED_LAYERS else ""
             log.event(
                 "warning",
                 step=step,
@@ -89,22 +100,22 @@ class RouterStatistics:
                 "in stage experts.",
                 dead=new,
             )
-        self._warned = found.dead
+        self._warned = statistics.dead
 
     def _add(self, name: str, sums: Tensor) -> None:
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def _reduced(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """In one message, whatever the number of layers."""
+        """Reduce all sums in one message, whatever the number of layers."""
         parts = list(self._sums.values())
         together = reduce(torch.cat(parts)).double().cpu()
         return dict(zip(self._sums, together.split([len(part) for part in parts]), strict=True))
 
 
 def layer_sums(routing: Routing, kept_BT: Tensor | None) -> Tensor:
-    """float32 [E + 5]: assignments of each expert, then PARTS, of one forward pass of one FFN.
+    """float32 [E + 5]: assignments of each expert, then _PARTS, of one forward pass of one FFN.
 
-    Balance is GShard's and a router's that gives each token as many experts; 0 for one whose pool is balanced by itself.
+    The balance loss is GShard's; it is 0 for a capacity router, whose pool is balanced by construction.
     """
     probabilities_TE = routing.probabilities_TE.detach()
     tokens, experts = probabilities_TE.shape
@@ -124,13 +135,13 @@ def layer_sums(routing: Routing, kept_BT: Tensor | None) -> Tensor:
 
 
 def group_sums(routing: BlockRouting) -> Tensor:
-    """float32 [2 M + 1]: how often each block was chosen, the sums of p, and the samples."""
+    """float32 [2 M + 1]: how often each block was chosen, the sums of p, and the number of samples."""
     chosen_BM, p_BM = routing.chosen_BM.float(), routing.probabilities_BM.detach()
     return torch.cat([chosen_BM.sum(0), p_BM.sum(0), chosen_BM.new_full((1,), len(chosen_BM))])
 
 
 def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSummary:
-    """From the sums of an interval, by FFN name or `block_groups.g`."""
+    """Compute statistics from the sums of an interval, keyed by FFN name or `block_groups.g`."""
     found = RouterSummary(scalars={}, load={}, dead={}, blocks=[])
     layers: dict[str, dict[str, float]] = {}
     for name, values in sums.items():
@@ -142,7 +153,7 @@ def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSum
             found.scalars[f"{name}/choice_entropy"] = entropy(fractions)
             found.scalars[f"{name}/probability_entropy"] = entropy(values[blocks:-1].tolist())
             continue
-        load, parts = values[: -len(PARTS)], dict(zip(PARTS, values[-len(PARTS) :].tolist(), strict=True))
+        load, parts = values[: -len(_PARTS)], dict(zip(_PARTS, values[-len(_PARTS) :].tolist(), strict=True))
         share = (load / load.sum().clamp_min(1e-12)).tolist()
         found.load[name] = share
         dead = [expert for expert, got in enumerate(load.tolist()) if got == 0]
@@ -165,7 +176,7 @@ def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSum
 
 
 def entropy(shares: Iterable[float]) -> float:
-    """Of non-negative numbers as a distribution, over the highest possible: 1 when all are equal, 0 when one has all."""
+    """Entropy of non-negative numbers as a distribution, relative to the maximum: 1 if all are equal, 0 if one has all."""
     shares = list(shares)
     total = sum(shares)
     if len(shares) < 2 or total <= 0:

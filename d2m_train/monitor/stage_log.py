@@ -1,7 +1,7 @@
-"""What a stage shows of itself while it runs: a progress bar, TensorBoard, log.jsonl, and W&B where it is asked for.
+"""The log of a stage: progress bar, TensorBoard, log.jsonl, and W&B if the run asks for it.
 
-log.jsonl has one object a line, each with its `step`: means over an interval, what is measured now and then, and events.
-A stage that goes on from a checkpoint cuts the lines beyond it, as they are about to be written again.
+log.jsonl has one object a line, each with its `step`: means over an interval, measurements, and events. A stage that
+resumes from a checkpoint cuts the lines after it, since they will be written again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..run_config import EyesSection
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LOG = "log.jsonl"
-SPOKEN = ("resumed", "stopped", "warning")  # events that are said on the terminal too
+_LOG = "log.jsonl"
+_SHOWN = ("resumed", "stopped", "warning")  # events that are printed on the terminal too
 
 
 class StageLog:
-    """Of one stage. Ranks other than the main one call the same methods and show nothing."""
+    """Logs one stage to terminal, TensorBoard, log.jsonl and W&B; does nothing off rank 0."""
 
     def __init__(
         self,
@@ -46,9 +46,9 @@ class StageLog:
         main: bool,
         run_name: str,
     ) -> None:
-        """`folder`: the stage's. `tensorboard`: the run's, of which this stage takes a folder of its own.
+        """`folder` is the stage's, `tensorboard` the run's; the stage has a subfolder there.
 
-        `start`: the step that the stage goes on from; 0 is a new one. Raises UserError where W&B is asked for and missing.
+        `start`: the step that the stage resumes from, 0 for a new one. Raises UserError if W&B is wanted but not installed.
         """
         self.folder, self.section, self.steps, self.main = folder, section, steps, main
         self._stage = stage
@@ -62,9 +62,9 @@ class StageLog:
 
         self._wandb = _open_wandb(folder, stage, run_name) if section.wandb else None
         folder.mkdir(parents=True, exist_ok=True)
-        reached = _cut(folder / LOG, start)
-        self._log = (folder / LOG).open("a", buffering=1)
-        # TensorBoard leaves out what an earlier attempt wrote from this step on.
+        reached = _cut(folder / _LOG, start)
+        self._log = (folder / _LOG).open("a", buffering=1)
+        # TensorBoard drops what an earlier attempt wrote from this step on.
         purge = None if reached is None else start + 1 if start else 0
         self._writer = SummaryWriter(str(tensorboard / stage), purge_step=purge)
         self._bar = progress_bar(desc=stage, total=steps, initial=start, unit="step")
@@ -78,7 +78,7 @@ class StageLog:
         self.close()
 
     def begin_part(self, kind: str, name: str) -> None:
-        """What follows is of one part of the stage (kind: block, say), which every line of the log names from here on."""
+        """Begin a part of the stage (kind: block, for example), which every following line of the log names."""
         if self.main:
             self._end_interval()
             self._part = {kind: name}
@@ -93,9 +93,9 @@ class StageLog:
         learning_rate: float,
         grad_norm: float | Tensor | None,
     ) -> None:
-        """Once an optimizer step, counted from 1. `tokens`: how many the step trained on, over all ranks.
+        """Called once per optimizer step, counted from 1. `tokens`: the number the step trained on, over all ranks.
 
-        Scalars on a device are read when an interval ends, so that the host does not wait for each step.
+        Scalars on a device are read when an interval ends, so that the host does not wait at each step.
         """
         self._step = step
         if not self.main:
@@ -112,7 +112,7 @@ class StageLog:
             self._end_interval()
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        """Measurements of one step: to TensorBoard, log.jsonl and W&B as `prefix/name`."""
+        """Log measurements of one step to TensorBoard, log.jsonl and W&B as `prefix/name`."""
         if not self.main:
             return
         named = {f"{prefix}/{name}" if prefix else name: float(value) for name, value in values.items()}
@@ -123,7 +123,7 @@ class StageLog:
             self._wandb.log({"step": step, **named})
 
     def image(self, step: int, name: str, image: Image) -> Path:
-        """To <stage>/<name>/step-000500.png, TensorBoard and W&B; gives the file."""
+        """Log an image to <stage>/<name>/step-000500.png, TensorBoard and W&B, and return the file."""
         file = self.folder / name / f"step-{step:06}.png"
         if not self.main:
             return file
@@ -139,20 +139,20 @@ class StageLog:
         return file
 
     def event(self, kind: str, **fields: Any) -> None:
-        """`resumed`, `saved`, `stopped` or `warning` (then with `message`), at the step last taken unless `step` is given."""
+        """Log `resumed`, `saved`, `stopped` or `warning` (with `message`), at the last step unless `step` is given."""
         if not self.main:
             return
         fields = {"event": kind, "step": self._step, **fields}
         self._write(fields)
-        if kind in SPOKEN:
-            said = fields.get("message") or ", ".join(
+        if kind in _SHOWN:
+            text = fields.get("message") or ", ".join(
                 f"{key} {value}" for key, value in fields.items() if key != "event"
             )
-            self._bar.write(f"{kind}: {said}", file=sys.stderr)
+            self._bar.write(f"{kind}: {text}", file=sys.stderr)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time within does not count in tokens per second: validation, samples, checkpoints."""
+        """Leave the time within the `with` (validation, samples, checkpoints) out of tokens per second."""
         began = time.monotonic()
         try:
             yield
@@ -160,7 +160,7 @@ class StageLog:
             self._since += time.monotonic() - began
 
     def close(self) -> None:
-        """What is left of an interval is written, and everything closed. May be called twice."""
+        """Write the rest of an interval and close everything. May be called twice."""
         if not self.main or self._log.closed:
             return
         self._end_interval()
@@ -184,7 +184,7 @@ class StageLog:
         self._tokens, self._count, self._since = 0, 0, now
 
     def _write(self, fields: Mapping[str, Any]) -> None:
-        # JSON knows no NaN; null says that there was something, and no number.
+        # JSON has no NaN; null stands for a value that is not a finite number.
         plain = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
         } | self._part
@@ -192,7 +192,7 @@ class StageLog:
 
 
 def read_stage_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last one that a crash cut short is left out."""
+    """Read the lines of a log.jsonl, without a last one that a crash cut short."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -203,12 +203,12 @@ def read_stage_log(file: Path) -> list[dict[str, Any]]:
 
 
 def _cut(log: Path, start: int) -> int | None:
-    """Leave out what lies beyond `start`; the step that had been reached. None where there is nothing to go on from."""
+    """Remove the lines after step `start`, and return the step that had been reached; None if there was no log."""
     lines = read_stage_log(log)
     if not lines and not start:
         log.unlink(missing_ok=True)
         return None
-    # Of a stage that begins again nothing stays, not even what was measured before its first step.
+    # A stage that starts over keeps nothing, not even measurements from before its first step.
     kept = [line for line in lines if start and line["step"] <= start]
     part = log.with_suffix(".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -217,7 +217,7 @@ def _cut(log: Path, start: int) -> int | None:
 
 
 def _open_wandb(folder: Path, stage: str, run_name: str) -> Any:
-    """The wandb module with a run under way: the one of this stage before, where there was one."""
+    """Open this stage's W&B run, the earlier one if there was one, and return the wandb module."""
     try:
         import wandb
     except ModuleNotFoundError as error:
@@ -238,7 +238,7 @@ def _open_wandb(folder: Path, stage: str, run_name: str) -> Any:
         resume="allow",
         dir=str(folder),
     )
-    # W&B's own step only grows, and a resumed run's does not.
+    # W&B's own step can only grow; that of a resumed run goes back.
     wandb.define_metric("step")
     wandb.define_metric("*", step_metric="step")
     return wandb

@@ -28,7 +28,7 @@ class StudentMonitor:
 
     @property
     def every_block(self) -> bool:
-        """Whether all blocks of a group run: all ranks gather sharded blocks alike, whichever samples chose them."""
+        """True if all blocks of a group must run: ranks gather sharded blocks together, whichever samples chose them."""
         return self.ranks.count > 1
 
     def record(self, batch: Batch) -> None:
@@ -36,7 +36,7 @@ class StudentMonitor:
         self.statistics.add(batch)
 
     def due(self, step: int) -> bool:
-        """Whether `measure` has anything to do."""
+        """Tell whether `measure` has anything to do."""
         section = self.distillation.run.eyes
         every = (section.routers_every, section.validate_every, section.sample_every)
         return step == self.steps or any(step % interval == 0 for interval in every)

@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration for a run, and whether it says what the run says: two files tell of the same batches,
-precision and clipping.
+"""DeepSpeed's configuration, checked against the run's: both files may set batch sizes, precision and clipping.
 
-Of what both could set, the run decides; where DeepSpeed's says something else, training would silently follow it.
+The run's values count. A DeepSpeed configuration that says something else is refused, since training would silently
+follow it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from typing import Any
 from .. import UserError
 from ..run_config import RunConfig
 
-AUTO = "auto"
-ASKED = "ACCELERATE_USE_DEEPSPEED"
-# Ways of sharing weights out, and of sending them in less precision, that checkpoints and averages know nothing of.
-UNKNOWN = ("zero_hpz_", "zero_quantized_", "mics_")
-# What accelerate puts in place of `auto`, whatever the run says.
-AUTO_CLIPPING = 1.0
+_AUTO = "auto"
+_ENABLED = "ACCELERATE_USE_DEEPSPEED"
+# Options that shard weights in other ways or send them in lower precision; checkpoints and averages do not support them.
+_UNSUPPORTED = ("zero_hpz_", "zero_quantized_", "mics_")
+# accelerate replaces `auto` by this value, whatever the run says.
+_AUTO_CLIPPING = 1.0
 
 
 def deepspeed_requested() -> bool:
-    """Whether accelerate's configuration says DeepSpeed."""
-    return os.environ.get(ASKED, "false").lower() in ("true", "1")
+    """Return whether accelerate's configuration asks for DeepSpeed."""
+    return os.environ.get(_ENABLED, "false").lower() in ("true", "1")
 
 
 @contextmanager
 def without_accelerates_deepspeed() -> Iterator[None]:
-    """accelerate sets up the processes as for DDP, since it knows no DeepSpeed on a CPU: what a CPU tries, a GPU runs."""
-    before = os.environ.pop(ASKED, None)
+    """Let accelerate set up the processes as for DDP: it has no DeepSpeed on a CPU, where tests run what a GPU runs."""
+    before = os.environ.pop(_ENABLED, None)
     try:
         yield
     finally:
         if before is not None:
-            os.environ[ASKED] = before
+            os.environ[_ENABLED] = before
 
 
 def configuration(run: RunConfig) -> dict[str, Any]:
-    """For deepspeed.initialize: what accelerate's configuration says, and of the run what it leaves open.
+    """Return the configuration for deepspeed.initialize: accelerate's, completed by the run's values.
 
-    Raises UserError if DeepSpeed is not installed, or for what does not fit the run.
+    Raises UserError if DeepSpeed is not installed, or if its configuration does not fit the run.
     """
     if find_spec("deepspeed") is None:
         raise UserError(
@@ -58,37 +58,37 @@ def configuration(run: RunConfig) -> dict[str, Any]:
 
 
 def complete_config(config: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
-    """A configuration that fits, with nothing left open."""
+    """Complete a configuration that fits the run, so that nothing is left to `auto`."""
     training = run.training
     complete: dict[str, Any] = _without_auto(config) | {
         "train_micro_batch_size_per_gpu": training.batch_size,
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": training.max_grad_norm or 0.0,
-        "zero_force_ds_cpu_optimizer": False,  # one that would have to be compiled
-        # Mixed precision is autocast's, over weights in float32.
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would have to be compiled
+        # Mixed precision is autocast's; weights stay float32.
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
     }
     complete.pop("train_batch_size", None)  # the product of the others
     if complete["zero_optimization"]["stage"] == 3:
-        # Small parameters too lie in parts alone, where averages can take their place.
+        # Shard small parameters too: weight averages are exchanged with the shards.
         complete["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return complete
 
 
 def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed has defaults of its own for whatever accelerate would find out."""
+    """Drop `auto` values, for which DeepSpeed has defaults of its own."""
     return {
         key: _without_auto(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if value != AUTO
+        if value != _AUTO
     }
 
 
 def check_deepspeed(config: Mapping[str, Any], run: RunConfig) -> None:
-    """`config`: DeepSpeed's, as accelerate's plugin has it (`deepspeed_plugin.deepspeed_config`).
+    """Check DeepSpeed's configuration, as accelerate's plugin holds it (`deepspeed_plugin.deepspeed_config`).
 
-    Raises UserError with a line for whatever does not fit the run: what was found, what was expected, what to do.
+    Raises UserError with a line for each value that does not fit the run: the value, the expected one, and what to do.
     """
     problems = [f"DeepSpeed's {problem}" for problem in _problems(config, run)] + list(_problems_of_the_run(run))
     if problems:
@@ -102,14 +102,14 @@ def _problems(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
     if not _is(stage, 2) and not _is(stage, 3):
         yield (
             f"zero_optimization.stage is {stage}; expected 2 or 3: set zero_stage in accelerate's file, "
-            "or use configs/accelerate/ddp.yaml, which shares nothing."
+            "or use configs/accelerate/ddp.yaml, which shards nothing."
         )
     for name, field, value in (
         ("gradient_accumulation_steps", "training.accumulation", training.accumulation),
         ("train_micro_batch_size_per_gpu", "training.batch_size", training.batch_size),
     ):
         found = config.get(name)
-        if found != AUTO and not _is(found, value):
+        if found != _AUTO and not _is(found, value):
             yield f"{name} is {found}; expected auto, or {field}, which is {value}: make it auto or {value}."
     for name, ours in (
         ("optimizer", "training.optimizer and stage.*.learning_rate"),
@@ -118,9 +118,9 @@ def _problems(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
         if config.get(name):
             yield f"{name} section is {config[name]}; expected none, since {ours} decide: take the section out."
     for name in ("bf16", "fp16"):
-        enabled = _section(config, name).get("enabled", AUTO)
+        enabled = _section(config, name).get("enabled", _AUTO)
         expected = training.mixed_precision == name
-        if enabled != AUTO and enabled is not expected:
+        if enabled != _AUTO and enabled is not expected:
             yield (
                 f"{name}.enabled is {enabled}; expected {expected}, as training.mixed_precision is "
                 f"{training.mixed_precision}: make it auto, or change training.mixed_precision."
@@ -130,12 +130,12 @@ def _problems(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
         if (device := _section(zero, name).get("device") or "none") not in ("none", "cpu"):
             yield f"zero_optimization.{name}.device is {device}; expected none or cpu: checkpoints do not reach there."
     for name in sorted(zero):
-        if name.startswith(UNKNOWN) and zero[name] not in (False, None, 1, -1):
+        if name.startswith(_UNSUPPORTED) and zero[name] not in (False, None, 1, -1):
             yield f"zero_optimization.{name} is {zero[name]}; expected none, since checkpoints do not know it: take it out."
 
 
 def _problems_of_the_run(run: RunConfig) -> Iterator[str]:
-    """What the run asks for and has no form under DeepSpeed here."""
+    """Yield options of the run that are not supported with DeepSpeed."""
     training = run.training
     if training.mixed_precision == "fp16":
         yield "training.mixed_precision is fp16; expected bf16 or no with DeepSpeed: give one of them."
@@ -150,10 +150,10 @@ def _problems_of_the_run(run: RunConfig) -> Iterator[str]:
 
 
 def _clipping(found: Any, maximum: float | None) -> Iterator[str]:
-    """DeepSpeed takes 0 for no clipping, the run null."""
-    clips_at = AUTO_CLIPPING if found == AUTO else found
+    """Compare clipping: DeepSpeed means no clipping by 0, the run by null."""
+    clips_at = _AUTO_CLIPPING if found == _AUTO else found
     if not _is(clips_at, 0.0 if maximum is None else maximum):
-        meaning = f" (with accelerate that is {AUTO_CLIPPING})" if found == AUTO else ""
+        meaning = f" (with accelerate that is {_AUTO_CLIPPING})" if found == _AUTO else ""
         wanted = "0, as training.max_grad_norm is null" if maximum is None else f"training.max_grad_norm, {maximum}"
         ours = "null" if _is(clips_at, 0.0) else clips_at
         yield (

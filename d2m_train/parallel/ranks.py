@@ -1,7 +1,7 @@
-"""One process or many: what the loop wants of accelerate, and signals that ask a run to stop.
+"""The processes of a run, by accelerate: sharing the model, gradients, reductions over ranks, and signals to stop.
 
-How many there are, and how they share the model (DDP, FSDP2, DeepSpeed ZeRO), is accelerate's configuration
-(`accelerate launch`); without one there is a single process.
+accelerate's configuration (`accelerate launch`) says how many processes there are and how they share the model (DDP,
+FSDP2, DeepSpeed ZeRO); without one there is a single process.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class PreparedStudent:
     state: StudentState
 
 
-# The other ranks wait while the main one converts or encodes: hours, for a 12 B model.
-PATIENCE = timedelta(hours=12)
+# The other ranks wait while the main one converts or encodes, which takes hours for a 12 B model.
+_TIMEOUT = timedelta(hours=12)
 
 
 class Ranks:
-    """This process among its fellows. All methods are called on every rank alike, unless they say otherwise."""
+    """This process as one of the run's ranks. All methods are called on every rank alike."""
 
     def __init__(self, run: RunConfig) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
@@ -54,7 +54,7 @@ class Ranks:
         if self.sharded and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
             raise UserError(f"accelerate's configuration asks for FSDP {version}; expected fsdp_version: 2.")
         if self.sharded and run.training.mixed_precision == "fp16":
-            raise UserError("training.mixed_precision is fp16, which FSDP2 does not do here; expected bf16 or no.")
+            raise UserError("training.mixed_precision is fp16, which FSDP2 does not support here; expected bf16 or no.")
         if run.training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise UserError(
                 "training.mixed_precision is fp16, which needs a GPU, and there is none; expected bf16 or no."
@@ -67,12 +67,12 @@ class Ranks:
                 mixed_precision=run.training.mixed_precision,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     num_steps=run.training.accumulation,
-                    # Or every GPU would hold whole gradients until the last.
+                    # Otherwise every GPU would hold unsharded gradients until the last microbatch.
                     sync_each_batch=self.sharded or self.zero_config is not None,
                 ),
                 kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=PATIENCE),
-                    # A cached copy of every trained weight would outlive its block, checkpointed and sharded or not.
+                    InitProcessGroupKwargs(timeout=_TIMEOUT),
+                    # The cache would keep a copy of every trained weight beyond its block, even when sharded.
                     AutocastKwargs(cache_enabled=False),
                 ],
             )
@@ -80,7 +80,7 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        self._asked = threading.Event()
+        self._stop_asked = threading.Event()
 
     @property
     def strategy(self) -> str:
@@ -98,10 +98,10 @@ class Ranks:
     # The model
 
     def shard(self, model: nn.Module) -> None:
-        """Under FSDP2, in place and ahead of the optimizer: every block is a unit of its own, the rest is another.
+        """Shard the model under FSDP2, in place, before its optimizer is made: a unit per block, and one for the rest.
 
-        By torch's fully_shard itself, so that a CPU, where accelerate knows no FSDP, runs what a GPU runs. Mixed precision
-        is autocast's here too, so that routers and U stay as they are; gradients are reduced in float32.
+        It uses torch's fully_shard itself, since accelerate has no FSDP on a CPU: so a CPU runs what a GPU runs. Mixed
+        precision is autocast's, which leaves routers and U as they are; gradients are reduced in float32.
         """
         if not self.sharded:
             return
@@ -112,15 +112,19 @@ class Ranks:
             "mesh": init_device_mesh(self.device.type, (self.count,)),
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         }
-        again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1", "full_shard")
+        reshard_after_forward = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in (
+            "true",
+            "1",
+            "full_shard",
+        )
         for block in blocks_of(model).values():
-            fully_shard(block, reshard_after_forward=again, **options)
+            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
         fully_shard(model, **options)
         if self.accelerator.mixed_precision != "no":
             model.forward = self._autocast(model.forward)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> PreparedStudent:
-        """Wrap a model, which `shard` has had, and its optimizer for these processes."""
+        """Wrap a model, after `shard`, and its optimizer for the processes of the run."""
         if self.zero_config is not None:
             if self.accelerator.mixed_precision != "no":
                 model.forward = self._autocast(model.forward)
@@ -141,12 +145,12 @@ class Ranks:
         return cast
 
     def reshard(self, model: nn.Module) -> None:
-        """After a pass without gradients parts of a sharded model are still whole, and would not see that weights change."""
+        """Free gathered weights: after a pass without gradients a sharded model keeps some, which would hide later changes."""
         if self.zero is not None:
-            self.zero.let_go()
+            self.zero.release_gathered()
         for module in model.modules():
-            if callable(found := getattr(module, "reshard", None)):
-                found()
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self.accelerator.accumulate(model)
@@ -160,7 +164,7 @@ class Ranks:
 
     @property
     def synchronising(self) -> bool:
-        """Whether this microbatch is the last of its step."""
+        """True for the last microbatch of a step."""
         return bool(self.accelerator.sync_gradients)
 
     @property
@@ -177,7 +181,7 @@ class Ranks:
         return float("nan") if norm is None else float(full_tensor(norm))
 
     def release(self) -> None:
-        """Let go of what `prepare` was given."""
+        """Free what `prepare` has wrapped."""
         if self.zero is not None:
             self.zero.close()
             self.zero = None
@@ -189,35 +193,35 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
     def average(self, tensor: Tensor) -> Tensor:
-        """The mean over ranks."""
+        """Return the mean over ranks."""
         if self.count == 1:
             return tensor
         mean: Tensor = self.accelerator.reduce(tensor.detach(), reduction="mean")
         return mean
 
     def averages(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means over ranks of scalars, in one exchange."""
+        """Return the means over ranks of named scalars, in one exchange."""
         if self.count == 1:
             return dict(values)
         together = self.average(torch.stack([value.detach().float() for value in values.values()]))
         return dict(zip(values, together.unbind(), strict=True))
 
     def main_value(self, value: int) -> int:
-        """The main rank's: what one rank reads off a folder, another may not see yet."""
+        """Return the main rank's value: other ranks may not yet see a file that it sees."""
         from accelerate.utils import broadcast_object_list
 
         number: int = broadcast_object_list([value])[0]
         return number
 
     def any(self, mine: bool) -> bool:
-        """Whether it holds on any rank."""
+        """Return whether `mine` is true on any rank."""
         if self.count == 1:
             return mine
         return bool(self.average(torch.tensor(float(mine), device=self.device)) > 0)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main rank goes through ahead of the others, which then find what it has written."""
+        """Run the `with` on the main rank first; the other ranks follow and find what it has written."""
         with self.accelerator.main_process_first():
             yield
 
@@ -225,12 +229,12 @@ class Ranks:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """SIGTERM, or the first Ctrl-C, asks for a stop at the next step; a second Ctrl-C is not waited for."""
+        """Let SIGTERM or a first Ctrl-C ask for a stop at the next step; a second Ctrl-C interrupts at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self._asked.is_set():
+            if number == signal.SIGINT and self._stop_asked.is_set():
                 raise KeyboardInterrupt
-            self._asked.set()
+            self._stop_asked.set()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -240,10 +244,10 @@ class Ranks:
                 signal.signal(number, handler)
 
     def stop_asked(self) -> bool:
-        """Whether any rank has been asked to stop."""
-        return self.any(self._asked.is_set())
+        """Return whether any rank has been asked to stop."""
+        return self.any(self._stop_asked.is_set())
 
     def close(self) -> None:
-        """At the end of the run."""
+        """End the process group, at the end of the run."""
         if self.count > 1:
             self.accelerator.end_training()

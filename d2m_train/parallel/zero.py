@@ -1,8 +1,8 @@
-"""A student trained by DeepSpeed's ZeRO: its engine, and what of its state is where.
+"""A student trained by DeepSpeed's ZeRO: its engine, and its state for checkpoints.
 
-Stage 2 shares out gradients and optimizer state, stage 3 the weights too. Weights are float32 and mixed precision is
-autocast's, as with every other strategy: DeepSpeed's own bf16 would cast routers and U. For a checkpoint parameters are
-put together one by one, so that it is like any other run's, and another number of processes can go on from it.
+Stage 2 shards gradients and optimizer state, stage 3 the weights too. Weights are float32 and mixed precision is
+autocast's, as with every other strategy: DeepSpeed's own bf16 would cast routers and U. Parameters are gathered one by one
+for a checkpoint, so that it is like any other run's and another number of processes can resume from it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from d2m_model.moe import MoEFFN, RouterLinear
 
 from .student_state import UNTRAINED_BUFFERS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-SHARED_MEMORY = "deepspeed_shm_comm"  # what a CPU's ranks could exchange by, if it were compiled first; gloo does
-READ_AT_ONCE = 1 << 28  # elements of parameters, of which a checkpoint has three or four each
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+_SHARED_MEMORY = "deepspeed_shm_comm"  # an exchange for a CPU's ranks that would have to be compiled; gloo does it
+_READ_AT_ONCE = 1 << 28  # elements of parameters; a checkpoint has three or four values for each
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class OptimizedSlice:
-    """What this rank optimizes of a parameter: `count` elements of `flat`, which many parameters share."""
+    """The part of a parameter that this rank optimizes: `count` elements of `flat`, which many parameters share."""
 
     flat: Tensor
     start: int  # in `flat`
@@ -48,14 +48,14 @@ class Zero:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
-        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
         self.stage: int = config["zero_optimization"]["stage"]
         self.adam = optimizer
         self.model = model
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))[0]
         if self.stage == 3:
-            # A parameter is there while its module runs. A router's own module gives its weight to another.
+            # A parameter is gathered while its module runs, but a router's module hands its weight to another module.
             for user in model.modules():
                 if isinstance(user, MoEFFN | GroupRouter):
                     for router in (module for module in user.modules() if isinstance(module, RouterLinear)):
@@ -65,12 +65,12 @@ class Zero:
     # A step
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """`last`: of the step's microbatches."""
+        """Run the backward pass. `last`: this is the last microbatch of its step."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
     def gradient_norm(self) -> float:
-        """After the last backward pass and ahead of the step, which clips."""
+        """Return the norm of the gradients, after the last backward pass and before the step, which clips them."""
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for parameter in self.trained.values():
             if (gradient := self._gradient(parameter)) is not None:
@@ -79,7 +79,7 @@ class Zero:
         return float(total.sqrt())
 
     def _gradient(self, parameter: Any) -> Tensor | None:
-        """Of this rank's own."""
+        """Return the gradient of this rank's slice of a parameter; None if it has none."""
         if (own := self._own_slice(parameter)) is None:
             return None
         gradient: Tensor
@@ -87,16 +87,16 @@ class Zero:
             gradient = self.engine.optimizer.get_local_fp32_grad_for_param(parameter)
         else:
             gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        return gradient.flatten()[: own.count]  # without what fills it up, so that all ranks' are as long
+        return gradient.flatten()[: own.count]  # without the padding that makes all ranks' parts equally long
 
     def step(self) -> None:
         self.engine.step()
 
     def zero_grad(self) -> None:
-        """The step has done it."""
+        """Do nothing: the engine's step clears gradients."""
 
-    def let_go(self) -> None:
-        """Of weights that are still whole after a forward pass: stage 3 would take them for the parts that it has."""
+    def release_gathered(self) -> None:
+        """Free weights that a forward pass has gathered: stage 3 would go on using them in place of its shards."""
         if self.stage == 3:
             self.engine.empty_partition_cache()
 
@@ -106,39 +106,39 @@ class Zero:
     # State
 
     def collect(self, averages: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Weights, optimizer state and averages in the form of torch.distributed.checkpoint.state_dict, on the CPU: whole
-        tensors, each parameter's on one rank, so that all ranks together hold and write them once."""
+        """Return the state as StudentState says, on the CPU: full tensors, those of each parameter on one rank, so that
+        all ranks together hold and write each once."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        whole: dict[str, dict[str, Tensor]] = {}
+        full: dict[str, dict[str, Tensor]] = {}
         for number, (name, parameter) in enumerate(self.trained.items()):
             own = self._own_slice(parameter)
-            held = {} if own is None else self._held(own, averages.get(name))
+            views = {} if own is None else self._views(own, averages.get(name))
             for kind in _kinds(averages):
                 tensor = torch.zeros(_shape(parameter), device=self.engine.device)
                 if own is not None:
-                    own.of_parameter(tensor).copy_(held[kind])
+                    own.of_parameter(tensor).copy_(views[kind])
                 torch.distributed.all_reduce(tensor)
                 if number % ranks == rank:
-                    whole.setdefault(name, {})[kind] = tensor.cpu()
+                    full.setdefault(name, {})[kind] = tensor.cpu()
             if number % ranks == rank:
-                whole[name]["step"] = self._step_count()
-        state = _as_state(whole)
+                full[name]["step"] = self._step_count()
+        state = _as_state(full)
         options = {key: value for key, value in self.adam.param_groups[0].items() if key != "params"}
         state["optimizer"]["param_groups"] = [{**options, "params": list(self.trained)}]
         state["model"] |= self._buffers()
         return state
 
     def restore(self, averages: Mapping[str, Tensor], read: Callable[[dict[str, Any]], object]) -> None:
-        """What a run has saved, by whatever strategy. `read` fills a state in place with what the checkpoint has of it."""
+        """Take over a state that any strategy has saved. `read` fills a state in place from the checkpoint."""
         for names in _batches(self.trained):
-            whole = {
+            full = {
                 name: {kind: torch.empty(_shape(self.trained[name])) for kind in _kinds(averages)}
                 | {"step": torch.zeros(())}
                 for name in names
             }
-            read(_as_state(whole))
+            read(_as_state(full))
             for name in names:
-                self._fill(self.trained[name], averages.get(name), whole[name])
+                self._fill(self.trained[name], averages.get(name), full[name])
         if buffers := self._buffers():
             read({"model": buffers})
 
@@ -149,38 +149,38 @@ class Zero:
         return {name: stored[name] for name in names if name in stored and not name.endswith(UNTRAINED_BUFFERS)}
 
     @torch.no_grad()
-    def _fill(self, parameter: Any, average: Tensor | None, whole: Mapping[str, Tensor]) -> None:
-        """What is optimized is a copy of what the model runs with: both."""
+    def _fill(self, parameter: Any, average: Tensor | None, full: Mapping[str, Tensor]) -> None:
+        """Fill a parameter twice: the optimizer works on a copy of the weights that the model runs with."""
         own = self._own_slice(parameter)
         if own is not None:
-            for kind, held in self._held(own, average).items():
-                held.copy_(own.of_parameter(whole[kind]))
-            self.adam.state[own.flat]["step"].copy_(whole["step"])
+            for kind, view in self._views(own, average).items():
+                view.copy_(own.of_parameter(full[kind]))
+            self.adam.state[own.flat]["step"].copy_(full["step"])
         if self.stage == 2:
-            parameter.copy_(whole["weight"])
+            parameter.copy_(full["weight"])
             if average is not None:
-                average.copy_(whole["average"])
+                average.copy_(full["average"])
         elif own is not None:
-            parameter.ds_tensor[: own.count].copy_(own.of_parameter(whole["weight"]))
+            parameter.ds_tensor[: own.count].copy_(own.of_parameter(full["weight"]))
 
-    def _held(self, own: OptimizedSlice, average: Tensor | None) -> dict[str, Tensor]:
-        """By kind, what this rank has of a parameter, to be read and written; of stage 2's averages to be read."""
+    def _views(self, own: OptimizedSlice, average: Tensor | None) -> dict[str, Tensor]:
+        """Views, by kind, of this rank's slice of a parameter, to read and write; stage 2's average is only to be read."""
         state = self.adam.state[own.flat]
         if not state:  # before its first step
             state["step"] = torch.zeros((), device=own.flat.device if self.adam.defaults["fused"] else "cpu")
-            state |= {key: torch.zeros_like(own.flat) for key in MOMENTS}
-        held = {"weight": own.of_flat(own.flat)} | {key: own.of_flat(state[key]) for key in MOMENTS}
+            state |= {key: torch.zeros_like(own.flat) for key in _MOMENTS}
+        views = {"weight": own.of_flat(own.flat)} | {key: own.of_flat(state[key]) for key in _MOMENTS}
         if average is not None:
-            held["average"] = average[: own.count] if self.stage == 3 else own.of_parameter(average)
-        return held
+            views["average"] = average[: own.count] if self.stage == 3 else own.of_parameter(average)
+        return views
 
     def _step_count(self) -> Tensor:
-        """Of all parameters alike."""
+        """The step count of AdamW, the same for all parameters."""
         steps: Tensor = next(iter(self.adam.state.values()))["step"]
         return steps.detach().cpu().clone()
 
     def _own_slice(self, parameter: Any) -> OptimizedSlice | None:
-        """None: nothing of this parameter is this rank's."""
+        """Return the slice of a parameter that this rank optimizes; None if it has no part of it."""
         optimizer = self.engine.optimizer
         if self.stage == 3:
             group, start, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -199,34 +199,34 @@ class Zero:
 
 
 def _shape(parameter: Any) -> torch.Size:
-    """Of the whole; stage 3 leaves a parameter empty where it is not in use."""
+    """The shape of the full parameter; stage 3 leaves a parameter empty while it is not in use."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def _kinds(averages: Mapping[str, Tensor]) -> tuple[str, ...]:
-    return ("weight", *MOMENTS, *(["average"] if averages else []))
+    return ("weight", *_MOMENTS, *(["average"] if averages else []))
 
 
-def _as_state(whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """A checkpoint's state of tensors by parameter and kind."""
+def _as_state(full: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Arrange tensors by parameter and kind as a checkpoint's state."""
     state: dict[str, Any] = {
-        "model": {name: kinds["weight"] for name, kinds in whole.items()},
-        "optimizer": {"state": {name: {k: kinds[k] for k in ("step", *MOMENTS)} for name, kinds in whole.items()}},
+        "model": {name: kinds["weight"] for name, kinds in full.items()},
+        "optimizer": {"state": {name: {k: kinds[k] for k in ("step", *_MOMENTS)} for name, kinds in full.items()}},
     }
-    if averages := {name: kinds["average"] for name, kinds in whole.items() if "average" in kinds}:
+    if averages := {name: kinds["average"] for name, kinds in full.items() if "average" in kinds}:
         state["average"] = averages
     return state
 
 
 def _batches(parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
-    """Names, of about READ_AT_ONCE elements at a time."""
+    """Yield parameter names in batches of about _READ_AT_ONCE elements."""
     names: list[str] = []
     elements = 0
     for name, parameter in parameters.items():
         names.append(name)
         elements += _shape(parameter).numel()
-        if elements >= READ_AT_ONCE:
+        if elements >= _READ_AT_ONCE:
             yield names
             names, elements = [], 0
     if names:
