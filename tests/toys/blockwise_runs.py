@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2m_model.config import BlockGroup
-from d2m_train.monitor.stage_log import read_log
+from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys import files, teachers
 from tests.toys.runs import run_file, write_latents
 
@@ -67,7 +67,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def log(out: Path, stage: str) -> list[dict[str, Any]]:
-    return read_log(out / stage / "log.jsonl")
+    return read_stage_log(out / stage / "log.jsonl")
 
 
 def steps(out: Path, stage: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from d2m_train.monitor.stage_log import read_log
+from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys import teachers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def start(arguments: Sequence[str], processes: int = 1, env: dict[str, str] | No
 
 
 def steps_logged(folder: Path, stage: str) -> list[int]:
-    return [line["step"] for line in read_log(folder / stage / "log.jsonl") if "loss/total" in line]
+    return [line["step"] for line in read_stage_log(folder / stage / "log.jsonl") if "loss/total" in line]
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, stage: str, step: int) -> None:
