@@ -161,11 +161,11 @@ class MoEFFN(nn.Module):
         return None if name is None else cast(RouterCompanion, self._modules[name])
 
     def route(self, x_TH: Tensor) -> Routing:
-        """The router's choice for x_TH [T, H]. In training the companion, if there is one, routes and remembers."""
+        """Choose experts for x_TH [T, H]. In training a companion that routes does it, and remembers its choice."""
         tensors, companion = self._router_tensors(), self.companion
-        if companion is None or not self.training:
-            return self.token_router.route(x_TH, tensors, gate=self.gate, value=self.router_value)
-        return companion.route(x_TH, tensors, self.gate, remember=not recomputed())
+        if self.training and companion is not None and companion.routes:
+            return companion.route(x_TH, tensors, self.gate, remember=not recomputed())
+        return self.token_router.route(x_TH, tensors, gate=self.gate, value=self.router_value)
 
     def _router_tensors(self) -> dict[str, Tensor]:
         """The router's tensors by their names in the file."""

@@ -146,6 +146,7 @@ class CapacityPredictor(RouterCompanion):
     `take_update`.
     """
 
+    routes: ClassVar[bool] = True
     loss_name: ClassVar[str] = "predictor"
     threshold: Tensor
     scale: Tensor
@@ -179,10 +180,6 @@ class CapacityPredictor(RouterCompanion):
         if remember:
             self.pooled = pooled
         return pooled.routing
-
-    @property
-    def device(self) -> torch.device:
-        return self.threshold.device
 
     @property
     def learns(self) -> bool:

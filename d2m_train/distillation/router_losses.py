@@ -83,7 +83,7 @@ class RouterTraining:
         """Keep padding text tokens out of the pool of a capacity router. All FFNs of a stream share a mask."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
-            if moe.companion is None:
+            if moe.companion is None or not moe.companion.routes:
                 continue
             stream = FFN.parse(name).stream
             if stream not in pools:
