@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_model.atomic import atomic_file
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
 from demo import dataset
 from demo.prompt_encoder import load_prompt_encoder
@@ -156,9 +156,8 @@ def run(study: Study, results: Path, every: int, seeds: int) -> list[dict[str, A
                 measured = compare_with_teacher(paint_latents(model, pictures, noise), dense, pictures)
                 rows.append({"variant": variant, "seed": seed, "top_k": top_k} | measured)
                 print(json.dumps(rows[-1]), flush=True)
-            partial = results.with_suffix(".part")
-            partial.write_text(json.dumps(rows))
-            os.replace(partial, results)
+            with atomic_file(results) as part:
+                part.write_text(json.dumps(rows))
     return rows
 
 
@@ -197,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     partial.parent.mkdir(parents=True, exist_ok=True)
     rows = run(study, partial, options.every, options.seeds)
     print(markdown_table(study, rows))
-    print(record.write(study.result, torch.device("cpu"), rows))
+    print(record.write_result(study.result, torch.device("cpu"), rows))
     partial.unlink()
     return 0
 

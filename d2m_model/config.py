@@ -42,6 +42,7 @@ class FluxDims:
 
     @property
     def depths(self) -> dict[BlockKind, int]:
+        """The number of blocks of each kind."""
         return {"double": self.double_blocks, "single": self.single_blocks}
 
     @property

@@ -117,7 +117,7 @@ def samples_per_block(routing: BlockRouting) -> list[SampleSubset]:
     return [SampleSubset.of([b for b, runs in enumerate(row) if runs], batch, device) for row in chosen]
 
 
-def select_samples(value: Value, samples: SampleSubset) -> Value:
+def select_rows(value: Value, samples: SampleSubset) -> Value:
     """Select the rows of `samples` from tensors whose first dimension is the batch size, also inside tuples, lists and dicts.
 
     Everything else is shared by all samples and returned unchanged: tensors with another first dimension (usually 1) and
@@ -130,14 +130,14 @@ def select_samples(value: Value, samples: SampleSubset) -> Value:
         if value.dim() and value.shape[0] == samples.batch:
             selected = value.index_select(0, samples.index_S)
     elif isinstance(value, dict):
-        selected = {key: select_samples(item, samples) for key, item in value.items()}
+        selected = {key: select_rows(item, samples) for key, item in value.items()}
     elif isinstance(value, tuple | list):
-        items = [select_samples(item, samples) for item in value]
+        items = [select_rows(item, samples) for item in value]
         selected = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return selected
 
 
-def scatter_samples(stream_BTH: Tensor, rows_STH: Tensor, samples: SampleSubset) -> Tensor:
+def scatter_rows(stream_BTH: Tensor, rows_STH: Tensor, samples: SampleSubset) -> Tensor:
     """Return stream_BTH with the rows of `samples` replaced by rows_STH: a new tensor, or rows_STH for the whole batch."""
     return rows_STH if samples.index_S is None else stream_BTH.index_copy(0, samples.index_S, rows_STH)
 
@@ -147,12 +147,12 @@ def run_on(
 ) -> tuple[Tensor, ...]:
     """Run block(*streams, **conditions) on `samples` alone; return the streams [B, T, H], unchanged for other samples.
 
-    `block` returns as many streams as it takes. It gets each condition (vec, pe, mask, ...) from `select_samples`.
+    `block` returns as many streams as it takes. It gets each condition (vec, pe, mask, ...) from `select_rows`.
     """
     if samples.count == 0:
         return streams
-    outputs = block(*select_samples(streams, samples), **select_samples(conditions, samples))
-    return tuple(scatter_samples(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
+    outputs = block(*select_rows(streams, samples), **select_rows(conditions, samples))
+    return tuple(scatter_rows(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
 
 
 # Training: every block on every sample

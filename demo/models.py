@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from d2m_model.atomic import atomic_file
 from demo.dataset import ASSETS
 from tools.host import ROOT
 
@@ -40,11 +41,10 @@ def add_models(base: Path) -> None:
 
 
 def add_diffusion_model(base: Path, file: Path, name: str) -> None:
-    """Put a FLUX into ComfyUI's model folder under `base`, whole or not at all."""
+    """Put a FLUX into ComfyUI's model folder under `base`, atomically."""
     target = base / "models" / "diffusion_models" / name
-    unfinished = target.with_suffix(".part")
-    shutil.copyfile(file, unfinished)
-    unfinished.replace(target)
+    with atomic_file(target) as part:
+        shutil.copyfile(file, part)
 
 
 def convert_teacher(base: Path) -> None:

@@ -24,6 +24,7 @@ from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 
+from d2m_model.atomic import atomic_file
 from demo import prompt_encoder
 from demo.autoencoder import TinyAutoencoder
 from demo.dataset import CAPTION_TEMPLATES, COLOURS, POSITIONS, Picture, every_training_picture, objects, render
@@ -149,9 +150,8 @@ def latent_cache(file: Path, autoencoder_file: Path) -> tuple[Tensor, list[Pictu
             for start in range(0, len(pictures), 64):
                 parts.append(autoencoder.encode(torch.stack([render(p) for p in pictures[start : start + 64]])).half())
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part")
-        torch.save(torch.cat(parts), temporary)
-        temporary.rename(file)
+        with atomic_file(file) as part:
+            torch.save(torch.cat(parts), part)
     return torch.load(file), pictures
 
 
@@ -272,8 +272,8 @@ def train_phase(phase: str, out: Path, settings: PhaseSettings, autoencoder_file
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.until:
                 saved = {"step": step + 1, "student": student.state_dict(), "average": average.state_dict()}
                 saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizer_list]
-                torch.save(saved, checkpoint.with_suffix(".part"))
-                checkpoint.with_suffix(".part").rename(checkpoint)
+                with atomic_file(checkpoint) as part:
+                    torch.save(saved, part)
             if (step + 1) % settings.snapshot_every == 0:  # for the curve of scores over training
                 torch.save({"average": average.state_dict()}, out / f"{phase}-{step + 1}.pt")
 

@@ -17,6 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from d2m_model.atomic import atomic_file
+
 from .. import UserError
 from ..data.batch import Batch, DataSource, prompt_batch
 from ..run_config import EyesSection, TimestepsSection
@@ -197,11 +199,10 @@ def _wrapped(text: str, length: Callable[[str], float], width: int) -> list[str]
 
 
 def save_png(image: Image, file: Path) -> None:
-    """Whole or not at all. Raises UserError where the folder cannot be written."""
-    part = file.with_suffix(".part")
+    """Write an image atomically. Raises UserError if the folder cannot be written to."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, "PNG")
-        part.replace(file)
+        with atomic_file(file) as part:
+            image.save(part, "PNG")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error}).") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from d2m_model.atomic import atomic_file
 
 from .. import UserError
 from ..progress import progress_bar
@@ -210,9 +211,8 @@ def _cut(log: Path, start: int) -> int | None:
         return None
     # A stage that starts over keeps nothing, not even measurements from before its first step.
     kept = [line for line in lines if start and line["step"] <= start]
-    part = log.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(part, log)
+    with atomic_file(log) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     return max([start, *(line["step"] for line in lines)])
 
 

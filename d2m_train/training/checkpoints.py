@@ -20,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed import is_initialized
 from torch.distributed.checkpoint.api import CheckpointException
 
+from d2m_model.atomic import sync_folder
+
 from .. import UserError
 
 MANIFEST = "checkpoint.json"
@@ -70,7 +72,8 @@ class Checkpoints:
                     os.fsync(file.fileno())
                 shutil.rmtree(final, ignore_errors=True)  # of an attempt that was begun anew
                 os.rename(partial, final)
-                _sync(self.folder)
+                with contextlib.suppress(OSError):  # a file system that cannot sync folders
+                    sync_folder(self.folder)
         except (OSError, CheckpointException) as error:
             if self.main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -146,13 +149,3 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def _sync(folder: Path) -> None:
-    """So that the rename itself survives a power cut, where folders can be synchronised (not on Windows)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

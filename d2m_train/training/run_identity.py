@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from d2m_model.atomic import atomic_file
 from d2m_model.teacher import open_teacher
 
 from .. import UserError
@@ -105,9 +105,8 @@ def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
             f"{stored.parent} was begun with another teacher or other data: {'; '.join(differs)}. "
             "Give those, or another output_dir for a new run."
         )
-    part = stored.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=1) + "\n")
-    os.replace(part, stored)
+    with atomic_file(stored) as part:
+        part.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def _bound(fields: dict[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from ...d2m_model.mob import (
     mean_tokens,
     route_blocks,
     samples_per_block,
-    scatter_samples,
-    select_samples,
+    scatter_rows,
+    select_rows,
 )
 from .blocks import cast_router, router_linear
 from .settings import Choice, FileChoice, active_blocks, settings_of
@@ -137,7 +137,7 @@ class ApartBlock:
         if whole:  # blocks write in place
             arguments |= {name: stream.clone() for name, stream in zip(self.streams, streams, strict=True)}
         else:
-            arguments = select_samples(arguments, samples)
+            arguments = select_rows(arguments, samples)
         if options is not None:
             arguments["transformer_options"] = options
         choice = None if self.file is None else self.file.under(options)
@@ -149,9 +149,9 @@ class ApartBlock:
     def leave(self, call: Call, found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         outputs = found if isinstance(found, tuple) else (found,)
         if call.whole:
-            outputs = select_samples(outputs, call.samples)
+            outputs = select_rows(outputs, call.samples)
         pairs = zip(call.streams, outputs, strict=True)
-        return tuple(scatter_samples(stream, output, call.samples) for stream, output in pairs)
+        return tuple(scatter_rows(stream, output, call.samples) for stream, output in pairs)
 
 
 def patched(options: Mapping[str, Any] | None) -> bool:

@@ -25,7 +25,7 @@ from d2m_model.mob import (
     route_blocks,
     run_on,
     samples_per_block,
-    select_samples,
+    select_rows,
 )
 
 SELECTIONS: list[Selection] = ["topk", "window"]
@@ -201,7 +201,7 @@ def test_what_belongs_to_samples_is_taken_and_what_they_share_is_left() -> None:
     (samples, _) = samples_per_block(routing_of([[1, 0], [0, 1], [1, 0]]))
     per_sample, shared, square = normal(0, 3, 2), normal(1, 1, 2), normal(2, 7, 7)
     given = {"vec": Pair(per_sample, shared), "mask": square, "list": [per_sample, None], "options": "untouched"}
-    found = select_samples(given, samples)
+    found = select_rows(given, samples)
     assert isinstance(found["vec"], Pair)
     for taken in (found["vec"].first, found["list"][0]):
         assert torch.equal(taken, per_sample[[0, 2]])

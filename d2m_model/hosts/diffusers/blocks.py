@@ -69,7 +69,7 @@ def _run_where_chosen(
     routings: GroupRoutings | None = attention.pop(ROUTINGS, None)
 
     def run(text: Tensor, image: Tensor, *, temb: Tensor, attention: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        # All samples share `rotary`. It is bound here because select_samples would take it for a tensor with one row
+        # All samples share `rotary`. It is bound here because select_rows would take it for a tensor with one row
         # per sample if the batch were as large as the number of tokens.
         return dense(image, text, temb, image_rotary_emb=rotary, joint_attention_kwargs=attention)
 
