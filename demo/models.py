@@ -10,6 +10,7 @@ from pathlib import Path
 
 from d2m_model.atomic import atomic_file
 from demo.dataset import ASSETS
+from demo.server import PATIENT_THREADS
 from tools.host import ROOT
 
 OUT = ROOT / "demo" / "out"
@@ -18,14 +19,18 @@ TEACHER = "emoji-flux.safetensors"
 CONVERTED = "emoji-flux-moe.safetensors"
 AUTOENCODER = "emoji-autoencoder.safetensors"
 LORA = "emoji-sepia-lora.safetensors"
-# OpenMP's threads wait without spinning: on a machine that has other work, spinning multiplies the time.
-ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": "0"}
 
 
 def run_trainer(*arguments: str | Path, quiet: bool = False) -> None:
     """Run a command of `python -m d2m_train`, as a user does. Raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", "d2m_train", *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL if quiet else None)
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, **PATIENT_THREADS},
+        stdout=subprocess.DEVNULL if quiet else None,
+    )
 
 
 def add_models(base: Path) -> None:

@@ -23,6 +23,10 @@ from tools.host import ROOT, host_in_use, server_command
 ApiGraph = dict[str, dict[str, Any]]  # a workflow as /prompt takes it: node id -> class_type and inputs
 
 
+# OpenMP's threads wait without spinning: on a machine that has other work, spinning multiplies the time.
+PATIENT_THREADS = {"GOMP_SPINCOUNT": "0"}
+
+
 class ServerError(RuntimeError):
     """ComfyUI did not start, or a graph failed; the message includes what ComfyUI said."""
 
@@ -63,7 +67,7 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         command = server_command(ROOT, host_in_use(), self.base)
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch", *self._arguments]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **PATIENT_THREADS, "HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
