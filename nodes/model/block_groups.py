@@ -1,14 +1,14 @@
 """Block groups (Mixture of Blocks, see d2m_model/mob.py) in ComfyUI's own FLUX.
 
-A block of a group stays ComfyUI's block, at its index and with its arguments; it runs on the samples that chose it and
-returns the others' streams as they came. The choice is made at the group's first block, from the streams ahead of it,
-and lies in the transformer_options of the one evaluation that it belongs to, where the group's other blocks find it.
+A block of a group stays ComfyUI's block, at its index and with its arguments. It runs on the samples that chose it and
+returns the streams of the others unchanged. The choice is made at the group's first block, from the streams before it,
+and kept in the transformer_options of the one evaluation that it belongs to, where the group's other blocks find it.
 
-torch.compile. Which samples run a block the host must know before it can leave the others out, so a graph breaks at
-every group, and ComfyUI's loop over the blocks then runs as it is and blocks are graphs of their own. TorchCompileModel
-leaves everything within transformer_options out of its guards, so that such a graph would go on with the settings and
-choices that it was traced with. So these blocks have a door outside of all graphs (`ApartBlock`): there settings and
-choices are read, and what a graph has to know comes to it as an argument, which is guarded.
+torch.compile: the host must know which samples run a block before it can leave out the others, so a graph breaks at
+every group. ComfyUI's loop over the blocks then runs uncompiled, and each block is a graph of its own.
+TorchCompileModel leaves transformer_options out of its guards, so such a graph would keep the settings and choices that
+it was traced with. Therefore the entry of these blocks is outside of all graphs (`BlockCompiledApart`): it reads the
+settings and choices, and passes on what a graph needs as arguments, which are guarded.
 
 Shapes: B batch, T tokens, H hidden size, M blocks of a group.
 """
@@ -39,15 +39,14 @@ from ...d2m_model.mob import (
 from .blocks import cast_router, router_linear
 from .settings import Choice, FileChoice, active_blocks, settings_of
 
-CHOSEN_KEY = "d2m_chosen"  # of transformer_options: what groups chose in this evaluation
+CHOSEN_KEY = "d2m_chosen"  # in transformer_options: the choices of one evaluation
 
-Chosen = dict[
-    int, list[SampleSubset] | None
-]  # by group, of each of its blocks; None where there is more than one choice
+# By group: the samples of each of its blocks; None if the group has chosen more than once.
+GroupChoices = dict[int, list[SampleSubset] | None]
 
 
 class BlockGroupRouter(nn.Module):
-    """The router of `groups[index]`: `router_x` and `router_y`, by the file's names."""
+    """The router of `groups[index]`: `router_x` and `router_y`, as they are named in the file."""
 
     def __init__(
         self, groups: Sequence[BlockGroup], index: int, stored: Mapping[str, Tensor], device: torch.device | None
@@ -60,22 +59,22 @@ class BlockGroupRouter(nn.Module):
     def samples(
         self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None
     ) -> SampleSubset:
-        """Those that run the group's block at `position`.
+        """Return the samples that run the group's block at `position`.
 
-        The first of the group's blocks that is asked chooses for all of them: its first, unless another pack has put
-        something of its own in place of that. A block that finds no choice of its batch (packs may call blocks without
-        transformer_options, or with a part of the batch) makes its own.
+        The first block of the group that runs chooses for all of them. That is the block at position 0, unless another
+        pack has replaced it. A block without a choice for its batch makes its own: packs may call blocks without
+        transformer_options, or with a part of the batch.
         """
         batch = streams[0].shape[0]
-        chosen: Chosen | None = (options or {}).get(CHOSEN_KEY)
-        known = None if chosen is None or position == 0 else chosen.get(self.index)
-        if known is not None and known[position].batch == batch:
-            return known[position]
-        found = samples_per_block(self.route(streams, vec_BH, options))
-        if chosen is not None and (position == 0 or self.index not in chosen):
-            # Asked twice in one evaluation, the first block sees the batch in parts: no choice is everyone's.
-            chosen[self.index] = None if self.index in chosen else found
-        return found[position]
+        choices: GroupChoices | None = (options or {}).get(CHOSEN_KEY)
+        earlier = None if choices is None or position == 0 else choices.get(self.index)
+        if earlier is not None and earlier[position].batch == batch:
+            return earlier[position]
+        samples = samples_per_block(self.route(streams, vec_BH, options))
+        if choices is not None and (position == 0 or self.index not in choices):
+            # A first block that runs twice in one evaluation gets the batch in parts: no choice is for all of it.
+            choices[self.index] = None if self.index in choices else samples
+        return samples[position]
 
     def route(self, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None) -> BlockRouting:
         x_MH, _, x_token = cast_router(self.router_x, vec_BH.device)
@@ -94,37 +93,40 @@ class BlockGroupRouter(nn.Module):
 
 
 @dataclass(slots=True)
-class Call:
-    """One call of a block: the streams as they came, the samples that it runs on, and what it is then called with."""
+class PreparedCall:
+    """One call of a block: the streams that it got, the samples that it runs on, and the arguments for these."""
 
     streams: tuple[Tensor, ...]
     samples: SampleSubset
-    choice: Choice | None  # None: of a dense block
+    choice: Choice | None  # None for a dense block
     arguments: dict[str, Any]
-    whole: bool  # it sees the others' samples too
+    whole: bool  # the arguments are those of the whole batch
 
 
-class ApartBlock:
-    """Mixed into a block of a FLUX-MoE that is compiled block by block."""
+class BlockCompiledApart:
+    """Mixin for the blocks of a FLUX-MoE that is compiled block by block."""
 
-    names: tuple[str, ...]  # of the arguments, by position
-    streams: tuple[str, ...]  # those that it returns
+    names: tuple[str, ...]  # of the positional arguments
+    streams: tuple[str, ...]  # names of the arguments that it returns
     file: FileChoice | None = None
-    place: tuple[BlockGroupRouter, int] | None = None  # in a group; in a tuple, or its router would be a child of it
+    place: tuple[BlockGroupRouter, int] | None = (
+        None  # router of the group (in a tuple, so that it is no child module) and position
+    )
 
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.enter(args, kwargs)
         if call.samples.count == 0:
-            found = call.streams
+            streams = call.streams
         elif call.choice is None:
-            found = self.leave(call, super().forward(**call.arguments))  # type: ignore[misc]
+            streams = self.leave(call, super().forward(**call.arguments))  # type: ignore[misc]
         else:
-            found = self.leave(call, self.run(call.choice, **call.arguments))  # type: ignore[attr-defined]
-        return found if len(found) > 1 else found[0]
+            streams = self.leave(call, self.run(call.choice, **call.arguments))  # type: ignore[attr-defined]
+        return streams if len(streams) > 1 else streams[0]
 
     @torch.compiler.disable
-    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PreparedCall:
+        """Read settings and choices, and select the samples that the block runs on."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         options = arguments.pop("transformer_options", None)
         streams = tuple(arguments[name] for name in self.streams)
@@ -133,8 +135,8 @@ class ApartBlock:
         if self.place is not None:
             group, position = self.place
             samples = group.samples(position, streams, arguments["vec"], options)
-            whole = samples.index_S is not None and patched(options)
-        if whole:  # blocks write in place
+            whole = samples.index_S is not None and has_attention_patches(options)
+        if whole:  # clones, since blocks write in place
             arguments |= {name: stream.clone() for name, stream in zip(self.streams, streams, strict=True)}
         else:
             arguments = select_rows(arguments, samples)
@@ -143,29 +145,32 @@ class ApartBlock:
         choice = None if self.file is None else self.file.under(options)
         if choice is not None and choice.trace is not None:
             choice = choice._replace(trace=choice.trace.part(samples, whole))
-        return Call(streams=streams, samples=samples, choice=choice, arguments=arguments, whole=whole)
+        return PreparedCall(streams=streams, samples=samples, choice=choice, arguments=arguments, whole=whole)
 
     @torch.compiler.disable
-    def leave(self, call: Call, found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        outputs = found if isinstance(found, tuple) else (found,)
+    def leave(self, call: PreparedCall, output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the streams, with the block's output for the samples that it ran on."""
+        outputs = output if isinstance(output, tuple) else (output,)
         if call.whole:
             outputs = select_rows(outputs, call.samples)
         pairs = zip(call.streams, outputs, strict=True)
         return tuple(scatter_rows(stream, output, call.samples) for stream, output in pairs)
 
 
-def patched(options: Mapping[str, Any] | None) -> bool:
-    """Whether another pack has a say in the attention. It may tell samples by their place in the batch (prompts and
-    negative prompts, say), so it has to be shown the whole batch."""
+def has_attention_patches(options: Mapping[str, Any] | None) -> bool:
+    """Return whether another pack changes the attention.
+
+    It may tell samples (such as prompts and negative prompts) by their index in the batch, so it needs the whole batch.
+    """
     options = options or {}
     return "optimized_attention_override" in options or any(options.get("patches", {}).values())
 
 
 @functools.cache
-def apart(block_class: Any) -> type[nn.Module]:
-    """The class of a block that is compiled by itself, from that of one that is compiled with all the others."""
+def compiled_apart(block_class: Any) -> type[nn.Module]:
+    """Return the class of a block that is compiled by itself, from the class of one that is compiled with the model."""
     double = issubclass(block_class, DoubleStreamBlock)
     stock: Any = DoubleStreamBlock if double else SingleStreamBlock
     names = tuple(inspect.signature(stock.forward).parameters)[1:]
-    of_kind = {"names": names, "streams": ("img", "txt") if double else ("x",)}
-    return type(f"Apart{block_class.__name__}", (ApartBlock, block_class), of_kind)
+    attributes = {"names": names, "streams": ("img", "txt") if double else ("x",)}
+    return type(f"{block_class.__name__}CompiledApart", (BlockCompiledApart, block_class), attributes)

@@ -1,7 +1,7 @@
 """Modulations of a file with AdaLN compression (see d2m_model/adaln.py) in ComfyUI's own FLUX.
 
-Of a compressed modulation only `lin` is new: a layer of the model's own operations that takes H values like the dense
-one and whose weight is [N, A]. Blocks, modulations and the vec they are given stay ComfyUI's.
+Only the layer `lin` of a compressed modulation is new. It takes H values like the dense one, but its weight is [N, A];
+it is a layer of the model's own operations. Blocks, modulations and the vec that they are given stay ComfyUI's.
 
 Shapes: B batch, H hidden size, A rank of the compression, N outputs of a modulation (6H or 3H).
 """
@@ -20,9 +20,9 @@ from ...d2m_model.adaln import compress
 
 
 class CompressedLinear:
-    """Mixed into a Linear of the model's operations: lin' behind U."""
+    """Mixin for a Linear of the model's operations: applies U, then the compressed weight lin'."""
 
-    # In a tuple: as a child of every modulation, U would be a tensor of each of them.
+    # U, in a tuple because as a child module it would be saved once per modulation.
     projection: tuple[nn.Module]
 
     def forward(self, x_BH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -32,21 +32,21 @@ class CompressedLinear:
         )
         x_BA = compress(x_BH, weight_AH)
         comfy.ops.uncast_bias_weight(adaln_in, weight_AH, None, token)
-        found: Tensor = super().forward(x_BA, *args, **kwargs)  # type: ignore[misc]
-        return found
+        y_BN: Tensor = super().forward(x_BA, *args, **kwargs)  # type: ignore[misc]
+        return y_BN
 
 
 def modulations(flux: nn.Module) -> Iterator[tuple[str, Modulation]]:
-    """Every block's modulations, dense blocks' included, by name. The final layer's is none of them."""
+    """Yield the modulations of all blocks, dense ones included, with their names. The final layer has no Modulation."""
     return ((name, module) for name, module in flux.named_modules() if isinstance(module, Modulation))
 
 
 def compress_modulations(
     flux: nn.Module, stored_AH: Tensor, operations: Any, dtype: torch.dtype | None, device: torch.device | None
 ) -> None:
-    """Make room for U, in the dtype of its file, and for every lin'."""
+    """Add an empty U, in the dtype that it has in the file, and an empty lin' to every modulation."""
     rank, hidden_size = stored_AH.shape
-    # Not of the model's own operations, which may want to quantise it.
+    # Not a layer of the model's own operations, which might quantise it.
     adaln_in = comfy.ops.manual_cast.Linear(hidden_size, rank, bias=False, dtype=stored_AH.dtype, device=device)
     flux.adaln_in = adaln_in
     compressed = type("CompressedLinear", (CompressedLinear, operations.Linear), {})

@@ -1,6 +1,6 @@
 """ComfyUI's own FLUX as a FLUX-MoE: the model, and the entries of comfy.supported_models by which loaders find it.
 
-What its blocks do is in blocks.py, block_groups.py and compressed_modulations.py.
+The blocks are in blocks.py, block_groups.py and compressed_modulations.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dic
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.layout import neuron_axis
 from ...d2m_model.tensor_file import ALIGNMENT
-from .block_groups import CHOSEN_KEY, BlockGroupRouter, apart
+from .block_groups import CHOSEN_KEY, BlockGroupRouter, compiled_apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
 from .custom_operators import graph_choice, may_compile, without_graphs
@@ -33,8 +33,10 @@ from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, settings
 
 
 class FluxMoE(Flux):
-    """comfy.ldm.flux.model.Flux whose FFNs are routed where `config` says so. `stored` are the file's tensors, of
-    which only shapes and dtypes are read here; ComfyUI's loader fills them in."""
+    """comfy.ldm.flux.model.Flux with routed FFNs where `config` says so.
+
+    `stored` are the file's tensors. Only their shapes and dtypes are read here; ComfyUI's loader copies the values.
+    """
 
     def __init__(
         self, *args: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], device: Any = None, **kwargs: Any
@@ -48,7 +50,7 @@ class FluxMoE(Flux):
         for row, (name, layout) in enumerate(config.ffns.items()):
             ffn = FFN.parse(name)
             block: Any = self.get_submodule(ffn.block.name)
-            # The block keeps its modules, so its keys and everything that ComfyUI built into it; only forward is new.
+            # The block keeps its modules, and so its keys and all that ComfyUI built into it. Only forward changes.
             if ffn.block.kind == "double":
                 block.__class__, block.file = DoubleExpertBlock, file
                 attribute = name.removeprefix(f"{ffn.block.name}.")
@@ -60,27 +62,27 @@ class FluxMoE(Flux):
                 block.add_router(layout, file, stored, name, row, device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """In code of its own: torch.compile counts graphs by it, and would count those of a dense FLUX to the same limit."""
+        """Call the stock forward. Own code, because torch.compile limits graphs per code: a dense FLUX counts apart."""
         return super().forward(*args, **kwargs)
 
     def compressed(self) -> set[str]:
-        """The weights that are behind U in a file with AdaLN compression, by their names in this model."""
+        """Return the names of the compressed weights lin' in this model; none without AdaLN compression."""
         return {f"{name}.lin.weight" for name, _ in modulations(self)} if self.config.adaln_rank else set()
 
     def neurons(self) -> dict[str, tuple[int, int, Tensor]]:
-        """Of every tensor whose neurons are reordered: (axis, first, neuron_order), by its name in this model."""
+        """Return (axis, first, neuron_order) of every tensor with reordered neurons, by its name in this model."""
         hidden_size = self.config.dims.hidden_size
-        found = {}
+        places = {}
         for ffn in self.config.ffns:
             owner = self.get_submodule(ffn)
             for parameter, _ in owner.named_parameters(prefix=ffn):
                 if (place := neuron_axis(parameter, ffn, hidden_size)) is not None:
-                    found[parameter] = (*place, owner.neuron_order)
-        return found
+                    places[parameter] = (*place, owner.neuron_order)
+        return places
 
 
-class FluxMoEInParts(FluxMoE):
-    """A FLUX-MoE with block groups, which torch.compile takes block by block: see block_groups.py."""
+class FluxMoEWithGroups(FluxMoE):
+    """A FLUX-MoE with block groups, which torch.compile compiles block by block: see block_groups.py."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,7 +95,7 @@ class FluxMoEInParts(FluxMoE):
                 blocks[member].place = (self.block_groups[index], position)
         for block in blocks.values():
             if hasattr(block, "file") or hasattr(block, "place"):
-                block.__class__ = apart(block.__class__)
+                block.__class__ = compiled_apart(block.__class__)
 
     @torch.compiler.disable(recursive=False)
     def _forward(
@@ -108,20 +110,22 @@ class FluxMoEInParts(FluxMoE):
         transformer_options: Mapping[str, Any] = {},
         **kwargs: Any,
     ) -> Tensor:
-        """One evaluation, with room for what its block groups choose."""
+        """Run one evaluation, with a place in its options for the choices of its block groups."""
         options = {**transformer_options, CHOSEN_KEY: {}}
         return super()._forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
 
 
 class FluxMoEModel(comfy.model_base.Flux):
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
-        unet_model = functools.partial(FluxMoEInParts if config.groups else FluxMoE, config=config, stored=stored)
+        unet_model = functools.partial(FluxMoEWithGroups if config.groups else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
-        """Takes the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
-        Those of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype;
-        those that products are taken with where they lie, but lie badly, are copied: their last bits would differ."""
+        """Assign the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
+
+        Tensors of another dtype than the model's are cast, unless the model casts at use and has the file's main dtype.
+        Misaligned tensors that are multiplied as they are get copied: unaligned matrix products round differently.
+        """
         main, computes_in = comfy.utils.weight_dtype(sd, unet_prefix), self.get_dtype_inference()
         as_stored = self.manual_cast_dtype is not None and main == self.diffusion_model.dtype
         targets = {**dict(self.diffusion_model.named_parameters()), **dict(self.diffusion_model.named_buffers())}
@@ -130,7 +134,7 @@ class FluxMoEModel(comfy.model_base.Flux):
             name = name.removesuffix("scale") + "weight" if name.endswith("_norm.scale") else name
             if key.startswith(unet_prefix):
                 target, tensor = targets.get(name), sd[key]
-                if target is not None:  # as it is for the weights of layers that may be quantised
+                if target is not None:  # None for the weights of layers that may be quantised
                     tensor = tensor.to(device=target.device, dtype=None if as_stored else target.dtype)
                 sd[key] = tensor.clone() if tensor.dtype == computes_in and tensor.data_ptr() % ALIGNMENT else tensor
         smoothed = [key.removeprefix(unet_prefix) for key in sd if key.endswith(".pre_quant_scale")]
@@ -153,8 +157,10 @@ class FluxMoEModel(comfy.model_base.Flux):
         transformer_options: Mapping[str, Any] = {},
         **kwargs: Any,
     ) -> Tensor:
-        """Hands the settings on for graphs of torch.compile, too, where there may be any. Traced runs are not compiled: a
-        graph would hold the trace that it was made with."""
+        """Call the transformer under its settings, which graphs of torch.compile get as tensors.
+
+        Traced runs are not compiled: a graph would keep the trace that it was made with.
+        """
         options = dict(transformer_options)
         run = kwargs.pop(NEGATIVE_KEY, None)
         if run is not None and run.config == self.diffusion_model.config:
@@ -166,11 +172,11 @@ class FluxMoEModel(comfy.model_base.Flux):
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Where a guider has a model of its own for negative prompts, they say by what settings: see evaluation_settings.py."""
-        found: dict[str, Any] = super().extra_conds(**kwargs)
+        """Pass on the run of a model that a guider has for negative prompts alone: see evaluation_settings.py."""
+        conds: dict[str, Any] = super().extra_conds(**kwargs)
         if (run := kwargs.get(NEGATIVE_KEY)) is not None:
-            found[NEGATIVE_KEY] = comfy.conds.CONDConstant(run)
-        return found
+            conds[NEGATIVE_KEY] = comfy.conds.CONDConstant(run)
+        return conds
 
 
 TRANSFORMER_PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL
@@ -191,7 +197,7 @@ def require_flux_moe(model: Any, node: str) -> FluxMoEModel:
 
 
 class _Supported:
-    """Makes one of ComfyUI's FLUX entries one of FLUX-MoE files, by which every loader of ComfyUI opens them."""
+    """Mixin that makes one of ComfyUI's FLUX entries match FLUX-MoE files, so that every loader of ComfyUI opens them."""
 
     model_type_of_flux = comfy.model_base.ModelType.FLUX
 
@@ -199,11 +205,11 @@ class _Supported:
     def matches(cls, unet_config: Any, state_dict: Any = None, *args: Any, **kwargs: Any) -> bool:
         if not super().matches(unet_config, state_dict, *args, **kwargs):  # type: ignore[misc]
             return False
-        # The prefix is not always told (ComfyUI 0.18).
+        # ComfyUI 0.18 does not always pass the prefix.
         return state_dict is not None and any(key == CONFIG_KEY or key.endswith(f".{CONFIG_KEY}") for key in state_dict)
 
     def get_model(self, state_dict: Mapping[str, Tensor], prefix: str = "", device: Any = None) -> FluxMoEModel:
-        """Raises CheckpointError for a file with a missing or misshapen tensor, or one of a newer schema."""
+        """Build the model. Raises CheckpointError for a missing or misshapen tensor, or a newer schema."""
         stored = {key[len(prefix) :]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
         config = check_state_dict(stored)
         return FluxMoEModel(self, config, stored, model_type=self.model_type_of_flux, device=device)
@@ -222,7 +228,7 @@ class FluxMoESchnell(_Supported, comfy.supported_models.FluxSchnell):
 
 
 def register() -> None:
-    """Put the entries ahead of ComfyUI's own, Inpaint first as there. Again is harmless."""
+    """Put the entries before ComfyUI's own, Inpaint first as there. A second call changes nothing."""
     models = comfy.supported_models.models
     entries = [FluxMoEInpaint, FluxMoEDev, FluxMoESchnell]
     models[:] = entries + [entry for entry in models if entry not in entries]
