@@ -16,7 +16,7 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in javascript.SOURCES:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "web" / "half.mjs").write_text("export const half = (value) => value / 2;\n")
-    (tmp_path / "tests" / "web" / "setup.mjs").write_text("export {};\n")
+    (tmp_path / "tests" / "web" / "setup.mjs").write_text("globalThis.loaded = true;\n")
     (tmp_path / "tests" / "web" / "half.test.mjs").write_text(
         'import assert from "node:assert/strict";\nimport { test } from "node:test";\n\n'
         'import { half } from "../../web/half.mjs";\n\ntest("half", () => assert.equal(half(4), 2));\n'
