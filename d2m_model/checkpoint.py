@@ -81,8 +81,8 @@ def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
     for key in (names.img_in, names.txt_in, names.vector_in, names.final):
         shape = shapes.get(key)
         if shape is None or len(shape) != 2:
-            found = "has no" if shape is None else f"has shape {list(shape)} for"
-            raise CheckpointError(f"This is not a FLUX.1 transformer: it {found} {key}.{_guess(shapes)}")
+            problem = "has no" if shape is None else f"has shape {list(shape)} for"
+            raise CheckpointError(f"This is not a FLUX.1 transformer: it {problem} {key}.{_guess(shapes)}")
         sizes[key] = shape
     for pattern, what in _OTHERS[1:3]:
         if any(re.search(pattern, name) for name in shapes):

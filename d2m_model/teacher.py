@@ -198,15 +198,15 @@ def _in_folder(folder: Path) -> Path:
     for name in _STANDARD:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(folder.glob("*.index*.json"))
-    sharded = {shard for index in found for shard in _shards(index, missing_ok=True)}
+    models = sorted(folder.glob("*.index*.json"))
+    sharded = {shard for index in models for shard in _shards(index, missing_ok=True)}
     files = sorted(file for file in folder.glob("*.safetensors") if file not in sharded)
-    found += [file for file in files if not _SHARD.search(file.name)] or files[:1]
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    models += [file for file in files if not _SHARD.search(file.name)] or files[:1]
+    if len(models) == 1:
+        return models[0]
+    if not models:
         raise CheckpointError(f"{folder}: there is no .safetensors in this folder. Give the model's file.")
-    names = ", ".join(file.name for file in found)
+    names = ", ".join(file.name for file in models)
     raise CheckpointError(f"{folder}: this folder has several models. Give one of them: {names}.")
 
 
@@ -270,8 +270,8 @@ def _scale_of(file: TensorFile, name: str) -> str | None:
     if kind != "weight" or scale is None:
         return None
     if file.dtypes[name] not in FLOAT8:
-        found = str(file.dtypes[name]).removeprefix("torch.")
-        raise CheckpointError(f"This FLUX is quantised: {found}, {name} with {scale}. Not supported; {_TAKE_INSTEAD}.")
+        dtype = str(file.dtypes[name]).removeprefix("torch.")
+        raise CheckpointError(f"This FLUX is quantised: {dtype}, {name} with {scale}. Not supported; {_TAKE_INSTEAD}.")
     return scale
 
 

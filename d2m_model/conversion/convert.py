@@ -134,8 +134,8 @@ class _Conversion:
         hidden_size = self.config.dims.hidden_size
         ffn_of: dict[str, str] = {}  # by the tensors that hold an FFN's neurons or its b2
         for ffn in self.config.ffns:
-            at = ffn_tensors(ffn, hidden_size)
-            for name in (f"{at.up}.weight", f"{at.up}.bias", f"{at.down}.weight", f"{at.down}.bias"):
+            stored = ffn_tensors(ffn, hidden_size)
+            for name in (f"{stored.up}.weight", f"{stored.up}.bias", f"{stored.down}.weight", f"{stored.down}.bias"):
                 ffn_of[name] = ffn
         written: set[str] = set()
         for name in self.teacher.shapes:
@@ -170,10 +170,10 @@ class _Conversion:
 
     def _ffn(self, ffn: str, *, router_bias: bool, expert_mean: bool) -> None:
         dims = self.config.dims
-        at = ffn_tensors(ffn, dims.hidden_size)
-        up, down = self._read(f"{at.up}.weight"), self._read(f"{at.down}.weight")
-        up_bias, down_bias = self._read(f"{at.up}.bias"), self._read(f"{at.down}.bias")
-        rows, columns = (at.first_row, dims.neurons), (at.first_column, dims.neurons)
+        stored = ffn_tensors(ffn, dims.hidden_size)
+        up, down = self._read(f"{stored.up}.weight"), self._read(f"{stored.down}.weight")
+        up_bias, down_bias = self._read(f"{stored.up}.bias"), self._read(f"{stored.down}.bias")
+        rows, columns = (stored.first_row, dims.neurons), (stored.first_column, dims.neurons)
         weights = FFNWeights(
             up_NH=up.narrow(0, *rows),
             up_bias_N=up_bias.narrow(0, *rows),
@@ -188,15 +188,15 @@ class _Conversion:
             self.writer.put(f"{ffn}.{name}", tensor.float())
         if plan.expert_mean_EH is not None:
             self.writer.put(f"{ffn}.expert_mean", plan.expert_mean_EH)
-        put(f"{at.up}.weight", permuted_pieces(up, 0, at.first_row, order))
-        put(f"{at.up}.bias", permuted_pieces(up_bias, 0, at.first_row, order))
-        pieces = permuted_pieces(down, 1, at.first_column, order)
+        put(f"{stored.up}.weight", permuted_pieces(up, 0, stored.first_row, order))
+        put(f"{stored.up}.bias", permuted_pieces(up_bias, 0, stored.first_row, order))
+        pieces = permuted_pieces(down, 1, stored.first_column, order)
         if plan.shared_down_HS is not None:
-            pieces = _with_columns(pieces, at.first_column, plan.shared_down_HS)
-        put(f"{at.down}.weight", pieces)
+            pieces = _with_columns(pieces, stored.first_column, plan.shared_down_HS)
+        put(f"{stored.down}.weight", pieces)
         refit = plan.down_bias_H
-        self.writer.put(f"{at.down}.bias", down_bias if refit is None else refit.to(down_bias.dtype))
-        for module in (at.up, at.down):
+        self.writer.put(f"{stored.down}.bias", down_bias if refit is None else refit.to(down_bias.dtype))
+        for module in (stored.up, stored.down):
             self.teacher.release(f"{module}.weight")
 
     def _check(self, ffn: str, plan: FFNPlan, *, router_bias: bool, expert_mean: bool) -> None:

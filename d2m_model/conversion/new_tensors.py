@@ -1,6 +1,6 @@
 """The new tensors of a conversion, decided by a method with or without a calibration.
 
-The functions add what they measure to `found`.
+The functions add what they measure to `measured`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .method import Method, MethodError
 
 
 def block_routers(
-    method: Method, config: FluxMoEConfig, calibration: Calibration | None, found: dict[str, GroupReport]
+    method: Method, config: FluxMoEConfig, calibration: Calibration | None, measured: dict[str, GroupReport]
 ) -> dict[str, Tensor]:
     """Return the router tensors of all groups by their names in the file. Raises MethodError for too few samples."""
     tensors: dict[str, Tensor] = {}
@@ -36,7 +36,7 @@ def block_routers(
         else:
             try:
                 seen = calibration.group(group)
-                routers, found[name] = plan_block_routers(name, group, seen, method.block_router, seed)
+                routers, measured[name] = plan_block_routers(name, group, seen, method.block_router, seed)
             except ValueError as error:
                 raise MethodError(f"{name}: {error}") from None
         tensors |= {f"{name}.router_x.weight": routers.x_MH, f"{name}.router_y.weight": routers.y_MH}
@@ -58,7 +58,7 @@ def planner(
     method: Method,
     config: FluxMoEConfig,
     calibration: Calibration | None,
-    found: dict[str, FFNReport],
+    measured: dict[str, FFNReport],
     *,
     device: torch.device,
     kept: TeacherBlocks | None = None,
@@ -79,7 +79,7 @@ def planner(
             importance_N = activation_importance(*_parts(weights), inputs_TH)
         else:
             importance_N = weight_norm_importance(*_parts(weights))
-        planned, found[ffn] = plan_with_data(ffn, weights, layout, importance_N, inputs_TH, recipe)
+        planned, measured[ffn] = plan_with_data(ffn, weights, layout, importance_N, inputs_TH, recipe)
         return planned
 
     return plan

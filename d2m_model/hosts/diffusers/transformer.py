@@ -157,8 +157,8 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         with torch.device("meta"):
             model = cls(config, tuple(name for name in optional_tensors(config) if name in names))
         load_tensors(model, config, model.optional, tensor, dtype, device)
-        found: FluxMoETransformer2DModel = model.eval()
-        return found
+        evaluated: FluxMoETransformer2DModel = model.eval()
+        return evaluated
 
     def save_flux_moe(
         self,
@@ -236,8 +236,8 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         """Switch between train() and eval(). eval() drops the last choices: a skipped block would keep an old one."""
         if not mode:
             self.clear_routings()
-        found: FluxMoETransformer2DModel = super().train(mode)
-        return found
+        switched: FluxMoETransformer2DModel = super().train(mode)
+        return switched
 
     def forward(
         self,
