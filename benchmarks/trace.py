@@ -81,7 +81,7 @@ def measure_tracing(host: Comfy, model: Any, side: int, text: int, rounds: int) 
     """Measure sampling with and without Trace Routing."""
     traced, handle = host.execute("D2MTraceRouting", model=model).result
     recording, with_trace, without = Clock(), Clock(), Clock()
-    tracer, recorder = host.module("d2m_model.trace").Run, host.module("d2m_model.trace").Recorder
+    tracer, recorder = host.module("d2m_model.trace").Run, host.module("d2m_model.trace").RoutingRecorder
     tracer.end, recorder.experts = recording.around(tracer.end), recording.around(recorder.experts)
 
     def run(which: Any) -> Callable[[], None]:

@@ -1,6 +1,6 @@
 """What was routed where in one sampling run, recorded compactly.
 
-Routers hand what they chose to a Recorder, one for each call of the transformer (a pass): that keeps the tensors and
+Routers hand what they chose to a RoutingRecorder, one for each call of the transformer (a pass): that keeps the tensors and
 computes nothing, so within the blocks the same operators run with a trace as without. At the end of an evaluation (all
 its passes: prompts, and negative prompts) everything becomes bytes in one buffer, which leaves the device once.
 
@@ -46,7 +46,7 @@ class Heard(NamedTuple):
         )
 
 
-class Recorder:
+class RoutingRecorder:
     """Hears what the routers choose in one pass. It is called outside of graphs of torch.compile: hosts run a traced
     model without them."""
 
@@ -62,13 +62,13 @@ class Recorder:
         """The choice of block group `group`, for every sample."""
         self.chosen.append((group, routing.chosen_BM))
 
-    def part(self, samples: SampleSubset, whole: bool) -> Recorder:
+    def part(self, samples: SampleSubset, whole: bool) -> RoutingRecorder:
         """For a block that runs on these samples of the batch; `whole`: that is shown the others too."""
         return _Part(self, samples, whole)
 
 
-class _Part(Recorder):
-    def __init__(self, recorder: Recorder, samples: SampleSubset, whole: bool) -> None:
+class _Part(RoutingRecorder):
+    def __init__(self, recorder: RoutingRecorder, samples: SampleSubset, whole: bool) -> None:
         self.recorder, self.samples, self.whole = recorder, samples, whole
 
     def experts(self, ffn: str, routing: Routing, batch: int, gate: Gate) -> None:
@@ -114,7 +114,7 @@ def _margins(logits_LTE: Tensor, best_LTK: Tensor | None) -> Tensor:
     return _bytes(best_LT2[..., 0] - best_LT2[..., 1] if best_LT2.shape[-1] == 2 else best_LT2[..., 0])
 
 
-def pack(recorders: Sequence[Recorder], sigma: Tensor) -> tuple[Tensor, list[Entry], list[GroupEntry]]:
+def pack(recorders: Sequence[RoutingRecorder], sigma: Tensor) -> tuple[Tensor, list[Entry], list[GroupEntry]]:
     """uint8: sigma (float32) and all that was heard, on sigma's device; where each FFN's choice lies in it, and each
     block group's, with the pass and the group. FFNs of one shape are packed by the same few operators, on sigma's device
     too: passes may have run on several."""
@@ -219,7 +219,7 @@ class Pass:
     samples: list[SampleKey]
     text_tokens: int
     reference_tokens: int
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: RoutingRecorder = field(default_factory=RoutingRecorder)
 
 
 @dataclass(slots=True)

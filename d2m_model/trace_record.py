@@ -15,7 +15,7 @@ import numpy as np
 from .blocks import FFN
 from .config import FluxMoEConfig
 
-VERSION = 1
+_VERSION = 1
 NO_EXPERT = 255  # stands where a token has no (further) expert
 MAX_TRACED_EXPERTS = 255  # the other values of a byte
 
@@ -241,7 +241,7 @@ class Trace:
         height, width = self.grid
         config = self.config
         return {
-            "version": VERSION,
+            "version": _VERSION,
             "grid": {"height": height, "width": width},
             "text_tokens": self.text_tokens,
             "image_tokens": self.image_tokens,

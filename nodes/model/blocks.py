@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ...d2m_model.config import FFNLayout
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.routers import Routing
-from .custom_operators import GraphChoice, Handed, down_in_graph, up_in_graph
-from .settings import Choice, FileChoice
+from .custom_operators import Handed, down_in_graph, up_in_graph
+from .settings import Choice, FileChoice, GraphChoice
 
 # Weights
 

@@ -14,63 +14,16 @@ C chunks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...d2m_model.blocks import blocks_of
-from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
-from ...d2m_model.routers import Gate, RouterTensors, Routing, router_from_text
-from .settings import router_value
-
-
-class RoutingSettings(NamedTuple):
-    """Settings of one evaluation as numbers, which cross into a graph in one tensor."""
-
-    value: float  # of the setting that steers the routers
-    normalised: float  # 1: gates of mode `normalised`; 0: `sum`
-    scale: float  # of these gates
-    masked: float  # 1: there are weights of experts
-
-    def packed(self) -> Tensor:
-        """float64, on the host."""
-        return torch.tensor(self, dtype=torch.float64)
-
-    @classmethod
-    def unpacked(cls, packed: Tensor) -> RoutingSettings:
-        return cls(*packed.tolist())
-
-    @property
-    def gate(self) -> Gate:
-        return Gate(mode="normalised" if self.normalised else "sum", scale=self.scale)
-
-
-class GraphChoice(NamedTuple):
-    """Settings of one evaluation for a graph: RoutingSettings, packed, and the weights of experts, float32 [L, E]."""
-
-    settings: Tensor
-    weights_LE: Tensor
-
-
-def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphChoice:
-    """Pack the settings of a clone. FFNs have their rows in the order of config.ffns."""
-    mask: Mapping[str, Tensor] = settings.get("mask") or {}
-    numbers = RoutingSettings(
-        value=router_value(config, settings),
-        normalised=settings.get("gate", config.gate.mode) == "normalised",
-        scale=config.gate.scale,
-        masked=bool(mask),
-    )
-    widest = max((layout.experts for layout in config.ffns.values()), default=0)
-    weights_LE = torch.ones(len(config.ffns), widest, device=device)
-    for row, ffn in enumerate(config.ffns if mask else ()):
-        if ffn in mask:
-            weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
-    return GraphChoice(numbers.packed(), weights_LE)
+from ...d2m_model.routers import RouterTensors, Routing, router_from_text
+from .settings import GraphChoice, RoutingSettings
 
 
 def may_compile(flux: nn.Module) -> bool:

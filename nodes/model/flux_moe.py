@@ -26,8 +26,8 @@ from ...d2m_model.tensor_file import ALIGNMENT
 from .block_groups import CHOSEN_KEY, BlockGroupRouter, compiled_apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
-from .custom_operators import graph_choice, may_compile, without_graphs
-from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, settings_of
+from .custom_operators import may_compile, without_graphs
+from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, graph_choice, settings_of
 
 # The model
 

@@ -1,12 +1,13 @@
-"""Settings of one clone of a FLUX-MoE: transformer_options["d2m"], a plain dict whose keys are all optional.
+"""Settings of one clone of a FLUX-MoE: transformer_options["d2m"], a plain dict. All keys are optional.
 
-- `top_k` (int): experts of a token. Not of a file with a capacity router.
+- `top_k` (int): experts per token. Has no effect on a file with a capacity router.
 - `gate` ("sum" or "normalised").
-- `capacity` (number): of a file with a capacity router, the compute of its experts; 1 is the file's own, 0 is none.
-- `active_blocks`: of a file with block groups, how many blocks run. One int for all of them (a group that has fewer
-  blocks runs all it has), or a list with one int for each group, in the file's order.
-- `mask`: weights of experts, {FFN: float32 [E]}: 0 mutes one, 1 leaves it. They multiply the gates of the experts chosen.
-- `trace` (d2m_model.trace.Recorder): hears what every router chooses.
+- `capacity` (number): compute of the experts in a file with a capacity router. 1 is the file's own, 0 runs no expert.
+- `active_blocks`: number of blocks that run in the groups of a file. One int for all groups (a smaller group runs all of
+  its blocks), or a list with one int per group, in the file's order.
+- `mask`: weights of experts, {FFN: float32 [E]}. They multiply the gates of chosen experts: 0 mutes an expert, 1 leaves
+  it as it is.
+- `trace` (d2m_model.trace.RoutingRecorder): records the choices of all routers.
 
 `controls` is not read by the model: it lists the controls of the clone in the order of their chain, as
 evaluation_settings.ControlRecord. The settings above are their effects, as far as these do not depend on the moment.
@@ -27,11 +28,10 @@ from ...d2m_model.config import BlockGroup, FluxMoEConfig
 from ...d2m_model.routers import Gate, TokenRouter, router_to_text
 
 if TYPE_CHECKING:
-    from ...d2m_model.trace import Recorder
-    from .custom_operators import GraphChoice
+    from ...d2m_model.trace import RoutingRecorder
 
 OPTIONS_KEY = "d2m"
-GRAPH_KEY = "d2m_graph"  # beside it, in one evaluation: see custom_operators.py
+GRAPH_KEY = "d2m_graph"  # key of a GraphChoice in transformer_options, during one evaluation
 NEGATIVE_KEY = "d2m_negative"  # of prompts that a model of their own evaluates, its Run: see evaluation_settings.py
 
 
@@ -40,9 +40,59 @@ def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, A
 
 
 def router_value(config: FluxMoEConfig, settings: Mapping[str, Any]) -> float:
-    """Value of the setting that steers the file's routers: the clone's, or else the file's."""
+    """Return the value of the setting that steers the routers: the clone's if it has one, or else the file's."""
     value: float = settings.get(config.router.setting, config.router_value)
     return value
+
+
+class RoutingSettings(NamedTuple):
+    """Settings of one evaluation as numbers, which enter a graph in one tensor."""
+
+    value: float  # of the setting that steers the routers
+    normalised: float  # 1: gates of mode `normalised`; 0: `sum`
+    scale: float  # of these gates
+    masked: float  # 1: there are weights of experts
+
+    def packed(self) -> Tensor:
+        """Return them as a float64 tensor on the host."""
+        return torch.tensor(self, dtype=torch.float64)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> RoutingSettings:
+        """Return the settings that `packed` made."""
+        return cls(*packed.tolist())
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(mode="normalised" if self.normalised else "sum", scale=self.scale)
+
+
+class GraphChoice(NamedTuple):
+    """Settings of one evaluation for graphs of torch.compile, see custom_operators.py.
+
+    settings    packed RoutingSettings, float64 on the host
+    weights_LE  weights of experts, float32, one row per routed FFN in the order of config.ffns
+    """
+
+    settings: Tensor
+    weights_LE: Tensor
+
+
+def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphChoice:
+    """Pack a clone's settings for graphs."""
+    mask: Mapping[str, Tensor] = settings.get("mask") or {}
+    numbers = RoutingSettings(
+        value=router_value(config, settings),
+        normalised=settings.get("gate", config.gate.mode) == "normalised",
+        scale=config.gate.scale,
+        masked=bool(mask),
+    )
+    widest = max((layout.experts for layout in config.ffns.values()), default=0)
+    weights_LE = torch.ones(len(config.ffns), widest, device=device)
+    for row, ffn in enumerate(config.ffns if mask else ()):
+        if ffn in mask:
+            weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
+    return GraphChoice(numbers.packed(), weights_LE)
 
 
 class Choice(NamedTuple):
@@ -51,13 +101,13 @@ class Choice(NamedTuple):
     value: float  # of the setting that steers the router
     gate: Gate
     mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
-    trace: Recorder | None = None
-    graph: GraphChoice | None = None  # the same for a graph of torch.compile, which is to read nothing else
+    trace: RoutingRecorder | None = None
+    graph: GraphChoice | None = None  # the same for a graph of torch.compile, which reads nothing else
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FileChoice:
-    """A file's own choice."""
+    """A file's own routing, and the choices that settings of clones make of it."""
 
     router: TokenRouter
     router_text: str  # the same, for graphs
@@ -77,7 +127,7 @@ class FileChoice:
         )
 
     def under(self, transformer_options: Mapping[str, Any] | None) -> Choice:
-        """The sampled clone's settings, or else the file's."""
+        """Return the choice under the settings of the sampled clone; the file's values stand in for absent settings."""
         graph = (transformer_options or {}).get(GRAPH_KEY)
         if graph is not None and torch.compiler.is_compiling():
             return Choice(value=self.value, gate=self.gates[self.gate], graph=graph)
@@ -93,7 +143,7 @@ class FileChoice:
 
 
 def active_blocks(setting: int | Sequence[int] | None, groups: Sequence[BlockGroup]) -> list[int]:
-    """How many blocks of each group run under the setting `active_blocks`; None leaves it to the file.
+    """Return the number of active blocks of each group under the setting `active_blocks`; None takes the file's own.
 
     Raises ValueError for a number that no group allows, or a list of another length than `groups`.
     """

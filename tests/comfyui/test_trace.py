@@ -435,7 +435,7 @@ def test_within_the_model_the_same_operators_run_with_a_trace_as_without(
     settings = recorded.model_options["transformer_options"].get("d2m", {})
     recorded.model_options["transformer_options"]["d2m"] = {
         **settings,
-        "trace": host.module("d2m_model.trace").Recorder(),
+        "trace": host.module("d2m_model.trace").RoutingRecorder(),
     }
     ran = []
     for it in (model, recorded):
