@@ -19,6 +19,7 @@ FORBIDDEN = {
     "nodes/lora/load_lora.py": "from ..controls import control_node",  # a room beside it
     "nodes/model/settings.py": "from ..controls import control_node",  # a room above it
     "d2m_train/distillation/losses.py": "import comfy.sd",
+    "d2m_train/flow/velocity.py": "import deepspeed",
 }
 
 
