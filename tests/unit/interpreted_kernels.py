@@ -1,0 +1,141 @@
+"""Run the Triton programs in Triton's interpreter, on the CPU, and print as JSON how far each is from its reference.
+
+A process of its own: the interpreter is chosen by TRITON_INTERPRET before Triton is imported. The reference is float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime import interpreter
+
+from d2m_model.config import Gate
+from d2m_model.experts import plan_dispatch
+from d2m_model.kernels.fused import down_rows, sum_rows, up_rows
+from d2m_model.kernels.routing import route_and_sort
+from d2m_model.routers import route_top_k
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_item(tensor: Any, scope: Any) -> None:
+    """Triton 3.6's interpreter makes loop bounds of arrays with one element, which NumPy 2.4 no longer takes as numbers."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_item
+
+SHARED = 16  # neurons ahead of the experts', so that expert weights are strided views
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Error of `found` relative to the norm of `expected`; absolute where that is zero."""
+    scale = float(expected.norm()) or 1.0
+    return float((found.double() - expected).norm()) / scale
+
+
+def expert_views(up_NH: Tensor, bias_N: Tensor, down_HN: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    split = (experts, -1)
+    return (
+        up_NH[SHARED:].unflatten(0, split),
+        bias_N[SHARED:].unflatten(0, split),
+        down_HN[:, SHARED:].unflatten(1, split),
+    )
+
+
+def expert_case(
+    tokens: int, hidden: int, experts: int, width: int, chosen: Callable[[int], int], dtype: torch.dtype, uneven: bool
+) -> dict[str, float]:
+    """Errors of the output and of all gradients; token t goes to `chosen(t)` random experts."""
+    torch.manual_seed(0)
+    neurons = SHARED + experts * width
+    # x is a slice of a wider tensor: its rows are not contiguous.
+    x_TH = torch.randn(tokens, hidden + 8, dtype=torch.float64)[:, :hidden]
+    up_NH = torch.randn(neurons, hidden, dtype=torch.float64) / hidden**0.5
+    bias_N = torch.randn(neurons, dtype=torch.float64)
+    down_HN = torch.randn(hidden, neurons, dtype=torch.float64) / width**0.5
+    pairs = [(t, e) for t in range(tokens) for e in torch.randperm(experts)[: chosen(t)].tolist()]
+    token_A = torch.tensor([t for t, _ in pairs], dtype=torch.int64)
+    expert_A = torch.tensor([e for _, e in pairs], dtype=torch.int64)
+    gate_A = torch.rand(len(pairs), dtype=torch.float64)
+    sorted_A, order_A = expert_A.sort(stable=True)
+    ends_E = torch.searchsorted(sorted_A, torch.arange(experts), right=True).to(torch.int32)
+    first_T = torch.searchsorted(token_A, torch.arange(tokens)) if uneven else None
+
+    def reference(x_TH: Tensor, up_NH: Tensor, bias_N: Tensor, down_HN: Tensor, gate_A: Tensor) -> Tensor:
+        up_EFH, bias_EF, down_HEF = expert_views(up_NH, bias_N, down_HN, experts)
+        before_AF = torch.einsum("ah,afh->af", x_TH[token_A], up_EFH[expert_A]) + bias_EF[expert_A]
+        hidden_AF = F.gelu(before_AF, approximate="tanh") * gate_A[:, None]
+        rows_AH = torch.einsum("af,ahf->ah", hidden_AF, down_HEF.transpose(0, 1)[expert_A])
+        return x_TH.new_zeros(x_TH.shape).index_add(0, token_A, rows_AH)
+
+    def fused(x_TH: Tensor, up_NH: Tensor, bias_N: Tensor, down_HN: Tensor, gate_A: Tensor, keep: bool) -> Tensor:
+        up_EFH, bias_EF, down_HEF = expert_views(up_NH, bias_N, down_HN, experts)
+        hidden_AF, _ = up_rows(x_TH, token_A[order_A], order_A, first_T, gate_A[order_A], ends_E, up_EFH, bias_EF, keep)
+        return sum_rows(down_rows(hidden_AF, order_A, ends_E, down_HEF), token_A, first_T, tokens)
+
+    names, values = ("x", "up", "bias", "down", "gate"), (x_TH, up_NH, bias_N, down_HN, gate_A)
+    exact = [value.clone().requires_grad_() for value in values]
+    expected_TH, grad_TH = reference(*exact), torch.randn(tokens, hidden, dtype=torch.float64)
+    expected_TH.backward(grad_TH)
+    low = [value.detach().to(torch.float32 if name == "gate" else dtype) for name, value in zip(names, values)]
+    leaves = [value.requires_grad_() for value in low]
+    found_TH = fused(*leaves, keep=True)
+    found_TH.backward(grad_TH.to(dtype))
+    with torch.no_grad():
+        without_gradients_TH = fused(*leaves, keep=False)
+    errors = {f"gradient of {name}": relative(b.grad, a.grad) for name, a, b in zip(names, exact, leaves)}
+    errors["output"] = relative(found_TH.detach(), expected_TH.detach())
+    return errors | {"output without gradients": relative(without_gradients_TH, expected_TH.detach())}
+
+
+def routing_case(tokens: int, experts: int, top_k: int, mode: str, *, ties: bool, masked: bool) -> dict[str, float]:
+    """Differences from route_top_k and plan_dispatch; what is chosen and where it stands must be the same."""
+    torch.manual_seed(1)
+    x_TH, weight_EH, bias_E = torch.randn(tokens, 80), torch.randn(experts, 80), torch.randn(experts)
+    if ties:
+        x_TH, weight_EH, bias_E = x_TH.round(), torch.zeros(experts, 80), torch.zeros(experts)
+        weight_EH[:, 0] = 1
+    mask_E = torch.rand(experts) if masked else None
+    found = route_and_sort(
+        x_TH, weight_EH, bias_E, top_k=top_k, normalised=mode == "normalised", scale=2.0, mask_E=mask_E
+    )
+    routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=Gate(mode=mode, scale=2.0))  # type: ignore[arg-type]
+    if mask_E is not None:
+        routing = routing.weighed(mask_E)
+    plan = plan_dispatch(routing, x_TH, chunk_tokens=max(1, tokens))
+    rows = torch.arange(found.slot_A.numel())
+    back_A = torch.empty_like(rows).scatter(0, found.slot_A, rows)
+    return {
+        "tokens": float((found.token_A != plan.token_A).sum()),
+        "slots": float((back_A != plan.row_TK.flatten()).sum()),
+        "ends": float((found.ends_E != plan.ends_CE[0]).sum()),
+        "gates": relative(found.gate_A, plan.gate_A.double()),
+        "gates of all experts": relative(found.gates_TE, routing.gates_TE.double()),
+        "logits": relative(found.logits_TE, routing.logits_TE.double()),
+    }
+
+
+def cases() -> Iterator[tuple[str, dict[str, float]]]:
+    single, half = torch.float32, torch.float16
+    yield "two experts", expert_case(37, 40, 5, 24, lambda t: 2, single, uneven=False)
+    yield "all experts, several tiles", expert_case(140, 136, 3, 72, lambda t: 3, single, uneven=False)
+    yield "none to three experts", expert_case(37, 40, 5, 24, lambda t: t % 4, single, uneven=True)
+    yield "one crowded expert", expert_case(80, 40, 1, 24, lambda t: 1, single, uneven=False)
+    yield "no experts", expert_case(20, 40, 5, 24, lambda t: 0, single, uneven=False)
+    yield "half precision", expert_case(20, 40, 5, 24, lambda t: 2, half, uneven=False)
+    yield "route: two, sum", routing_case(70, 12, 2, "sum", ties=False, masked=False)
+    yield "route: all, normalised", routing_case(40, 12, 12, "normalised", ties=False, masked=True)
+    yield "route: three with ties", routing_case(33, 5, 3, "normalised", ties=True, masked=False)
+    yield "route: none", routing_case(10, 12, 0, "sum", ties=False, masked=False)
+    yield "route: no tokens", routing_case(0, 12, 2, "sum", ties=False, masked=False)
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(cases())))
