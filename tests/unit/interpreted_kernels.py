@@ -84,13 +84,15 @@ def expert_case(
     exact = [value.clone().requires_grad_() for value in values]
     expected_TH, grad_TH = reference(*exact), torch.randn(tokens, hidden, dtype=torch.float64)
     expected_TH.backward(grad_TH)
-    low = [value.detach().to(torch.float32 if name == "gate" else dtype) for name, value in zip(names, values)]
+    low = [
+        value.detach().to(torch.float32 if name == "gate" else dtype) for name, value in zip(names, values, strict=True)
+    ]
     leaves = [value.requires_grad_() for value in low]
     found_TH = fused(*leaves, keep=True)
     found_TH.backward(grad_TH.to(dtype))
     with torch.no_grad():
         without_gradients_TH = fused(*leaves, keep=False)
-    errors = {f"gradient of {name}": relative(b.grad, a.grad) for name, a, b in zip(names, exact, leaves)}
+    errors = {f"gradient of {name}": relative(b.grad, a.grad) for name, a, b in zip(names, exact, leaves, strict=True)}
     errors["output"] = relative(found_TH.detach(), expected_TH.detach())
     return errors | {"output without gradients": relative(without_gradients_TH, expected_TH.detach())}
 
