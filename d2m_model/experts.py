@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.choice import has_kernels
 from .routers import Routing
 
 # Gathered rows of one chunk. A CPU wants them in its cache; a GPU only wants its memory bounded.
@@ -34,7 +35,7 @@ class Dispatch:
     Row a stands for token token_A[a] at expert expert_A[a] with weight gate_A[a]. row_TK leads back: the row of a
     token's k-th choice. Where tokens differ in their number of experts it is flat, [A], and token t's rows begin at
     row_TK[first_T[t]]. Chunk c begins at row chunk_rows[c] (the last entry is A); in it expert e's rows end at
-    ends_CE[c, e].
+    ends_CE[c, e]. `fused`: Triton kernels compute both halves, and the first of them applies the gates.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class Dispatch:
     ends_CE: Tensor
     chunk_tokens: int
     chunk_rows: list[int]
+    fused: bool = False
 
     def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Of every chunk its tokens, its rows and its ends_E. There is one at least, if without rows: so weights that
@@ -104,11 +106,14 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
         ends_CE=ends_CE.to(torch.int32),
         chunk_tokens=chunk_tokens,
         chunk_rows=[*chunk_rows, rows],
+        fused=has_kernels(x_TH),
     )
 
 
 def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
     """gelu_tanh(W1 x + b1) of every token at its experts: hidden_AF [A, F], in the plan's order (Eq. 1)."""
+    if plan.fused:
+        return _fused_up(x_TH, plan, up_EFH, up_bias_EF)
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
         # Gathered from the chunk, so that the gradient is summed chunk by chunk too.
@@ -124,6 +129,8 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
 
     The gates weigh the narrow hidden activation; a token's rows are summed in float32 and rounded once.
     """
+    if plan.fused:
+        return _fused_down(hidden_AF, plan, down_HEF)
     y = []
     for tokens, rows, ends_E in plan.chunks():
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
@@ -139,6 +146,48 @@ def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dty
     where every expert is chosen in gate mode `sum`.
     """
     return (1 - routing.gates_TE).to(dtype) @ expert_mean_EH.to(dtype)
+
+
+def _fused_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
+    """gate * gelu_tanh(W1 x + b1), by kernels/fused.py."""
+    from .kernels.fused import up_rows
+
+    x_TH, up_EFH, up_bias_EF = _autocast(x_TH, up_EFH, up_bias_EF)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, plan.gate_A, up_EFH, up_bias_EF))
+    hidden = []
+    for tokens, rows, ends_E in plan.chunks():
+        token_A, row_TK, first_T = plan.links(tokens, rows)
+        gate_A, slot_A = plan.gate_A[rows], _inverse(row_TK)
+        chunk_AF, _ = up_rows(x_TH[tokens], token_A, slot_A, first_T, gate_A, ends_E, up_EFH, up_bias_EF, keep)
+        hidden.append(chunk_AF)
+    return _joined(hidden)
+
+
+def _fused_down(weighted_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
+    """Sum over a token's experts of W2 times the weighted hidden activation, by kernels/fused.py."""
+    from .kernels.fused import down_rows, sum_rows
+
+    weighted_AF, down_HEF = _autocast(weighted_AF, down_HEF)
+    y = []
+    for tokens, rows, ends_E in plan.chunks():
+        token_A, row_TK, first_T = plan.links(tokens, rows)
+        y_AH = down_rows(weighted_AF[rows], _inverse(row_TK), ends_E, down_HEF)
+        y.append(sum_rows(y_AH, token_A, row_TK.flatten(), first_T, tokens.stop - tokens.start))
+    return _joined(y)
+
+
+def _inverse(row_TK: Tensor) -> Tensor:
+    """Slot of each row, int64 [A]: where it stands in the order of tokens."""
+    row_A = row_TK.flatten()
+    return torch.empty_like(row_A).scatter(0, row_A, torch.arange(row_A.shape[0], device=row_A.device))
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's dtype where autocast is on, otherwise as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 class _TakeRows(torch.autograd.Function):
@@ -196,10 +245,7 @@ def grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
 
     ends_E is int32, does not fall, and ends at A. a and b are of one dtype, except under autocast.
     """
-    device = a_AD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        a_AD, b_EDN = a_AD.to(dtype), b_EDN.to(dtype)
+    a_AD, b_EDN = _autocast(a_AD, b_EDN)
     return _grouped_mm(a_AD, b_EDN, ends_E)
 
 
@@ -290,6 +336,8 @@ def _native_on(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         torch._grouped_mm(a, b.transpose(1, 2), offs=ends)
         torch._grouped_mm(a.t(), a, offs=ends)
+    except torch.OutOfMemoryError:  # says nothing about the kernel, and must not be remembered
+        raise
     except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -308,26 +308,26 @@ down_rows.register_autograd(_down_backward, setup_context=_save_down)
 
 
 @torch.library.custom_op("d2m::sum_rows", mutates_args=())
-def sum_rows(y_AH: Tensor, token_of_slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
+def sum_rows(y_AH: Tensor, token_A: Tensor, row_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
     """[T, H]: the sum of each token's rows, which lie in the order of tokens; in float32, rounded once.
 
-    token_of_slot_A is the token of each row, for the gradient.
+    Slot a is row row_A[a] of those sorted by expert, whose tokens are token_A; both are for the gradient.
     """
     return _sum_token_rows(y_AH, first_T, tokens)
 
 
 @sum_rows.register_fake
-def _(y_AH: Tensor, token_of_slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
+def _(y_AH: Tensor, token_A: Tensor, row_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
     return y_AH.new_empty(tokens, y_AH.shape[1])
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    ctx.save_for_backward(inputs[1], inputs[2])
 
 
 def _sum_backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-    (token_of_slot_A,) = ctx.saved_tensors
-    return grad_TH.index_select(0, token_of_slot_A), None, None, None
+    token_A, row_A = ctx.saved_tensors
+    return grad_TH.index_select(0, token_A[row_A]), None, None, None, None
 
 
 sum_rows.register_autograd(_sum_backward, setup_context=_save_sum)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...d2m_model.blocks import blocks_of
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ...d2m_model.kernels.choice import has_kernels
 from ...d2m_model.routers import RouterTensors, Routing, router_from_text
 from .settings import GraphChoice, RoutingSettings
 
@@ -197,6 +198,7 @@ def _down(
         ends_CE=ends_TE[: sizes.chunks],
         chunk_tokens=-(-tokens // sizes.chunks),
         chunk_rows=host_N[len(sizes) : len(sizes) + sizes.chunks + 1].tolist(),
+        fused=has_kernels(hidden_RF),
     )
     y_TH = expert_down(hidden_RF[:rows], plan, down_HEF)
     if expert_mean_EH is None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter
 
+from d2m_model import experts as kernels_seam
 from d2m_model.config import Gate
-from d2m_model.experts import plan_dispatch
+from d2m_model.experts import expert_down, expert_up, plan_dispatch
 from d2m_model.kernels.fused import down_rows, sum_rows, up_rows
 from d2m_model.kernels.routing import route_and_sort
-from d2m_model.routers import route_top_k
+from d2m_model.routers.top_k import route_top_k
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
@@ -78,7 +80,9 @@ def expert_case(
     def fused(x_TH: Tensor, up_NH: Tensor, bias_N: Tensor, down_HN: Tensor, gate_A: Tensor, keep: bool) -> Tensor:
         up_EFH, bias_EF, down_HEF = expert_views(up_NH, bias_N, down_HN, experts)
         hidden_AF, _ = up_rows(x_TH, token_A[order_A], order_A, first_T, gate_A[order_A], ends_E, up_EFH, bias_EF, keep)
-        return sum_rows(down_rows(hidden_AF, order_A, ends_E, down_HEF), token_A, first_T, tokens)
+        back_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(pairs)))
+        rows_AH = down_rows(hidden_AF, order_A, ends_E, down_HEF)
+        return sum_rows(rows_AH, token_A[order_A], back_A, first_T, tokens)
 
     names, values = ("x", "up", "bias", "down", "gate"), (x_TH, up_NH, bias_N, down_HN, gate_A)
     exact = [value.clone().requires_grad_() for value in values]
@@ -124,6 +128,34 @@ def routing_case(tokens: int, experts: int, top_k: int, mode: str, *, ties: bool
     }
 
 
+def seam_case(chunk_tokens: int) -> dict[str, float]:
+    """Errors of routed experts through experts.py, which takes the kernels for tensors on the CPU here."""
+    torch.manual_seed(2)
+    experts, hidden, width, tokens = 5, 40, 24, 37
+    routing = route_top_k(
+        torch.randn(tokens, hidden),
+        torch.randn(experts, hidden),
+        None,
+        top_k=2,
+        gate=Gate(mode="normalised", scale=2.0),
+    )
+    values = [torch.randn(tokens, hidden), torch.randn(experts, width, hidden), torch.randn(experts, width)]
+    values.append(torch.randn(hidden, experts, width))
+    found: list[Tensor] = []
+    for fused in (False, True):
+        leaves = [value.clone().requires_grad_() for value in values]
+        with mock.patch.object(kernels_seam, "has_kernels", return_value=fused):
+            plan = plan_dispatch(routing, leaves[0], chunk_tokens=chunk_tokens)
+        assert plan.fused is fused
+        y_TH = expert_down(expert_up(leaves[0], plan, leaves[1], leaves[2]), plan, leaves[3])
+        y_TH.square().sum().backward()
+        found += [y_TH.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    half = len(found) // 2
+    assert half == 5
+    names = ("output", "gradient of x", "gradient of up", "gradient of bias", "gradient of down")
+    return {name: relative(b, a.double()) for name, a, b in zip(names, found[:half], found[half:], strict=True)}
+
+
 def cases() -> Iterator[tuple[str, dict[str, float]]]:
     single, half = torch.float32, torch.float16
     yield "two experts", expert_case(37, 40, 5, 24, lambda t: 2, single, uneven=False)
@@ -132,6 +164,8 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
     yield "one crowded expert", expert_case(80, 40, 1, 24, lambda t: 1, single, uneven=False)
     yield "no experts", expert_case(20, 40, 5, 24, lambda t: 0, single, uneven=False)
     yield "half precision", expert_case(20, 40, 5, 24, lambda t: 2, half, uneven=False)
+    yield "through experts.py", seam_case(100)
+    yield "through experts.py, in chunks", seam_case(15)
     yield "route: two, sum", routing_case(70, 12, 2, "sum", ties=False, masked=False)
     yield "route: all, normalised", routing_case(40, 12, 12, "normalised", ties=False, masked=True)
     yield "route: three with ties", routing_case(33, 5, 3, "normalised", ties=True, masked=False)

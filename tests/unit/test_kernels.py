@@ -14,11 +14,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is optional; torch brings it on Linux")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from d2m_model.kernels import programs
+from d2m_model.kernels.choice import refusal
 from d2m_model.kernels.fused import GRADIENT_BLOCKS, Blocks, product_blocks
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -49,6 +51,7 @@ CASES = (
     "no experts",
     "half precision",
 )
+SEAM = ("through experts.py", "through experts.py, in chunks")
 ROUTES = ("two, sum", "all, normalised", "three with ties", "none", "no tokens")
 
 
@@ -59,6 +62,21 @@ def test_experts_and_their_gradients_are_those_of_the_float64_reference(
     bound = 1e-3 if case == "half precision" else 1e-6
     assert len(errors[case]) == 7
     assert {name: error for name, error in errors[case].items() if not error <= bound} == {}
+
+
+@pytest.mark.parametrize("case", SEAM)
+def test_the_seam_gives_the_same_with_kernels_as_without(errors: dict[str, dict[str, float]], case: str) -> None:
+    assert len(errors[case]) == 5
+    assert {name: error for name, error in errors[case].items() if not error <= 1e-6} == {}
+
+
+def test_the_choice_says_why_a_card_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal((8, 0), torch.bfloat16) is None
+    assert refusal((12, 0), torch.float16) is None
+    assert "7.5 is below 8.0" in str(refusal((7, 5), torch.float16))
+    assert "float32 is neither" in str(refusal((9, 0), torch.float32))
+    monkeypatch.setenv("D2M_KERNELS", "off")
+    assert refusal((9, 0), torch.bfloat16) == "D2M_KERNELS is off"
 
 
 @pytest.mark.parametrize("case", ROUTES)
