@@ -214,9 +214,8 @@ def _up_rows_backward(
         gated_gelu_backward[(rows,)](
             grad_AF.contiguous(), before_AF, gate_A, grad_before_AF, grad_gate_A, width, BLOCK_F=block
         )
-    grad_x_AH, _ = _product(
-        grad_before_AF, None, up_EFH, up_EFH.stride(), up_EFH.shape[2], ends_E, rows=rows, out_row_A=slot_A
-    )
+    strides = (up_EFH.stride(0), up_EFH.stride(1), up_EFH.stride(2))
+    grad_x_AH, _ = _product(grad_before_AF, None, up_EFH, strides, up_EFH.shape[2], ends_E, rows=rows, out_row_A=slot_A)
     grad_x_TH = _sum_token_rows(grad_x_AH, first_T, x_TH.shape[0])
     return grad_x_TH, grad_gate_A, *_weight_gradient(grad_before_AF, None, x_TH, token_A, ends_E, sums=True)
 

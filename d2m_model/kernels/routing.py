@@ -51,8 +51,7 @@ def route_and_sort(
     x_TH, weight_EH = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x_TH, weight_EH))
     tokens, experts = x_TH.shape[0], weight_EH.shape[0]
     blocks = max(1, triton.cdiv(tokens, BLOCK_T))
-    float_TE = {"size": (tokens, experts), "dtype": torch.float32}
-    logits_TE, gates_TE = x_TH.new_empty(**float_TE), x_TH.new_empty(**float_TE)
+    logits_TE, gates_TE = x_TH.new_empty(2, tokens, experts, dtype=torch.float32).unbind()
     rank_TE = x_TH.new_empty(tokens, experts, dtype=torch.int8)
     count_CE = x_TH.new_zeros(blocks, experts, dtype=torch.int32)
     padded = max(16, triton.next_power_of_2(experts))

@@ -102,6 +102,8 @@ def flux_moe_tensors(
                     parts.append(part.to_file(part.to_model(stored(name))))
                 else:
                     parts.append(part.to_file(whole(tensors[part.name]).detach()))
+            if len({part.device for part in parts}) > 1:  # frozen parts come from the file, trained ones from a GPU
+                parts = [part.cpu() for part in parts]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0].axis)
         del parts
         yield name, tensor
