@@ -26,8 +26,8 @@ Stage = Literal["convert", "shared", "experts", "blocks", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Count = Annotated[int, Field(ge=1)]
-Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
-Rate = Annotated[float, Field(gt=0)]
+_Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
+_Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KnownFlux = Literal["flux1-dev", "flux1-schnell", "flux1-lite", "flux1-mini", "emoji"]
@@ -114,7 +114,7 @@ class DataSection(Section):
     image_column: str | None = None
     caption_column: str | None = None
     """Column of a parquet file, or field of a shard's .json; by default found by name and type."""
-    resolutions: Annotated[tuple[Resolution, ...], Field(min_length=1)] = (1024,)
+    resolutions: Annotated[tuple[_Resolution, ...], Field(min_length=1)] = (1024,)
     """Side in pixels of a square of the same area; each resolution has buckets of aspect ratios."""
     enlarge: Annotated[float, Field(ge=1)] = 1.25
     """Maximum factor by which images are enlarged; those too small for the smallest resolution are left out."""
@@ -150,7 +150,7 @@ class TimestepsSection(Section):
     sampling: Literal["logit_normal", "teacher_grid"] = "logit_normal"
     """`teacher_grid`: noise levels at which the teacher samples, for few-step teachers."""
     mean: float = 0.0
-    std: Rate = 1.0
+    std: _Rate = 1.0
     shift: float | Literal["resolution"] = "resolution"
     """mu of FLUX's time shift exp(mu): 0 for schnell, 1.15 for ComfyUI's FLUX; `resolution`: dev's, by image tokens."""
     grid_steps: Count = 20
@@ -159,7 +159,7 @@ class TimestepsSection(Section):
 class LossesSection(Section):
     feature: Weight = 1.0
     balance: Weight = 0.01
-    outliers: Rate | None = None
+    outliers: _Rate | None = None
     """Teacher features beyond this many standard deviations are left out."""
     text_padding: bool = False
     """Whether padding text tokens count in the balance loss."""
@@ -167,7 +167,7 @@ class LossesSection(Section):
 
 class StageSection(Section):
     steps: Annotated[int, Field(ge=0)] = 1000
-    learning_rate: Rate = 1e-4
+    learning_rate: _Rate = 1e-4
     trainable: tuple[str, ...] | None = None
     """Patterns of the names of trainable parameters (fnmatch), instead of the stage's own."""
 
@@ -194,7 +194,7 @@ class TrainingSection(Section):
     weight_decay: Weight = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    max_grad_norm: Rate | None = 1.0
+    max_grad_norm: _Rate | None = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     compile: bool | str = False
     """torch.compile every block: `true` for inductor, which needs a C++ compiler, or another backend's name."""

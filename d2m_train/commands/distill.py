@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 RUN_FILE, SOURCES_FILE = "run.yaml", "sources.json"
-SIGTERM_STATUS = 128 + 15
+_SIGTERM_STATUS = 128 + 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def distill(run: RunConfig) -> int:
     try:
         Distill(run, ranks).run_all()
     except Stopped:
-        return SIGTERM_STATUS
+        return _SIGTERM_STATUS
     finally:
         ranks.close()
     return 0

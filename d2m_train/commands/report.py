@@ -23,7 +23,7 @@ from ..teacher.known_flux import EMOJI_FLUX, FLUX_DEV
 
 EMOJI_FILE = Path(__file__).parents[2] / "demo" / "assets" / "emoji-flux.safetensors"
 MEGAPIXEL = Tokens(image=4096, text=512)  # 1024 x 1024 pixels
-PAPER_TOP_K = 2
+_PAPER_TOP_K = 2
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=presets, default="all")
     parser.add_argument("--model", default="flux-dev", metavar="flux-dev|emoji|F", help="the dense FLUX.1; F is a file")
     parser.add_argument(
-        "--top-k", type=int, default=PAPER_TOP_K, metavar="K", help="experts per token (default: %(default)s)"
+        "--top-k", type=int, default=_PAPER_TOP_K, metavar="K", help="experts per token (default: %(default)s)"
     )
     parser.add_argument("--image-tokens", type=int, metavar="T", help="image tokens; 1024 x 1024 pixels are 4,096")
     parser.add_argument("--text-tokens", type=int, metavar="T", help="text tokens, usually 512")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [row | {"model": args.model} for row in cost_rows(costs, tokens, args.top_k)]
         print(json.dumps(rows if args.preset == "all" else rows[0], indent=2))
     else:
-        printed = PRINTED if args.model == "flux-dev" and args.top_k == PAPER_TOP_K and tokens == MEGAPIXEL else {}
+        printed = PRINTED if args.model == "flux-dev" and args.top_k == _PAPER_TOP_K and tokens == MEGAPIXEL else {}
         print(f"{args.model}: {tokens.image:,} image and {tokens.text:,} text tokens, top-{args.top_k} experts\n")
         print(cost_table(costs, printed))
     return 0

@@ -34,7 +34,7 @@ TOKENS_PER_FFN: int = OPTIONS["tokens"].default  # inputs kept of every FFN, ove
 _PIXELS = 8  # pixels on the side of a latent
 _TEXT_ENTRIES = ("pooled_output", "attention_mask")  # entries of a conditioning that have a batch axis, like its text
 
-CalibrationPrompt = list  # a list of one [text, options], as comfy.sample takes it
+_Prompt = list  # a list of one [text, options], as comfy.sample takes it
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -51,7 +51,7 @@ class CalibrationSamples:
         return self.samples * self.steps
 
 
-def split_prompts(conditioning: Sequence[Any]) -> list[CalibrationPrompt]:
+def split_prompts(conditioning: Sequence[Any]) -> list[_Prompt]:
     """Split a CONDITIONING into its prompts, which may be combined or in a batch. Raises ValueError if there is none."""
     prompts = []
     for text, options in conditioning:
@@ -69,7 +69,7 @@ def split_prompts(conditioning: Sequence[Any]) -> list[CalibrationPrompt]:
 def calibrate_on_prompts(
     model: Any,
     config: FluxMoEConfig,
-    prompts: Sequence[CalibrationPrompt],
+    prompts: Sequence[_Prompt],
     settings: CalibrationSamples,
     folder: Path,
     progress: Callable[[], object],

@@ -96,7 +96,7 @@ def test_with_data_every_option_is_on_and_reported(
     command = ["convert", "--teacher", teacher, "--out", moe, "--data", data, "--batches", 4, "--batch-size", 1]
     assert main([str(argument) for argument in command]) == 0
     said = capsys.readouterr().out
-    assert "on tokens that no fit has seen, averaged:\n  random 0." in said
+    assert "at top-2, on tokens that no fit has seen:\n  random 0." in said
     report = json.loads((tmp_path / "moe.safetensors.report.json").read_text())
     ffns = ["double_blocks.1.img_mlp", "double_blocks.1.txt_mlp", "single_blocks.0", "single_blocks.1"]
     assert sorted(report["ffns"]) == ffns
@@ -160,7 +160,7 @@ def test_groups_and_capacity_are_chosen_and_shown(
     ]
     assert main([str(argument) for argument in command]) == 0
     said = capsys.readouterr().out
-    assert "Of the single blocks 0 to 3 2 run (window)." in said
+    assert "2 of the single blocks 0 to 3 run at a time (window)." in said
     assert "capacity predictors agree" in said
     assert main(["inspect", str(moe)]) == 0
     text = " ".join(capsys.readouterr().out.split())
