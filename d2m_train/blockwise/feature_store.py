@@ -1,10 +1,10 @@
-"""The teacher's features of a run's samples on disk: what each of its blocks is given, and what it makes of it.
+"""The teacher's features of a run's samples on disk: inputs and outputs of its blocks.
 
-An entry is a microbatch at one depth, written whole or not at all, with a checksum. One that is missing or damaged is
-made again: from the nearest sound one before it, at worst from the data. So a run that was killed goes on with what is
-there. Of the teacher one block at a time has its weights; of the features one entry at a time is in memory.
+An entry is a microbatch at one depth, written atomically with a checksum. A missing or damaged entry is computed again
+from the nearest sound entry before it, at worst from the data, so a run that was killed resumes with what it has. Only one
+block of the teacher has its weights at a time, and only one entry is in memory.
 
-Depth d is what has passed the teacher's first d blocks: 0 is what its embedders make of the data.
+Depth d is the output of the teacher's first d blocks; depth 0 is the output of its embedders.
 
 Shapes: B batch, T image and L text tokens, H hidden size.
 """
@@ -34,7 +34,7 @@ from ..teacher.frozen import weights_on_device
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-CONDITIONS = "conditions"
+_CONDITIONS = "conditions"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -47,7 +47,7 @@ class Features:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conditions:
-    """What a block is given beside the streams: the teacher's vec [B, H] and rotary embedding; and what is padding."""
+    """Inputs of a block beside the streams: the teacher's vec [B, H] and rotary embedding; and which text tokens are words."""
 
     temb_BH: Tensor
     rotary: tuple[Tensor, Tensor]
@@ -56,10 +56,10 @@ class Conditions:
 
 
 class FeatureStore:
-    """Entries 0 … `batches` - 1 are trained on; `held_out` more, of other noise and another order of the data, are not.
+    """Entries 0 … `batches` - 1 for training, and `held_out` more with other noise and another order of the data.
 
-    `teacher` is open_frozen_teacher's with `offload: stream`. `report` hears what is made again. `check_stop` is called
-    between two entries, and may raise. Raises UserError for a full disk; what is there stays.
+    `teacher` is open_frozen_teacher's with `offload: stream`. `report` is told which entries are computed again.
+    `check_stop` is called between two entries and may raise. Raises UserError for a full disk; complete entries stay.
     """
 
     def __init__(
@@ -82,63 +82,63 @@ class FeatureStore:
         self._sound: set[tuple[str, int]] = set()  # written or checked by this process
 
     def provide(self, start: int, end: int) -> None:
-        """All entries of depths `start` and `end`. Other depths are let go of on the way."""
+        """Compute all entries of depths `start` and `end`, deleting other depths on the way."""
         for depth in range(start + 1):
             self._make(depth, until=start, keep=None)
         for depth in range(start + 1, end + 1):
             self._make(depth, until=end, keep=start)
 
     def features(self, depth: int, index: int) -> Features:
-        """One entry, mapped from its file; made again if it has to be."""
-        found = self._read(self._kind(depth), index)
-        if found is None:
-            made = self._walked(depth, index)
-            self._write(depth, index, made)
-            return made
-        return Features(image_BTH=found["image"], text_BLH=found["text"])
+        """Return one entry, mapped from its file; computed again if it is missing or damaged."""
+        stored = self._read(self._kind(depth), index)
+        if stored is None:
+            features = self._recomputed(depth, index)
+            self._write(depth, index, features)
+            return features
+        return Features(image_BTH=stored["image"], text_BLH=stored["text"])
 
     def conditions(self, index: int) -> Conditions:
-        found = self._read(CONDITIONS, index)
-        if found is None:
+        stored = self._read(_CONDITIONS, index)
+        if stored is None:
             self._embedded(index)
             return self.conditions(index)
-        ids = torch.cat([found["text_ids"], found["image_ids"]]).to(self._place["device"])
+        ids = torch.cat([stored["text_ids"], stored["image_ids"]]).to(self._place["device"])
         return Conditions(
-            temb_BH=found["temb"],
+            temb_BH=stored["temb"],
             rotary=self.teacher.pos_embed(ids),
-            image_ids_T3=found["image_ids"],
-            words_BL=found["words"].bool(),
+            image_ids_T3=stored["image_ids"],
+            words_BL=stored["words"].bool(),
         )
 
     def remove(self) -> None:
-        """All of it."""
+        """Delete all entries."""
         shutil.rmtree(self._store.folder, ignore_errors=True)
 
-    # Making
+    # Computing
 
     def _make(self, depth: int, *, until: int, keep: int | None) -> None:
-        """Every entry of a depth that is neither there nor, on the way `until` another, was; from those one before."""
-        there = set.union(*self._depths[depth : until + 1])
-        missing = [index for index in range(self.batches + self.held_out) if index not in there]
+        """Compute the entries of a depth from the depth before, except those that exist at a depth up to `until`."""
+        existing = set.union(*self._depths[depth : until + 1])
+        missing = [index for index in range(self.batches + self.held_out) if index not in existing]
         with weights_on_device(self.blocks[depth - 1]) if missing and depth else nullcontext():
             for index in missing:
                 self.check_stop()
-                made = self._next(depth, self.features(depth - 1, index), index) if depth else self._embedded(index)
-                self._write(depth, index, made)
+                features = self._next(depth, self.features(depth - 1, index), index) if depth else self._embedded(index)
+                self._write(depth, index, features)
                 if depth and depth - 1 != keep:
                     self._forget(depth - 1, index)
         if depth and depth - 1 != keep:
             shutil.rmtree(self._store.folder / self._kind(depth - 1), ignore_errors=True)
             self._depths[depth - 1].clear()
 
-    def _walked(self, depth: int, index: int) -> Features:
-        """An entry by itself, without those between."""
+    def _recomputed(self, depth: int, index: int) -> Features:
+        """Compute a single entry, without writing the depths between."""
         nearest = depth
         features = None
         while features is None and nearest:
             nearest -= 1
-            found = self._read(self._kind(nearest), index) if index in self._depths[nearest] else None
-            features = None if found is None else Features(image_BTH=found["image"], text_BLH=found["text"])
+            stored = self._read(self._kind(nearest), index) if index in self._depths[nearest] else None
+            features = None if stored is None else Features(image_BTH=stored["image"], text_BLH=stored["text"])
         features = self._embedded(index) if features is None else features
         for further in range(nearest + 1, depth + 1):
             features = self._next(further, features, index)
@@ -146,7 +146,7 @@ class FeatureStore:
 
     @torch.no_grad()
     def _next(self, depth: int, before: Features, index: int) -> Features:
-        """What the teacher's block number `depth`, from 1, makes of the features before it."""
+        """Run the teacher's block number `depth`, counted from 1, on the features before it."""
         conditions = self.conditions(index)
         text_BLH, image_BTH = self.blocks[depth - 1](
             hidden_states=before.image_BTH.to(**self._place),
@@ -158,9 +158,9 @@ class FeatureStore:
 
     @torch.no_grad()
     def _embedded(self, index: int) -> Features:
-        """Depth 0, as FluxTransformer2DModel.forward begins; and the conditions, which are written."""
+        """Compute depth 0, as FluxTransformer2DModel.forward does, and write the conditions."""
         run, model, place = self.run, self.teacher, self._place
-        # Held-out ones as validation asks them.
+        # Held-out batches are validation's.
         number, seed = (index, run.seed) if index < self.batches else (index - self.batches, held_out_seed(run.seed))
         batch = self.data.batch(number, run.training.batch_size, seed)
         noisy = noisy_batch(batch, run.timesteps, seed, number, model)
@@ -172,8 +172,8 @@ class FeatureStore:
             "text_ids": batch.text_ids_L3,
             "words": batch.words_BL.to(torch.uint8),
         }
-        self._store.put(CONDITIONS, _key(index), conditions)
-        self._sound.add((CONDITIONS, index))
+        self._store.put(_CONDITIONS, _key(index), conditions)
+        self._sound.add((_CONDITIONS, index))
         return Features(
             image_BTH=model.x_embedder(noisy.tokens_BTC.to(**place)),
             text_BLH=model.context_embedder(batch.context_BLD.to(**place)),
@@ -188,16 +188,16 @@ class FeatureStore:
         return {int(file.stem) for file in (self._store.folder / kind).glob("*/*.safetensors")}
 
     def _read(self, kind: str, index: int) -> dict[str, Tensor] | None:
-        """None if it is not there, or damaged."""
+        """Read an entry; None if it is missing or damaged."""
         known = (kind, index) in self._sound
         try:
-            found = self._store.get(kind, _key(index), check=not known)
+            tensors = self._store.get(kind, _key(index), check=not known)
         except DamagedEntry as damaged:
             self.report(f"{damaged}; it is made again.")
             return None
-        if found is not None:
+        if tensors is not None:
             self._sound.add((kind, index))
-        return found
+        return tensors
 
     def _write(self, depth: int, index: int, features: Features) -> None:
         kind = self._kind(depth)
@@ -217,11 +217,11 @@ def _key(index: int) -> str:
 
 
 def entry_counts(run: RunConfig) -> tuple[int, int]:
-    """Microbatches to train on, and held out."""
+    """Numbers of microbatches: (to train on, held out)."""
     return math.ceil(run.training.blockwise_samples / run.training.batch_size), run.eyes.validation_batches
 
 
 def disk_bytes(run: RunConfig, hidden_size: int, tokens: int) -> int:
-    """The most that the features take: two depths, and one entry more, of samples of so many tokens."""
+    """Maximum bytes of the features: two depths and one more entry, of samples of `tokens` tokens."""
     entry = run.training.batch_size * tokens * hidden_size * getattr(torch, run.teacher.dtype).itemsize
     return (2 * sum(entry_counts(run)) + 1) * entry

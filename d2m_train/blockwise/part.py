@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Part:
-    """Consecutive blocks of the student that are trained as one: a block, or with `group` (its number) a group.
+    """Consecutive blocks of the student that are trained as one: a block, or the group with the number `group`.
 
-    start, end  depths of the teacher (feature_store.py): what the first block is given, and what the last is to give
+    start, end  depths of the teacher (feature_store.py): the input of the first block, and the target of the last
     """
 
     name: str  # of the block in BFL's style, or block_groups.0
@@ -50,7 +50,7 @@ class Part:
     group: int | None
 
     def has(self, name: str) -> bool:
-        """Whether a tensor or module, in diffusers' names, is of this part."""
+        """Return whether a tensor or module, named as in diffusers, belongs to this part."""
         prefixes = [f"{Block(self.kind, index).diffusers_name}." for index in self.blocks]
         if self.group is not None:
             prefixes.append(f"block_groups.{self.group}.")
@@ -58,7 +58,7 @@ class Part:
 
 
 class Blocks(nn.Module):
-    """A part's blocks of a student whose others have no weights, as they follow each other."""
+    """The blocks of a part in sequence; the student's other blocks have no weights."""
 
     def __init__(self, core: FluxMoETransformer2DModel, part: Part, *, checkpointing: bool) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class Blocks(nn.Module):
         self.part = part
         self.blocks = nn.ModuleList(blocks[Block(part.kind, index)] for index in part.blocks)
         self.router = None if part.group is None else core.block_groups[part.group]
-        self._core = (core,)  # not a child: the others are not of this part
-        self.checkpointing = checkpointing and len(part.blocks) > 1  # of one block all is computed again anyhow
+        self._core = (core,)  # in a tuple, so that it is no child module: other blocks do not belong to this part
+        self.checkpointing = checkpointing and len(part.blocks) > 1  # a single block would be recomputed as a whole
 
     @property
     def block_groups(self) -> nn.ModuleList:
-        """Of the whole student; only this part's is ever asked."""
+        """All block groups of the student; only this part's is ever used."""
         return self._core[0].block_groups
 
     @property
@@ -79,13 +79,13 @@ class Blocks(nn.Module):
         return self._core[0].flux_moe
 
     def moe_ffns(self) -> dict[str, MoEFFN]:
-        """This part's, by BFL name."""
+        """The MoE FFNs of this part, by BFL name."""
         return {name: moe for name, moe in self._core[0].moe_ffns().items() if self.part.has(ffn_module(name))}
 
     def forward(
         self, image_BTH: Tensor, text_BLH: Tensor, temb_BH: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(image, text) after the last block."""
+        """Return (image, text) after the last block."""
         from d2m_model.hosts.diffusers.blocks import ROUTINGS
 
         attention = None if self.router is None else {ROUTINGS: GroupRoutings(routers=self.block_groups)}
@@ -99,7 +99,7 @@ class Blocks(nn.Module):
 
 
 def compared(kind: str, features: Features) -> dict[str, Tensor]:
-    """What Eq. 8 compares: both streams of a double block, the one of a single block. Float32."""
+    """Features for Eq. 8, float32: both streams of a double block, the joint stream of a single block."""
     image_BTH, text_BLH = features.image_BTH.float(), features.text_BLH.float()
     if kind == "double":
         return {"img": image_BTH, "txt": text_BLH}
@@ -107,18 +107,18 @@ def compared(kind: str, features: Features) -> dict[str, Tensor]:
 
 
 def relative_losses(
-    kind: str, given: Features, wanted: Features, found: Features, outliers: float | None = None
+    kind: str, given: Features, target: Features, computed: Features, outliers: float | None = None
 ) -> dict[str, Tensor]:
-    """Eq. 8's bare terms over what they would be if the blocks did nothing, so that 1 is that, for every block alike.
+    """Unweighted terms of Eq. 8, relative to their value if the blocks did nothing; so 1 means no change in every block.
 
-    As Eq. 9 weighs them against each other: what is large in one block, or at one noise level, does not count for more.
+    Like the weights of Eq. 9, this keeps blocks and noise levels with large features from counting for more.
     """
-    target = compared(kind, wanted)
-    losses = feature_losses(target, compared(kind, found), outliers)
-    changes = feature_losses(target, compared(kind, given), outliers)
+    features = compared(kind, target)
+    losses = feature_losses(features, compared(kind, computed), outliers)
+    changes = feature_losses(features, compared(kind, given), outliers)
     tiny = torch.finfo(torch.float32).eps
     return {
-        name: loss / changes[name].clamp_min(tiny * target[name].square().mean()).clamp_min(tiny)
+        name: loss / changes[name].clamp_min(tiny * features[name].square().mean()).clamp_min(tiny)
         for name, loss in losses.items()
     }
 
@@ -171,11 +171,11 @@ class PartObjective:
 
     def losses(self, microbatch: StoredMicrobatch) -> StepLosses:
         given = self._features(self.part.start, microbatch.index)
-        wanted = self._features(self.part.end, microbatch.index)
+        target = self._features(self.part.end, microbatch.index)
         self.routers.set_pools(microbatch.conditions)
         computed = self._forward(given, microbatch.conditions)
         weights = self.run.losses
-        relative = relative_losses(self.part.kind, given, wanted, computed, weights.outliers)
+        relative = relative_losses(self.part.kind, given, target, computed, weights.outliers)
         features = torch.stack(list(relative.values())).mean()
         return self.routers.step_losses(weights.feature * features, {"features": features}, microbatch.conditions)
 

@@ -1,12 +1,12 @@
-"""A training stage block by block against the teacher's features (method.md, Blockwise mode): a 12 B model on one GPU.
+"""A training stage block by block against the teacher's features, for a 12 B model on one GPU.
 
-Of the teacher one block is in memory at a time, of the student one block (in stage `blocks` one group of them) with its
-optimizer; both are read from their files, and the features from the disk (feature_store.py). Every part is given the
-teacher's own features, not what the student makes of them, so parts do not depend on each other; and U of the AdaLN
-compression, which all blocks share, stays as it is. So it initialises: end-to-end distillation follows.
+One block of the teacher is in memory at a time, and one block of the student (in stage `blocks`, one group) with its
+optimizer. Both are read from their files, the features from the disk (feature_store.py). The input of every part is the
+teacher's own features, not the student's, so parts do not depend on each other; U of the AdaLN compression, which all
+blocks share, is not trained. So this initialises a student, and end-to-end distillation follows.
 
-A part that is finished is a file. A run that was stopped or killed goes on with the first part that has none, at that
-part's last checkpoint.
+Each finished part is a file. A run that was stopped or killed resumes with the first part that has none, at that part's
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def check_blockwise(run: RunConfig, ranks: Ranks) -> None:
-    """Raises UserError for what blockwise mode does not do."""
+    """Raise UserError for options that blockwise mode does not support."""
     if ranks.strategy != "single":
         raise UserError(
             f"training.blockwise is for a single process; here are {ranks.count} ({ranks.strategy}). Start it "
@@ -78,10 +78,11 @@ def train_blockwise(stage_run: StageRun) -> None:
 def split_into_parts(
     config: FluxMoEConfig, plan: StagePlan, trainable: Collection[str], teacher_doubles: int
 ) -> list[Part]:
-    """What a stage trains, in the order in which it runs: blocks, and groups where they choose, that have something to
-    train. `teacher_doubles`: the teacher's double blocks, of which a depth-pruned student has fewer.
+    """Split a student into the parts that a stage trains, in order: blocks, and groups where they choose their blocks.
 
-    A block's features are those of the teacher's block whose output it is to give, and of the one before.
+    Parts without trained weights are left out. `teacher_doubles` is the number of the teacher's double blocks, of which a
+    depth-pruned student has fewer. The target of a block is the output of the teacher's block that it stands for; its
+    input, the target of the block before.
     """
     outputs = teacher_outputs(config)
     groups = {block: number for number, group in enumerate(config.groups) for block in group.members}
@@ -114,7 +115,7 @@ def split_into_parts(
 
 
 class _Blockwise:
-    """One stage."""
+    """One stage in blockwise mode."""
 
     def __init__(self, stage_run: StageRun) -> None:
         self.stage_run, self.run, self.ranks = stage_run, stage_run.run, stage_run.ranks
@@ -182,16 +183,16 @@ class _Blockwise:
         self.ranks.release()
 
     def _check_stop(self) -> None:
-        """Between two entries of the features, and so between two parts: what there is of them stays."""
+        """Stop between two entries of the features, and so between two parts, if asked to. Complete entries stay."""
         if self.ranks.stop_asked():
             if self.log is not None:
                 self.log.event("stopped", message=f"Stage {self.stage_run.stage}: stopped; resume=latest goes on there")
             raise Stopped
 
-    # What is trained
+    # Trained weights
 
     def _core(self, names: Collection[str]) -> FluxMoETransformer2DModel:
-        """The student without weights but for these tensors of its file, and U."""
+        """Build the student with only these tensors of its file, and U; other weights stay on the meta device."""
         from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
         from d2m_model.hosts.diffusers.tensors import load_tensors
 
@@ -211,14 +212,14 @@ class _Blockwise:
         return core
 
     def _names_of(self, core: FluxMoETransformer2DModel, part: Part) -> list[str]:
-        """The file's tensors of a part."""
+        """Names of a part's tensors in the file."""
         from d2m_model.hosts.diffusers.tensor_map import tensor_map
 
         slices = tensor_map(self.config, core.optional)
         return [name for name, found in slices.items() if any(part.has(one.name) for one in found)]
 
     def _check_outside(self, trainable: Collection[str]) -> None:
-        """Raises UserError for patterns of the run that reach outside of blocks."""
+        """Raise UserError if a pattern of the run trains weights outside of blocks."""
         outside = sorted(name for name in trainable if not any(part.has(name) for part in self.parts))
         if others := [name for name in outside if not name.startswith("adaln_in.")]:
             raise UserError(
@@ -231,27 +232,27 @@ class _Blockwise:
     # Files
 
     def _specs(self) -> dict[str, tuple[torch.dtype, Shape]]:
-        """Of the student that the stage ends with, as train_end_to_end writes it."""
+        """Return dtype and shape of each tensor in the stage's student, the same as train_end_to_end writes."""
         dtype, dense = self.stage_run.dtype, dense_shapes(self.config.dims)
         with TensorFile(self.stage_run.source) as file:
-            found = {
+            specs = {
                 name: (dtype if name in dense else file.dtypes[name], shape) for name, shape in file.shapes.items()
             }
-        carried = config_tensor(self.config)
-        return found | {CONFIG_KEY: (carried.dtype, tuple(carried.shape))}
+        config = config_tensor(self.config)
+        return specs | {CONFIG_KEY: (config.dtype, tuple(config.shape))}
 
     def _file(self, part: Part) -> Path:
         return self.stage_run.folder / "parts" / f"{part.name}.safetensors"
 
     def _done(self) -> int:
-        """How many parts are trained."""
+        """Return how many parts are trained."""
         return next((n for n, part in enumerate(self.parts) if not self._file(part).exists()), len(self.parts))
 
     def _checkpoints(self, part: Part) -> Checkpoints:
         return self.stage_run.checkpoints(self.stage_run.checkpoint_folder / part.name, block=part.name)
 
     def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
-        """What the stage has left alone is the source's, bit for bit, in whatever precision it was held."""
+        """Write a trained part. Frozen weights are copied from the source bit for bit, whatever dtype training held them in."""
         from d2m_model.hosts.diffusers import flux_moe_tensors
 
         file, metadata = self._file(part), {"d2m_part": part.name}
@@ -264,7 +265,7 @@ class _Blockwise:
             writer.finish(metadata)
 
     def _write_student(self) -> None:
-        """Of the parts, and for the rest of the file that the stage began with; tensor by tensor."""
+        """Write the student from its trained parts and, for all other tensors, the source file; tensor by tensor."""
         metadata = file_metadata(self.config)
         trained = {name: part for part in self.parts for name in self.names[part.name]}
         with TensorWriter(self.stage_run.student, self.specs, metadata) as writer:
@@ -283,7 +284,7 @@ class _Blockwise:
     # The disk
 
     def _check_disk(self) -> None:
-        """Say what the stage will take. Raises UserError if there is not as much."""
+        """Print what the stage will take of the disk. Raises UserError if there is too little."""
         stage, steps, folder = self.stage_run.stage, self.stage_run.section.steps, self.stage_run.folder
         parts = stage_disk(
             self.run,
@@ -298,9 +299,9 @@ class _Blockwise:
             f"{stage}: {len(self.parts)} parts of {steps} steps each, one by one. Disk: {listed}. "
             "Each is measured on held-out features; the whole student is not validated here."
         )
-        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        existing = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder).free
-        if free + there < needed:
+        if free + existing < needed:
             raise UserError(
                 f"{folder}: stage {stage} needs {needed:,} bytes of the disk, {free:,} are free: {listed}. "
                 "Make room, or take fewer training.blockwise_samples."
@@ -314,8 +315,11 @@ def stage_disk(
     specs: dict[str, tuple[torch.dtype, Shape]],
     parts: Sequence[tuple[Collection[str], Sequence[ParameterSize]]],
 ) -> dict[str, int]:
-    """The most that a stage takes of the disk, in bytes. `specs`: of the student's file; `parts`: names of each part's
-    tensors in it, and what is trained of it; `tokens` of a sample."""
+    """Return the most that a stage takes of the disk, in bytes, by purpose.
+
+    `specs`: tensors of the student's file. `parts`: for each part, the names of its tensors there and its trained
+    parameters. `tokens`: the most that a sample has.
+    """
     checkpoints = [checkpoint_bytes(run, trained) for _, trained in parts]
     return {
         "the teacher's features": disk_bytes(run, hidden_size, tokens),

@@ -1,8 +1,8 @@
-"""What autograd keeps of a training step, counted without weights: the step's own code runs on tensors without values.
+"""Activations that autograd keeps of a training step, counted by running the step's own code on tensors without values.
 
-So the count follows whatever decides it: what a stage trains, gradient checkpointing, mixed precision, the experts'
-gathered rows, the kind of attention. A GPU's kernels are stood for by the CPU's, which keep the same tensors but for a
-few small ones.
+So the count includes all that it depends on: trained weights, gradient checkpointing, mixed precision, the experts'
+gathered rows, the kind of attention. CPU kernels stand in for a GPU's; they keep the same tensors except for a few small
+ones.
 
 Shapes: B batch, T image and L text tokens, C channels of a token, H hidden size.
 """
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
-OUTSIDE = ""  # the block of what is in none
+_OUTSIDE = ""  # the block name of tensors outside of blocks
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Activations:
-    """Bytes that autograd keeps for the backward pass, by block in BFL names, OUTSIDE for the rest (the losses')."""
+    """Bytes that autograd keeps for the backward pass, by BFL block name; the empty string is for the rest (losses)."""
 
     by_block: dict[str, int]
 
@@ -53,12 +53,12 @@ class Activations:
 
     @property
     def largest_block(self) -> int:
-        return max((size for name, size in self.by_block.items() if name != OUTSIDE), default=0)
+        return max((size for name, size in self.by_block.items() if name != _OUTSIDE), default=0)
 
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Tensors that are made during the `with` have shapes and dtypes, and nothing in them."""
+    """Make tensors of the `with` without values: they have shapes and dtypes only."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), warnings.catch_warnings():
@@ -69,9 +69,9 @@ def without_values() -> Iterator[None]:
 def saved_activations(
     run: RunConfig, plan: StagePlan, core: FluxMoETransformer2DModel, teacher: FluxDims, tokens: Tokens
 ) -> Activations:
-    """Of one microbatch of a stage, the student's forward pass and all losses: bytes of unique storages, weights left out.
+    """Count one microbatch of a stage, forward pass and losses: bytes of unique storages, without weights.
 
-    `core` is a `valueless_student`, of the same `without_values`. No text is taken for padding.
+    `core` is a `valueless_student` made in the same `without_values`. No text token is padding.
     """
     size = run.training.batch_size
     distillation = Distillation(
@@ -85,13 +85,13 @@ def saved_activations(
     assert batch.tokens_BTC is not None
     noisy = NoisyBatch(tokens_BTC=batch.tokens_BTC, t_B=torch.empty(size), target_BTC=batch.tokens_BTC)
     core.train()
-    with _saved(core) as found:
+    with _saved(core) as counted:
         distillation.compare(batch, noisy)
-    return found[0]
+    return counted[0]
 
 
 def optional_names(run: RunConfig, config: FluxMoEConfig) -> list[str]:
-    """The optional tensors that this run's conversion writes."""
+    """Names of the optional tensors that this run's conversion writes."""
     kinds = ((".router.bias", run.convert.router == "ridge"), (".expert_mean", run.convert.mean))
     if run.student.baseline == "mlp_pruning":
         return []
@@ -99,7 +99,7 @@ def optional_names(run: RunConfig, config: FluxMoEConfig) -> list[str]:
 
 
 def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) -> FluxMoETransformer2DModel:
-    """The student as a stage trains it: dtypes, what is frozen, gates, checkpointing. To be made in `without_values`."""
+    """Build the student as a stage trains it, in `without_values`: dtypes, frozen weights, gates, checkpointing."""
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
     from d2m_model.hosts.diffusers.tensors import load_tensors
 
@@ -122,7 +122,7 @@ def valueless_student(run: RunConfig, plan: StagePlan, config: FluxMoEConfig) ->
 
 
 class _Teacher(nn.Module):
-    """What a step sees of a teacher: outputs of the right shapes, of the model and of its blocks."""
+    """A stand-in for the teacher: the model and its blocks give outputs of the right shapes."""
 
     def __init__(self, dims: FluxDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def _batch(dims: FluxDims, tokens: Tokens, size: int) -> Batch:
 
 
 class _Autocast:
-    """A model called as accelerate calls it in mixed precision: outputs come back in float32."""
+    """A model under mixed precision as accelerate runs it: outputs are float32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self._model, self._dtype = model, dtype
@@ -163,19 +163,19 @@ class _Autocast:
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
         if self._dtype is None:
-            found: tuple[Tensor, ...] = self._model(**inputs)
-            return found
+            outputs: tuple[Tensor, ...] = self._model(**inputs)
+            return outputs
         with torch.autocast("cpu", self._dtype):
-            found = self._model(**inputs)
-        return tuple(tensor.float() for tensor in found)
+            outputs = self._model(**inputs)
+        return tuple(tensor.float() for tensor in outputs)
 
 
 @contextmanager
 def _saved(model: FluxMoETransformer2DModel) -> Iterator[list[Activations]]:
-    """What autograd keeps of the forward passes during the `with`: one entry in the list when it has ended."""
+    """Count what autograd keeps of forward passes during the `with`; the list has one entry after it."""
     weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    block = [OUTSIDE]
-    kept: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so that no other takes its storage's number
+    block = [_OUTSIDE]
+    kept: dict[int, tuple[str, Tensor]] = {}  # keeps the tensor alive, so that no other gets its storage's address
 
     def pack(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in weights:
@@ -188,18 +188,18 @@ def _saved(model: FluxMoETransformer2DModel) -> Iterator[list[Activations]]:
     handles = []
     for one, module in blocks_of(model).items():
         handles.append(module.register_forward_pre_hook(enter(one.name)))
-        handles.append(module.register_forward_hook(enter(OUTSIDE)))
-    found: list[Activations] = []
+        handles.append(module.register_forward_hook(enter(_OUTSIDE)))
+    counted: list[Activations] = []
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield found
+            yield counted
     finally:
         for handle in handles:
             handle.remove()
     by_block: dict[str, int] = {}
     for name, tensor in kept.values():
         by_block[name] = by_block.get(name, 0) + tensor.untyped_storage().nbytes()
-    found.append(Activations(by_block=by_block))
+    counted.append(Activations(by_block=by_block))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -208,9 +208,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 def feature_bytes(run: RunConfig, plan: StagePlan, dims: FluxDims, tokens: Tokens) -> int:
-    """Of the block outputs that a step keeps until its losses are known, besides those that autograd keeps.
+    """Bytes of the block outputs that a step keeps until its losses are computed, beyond those that autograd keeps.
 
-    The teacher's all; of the student's those of single blocks, whose two streams are put together for it.
+    These are all of the teacher's, and those of the student's single blocks, whose two streams are concatenated.
     """
     student = _AUTOCAST.get(run.training.mixed_precision, getattr(torch, run.student.dtype))
     elements = run.training.batch_size * tokens.joint * dims.hidden_size

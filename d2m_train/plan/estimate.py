@@ -1,8 +1,8 @@
-"""What a run will take, told before it begins (`distill --dry-run`): parameters, FLOPs, memory, disk and tokens.
+"""An estimate of a run before it begins (`distill --dry-run`): parameters, FLOPs, memory, disk and tokens.
 
-No weights are read: of the teacher its header is enough, or, where the file is not there, `teacher.dims`. Weights,
-gradients and optimizer state are counted in bytes off the student itself, built without values; activations off its own
-forward pass (activations.py). What the GPU's libraries and the allocator take besides is not in it.
+No weights are read: the teacher's header is enough or, without its file, `teacher.dims`. Bytes of weights, gradients and
+optimizer state are counted on the student itself, built without values; activations, on its own forward pass
+(activations.py). Memory that the GPU's libraries and the allocator take is not included.
 """
 
 from __future__ import annotations
@@ -37,18 +37,16 @@ from ..teacher.known_flux import KNOWN_DIMS
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from .activations import feature_bytes, optional_names, saved_activations, valueless_student, without_values
 from .memory import Strategy, blockwise_memory, shared_memory, teacher_bytes
-from .run_plan import RunPlan, StageEstimate
-
-GIB = 2**30
+from .run_plan import GIB, RunPlan, StageEstimate
 
 
 def plan_run(
     run: RunConfig, *, processes: int | None = None, strategy: str | None = None, gpu_memory: str | None = None
 ) -> RunPlan:
-    """The plan of a run on so many GPUs (default: as many as the launcher says, else one), sharing as `strategy` says.
+    """Plan a run on `processes` GPUs (default: as many as the launcher says, else one) that share it by `strategy`.
 
-    `gpu_memory`: of each, such as 24GB; by default of the GPU that is here. Raises UserError and CheckpointError for what
-    would stop the run as well, and UserError if the teacher's file is missing and `teacher.dims` does not say what it is.
+    `gpu_memory` of each, such as 24GB; by default that of this machine's GPU. Raises UserError and CheckpointError for
+    problems that would stop the run too, and UserError if the teacher's file is missing and `teacher.dims` is not set.
     """
     count = processes or int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_strategy(strategy, count)
@@ -75,7 +73,7 @@ def plan_run(
 
 
 def choose_strategy(name: str | None, processes: int) -> Strategy:
-    """Raises UserError for one that so many processes cannot have."""
+    """Return the named strategy, or the default one. Raises UserError for one that `processes` cannot use."""
     if processes == 1 and name in (None, "single", "ddp"):
         return "single"
     if name in (None, "ddp"):
@@ -87,8 +85,10 @@ def choose_strategy(name: str | None, processes: int) -> Strategy:
 
 
 def parse_gpu_memory(text: str | None) -> int | None:
-    """Bytes of `24GB`, `80GiB` or `24`; of None those of the GPU that is here, if there is one. GB counts as GiB, as
-    GPUs are sold. Raises UserError for anything else."""
+    """Return the bytes of `24GB`, `80GiB` or `24`; for None, those of this machine's GPU, if it has one.
+
+    GB counts as GiB, as GPUs are sold. Raises UserError for anything else.
+    """
     if text is None:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE)
@@ -97,11 +97,11 @@ def parse_gpu_memory(text: str | None) -> int | None:
     return int(float(match[1]) * GIB)
 
 
-# What there will be
+# Teacher and student
 
 
 def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
-    """Dimensions, and the dtype in which each tensor is read: of the file's header, or of what the run says it is."""
+    """Return dimensions and dtype of each tensor, from the file's header or, without a file, from `teacher.dims`."""
     section = run.teacher
     if section.path.exists() or section.dims is None:
         if not section.path.exists():
@@ -116,7 +116,7 @@ def _teacher(run: RunConfig) -> tuple[FluxDims, dict[str, torch.dtype]]:
 
 
 def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
-    """Of the converted file where there is one, else what conversion would make."""
+    """Return the configuration of the converted file or, before it exists, the one that conversion would write."""
     converted = run.output_dir / "convert" / "student.safetensors"
     for made in (converted, run.student.start):
         if made is not None and made.exists():
@@ -125,7 +125,7 @@ def student_config(run: RunConfig, teacher: FluxDims) -> FluxMoEConfig:
     about = Teacher(title=run.teacher.path.stem, sha256=UNHASHED, licence="")
     config = file_config(settings, teacher, about, None)
     if run.student.baseline == "depth_pruning":
-        # Which of a group's blocks are kept only calibration knows; they are all of one size.
+        # Only calibration knows which of a group's blocks are kept, but they all have the same size.
         alike = dict.fromkeys((block.name for block in teacher.blocks), BlockChange(mse=1, image_mse=1))
         kept = kept_blocks(teacher, config.groups, alike)
         dims = teacher.with_depths(double=len(kept["double"]), single=len(kept["single"]))
@@ -143,7 +143,7 @@ def _what(run: RunConfig, config: FluxMoEConfig) -> str:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class _Setting:
-    """What all stages of a run share. `teacher` are the teacher's dimensions, `config` is the student's."""
+    """The values that all stages of a run share. `teacher` holds the teacher's dimensions, `config` is the student's."""
 
     run: RunConfig
     config: FluxMoEConfig
@@ -195,10 +195,10 @@ class _Setting:
         )
 
     def _flops(self, weights: Sequence[ParameterSize], parts: int) -> float:
-        """Of one sample's step: the teacher forward; the student forward, back through what it computes and through the
-        weights that are trained, and forward again under gradient checkpointing. All blocks of a group run, and are masked.
+        """FLOPs of one sample's step: teacher forward; student forward, backward through its activations and its trained
+        weights, and forward again under gradient checkpointing. All blocks of a group run, and are masked.
 
-        Blockwise, of one of so many parts, and without the teacher.
+        In blockwise mode: the FLOPs of one of `parts` parts, without the teacher.
         """
         groups = tuple(replace(group, active=group.blocks) for group in self.config.groups)
         student = flux(self.config.dims, Conversion.of(replace(self.config, groups=groups)), self.tokens).flops
@@ -240,10 +240,10 @@ def _disk(
     for stage in stages:
         disk[f"student after {stage.stage}"] = file(trained)
         if not run.training.blockwise:
-            # One more while it is being written.
+            # One more, while it is being written.
             disk[f"checkpoints of {stage.stage}"] = stage.checkpoint * (min(run.checkpoints.keep, stage.steps) + 1)
     if run.training.blockwise and stages:
-        # Of one stage after the other.
+        # The largest stage counts, since stages follow each other.
         kept = run.checkpoints.keep + 1
         disk["checkpoints of a block"] = max(stage.checkpoint for stage in stages) * kept
         disk["trained blocks"] = max(sum(stage.parts) for stage in stages)
@@ -260,7 +260,7 @@ def _notes(run: RunConfig, strategy: Strategy, stages: Sequence[StageEstimate]) 
     if strategy == "fsdp2" and run.training.accumulation > 1:
         notes.append(
             f"FSDP2: gradients are reduced at each of a step's {run.training.accumulation} microbatches, so that they "
-            "stay shared out between them."
+            "stay sharded between them."
         )
     if strategy in ("zero2", "zero3"):
         notes.append("DeepSpeed's share is estimated, not counted.")

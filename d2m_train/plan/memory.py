@@ -1,6 +1,6 @@
-"""What a training stage keeps in the memory of a GPU, by part: weights, gradients, optimizer state, average, teacher.
+"""Memory of a training stage on a GPU, by part: weights, gradients, optimizer state, average, teacher.
 
-In bytes, off the student's parameters: each says what it takes, whole or as one of several GPUs holds it.
+Bytes are counted from the student's parameters, full or as one of several GPUs stores them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .activations import Activations
 Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
-def block_name(parameter: str) -> str:
-    """The block of a parameter, in diffusers' style; the empty string outside of blocks."""
+def _block_name(parameter: str) -> str:
+    """Return the name of a parameter's block in diffusers' style; the empty string outside of blocks."""
     block = Block.parse(parameter)
     return "" if block is None else block.diffusers_name
 
@@ -34,7 +34,7 @@ def block_name(parameter: str) -> str:
 def shared_memory(
     run: RunConfig, weights: Sequence[ParameterSize], buffers: int, processes: int, strategy: Strategy
 ) -> dict[str, int]:
-    """What the strategy shares out: weights, gradients, optimizer state, average, and what it takes itself."""
+    """Memory that depends on the strategy: weights, gradients, optimizer state, average, and the strategy's own buffers."""
     whole = list(weights)
     trained = [weight for weight in whole if weight.trained]
     parts: list[ParameterSize] = whole
@@ -58,17 +58,17 @@ def shared_memory(
         size["exchanged gradients"] = sum(weight.nbytes for weight in trained)
     elif strategy in ("fsdp2", "zero3"):
         blocks: dict[str, int] = {}
-        of_gradients: dict[str, int] = {}
+        gradients: dict[str, int] = {}
         reduced = None if run.training.mixed_precision == "no" else torch.float32
         for weight in whole:
-            block = block_name(weight.name)
+            block = _block_name(weight.name)
             blocks[block] = blocks.get(block, 0) + weight.nbytes
-            # Once as the backward pass gives them, and once in the buffer from which they are reduced.
+            # The backward pass's own gradient, and the buffer from which it is reduced.
             gradient = weight.nbytes + weight.count * (reduced or weight.dtype).itemsize
-            of_gradients[block] = of_gradients.get(block, 0) + weight.trained * gradient
+            gradients[block] = gradients.get(block, 0) + weight.trained * gradient
         outside = blocks.pop("", 0)
-        # Of this block and the next; in the backward pass, before they are shared out, this one's gradients.
-        size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(of_gradients.values())
+        # Weights of this block and the next, and this block's gradients before they are sharded.
+        size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(gradients.values())
     return size
 
 
@@ -81,15 +81,16 @@ def blockwise_memory(
     working: Activations,
     tokens: Tokens,
 ) -> dict[str, int]:
-    """One part at a time: the memory of the one that takes most. The teacher's block has gone when it is trained.
+    """Memory of the largest part, since parts are trained one at a time. The teacher's block is freed before that.
 
-    `kept`: what autograd keeps; `working`: without gradient checkpointing, which blockwise mode has in groups alone.
+    `kept`: activations that autograd keeps; `working`: the same without gradient checkpointing, which blockwise mode uses
+    only in groups.
     """
     shared = sum(weight.nbytes for weight in weights if weight.name.startswith("adaln_in."))
     on_gpu, in_blocks = teacher_bytes(run, teacher, offload="none")
     elements = run.training.batch_size * tokens.joint * teacher.hidden_size
     student: torch.dtype = getattr(torch, run.student.dtype)
-    found: list[dict[str, int]] = []
+    sizes: list[dict[str, int]] = []
     for part in parts:
         own = [weight for weight in weights if part.has(weight.name)]
         trained = [weight for weight in own if weight.trained and not weight.name.startswith("adaln_in.")]
@@ -104,17 +105,17 @@ def blockwise_memory(
             "optimizer": optimizer_bytes(run, trained),
             "teacher's weights": on_gpu - in_blocks,
             "activations": activations,
-            # What is given and what is wanted; all three in float32 to compare them, and the errors.
+            # Inputs and targets; both and the outputs in float32 for the comparison, and the errors.
             "block outputs to compare": elements * (2 * student.itemsize + 6 * 4),
         }
         if run.training.ema is not None:
             size["average"] = sum(weight.nbytes for weight in trained)
-        found.append(size)
-    return max(found, key=lambda size: sum(size.values()), default={})
+        sizes.append(size)
+    return max(sizes, key=lambda size: sum(size.values()), default={})
 
 
 def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) -> tuple[int, int]:
-    """(bytes on the GPU, bytes of the blocks) of the frozen teacher: blocks that are offloaded come one or two at a time."""
+    """(bytes on the GPU, bytes of all blocks) of the frozen teacher. Offloaded blocks come one or two at a time."""
     dtype: torch.dtype = getattr(torch, run.teacher.dtype)
     outside, blocks = 0, dict[Block, int]()
     for name, shape in diffusers_shapes(dims).items():
@@ -127,13 +128,16 @@ def teacher_bytes(run: RunConfig, dims: FluxDims, offload: str | None = None) ->
             size = _quantised_bytes(run.teacher.quantise, shape, dtype)
         blocks[block] = blocks.get(block, 0) + size
     offload = run.teacher.offload if offload is None else offload
-    held = {"none": sum(blocks.values()), "cpu": 2 * max(blocks.values()), "stream": max(blocks.values())}
-    return outside + held[offload], sum(blocks.values())
+    on_gpu = {"none": sum(blocks.values()), "cpu": 2 * max(blocks.values()), "stream": max(blocks.values())}
+    return outside + on_gpu[offload], sum(blocks.values())
 
 
 def _quantised_bytes(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """As torchao holds a weight: 8 bits with a float32 scale for each row (int8: and a zero point of a byte); 4 bits with a
-    byte of scale for each block, a scale of those for some of them, their mean and a table of 16 values."""
+    """Bytes of a weight as torchao stores it.
+
+    8 bits: a float32 scale per row, for int8 also a zero point of one byte. nf4: a byte of scale per block, a scale per
+    group of those, their mean, and a table of 16 values.
+    """
     count = math.prod(shape)
     if form == "int8":
         return count + 5 * shape[0]

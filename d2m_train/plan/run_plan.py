@@ -9,6 +9,8 @@ from d2m_model.cost import Cost, Tokens
 from ..run_config import Stage
 from .memory import Strategy
 
+GIB = 2**30
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StageEstimate:
@@ -47,7 +49,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage fits into the GPU's memory; None where that memory is not known."""
+        """True if every stage fits into the GPU's memory; None where that memory is not known."""
         if self.gpu_memory is None:
             return None
         return all(stage.gpu_memory <= self.gpu_memory for stage in self.stages)

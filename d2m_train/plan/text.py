@@ -1,4 +1,4 @@
-"""A run's plan as people read it in a terminal."""
+"""The plan of a run as text for a terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 from d2m_model.cost import Cost
 
-from .run_plan import RunPlan, StageEstimate
+from .run_plan import GIB, RunPlan, StageEstimate
 
-GIB = 2**30
-# What to try, for the part of the memory that is the largest.
-ADVICE = {
+# Options to try, by the part of the memory that is the largest.
+_ADVICE = {
     "student's weights": "student.frozen_dtype=bfloat16, FSDP2 over more GPUs, or training.blockwise=true",
     "teacher's weights": "teacher.quantise=fp8, teacher.offload=cpu or teacher.offload=stream",
     "gradients": "FSDP2 over more GPUs, or training.blockwise=true",
@@ -25,6 +24,7 @@ ADVICE = {
 
 
 def plan_text(plan: RunPlan) -> str:
+    """Render the plan, with a verdict on the GPU's memory."""
     many = f"{plan.processes} GPUs, {plan.strategy}" if plan.processes > 1 else "one GPU (or CPU)"
     lines = [
         f"{plan.title}; {many}; samples of {plan.tokens.image:,} image and {plan.tokens.text:,} text tokens",
@@ -44,7 +44,7 @@ def plan_text(plan: RunPlan) -> str:
 
 
 def _stages(plan: RunPlan) -> list[str]:
-    """A column for each stage, memory by part."""
+    """Render a table with a column per stage, and memory by part."""
     stages = plan.stages
     parts = list(dict.fromkeys(part for stage in stages for part in stage.memory))
     unit = GIB if max(stage.gpu_memory for stage in stages) >= GIB else 2**20
@@ -89,7 +89,7 @@ def _verdict(plan: RunPlan) -> list[str]:
     part = max(worst.memory, key=lambda part: worst.memory[part])
     return [
         f"It does not fit: {needs} of {_size(plan.gpu_memory)}. "
-        f"Most of it is {part} ({_size(worst.memory[part])}): try {ADVICE[part]}."
+        f"Most of it is {part} ({_size(worst.memory[part])}): try {_ADVICE[part]}."
     ]
 
 

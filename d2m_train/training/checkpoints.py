@@ -1,7 +1,7 @@
-"""A stage's checkpoints: written whole or not at all, a few kept, in a form that another number of processes can read.
+"""A stage's checkpoints: complete or absent, the last few kept, readable by another number of processes.
 
-`checkpoints/step-000500/` holds torch.distributed.checkpoint's shards and `checkpoint.json`: the step, and whose it is.
-While it is being written its name ends in `.partial`.
+`checkpoints/step-000500/` holds torch.distributed.checkpoint's shards and `checkpoint.json`: the step and the identity of
+the run. While a checkpoint is being written, its name ends in `.partial`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from d2m_model.atomic import sync_folder
 
 from .. import UserError
 
-MANIFEST = "checkpoint.json"
-PARTIAL = ".partial"
+_MANIFEST = "checkpoint.json"
+_PARTIAL = ".partial"
 
 
 class Checkpoints:
     """The checkpoints of one folder.
 
-    `identity` is of the run (a flat mapping of JSON values); a checkpoint of another run is refused. `main` is true on the
-    one rank that names and deletes; `wait` is a barrier. All methods but `steps` are called on every rank alike.
+    `identity` identifies the run (a flat mapping of JSON values); checkpoints of another run are refused. `main` is true
+    on the one rank that renames and deletes; `wait` is a barrier. All methods except `steps` are called on every rank.
     """
 
     def __init__(
@@ -41,20 +41,20 @@ class Checkpoints:
         self.folder, self.identity, self.keep, self.main, self.wait = folder, dict(identity), keep, main, wait
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are whole, in order."""
-        found = [re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*")]
-        return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / MANIFEST).is_file())
+        """Steps of the complete checkpoints, in order."""
+        matches = [re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in matches if match and (self.folder / match[0] / _MANIFEST).is_file())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06}"
 
     def save(self, step: int, state: dict[str, Any], extra: Mapping[str, Any]) -> None:
-        """Write `state` (tensors, sharded or not) and `extra` (JSON), then delete what is beyond `keep`.
+        """Write `state` (tensors, sharded or not) and `extra` (JSON), then delete all but the last `keep` checkpoints.
 
-        Raises UserError, with the last good checkpoint as it was, if the disk does not take it.
+        Raises UserError if writing fails; the last good checkpoint stays as it was.
         """
         final = self.path(step)
-        partial = final.with_name(final.name + PARTIAL)
+        partial = final.with_name(final.name + _PARTIAL)
         try:
             if self.main:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,11 @@ class Checkpoints:
                 )
             if self.main:
                 manifest = {"step": step, "identity": self.identity, "extra": dict(extra)}
-                with (partial / MANIFEST).open("w") as file:
+                with (partial / _MANIFEST).open("w") as file:
                     json.dump(manifest, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
-                shutil.rmtree(final, ignore_errors=True)  # of an attempt that was begun anew
+                shutil.rmtree(final, ignore_errors=True)  # left by an earlier attempt
                 os.rename(partial, final)
                 with contextlib.suppress(OSError):  # a file system that cannot sync folders
                     sync_folder(self.folder)
@@ -89,18 +89,18 @@ class Checkpoints:
                 shutil.rmtree(self.path(old_step), ignore_errors=True)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Of one checkpoint. Raises UserError if it is another run's, naming what differs."""
+        """Read a checkpoint's manifest. Raises UserError if the checkpoint is of another run, and names what differs."""
         path = self.path(step)
         try:
-            manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-            found = manifest["identity"]
+            manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+            stored = manifest["identity"]
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: {MANIFEST} cannot be read ({error}); {_older(path)}") from None
+            raise UserError(f"{path}: {_MANIFEST} cannot be read ({error}); {_older(path)}") from None
         differs = sorted(
-            key for key in {**found, **self.identity} if found.get(key, None) != self.identity.get(key, None)
+            key for key in {**stored, **self.identity} if stored.get(key, None) != self.identity.get(key, None)
         )
         if differs:
-            listed = "; ".join(f"{key} was {found.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
+            listed = "; ".join(f"{key} was {stored.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
             raise UserError(
                 f"{path} is of another run: {listed}. Give what it was made with, or another output_dir for a new run."
             )
@@ -121,16 +121,16 @@ class Checkpoints:
         return extra
 
     def clean(self) -> None:
-        """Remove what a run that was killed while writing has left."""
+        """Remove what a run that was killed while writing has left behind."""
         if self.main:
-            for partial in self.folder.glob(f"*{PARTIAL}"):
+            for partial in self.folder.glob(f"*{_PARTIAL}"):
                 shutil.rmtree(partial, ignore_errors=True)
         self.wait()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A single process has no process group, and wants none."""
+    """Silence the warning that there is no process group: a single process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
@@ -141,7 +141,7 @@ def _older(path: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """One line. Of a failure on several ranks the first one's."""
+    """Return the error in one line; of failures on several ranks, the first."""
     if isinstance(error, CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))[0]
         return _reason(failure)

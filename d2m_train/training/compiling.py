@@ -11,9 +11,9 @@ from .. import UserError
 
 
 def compile_blocks(blocks: Sequence[nn.Module], compiler: bool | str) -> None:
-    """Each block's forward, by inductor (True) or another backend; False leaves them as they are.
+    """Compile each block's forward by inductor (True) or another backend; False does nothing.
 
-    Raises UserError for a backend that torch lacks.
+    Raises UserError for a backend that torch does not have.
     """
     if not compiler:
         return
@@ -22,7 +22,7 @@ def compile_blocks(blocks: Sequence[nn.Module], compiler: bool | str) -> None:
         raise UserError(
             f"training.compile is {backend}; expected true, false or a backend of torch: {', '.join(known)}."
         )
-    # Blocks of a kind share their code, and each may need a graph of its own, for training and for validation.
+    # Blocks of a kind share their code, but each may need graphs of its own, for training and for validation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)

@@ -39,11 +39,11 @@ MicrobatchT = TypeVar("MicrobatchT", bound=Microbatch)
 
 
 class Objective(Protocol[MicrobatchT]):
-    """What a student learns, and what is measured of it. All methods are called on every rank alike.
+    """The task of a student: microbatches, losses and measurements. All methods are called on every rank alike.
 
     name             stands in messages, such as "Stage shared"
     steps_before     steps that the stage's log has before this objective's first
-    saves_last_step  whether the last step gets a checkpoint; otherwise its result is written as soon as the loop ends
+    saves_last_step  True if the last step gets a checkpoint; else its result is written as soon as the loop ends
     """
 
     name: str
@@ -64,7 +64,7 @@ class Objective(Protocol[MicrobatchT]):
         """Count what the routers chose in the forward pass of `losses`."""
 
     def due(self, step: int) -> bool:
-        """Whether `measure` has anything to do."""
+        """Tell whether `measure` has anything to do."""
 
     def measure(self, step: int, log: StageLog) -> None:
         """Measure the student after a step. It has its averaged weights meanwhile, where the run keeps an average."""

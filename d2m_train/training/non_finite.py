@@ -1,4 +1,4 @@
-"""When a loss or a gradient is NaN or infinite: which module made it so, and what can be done."""
+"""Diagnosis of a NaN or infinite loss or gradient: the module that made it, and advice."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import Tensor, nn
 from .. import UserError
 from ..parallel.parameters import local_tensor
 
-ELSEWHERE = "it is on another rank, which names the module"
+_ELSEWHERE = "it is on another rank, which names the module"
 
 
 def find_non_finite(
     model: nn.Module, run_forward: Callable[[], Tensor], together: Callable[[bool], bool] = bool
 ) -> str:
-    """What of `model` is NaN or infinite first, in words: a weight, a module's output, or a gradient.
+    """Describe the first NaN or infinite value of `model`: a weight, a module's output, or a gradient.
 
-    `run_forward` computes the loss again, of the batch that it happened in; the backward pass follows where the forward
-    pass is in order, so gradients are left in the parameters. In a run of several ranks every one calls this, and
-    `together` says whether something holds on any of them: a pass that all take part in is not left by one.
+    `run_forward` computes the loss of the same batch again. If the forward pass is finite, the backward pass runs too and
+    leaves gradients in the parameters. Every rank of a run calls this; `together` tells whether a condition holds on any
+    rank, so that no rank leaves a pass that all ranks take part in.
     """
-    held = next((item for item in [*model.named_parameters(), *model.named_buffers()] if not _finite(item[1])), None)
-    if together(held is not None):
-        return ELSEWHERE if held is None else f"{held[0]} itself is not finite ({_which(held[1])})"
+    weight = next((item for item in [*model.named_parameters(), *model.named_buffers()] if not _finite(item[1])), None)
+    if together(weight is not None):
+        return _ELSEWHERE if weight is None else f"{weight[0]} itself is not finite ({_counts(weight[1])})"
     with _watched(model) as (forward, backward):
         loss = run_forward()
-        found = forward[0] if forward else None
-        if found is None and not _finite(loss):
-            found = f"every module's output is finite, but the loss made of them is not ({_which(loss)})"
-        if together(found is not None):
-            return found or ELSEWHERE
+        culprit = forward[0] if forward else None
+        if culprit is None and not _finite(loss):
+            culprit = f"every module's output is finite, but the loss made of them is not ({_counts(loss)})"
+        if together(culprit is not None):
+            return culprit or _ELSEWHERE
         if loss.requires_grad:
             loss.backward()
     if backward:
         return backward[0]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not _finite(parameter.grad):
-            return f"the gradient of {name} is not finite ({_which(parameter.grad)})"
+            return f"the gradient of {name} is not finite ({_counts(parameter.grad)})"
     return "nothing in a second pass through the same batch; the first may have met a fault of the device"
 
 
-def non_finite_error(found: str, *, where: str, checkpoint: str | None) -> UserError:
-    """`found`: of find_non_finite. `where`: stage and step. `checkpoint`: the last good one, None before there is one."""
+def non_finite_error(source: str, *, where: str, checkpoint: str | None) -> UserError:
+    """`source` is find_non_finite's description, `where` names stage and step; `checkpoint` is the last good one, if any."""
     kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return UserError(
-        f"{where}: the loss or its gradient is not finite. {found[:1].upper()}{found[1:]}. {kept}; nothing was written "
+        f"{where}: the loss or its gradient is not finite. {source[:1].upper()}{source[1:]}. {kept}; nothing was written "
         "after it. Go on with resume=latest and a lower stage learning_rate, a smaller training.max_grad_norm, or "
         "training.mixed_precision=bf16 (or no) in place of fp16; if it comes back at the same step, look at that batch's data."
     )
@@ -56,10 +56,10 @@ def non_finite_error(found: str, *, where: str, checkpoint: str | None) -> UserE
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
-    """What goes wrong during the `with`, in the order in which it does: in forward passes, and in backward passes.
+    """Record non-finite values during the `with`, in order: (of forward passes, of backward passes).
 
-    Hooks run from the innermost module outwards. So the first that turns finite inputs into something else is the
-    smallest that does.
+    Hooks run from the innermost module outwards, so the first module that turns finite inputs into non-finite outputs is
+    the smallest that does.
     """
     forward: list[str] = []
     backward: list[str] = []
@@ -68,7 +68,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
         def hook(gradient: Tensor) -> None:
             if not backward and not _finite(gradient):
                 backward.append(
-                    f"the gradient {what} is not finite ({_which(gradient)}), the first in the backward pass"
+                    f"the gradient {what} is not finite ({_counts(gradient)}), the first in the backward pass"
                 )
 
         return hook
@@ -79,7 +79,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
             wrong = [tensor for tensor in outputs if not _finite(tensor)]
             if wrong and not forward and all(_finite(tensor) for tensor in _tensors((arguments, keywords))):
                 kind = type(module).__name__
-                forward.append(f"{name or 'the model'} ({kind}) makes finite inputs into {_which(wrong[0])}")
+                forward.append(f"{name or 'the model'} ({kind}) makes finite inputs into {_counts(wrong[0])}")
             for tensor in outputs:
                 if tensor.requires_grad:
                     handles.append(tensor.register_hook(reached(f"that reaches the output of {name or 'the model'}")))
@@ -115,7 +115,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(local_tensor(tensor)).all())
 
 
-def _which(tensor: Tensor) -> str:
+def _counts(tensor: Tensor) -> str:
     values = local_tensor(tensor).detach()
     counts = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)

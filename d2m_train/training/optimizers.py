@@ -14,15 +14,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .. import UserError
 from ..run_config import StageSection, TrainingSection
 
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
 def new_optimizer(
     parameters: Sequence[nn.Parameter], stage: StageSection, training: TrainingSection
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW in the form that is asked for, and its schedule over the stage's steps.
+    """Make the run's form of AdamW, and its schedule over the stage's steps.
 
-    Raises UserError if 8-bit AdamW is asked for where bitsandbytes is not installed.
+    Raises UserError for 8-bit AdamW if bitsandbytes is not installed.
     """
     from diffusers.optimization import get_scheduler
 
@@ -45,7 +45,7 @@ def new_optimizer(
         optimizer = torch.optim.AdamW(parameters, fused=training.optimizer == "adamw_fused", **options)
     warmup = min(training.warmup_steps, stage.steps)
     schedule = get_scheduler(
-        SCHEDULES[training.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=max(stage.steps, 1)
+        _SCHEDULES[training.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=max(stage.steps, 1)
     )
     return optimizer, schedule
 
@@ -53,7 +53,7 @@ def new_optimizer(
 class WeightAverage:
     """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast.
 
-    `parameters` may be parts of them, if the model runs with what is in the parts.
+    `parameters` may be this rank's shards, if the model takes its weights from them.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -62,14 +62,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Once a step, counted from 1."""
+        """Called once per step, counted from 1."""
         update = get_ema_multi_avg_fn(min(self.decay, step / (step + 9)))
         averages: list[Any] = list(self.averages.values())
         update(averages, [parameter.detach() for parameter in self.parameters.values()], step)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averages for its weights during the `with`."""
+        """Give the model the averages as its weights during the `with`."""
         self._exchange()
         try:
             yield

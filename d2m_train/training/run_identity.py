@@ -1,4 +1,4 @@
-"""Which run it is: what has to be the same for a stopped run to go on."""
+"""The identity of a run: all that must stay the same for a stopped run to resume."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from .. import UserError
 from ..data.batch import DataSource
 from ..run_config import STAGES, RunConfig, Stage
 
-# What a run may change when it goes on: where it, its teacher and its data are (they are compared by content), what it shows
-# and keeps, which stages it runs, and how a global batch is gathered (loop.py compares how many microbatches it has).
-FREE = (
+# Fields that a run may change when it resumes: where it, its teacher and its data are (teacher and data are compared by
+# content), what it logs and keeps, which stages it runs, and how a global batch is gathered (end_to_end.py compares the number
+# of microbatches).
+_FREE = (
     "output_dir",
     "resume",
     "restart",
@@ -37,37 +38,37 @@ FREE = (
     "training.gradient_checkpointing",
     "training.compile",
 )
-SLICES, SLICE = 8192, 1 << 12  # of a teacher's file, in bytes: all of 32 MB, and of 24 GB a page every 3 MB
+_SLICES, _SLICE = 8192, 1 << 12  # number and bytes: all of a 32 MB file, and a page every 3 MB of a 24 GB file
 
 
 def run_identity(run: RunConfig, teacher: Path, data: DataSource) -> dict[str, Any]:
-    """Flat, of JSON values: every field that training depends on, what the teacher is, and what the data are."""
+    """Return a flat mapping of JSON values: all fields that training depends on, and digests of teacher and data."""
     with open_teacher(teacher) as opened:
         fingerprint = _fingerprint(opened.files)
     return {**_bound(run.model_dump(mode="json")), "teacher.fingerprint": fingerprint, "data.identity": data.identity}
 
 
 def stage_identity(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """What one stage depends on: not on how the others are trained."""
+    """Return the identity of one stage, without the fields of the other stages."""
     own = f"stage.{stage}."
     return {key: value for key, value in identity.items() if not key.startswith("stage.") or key.startswith(own)}
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    """A digest of files' sizes and of slices all over them."""
+    """Digest the sizes of files and slices spread over them."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(str(size).encode())
         with path.open("rb") as file:
-            for number in range(min(SLICES, -(-size // SLICE))):
-                file.seek(max(number * SLICE, (size - SLICE) * number // (SLICES - 1)))
-                digest.update(file.read(SLICE))
+            for number in range(min(_SLICES, -(-size // _SLICE))):
+                file.seek(max(number * _SLICE, (size - _SLICE) * number // (_SLICES - 1)))
+                digest.update(file.read(_SLICE))
     return digest.hexdigest()[:32]
 
 
 def check_same_run(run: RunConfig, stored: Path) -> None:
-    """Raises UserError if output_dir holds a run that this one does not go on with, and says what differs."""
+    """Raise UserError, with the differences, if output_dir holds a run that this one does not continue."""
     if run.resume != "latest" and run.restart is None:
         raise UserError(
             f"{stored.parent} holds a run already. Go on with it by resume=latest, or name another output_dir."
@@ -77,8 +78,8 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     now = _bound(run.model_dump(mode="json"))
-    anew = STAGES[STAGES.index(run.restart) :] if run.restart else ()
-    begun = tuple(f"stage.{stage}." for stage in STAGES if stage not in anew and (stored.parent / stage).is_dir())
+    restarted = STAGES[STAGES.index(run.restart) :] if run.restart else ()
+    begun = tuple(f"stage.{stage}." for stage in STAGES if stage not in restarted and (stored.parent / stage).is_dir())
     differs = [
         f"{key} was {before.get(key)!r}, is {now[key]!r}"
         for key in now
@@ -92,7 +93,7 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
 
 
 def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
-    """Keep what the teacher and the data are, for stages that begin later. Raises UserError if they were others before."""
+    """Store the identity of teacher and data for later stages. Raises UserError if they differ from those stored before."""
     now = {key: identity[key] for key in ("teacher.fingerprint", "data.identity")}
     try:
         before = json.loads(stored.read_text()) if stored.exists() else now
@@ -110,14 +111,14 @@ def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
 
 
 def _bound(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flat(fields).items() if not key.startswith(FREE)}
+    return {key: value for key, value in _flat(fields).items() if not key.startswith(_FREE)}
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in fields.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
