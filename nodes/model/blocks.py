@@ -1,9 +1,9 @@
 """ComfyUI's own FLUX blocks with expert FFNs.
 
-The modules, their names and their weights stay ComfyUI's: a FLUX-MoE's weights are a dense FLUX's, reordered
-(see d2m_model/layout.py), and a router stands beside each pair of them. Only what a block does with the pair
-changes: it runs ComfyUI's own forward on a view of itself (`BlockCall`) whose FFN is the routed one. What a call
-needs to remember lives in that view and dies with it.
+Modules, their names and their weights stay ComfyUI's: a FLUX-MoE has a dense FLUX's weights, reordered (see
+d2m_model/layout.py), and a router beside each pair of FFN weights. Only the use of this pair changes: a block runs
+ComfyUI's own forward on a view of itself (`BlockCall`) whose FFN is the routed one. The view lives for one call and
+holds what that call has to remember.
 
 Shapes: B batch, T tokens, H hidden size, D predictor width, E experts, F expert width, S neurons of the shared expert.
 """
@@ -32,33 +32,37 @@ from .settings import Choice, FileChoice, GraphChoice
 
 
 def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Weight and bias of `linear` as ComfyUI casts them for x (patched, moved, dequantised once), and the token
-    that comfy.ops.uncast_bias_weight wants after their last use."""
+    """Cast weight and bias of `linear` for x as ComfyUI does: patched, moved and dequantised once.
+
+    Returns weight, bias, and the token for comfy.ops.uncast_bias_weight after their last use.
+    """
     weight, bias, token = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
-    smoothing = getattr(linear, "pre_quant_scale", None)  # of the layer's input; here of the columns that meet it
+    smoothing = getattr(linear, "pre_quant_scale", None)  # scales the layer's input, and therefore the weight's columns
     if smoothing is not None:
         weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
     return weight, bias, token
 
 
 def router_linear(weight: Tensor, bias: bool, device: torch.device | None) -> nn.Linear:
-    """Room for `weight`, in the dtype of its file: whatever the model's weights are cast to, a choice does not depend
-    on it. Not of the model's own operations, which may want to quantise it."""
-    found: nn.Linear = comfy.ops.manual_cast.Linear(
+    """Make an empty layer for `weight`, in the file's dtype, so that choices do not depend on the model's dtype.
+
+    It is not a layer of the model's own operations, which might quantise it.
+    """
+    layer: nn.Linear = comfy.ops.manual_cast.Linear(
         weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype, device=device
     )
-    return found
+    return layer
 
 
 def cast_router(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor | None, Any]:
-    """As `cast`, in the router's own dtype."""
+    """Cast weight and bias of a router's layer in their own dtype. Returns the same as `cast`."""
     dtype = router.weight.dtype
-    found: tuple[Tensor, Tensor | None, Any] = comfy.ops.cast_bias_weight(
+    parts: tuple[Tensor, Tensor | None, Any] = comfy.ops.cast_bias_weight(
         router, dtype=dtype, bias_dtype=dtype, device=device, offloadable=True
     )
-    return found
+    return parts
 
 
 # Routed FFNs
@@ -66,7 +70,7 @@ def cast_router(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor
 
 @dataclass(slots=True)
 class Routed:
-    """What W1's side hands to W2's, within one call."""
+    """Results of W1's side that W2's side needs, within one call."""
 
     routing: Routing
     plan: Dispatch
@@ -81,14 +85,14 @@ class CastRouter(NamedTuple):
 
 
 class ExpertLayer(nn.Module):
-    """What the owner of a routed FFN has besides the modules of its dense kind."""
+    """Mixin for the module that owns a routed FFN: a router and its tensors beside the dense modules."""
 
-    name: str  # of the FFN, in the file
-    row: Tensor  # its place among the file's FFNs; a tensor, for graphs that serve several blocks. Always on the host.
+    name: str  # the FFN's name in the file
+    row: Tensor  # the FFN's index among the file's; a tensor on the host, because one graph serves several blocks
     layout: FFNLayout
     file: FileChoice
-    router_layers: tuple[str, ...]  # the router's linear layers and other tensors, by their names in the file
-    router_buffers: tuple[str, ...]
+    router_layers: tuple[str, ...]  # names of the router's linear layers in the file
+    router_buffers: tuple[str, ...]  # names of its other tensors
     neuron_order: Tensor
     expert_mean: Tensor | None
 
@@ -101,13 +105,13 @@ class ExpertLayer(nn.Module):
         row: int,
         device: torch.device | None,
     ) -> None:
-        """Make room for the tensors of FFN `name`, the row-th of the file, in the dtypes of their file."""
+        """Make empty tensors for FFN `name`, the row-th of the file, in the dtypes of the file."""
         self.name, self.layout, self.file = name, layout, file
         self.row = torch.tensor(row, device="cpu")
         for buffer in ("neuron_order", "expert_mean"):
             like = stored.get(f"{name}.{buffer}")
             self.register_buffer(buffer, None if like is None else torch.empty_like(like, device=device))
-        required = file.router.shapes(0, 0)  # of which only the names are read
+        required = file.router.shapes(0, 0)  # only the names are used
         weights = [tensor for tensor in required if tensor.endswith(".weight")]
         self.router_layers = tuple(tensor.removesuffix(".weight") for tensor in weights)
         biases = {f"{layer}.bias" for layer in self.router_layers}
@@ -121,7 +125,7 @@ class ExpertLayer(nn.Module):
             owner.register_buffer(attribute, torch.empty_like(stored[f"{name}.{buffer}"], device=device))
 
     def _owner(self, tensor: str) -> tuple[nn.Module, str]:
-        """The module that holds `tensor` of the router, made if it is not there, and the tensor's name in it."""
+        """Return the module that holds a tensor of the router, and the tensor's name in it. Makes missing modules."""
         owner: nn.Module = self
         *path, attribute = tensor.split(".")
         for part in path:
@@ -159,14 +163,14 @@ class ExpertLayer(nn.Module):
         return routing
 
     def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed | Handed]:
-        """W1: the first `rows` outputs for every token, and the chosen experts' hidden activations beyond them."""
-        # Without gradients alone: the operators of custom_operators.py have none.
+        """Apply W1: its first `rows` outputs for every token, and the hidden activations of the chosen experts."""
+        # Only without gradients, which the operators of custom_operators.py do not have.
         if choice.graph is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self._up_in_graph(linear, x_BTH, rows, choice.graph)
         return self._up(linear, x_BTH, rows, choice)
 
     def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed | Handed) -> Tensor:
-        """W2: its first columns on x, for every token, plus the chosen experts' outputs: [B, T, H]."""
+        """Apply W2: its first columns to x, for every token, plus the outputs of the chosen experts: [B, T, H]."""
         if isinstance(routed, Handed):
             return self._down_in_graph(linear, x_BTN, routed)
         return self._down(linear, x_BTN, routed)
@@ -217,10 +221,10 @@ class ExpertLayer(nn.Module):
 
 
 class ExpertFFN(ExpertLayer, nn.Sequential):
-    """A double block's img_mlp or txt_mlp. Its children are those of the nn.Sequential it replaces, and its router's."""
+    """A double block's img_mlp or txt_mlp. Its children are those of the nn.Sequential it replaces, and its router."""
 
     def forward(self, x_BTH: Tensor, choice: Choice | None = None) -> Tensor:
-        """`choice`: None is the file's own."""
+        """Run the FFN. `choice` None is the file's own."""
         shared_BTS, routed = self.up(self[0], x_BTH, self.layout.shared, choice or self.file.under(None))
         return self.down(self[2], self[1](shared_BTS), routed)
 
@@ -229,7 +233,7 @@ class ExpertFFN(ExpertLayer, nn.Sequential):
 
 
 class BlockCall:
-    """A block as one call of its forward sees it: the block, but for what a subclass puts in place of it."""
+    """View of a block for one call of its forward: the block, except for the modules that a subclass replaces."""
 
     def __init__(self, block: Any, choice: Choice) -> None:
         self.block, self.choice = block, choice
@@ -246,13 +250,13 @@ class DoubleCall(BlockCall):
         return self.run(self.block.txt_mlp, x)
 
     def run(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        found: Tensor = mlp(x, self.choice) if isinstance(mlp, ExpertFFN) else mlp(x)
-        return found
+        y: Tensor = mlp(x, self.choice) if isinstance(mlp, ExpertFFN) else mlp(x)
+        return y
 
 
 class SingleCall(BlockCall):
-    """linear1 gives qkv and the shared expert's part of the MLP, so FLUX's own block runs with a thinner MLP;
-    linear2 adds the routed experts to it."""
+    """View of a single block: linear1 returns qkv and the shared expert's part of the MLP, so that FLUX's own block runs
+    with a narrower MLP; linear2 adds the routed experts."""
 
     block: SingleExpertBlock
 

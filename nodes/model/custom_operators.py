@@ -1,11 +1,10 @@
 """Routed experts inside a graph of torch.compile.
 
-A graph is made for what it reads: one that read Top-K would be made anew for Top-K 0, 1, 2, … and all, for each gate
-mode and for a mask, and past eight graphs torch compiles no more and runs as if it had never been asked to. What packs
-leave out of their graphs' guards (TorchCompileModel: everything in transformer_options) would even go on with the
-values that the graph was traced with. So in a graph the settings are data: they come to it in tensors, and the two
-operators below read them. Shapes in a graph therefore do not depend on them either: what one operator hands to the
-other has room for every expert.
+torch.compile makes a graph anew for every value that it reads: a graph that read Top-K would be made again for each
+Top-K, for each gate mode and for a mask. After eight graphs torch stops compiling. Values that packs leave out of their
+graphs' guards (TorchCompileModel leaves out all of transformer_options) would even stay as they were when the graph was
+traced. Therefore settings enter a graph as tensors, which the two operators below read. Shapes in a graph cannot depend
+on settings then: tensors that one operator hands to the other have room for every expert.
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A = T K assignments, R = T E rows, L routed FFNs,
 C chunks.
@@ -28,8 +27,10 @@ from .settings import GraphChoice, RoutingSettings
 
 
 def may_compile(flux: nn.Module) -> bool:
-    """Whether torch.compile may have been asked to make graphs of this FLUX or of its blocks, as packs do it: a module
-    in place of theirs, nn.Module.compile, or another forward."""
+    """Return whether torch.compile may have been applied to this FLUX or to its blocks.
+
+    Packs do so by a module in place of the block's, by nn.Module.compile, or by another forward.
+    """
     if torch.compiler.is_compiling():
         return True
     parts = (flux, *blocks_of(flux).values())
@@ -40,8 +41,8 @@ def may_compile(flux: nn.Module) -> bool:
 
 
 def without_graphs(model: nn.Module) -> AbstractContextManager[None]:
-    """Runs what is compiled of `model` as if it were not. Raises RuntimeError if this torch cannot."""
-    if "torch._dynamo" not in sys.modules:  # so nothing is, and its import takes seconds
+    """Run the compiled parts of `model` without compilation. Raises RuntimeError if this torch cannot."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing torch._dynamo takes seconds
         return nullcontext()
     if hasattr(torch.compiler, "set_stance"):
         stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
@@ -55,20 +56,21 @@ def without_graphs(model: nn.Module) -> AbstractContextManager[None]:
 
 
 class PlanSizes(NamedTuple):
-    """Sizes of a Dispatch, which cross from one operator to the other at the head of `Handed.host_N`."""
+    """Sizes of a Dispatch. They go from one operator to the other at the head of `Handed.host_N`."""
 
     rows: int  # A
-    per_token: int  # K; UNEVEN where tokens differ
+    per_token: int  # K; _UNEVEN where tokens differ
     chunks: int  # C
 
 
-UNEVEN = -1
+_UNEVEN = -1
 
 
 class Handed(NamedTuple):
-    """Values that W1's side hands to W2's. The first A rows of tensors that end in R are in use, the first C of ends_TE.
+    """Tensors that W1's side hands to W2's side.
 
-    host_N (int64, on the host, N = T + 4) is PlanSizes and the chunks' C + 1 first rows. first_T is of an uneven routing.
+    Of tensors of R rows the first A are in use, of ends_TE the first C. host_N (int64, on the host, N = T + 4) has
+    PlanSizes and then the first rows of the chunks, C + 1 numbers. first_T is used by uneven routings only.
     """
 
     hidden_RF: Tensor
@@ -101,16 +103,16 @@ def up_in_graph(
 
 
 def down_in_graph(handed: Handed, down_HEF: Tensor, expert_mean_EH: Tensor | None) -> Tensor:
-    """W2's side of the chosen experts, for every token: [T, H]."""
-    found: Tensor = torch.ops.d2m.routed_down(*handed, down_HEF, expert_mean_EH)
-    return found
+    """Run W2's side of the chosen experts, for every token: [T, H]."""
+    y_TH: Tensor = torch.ops.d2m.routed_down(*handed, down_HEF, expert_mean_EH)
+    return y_TH
 
 
 # The operators
 
 
 def _room(values: Tensor, rows: int) -> Tensor:
-    """`values`, with room for as many rows."""
+    """Return a tensor of so many rows that begins with `values`."""
     room = values.new_empty(rows, *values.shape[1:])
     room[: values.shape[0]] = values
     return room
@@ -134,7 +136,7 @@ def _up(
         routing = routing.weighed(weights_LE[int(row), :experts])
     plan = plan_dispatch(routing, x_TH)
     rows, chunks = tokens * experts, plan.ends_CE.shape[0]
-    per_token = UNEVEN if routing.per_token is None else routing.per_token
+    per_token = _UNEVEN if routing.per_token is None else routing.per_token
     sizes = PlanSizes(rows=plan.chunk_rows[-1], per_token=per_token, chunks=chunks)
     return Handed(
         hidden_RF=_room(expert_up(x_TH, plan, up_EFH, up_bias_EF), rows),
@@ -186,7 +188,7 @@ def _down(
     expert_mean_EH: Tensor | None,
 ) -> Tensor:
     sizes, (tokens, experts) = PlanSizes(*host_N[: len(PlanSizes._fields)].tolist()), ends_TE.shape
-    rows, uneven = sizes.rows, sizes.per_token == UNEVEN
+    rows, uneven = sizes.rows, sizes.per_token == _UNEVEN
     gate_A, token_A, expert_A, row_A = gate_R[:rows], token_R[:rows], expert_R[:rows], row_R[:rows]
     plan = Dispatch(
         tokens=tokens,
@@ -203,7 +205,7 @@ def _down(
     y_TH = expert_down(hidden_RF[:rows], plan, down_HEF)
     if expert_mean_EH is None:
         return y_TH
-    logits_TE = gate_A.new_empty(tokens, experts)  # of which only the shape is read
+    logits_TE = gate_A.new_empty(tokens, experts)  # only the shape is read
     routing = Routing(token_A=token_A, expert_A=expert_A, gate_A=gate_A, logits_TE=logits_TE)
     return y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)
 
