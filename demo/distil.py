@@ -51,8 +51,8 @@ def train_preset(preset: str) -> Files:
 
 def compare(files: Files, out: Path) -> dict[str, Any]:
     """Score both files on the same prompts and noise: the report of `python -m d2m_train evaluate`."""
-    command = ["evaluate", files.after, "--against", files.before, "--teacher", ASSETS / TEACHER]
-    run_trainer(*command, "--data", "emoji", "--every", str(EVERY), "--out", out, quiet=True)
+    options: list[str | Path] = ["--against", files.before, "--teacher", ASSETS / TEACHER, "--data", "emoji"]
+    run_trainer("evaluate", files.after, *options, "--every", str(EVERY), "--out", out, quiet=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
 
