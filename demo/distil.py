@@ -107,6 +107,9 @@ def main() -> int:
     except (ServerError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped; `make distil` continues here.", file=sys.stderr)
+        return 130
     return 0
 
 
