@@ -57,7 +57,7 @@ class Part:
         return name.startswith(tuple(prefixes))
 
 
-class Blocks(nn.Module):
+class PartBlocks(nn.Module):
     """The blocks of a part in sequence; the student's other blocks have no weights."""
 
     def __init__(self, core: FluxMoETransformer2DModel, part: Part, *, checkpointing: bool) -> None:

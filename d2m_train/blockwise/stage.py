@@ -45,7 +45,7 @@ from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from ..training.stage_run import StageRun
 from ..training.trainee import Trainee
 from .feature_store import FeatureStore, disk_bytes
-from .part import Blocks, Part, PartObjective
+from .part import Part, PartBlocks, PartObjective
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
@@ -169,7 +169,7 @@ class _Blockwise:
         prepare_student(core, self.plan, self.run.student.frozen_dtype)
         if core.adaln_in is not None:
             core.adaln_in.requires_grad_(False)
-        blocks = Blocks(core, part, checkpointing=self.run.training.gradient_checkpointing)
+        blocks = PartBlocks(core, part, checkpointing=self.run.training.gradient_checkpointing)
         trainee = Trainee(self.stage_run, blocks, list(blocks.blocks))
         objective = PartObjective(self.stage_run, trainee, part, number, self.plan, self.store)
         checkpoints = self._checkpoints(part)
@@ -252,7 +252,7 @@ class _Blockwise:
         return self.stage_run.checkpoints(self.stage_run.checkpoint_folder / part.name, block=part.name)
 
     def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
-        """Write a trained part. Frozen weights are copied from the source bit for bit, whatever dtype training held them in."""
+        """Write a trained part. Frozen weights are copied from the source bit for bit, whatever dtype they had in training."""
         from d2m_model.hosts.diffusers import flux_moe_tensors
 
         file, metadata = self._file(part), {"d2m_part": part.name}

@@ -24,7 +24,7 @@ from .losses import StepLosses, balance_loss
 from .stages import StagePlan
 
 
-def as_is(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -64,7 +64,7 @@ class RouterTraining:
     core: RoutedModel
     plan: StagePlan
     run: RunConfig
-    average: Callable[[Tensor], Tensor] = field(default=as_is)
+    average: Callable[[Tensor], Tensor] = field(default=_unchanged)
     fractions: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, list[Tensor]] = field(default_factory=dict)
     chosen: dict[str, list[Tensor]] = field(default_factory=dict)

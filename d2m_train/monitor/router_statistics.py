@@ -142,23 +142,23 @@ def group_sums(routing: BlockRouting) -> Tensor:
 
 def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSummary:
     """Compute statistics from the sums of an interval, keyed by FFN name or `block_groups.g`."""
-    found = RouterSummary(scalars={}, load={}, dead={}, blocks=[])
+    statistics = RouterSummary(scalars={}, load={}, dead={}, blocks=[])
     layers: dict[str, dict[str, float]] = {}
     for name, values in sums.items():
         if name not in ffns:
             blocks = len(values) // 2
             fractions = (values[:blocks] / values[-1]).tolist()
-            found.blocks.append(fractions)
-            found.scalars |= {f"{name}/block_{index}": value for index, value in enumerate(fractions)}
-            found.scalars[f"{name}/choice_entropy"] = entropy(fractions)
-            found.scalars[f"{name}/probability_entropy"] = entropy(values[blocks:-1].tolist())
+            statistics.blocks.append(fractions)
+            statistics.scalars |= {f"{name}/block_{index}": value for index, value in enumerate(fractions)}
+            statistics.scalars[f"{name}/choice_entropy"] = entropy(fractions)
+            statistics.scalars[f"{name}/probability_entropy"] = entropy(values[blocks:-1].tolist())
             continue
         load, parts = values[: -len(_PARTS)], dict(zip(_PARTS, values[-len(_PARTS) :].tolist(), strict=True))
         share = (load / load.sum().clamp_min(1e-12)).tolist()
-        found.load[name] = share
+        statistics.load[name] = share
         dead = [expert for expert, got in enumerate(load.tolist()) if got == 0]
         if dead:
-            found.dead[name] = dead
+            statistics.dead[name] = dead
         layers[name] = {
             "load_entropy": entropy(share),
             "largest_load": max(share),
@@ -169,10 +169,10 @@ def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSum
         if ffns[name].token_router.balanced:
             layers[name] |= {part: parts[part] / parts["passes"] for part in ("balance", "balance_with_padding")}
     for name, measures in layers.items():
-        found.scalars |= {f"{name}/{measure}": value for measure, value in measures.items()}
+        statistics.scalars |= {f"{name}/{measure}": value for measure, value in measures.items()}
     for measure in next(iter(layers.values()), {}):
-        found.scalars[measure] = sum(measures[measure] for measures in layers.values()) / len(layers)
-    return found
+        statistics.scalars[measure] = sum(measures[measure] for measures in layers.values()) / len(layers)
+    return statistics
 
 
 def entropy(shares: Iterable[float]) -> float:
@@ -181,5 +181,5 @@ def entropy(shares: Iterable[float]) -> float:
     total = sum(shares)
     if len(shares) < 2 or total <= 0:
         return 0.0
-    found = -sum(share / total * math.log(share / total) for share in shares if share > 0)
-    return found / math.log(len(shares))
+    nats = -sum(share / total * math.log(share / total) for share in shares if share > 0)
+    return nats / math.log(len(shares))

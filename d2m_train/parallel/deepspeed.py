@@ -108,9 +108,9 @@ def _problems(config: Mapping[str, Any], run: RunConfig) -> Iterator[str]:
         ("gradient_accumulation_steps", "training.accumulation", training.accumulation),
         ("train_micro_batch_size_per_gpu", "training.batch_size", training.batch_size),
     ):
-        found = config.get(name)
-        if found != _AUTO and not _is(found, value):
-            yield f"{name} is {found}; expected auto, or {field}, which is {value}: make it auto or {value}."
+        configured = config.get(name)
+        if configured != _AUTO and not _is(configured, value):
+            yield f"{name} is {configured}; expected auto, or {field}, which is {value}: make it auto or {value}."
     for name, ours in (
         ("optimizer", "training.optimizer and stage.*.learning_rate"),
         ("scheduler", "training.schedule"),
@@ -149,15 +149,15 @@ def _problems_of_the_run(run: RunConfig) -> Iterator[str]:
             )
 
 
-def _clipping(found: Any, maximum: float | None) -> Iterator[str]:
+def _clipping(configured: Any, maximum: float | None) -> Iterator[str]:
     """Compare clipping: DeepSpeed means no clipping by 0, the run by null."""
-    clips_at = _AUTO_CLIPPING if found == _AUTO else found
+    clips_at = _AUTO_CLIPPING if configured == _AUTO else configured
     if not _is(clips_at, 0.0 if maximum is None else maximum):
-        meaning = f" (with accelerate that is {_AUTO_CLIPPING})" if found == _AUTO else ""
+        meaning = f" (with accelerate that is {_AUTO_CLIPPING})" if configured == _AUTO else ""
         wanted = "0, as training.max_grad_norm is null" if maximum is None else f"training.max_grad_norm, {maximum}"
         ours = "null" if _is(clips_at, 0.0) else clips_at
         yield (
-            f"gradient_clipping is {found}{meaning}; expected {wanted}: change gradient_clipping, "
+            f"gradient_clipping is {configured}{meaning}; expected {wanted}: change gradient_clipping, "
             f"or training.max_grad_norm={ours}."
         )
 
@@ -167,5 +167,5 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _is(found: Any, value: float) -> bool:
-    return isinstance(found, int | float) and not isinstance(found, bool) and found == value
+def _is(configured: Any, value: float) -> bool:
+    return isinstance(configured, int | float) and not isinstance(configured, bool) and configured == value

@@ -35,11 +35,11 @@ def shared_memory(
     run: RunConfig, weights: Sequence[ParameterSize], buffers: int, processes: int, strategy: Strategy
 ) -> dict[str, int]:
     """Memory that depends on the strategy: weights, gradients, optimizer state, average, and the strategy's own buffers."""
-    whole = list(weights)
-    trained = [weight for weight in whole if weight.trained]
-    parts: list[ParameterSize] = whole
+    full = list(weights)
+    trained = [weight for weight in full if weight.trained]
+    parts: list[ParameterSize] = full
     if strategy == "fsdp2":
-        parts = [weight.shard(processes) for weight in whole]
+        parts = [weight.shard(processes) for weight in full]
     trained_parts = [weight for weight in parts if weight.trained]
     size = {"student's weights": sum(weight.nbytes for weight in parts) + buffers}
     size["gradients"] = sum(weight.nbytes for weight in trained_parts)
@@ -60,7 +60,7 @@ def shared_memory(
         blocks: dict[str, int] = {}
         gradients: dict[str, int] = {}
         reduced = None if run.training.mixed_precision == "no" else torch.float32
-        for weight in whole:
+        for weight in full:
             block = _block_name(weight.name)
             blocks[block] = blocks.get(block, 0) + weight.nbytes
             # The backward pass's own gradient, and the buffer from which it is reduced.

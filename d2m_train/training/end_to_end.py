@@ -147,7 +147,7 @@ class _Batches:
 def _write(stage_run: StageRun, trainee: Trainee, plan: StagePlan) -> None:
     """Write the student, with averaged weights where the run keeps an average; one full tensor is in memory at a time.
 
-    Weights that the stage did not train are copied from the source bit for bit, in whatever dtype training held them.
+    Weights that the stage did not train are copied from the source bit for bit, whatever dtype they had in training.
     """
     from d2m_model.hosts.diffusers import save_flux_moe
 

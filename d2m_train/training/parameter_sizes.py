@@ -13,7 +13,7 @@ from ..run_config import RunConfig
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ParameterSize:
-    """A parameter by name, shape and dtype, whole or sharded."""
+    """A parameter by name, shape and dtype, full or sharded."""
 
     name: str
     shape: tuple[int, ...]

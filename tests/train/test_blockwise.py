@@ -30,7 +30,7 @@ from d2m_model.tensor_writer import TensorWriter
 from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.blockwise.feature_store import Features
-from d2m_train.blockwise.part import Blocks, Part, relative_losses
+from d2m_train.blockwise.part import Part, PartBlocks, relative_losses
 from d2m_train.blockwise.stage import check_blockwise, split_into_parts
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_stage, trainable_names
@@ -191,7 +191,7 @@ def test_a_checkpointed_group_has_the_same_gradients(room: Path) -> None:
     rotary = core.pos_embed(torch.zeros(6, 3))
     found = []
     for checkpointing in (False, True):
-        blocks = Blocks(core, part, checkpointing=checkpointing)
+        blocks = PartBlocks(core, part, checkpointing=checkpointing)
         blocks.zero_grad()
         image_out, text_out = blocks(image, text, temb, rotary)
         (image_out.square().mean() + text_out.square().mean()).backward()
