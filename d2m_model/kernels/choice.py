@@ -1,4 +1,4 @@
-"""Whether the Triton kernels compute the routed experts, decided once per device and dtype."""
+"""The choice between Triton kernels and torch's operators for the routed experts, made once per device and dtype."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
-    """Whether the experts of `x`, [T, H], run in Triton kernels. Graphs of torch.compile keep to torch's operators."""
+    """Return True if the experts of x [T, H] run in Triton kernels. Graphs of torch.compile keep to torch's operators."""
     return x.is_cuda and not torch.compiler.is_compiling() and _chosen(x.device, x.dtype)
 
 
 def refusal(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    """Why the kernels are not for a GPU of this compute capability and for this dtype; None if they are."""
+    """Return the reason why the kernels do not run on this compute capability and dtype; None if they do."""
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return f"{SWITCH} is {os.environ[SWITCH]}"
     if capability < OLDEST_CAPABILITY:
@@ -30,7 +30,7 @@ def refusal(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
 
 @cache
 def _chosen(device: torch.device, dtype: torch.dtype) -> bool:
-    """The decision for a device and dtype, with one line in the log. Running out of memory decides nothing."""
+    """Decide for a device and dtype, and log the decision. An out-of-memory error is raised, and decides nothing."""
     if not torch.cuda.is_available():  # tensors without values on a machine without a GPU
         return False
     reason = refusal(torch.cuda.get_device_capability(device), dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .programs import GELU_GATE, PLAIN, gated_gelu_backward, grouped_product, grouped_weight_gradient, sum_token_rows
 
 
-class Blocks(NamedTuple):
+class TileSizes(NamedTuple):
     """Tile sizes of a program: rows, columns and depth, and how it is scheduled."""
 
     rows: int
@@ -28,18 +28,18 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def product_blocks(rows: int, experts: int, itemsize: int) -> Blocks:
+def product_blocks(rows: int, experts: int, itemsize: int) -> TileSizes:
     """Tile sizes of `grouped_product`. Two operand tiles of three stages fit in 99 KiB, what a consumer GPU has."""
     per_expert = rows / max(1, experts)
     depth = 64 if itemsize == 2 else 32
     if per_expert <= 32:
-        return Blocks(32, 64, depth, 4, 4 if itemsize == 2 else 3)
+        return TileSizes(32, 64, depth, 4, 4 if itemsize == 2 else 3)
     if per_expert <= 128:
-        return Blocks(64, 128, depth, 4, 3)
-    return Blocks(128, 128, depth, 8, 3)
+        return TileSizes(64, 128, depth, 4, 3)
+    return TileSizes(128, 128, depth, 8, 3)
 
 
-GRADIENT_BLOCKS = Blocks(
+GRADIENT_BLOCKS = TileSizes(
     rows=32, columns=128, depth=64, warps=8, stages=3
 )  # rows: of a step; depth: rows of the result
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from d2m_model.kernels import programs
 from d2m_model.kernels.choice import refusal
-from d2m_model.kernels.fused import GRADIENT_BLOCKS, Blocks, product_blocks
+from d2m_model.kernels.fused import GRADIENT_BLOCKS, TileSizes, product_blocks
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block of threads may have
@@ -86,7 +86,7 @@ def test_routing_and_sort_are_those_of_the_torch_router(errors: dict[str, dict[s
     assert {name: error for name, error in found.items() if not error <= 1e-6} == {}
 
 
-def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], blocks: Blocks, capability: int) -> Any:
+def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], blocks: TileSizes, capability: int) -> Any:
     """The program as the launcher would compile it: pointers and sizes are multiples of 16."""
     names = program.arg_names
     sizes = ("K", "N", "M", "H", "a_stride", "b_stride", "b_stride_e", "b_stride_n", "out_stride", "x_stride")
@@ -106,7 +106,7 @@ def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], blo
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def up_program(blocks: Blocks) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def up_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
     numbers = ("K", "N", "a_stride", "b_stride_e", "b_stride_n", "bias_stride_e", "out_stride")
     pointers = {f"{name}_ptr": "*bf16" for name in ("a", "b", "bias", "before", "out")}
     pointers |= {"in_row_ptr": "*i64", "out_row_ptr": "*i32", "gate_ptr": "*fp32", "ends_ptr": "*i32"}
@@ -119,7 +119,7 @@ def up_program(blocks: Blocks) -> tuple[Any, dict[str, str], dict[str, Any]]:
     )
 
 
-def weight_gradient_program(blocks: Blocks) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def weight_gradient_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
     types = {f"{name}_ptr": "*bf16" for name in ("a", "b", "out", "sum")}
     types |= {"a_row_ptr": "*i32", "b_row_ptr": "*i64", "ends_ptr": "*i32"}
     types |= dict.fromkeys(("M", "N", "a_stride", "b_stride"), "i32")
@@ -128,7 +128,7 @@ def weight_gradient_program(blocks: Blocks) -> tuple[Any, dict[str, str], dict[s
     return programs.grouped_weight_gradient, types, constants
 
 
-def route_program(blocks: Blocks) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def route_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
     types = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "logits_ptr": "*fp32", "rank_ptr": "*i8"}
     types |= {"gate_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(("T", "H", "top_k", "x_stride", "weight_stride"), "i32")
@@ -140,7 +140,7 @@ PROGRAMS = {
     "up, crowded experts": (up_program, product_blocks(9216, 12, 2)),
     "up, few rows": (up_program, product_blocks(100, 12, 2)),
     "weight gradient": (weight_gradient_program, GRADIENT_BLOCKS),
-    "routing": (route_program, Blocks(rows=32, columns=0, depth=64, warps=4, stages=3)),
+    "routing": (route_program, TileSizes(rows=32, columns=0, depth=64, warps=4, stages=3)),
 }
 
 
