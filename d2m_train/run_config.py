@@ -48,7 +48,7 @@ class TeacherSection(Section):
     quantise: Literal["fp8", "int8", "nf4"] | None = None
     """Quantisation of the blocks' linear layers while the teacher runs; the student is made from the file's weights."""
     offload: Literal["none", "cpu", "stream"] = "none"
-    """Where blocks are kept while they do not run. `cpu`: in the host's memory; `stream`: in the file."""
+    """Location of blocks while they do not run. `cpu`: the host's memory; `stream`: the file."""
     loras: tuple[Lora, ...] = ()
     """LoRAs that are fused into the teacher, so that the student learns to imitate both."""
     dims: KnownFlux | None = None
@@ -104,7 +104,7 @@ class ConvertSection(Section):
     batch_size: Count = _option("batch_size")
     tokens: Count = _option("tokens")
     device: Literal["cpu"] | None = None
-    """Where the whole teacher is calibrated (default: the GPU if there is one). `cpu` takes 4 bytes of memory a parameter."""
+    """Device on which the whole teacher is calibrated (default: a GPU if there is one). `cpu` takes 4 bytes per parameter."""
 
 
 class DataSection(Section):
@@ -162,7 +162,7 @@ class LossesSection(Section):
     outliers: _Rate | None = None
     """Teacher features beyond this many standard deviations are left out."""
     text_padding: bool = False
-    """Whether padding text tokens count in the balance loss."""
+    """Count padding text tokens in the balance loss."""
 
 
 class StageSection(Section):
