@@ -1,6 +1,6 @@
-"""What a FLUX-MoE is: its dimensions, the layout of every converted FFN, its block groups, and the presets.
+"""Configuration of a FLUX-MoE: dimensions, layout of every converted FFN, block groups; and the presets.
 
-`FluxMoEConfig` is the content of the file's `d2m_config` tensor (see checkpoint.py); `from_json` checks it whole.
+`FluxMoEConfig` is the content of the file's `d2m_config` tensor (see checkpoint.py). `from_json` checks all of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Selection = Literal["topk", "window"]
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FluxDims:
-    """Sizes of a FLUX.1 transformer. All can be read off its weights (checkpoint.dims_of)."""
+    """Sizes of a FLUX.1 transformer. All follow from the shapes of its weights (checkpoint.dims_of)."""
 
     hidden_size: int
     double_blocks: int
@@ -62,7 +62,7 @@ class FluxDims:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FFNLayout:
-    """How the neurons of one FFN are dealt: `shared` of them to the shared expert, then `experts` times `width`."""
+    """Division of an FFN's neurons: `shared` for the shared expert, then `width` for each of the `experts`."""
 
     shared: int
     experts: int
@@ -96,8 +96,11 @@ class BlockGroup:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Teacher:
-    """Where the dense weights came from. `sha256` is of the file (of the index and shards in order, if sharded); of a model
-    that was in memory, with LoRAs in its weights say, of its tensors (conversion.digest.TensorDigest)."""
+    """Origin of the dense weights.
+
+    `sha256` is the hash of the file, or of the index and shards in order. For a model that was in memory, such as one with
+    LoRAs in its weights, it is the hash of its tensors (conversion.digest.TensorDigest).
+    """
 
     title: str
     sha256: str
@@ -106,7 +109,7 @@ class Teacher:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FluxMoEConfig:
-    """Everything a host must know beyond the tensors. `top_k` is the k the file was made for; hosts may run another."""
+    """Everything that a host must know beyond the tensors. `top_k` is the file's own k; hosts may run another."""
 
     dims: FluxDims
     ffns: dict[str, FFNLayout]  # by blocks.FFN.name
@@ -114,7 +117,7 @@ class FluxMoEConfig:
     gate: Gate
     top_k: int
     adaln_rank: int | None  # None: modulations are dense FLUX's
-    split_only: bool  # True: weights are the teacher's, permuted; un-conversion is bit-exact
+    split_only: bool  # weights are the teacher's, permuted, and un-conversion is bit-exact
     teacher: Teacher
     router: TokenRouter = TOP_K_ROUTER
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: tool version, importance, data, seed
@@ -189,9 +192,9 @@ class FluxMoEConfig:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> FluxMoEConfig:
-        """Parse and check. Raises ConfigError naming the field for anything missing, unknown or out of range.
+        """Parse and check. Raises ConfigError with the field's name for anything missing, unknown or out of range.
 
-        A newer schema is reported as such before its fields are looked at.
+        A newer schema is reported before its fields are checked.
         """
         try:
             data = json.loads(text)
@@ -227,29 +230,29 @@ def all_ffn_names(dims: FluxDims) -> list[str]:
 
 
 def adaln_rank_of(hidden_size: int) -> int:
-    """Rank of the AdaLN compression, Sec. 4.1: 256 at hidden size 3072."""
+    """Return the rank of the AdaLN compression (Sec. 4.1): 256 at hidden size 3072."""
     return round(hidden_size / 12)
 
 
 def paper_layout(hidden_size: int) -> FFNLayout:
-    """Sec. 4.1: r_s = 1, n = 12, r_n = 0.25."""
+    """Return the paper's layout (Sec. 4.1): r_s = 1, n = 12, r_n = 0.25."""
     if hidden_size % 4:
         raise ConfigError(f"hidden_size is {hidden_size}; expected a multiple of 4.")
     return FFNLayout(shared=hidden_size, experts=12, width=hidden_size // 4)
 
 
 def preset_layouts(dims: FluxDims) -> dict[str, FFNLayout]:
-    """The paper's MoE layers: all FFNs but those of the first round(3 D / 19) double blocks (at least one)."""
+    """Return the paper's MoE layers: all FFNs except those of the first round(3 D / 19) double blocks (at least one)."""
     layout = paper_layout(dims.hidden_size)
     first = Block("double", dense_doubles(dims))
     return {ffn.name: layout for ffn in dims.ffns if ffn.block >= first}
 
 
 def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
-    """Block groups of a preset: M adds groups of three double blocks, S and XS groups of five single blocks.
+    """Return a preset's block groups: M has groups of three double blocks, S and XS also groups of five single blocks.
 
-    On FLUX.1 (19 + 38): M five double groups; S three, XS five single groups. The grouped blocks are the
-    last double blocks and, spread evenly, the single blocks.
+    On FLUX.1 (19 + 38 blocks) M has five double groups, S three and XS five single groups. Groups take the last double
+    blocks, and single blocks that are spread evenly.
     """
     if name == "L":
         return ()
@@ -282,5 +285,5 @@ def preset_groups(name: PresetName, dims: FluxDims) -> tuple[BlockGroup, ...]:
 
 
 def dense_doubles(dims: FluxDims) -> int:
-    """How many double blocks, the first ones, the presets leave dense and in no group."""
+    """Return how many of the first double blocks the presets leave dense and outside of groups."""
     return max(1, round(3 * dims.double_blocks / 19))

@@ -1,6 +1,6 @@
-"""What a FLUX or a FLUX-MoE costs: parameters, activated parameters, FLOPs. Each kind of layer states its own.
+"""Cost of a FLUX or a FLUX-MoE: parameters, activated parameters, FLOPs. Each kind of layer states its own.
 
-FLOPs are 2 per multiply-accumulate of every linear layer on the tokens it really sees, plus 4 T^2 H of attention
+FLOPs are 2 per multiply-accumulate of every linear layer on the tokens that it processes, plus 4 T^2 H of attention
 in each block (T image and text tokens). Activated parameters are counted twice:
 - `touched`: every parameter that takes part in one image's forward pass;
 - `paper`: as Table 1 counts them (found by matching its figures): one stream's MoE FFN for each double block; no
@@ -21,7 +21,7 @@ from .routers import TOP_K_ROUTER, TokenRouter
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Tokens:
-    """Length of one forward pass. 1024 x 1024 pixels are 4,096 image tokens (16 x 16 pixels each)."""
+    """Tokens of one forward pass. 1024 x 1024 pixels are 4,096 image tokens (16 x 16 pixels each)."""
 
     image: int
     text: int
@@ -52,7 +52,7 @@ class Cost:
         )
 
     def activated(self, fraction: float) -> Cost:
-        """All of it held, `fraction` of it run."""
+        """Return the cost if everything is held and `fraction` of it runs."""
         return Cost(
             total=self.total,
             touched=self.touched * fraction,
@@ -68,7 +68,7 @@ class Cost:
 
 
 def parameters(count: int) -> Cost:
-    """Parameters that no linear layer holds, such as a norm's scales; their FLOPs are not counted."""
+    """Cost of parameters outside of linear layers, such as a norm's scales; their FLOPs are not counted."""
     return Cost(total=count, touched=count, paper=count)
 
 
@@ -77,7 +77,7 @@ def linear(inputs: int, outputs: int, tokens: float, *, bias: bool = True) -> Co
 
 
 def attention(hidden: int, tokens: Tokens) -> Cost:
-    """Scores and weighted values; projections are linear layers of their own."""
+    """Cost of scores and weighted values. The projections are separate linear layers."""
     return Cost(flops=4 * tokens.joint**2 * hidden)
 
 
@@ -165,7 +165,7 @@ def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
 
 
 def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tokens) -> Cost:
-    """linear1 and linear2 taken apart; their FFN halves cost what an FFN costs, whose b2 is linear2's bias."""
+    """Cost of a single block, whose linear1 and linear2 contain an FFN (b2 is linear2's bias)."""
     hidden, length = dims.hidden_size, tokens.joint
     return (
         attention(hidden, tokens)
@@ -192,7 +192,7 @@ def group_routers(hidden: int, group: BlockGroup) -> Cost:
 
 
 def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
-    """One forward pass. Of a block group's m blocks, active / m run: each of them, where they differ, equally often."""
+    """Cost of one forward pass. Each of a block group's m blocks runs in active / m of the passes."""
     hidden = dims.hidden_size
     fractions: dict[Block, float] = {}
     cost = (

@@ -1,9 +1,9 @@
-"""The routed experts of a MoE FFN (Eq. 2): the one seam between the method and its kernels.
+"""Routed experts of a MoE FFN (Eq. 2): the seam between the method and its kernels.
 
-`plan_dispatch` sorts token-expert assignments by expert. `expert_up` and `expert_down` are the two halves of
-the experts' MLPs; they are apart because FLUX's single block keeps W1 and W2 in two modules. Everything runs
-on strided views of the fused weights, with static shapes and no word from the device back to the host. (An uneven
-routing in several chunks is the exception: the host must know where in its rows the chunks begin.)
+`plan_dispatch` sorts the assignments of tokens to experts by expert. `expert_up` and `expert_down` are the two halves of
+the experts' MLPs; they are separate because FLUX's single block keeps W1 and W2 in two modules. Everything runs on
+strided views of the fused weights, with static shapes and without synchronising with the device. The exception is an
+uneven routing in several chunks: the host must know at which rows the chunks begin.
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A assignments (T K of them under top-k), C chunks;
 in `grouped_mm` A rows, D depth of the product, N columns.
@@ -23,17 +23,17 @@ from torch import Tensor
 from .kernels.choice import has_kernels
 from .routers import Routing
 
-# Gathered rows of one chunk. A CPU wants them in its cache; a GPU only wants its memory bounded.
+# Bytes of the gathered rows of one chunk. On a CPU they should fit into its cache; on a GPU they only bound the memory.
 CHUNK_BYTES_CPU = 20 * 2**20
 CHUNK_BYTES_GPU = 512 * 2**20
 
 
 @dataclass(kw_only=True, slots=True)
 class Dispatch:
-    """Assignments sorted by chunk of tokens, then by expert, then by token: what the two halves agree on.
+    """Dispatch of tokens to experts: assignments sorted by chunk of tokens, then by expert, then by token.
 
-    Row a stands for token token_A[a] at expert expert_A[a] with weight gate_A[a]. row_TK leads back: the row of a
-    token's k-th choice. Where tokens differ in their number of experts it is flat, [A], and token t's rows begin at
+    Row a is token token_A[a] at expert expert_A[a] with weight gate_A[a]. row_TK has the row of a token's k-th choice.
+    Where tokens differ in their number of experts it is flat, [A], and token t's rows begin at
     row_TK[first_T[t]]. Chunk c begins at row chunk_rows[c] (the last entry is A); in it expert e's rows end at
     ends_CE[c, e]. `fused`: Triton kernels compute both halves, and the first of them applies the gates.
     """
@@ -50,8 +50,10 @@ class Dispatch:
     fused: bool = False
 
     def chunks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Of every chunk its tokens, its rows and its ends_E. There is one at least, if without rows: so weights that
-        nothing was routed to get gradients, of zero, on every rank alike."""
+        """Yield (tokens, rows, ends_E) per chunk.
+
+        There is always at least one chunk, so that unused experts still get zero gradients on every rank.
+        """
         last = self.ends_CE.shape[0] - 1
         for chunk, ends_E in enumerate(self.ends_CE.unbind()):
             first = chunk * self.chunk_tokens
@@ -59,7 +61,7 @@ class Dispatch:
             yield tokens, slice(self.chunk_rows[chunk], self.chunk_rows[chunk + 1]), ends_E
 
     def links(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """token_A, row_TK and first_T of a chunk, counted from its first token and its first row."""
+        """Return token_A, row_TK and first_T of a chunk, relative to its first token and its first row."""
         token_A = self.token_A[rows] - tokens.start
         if self.first_T is None:
             return token_A, self.row_TK[tokens] - rows.start, None
@@ -67,9 +69,9 @@ class Dispatch:
 
 
 def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
-    """Sort the assignments of `routing`. Of x only shape, dtype and device are read, to size the chunks.
+    """Sort the assignments of `routing`. Only shape, dtype and device of x are used, to size the chunks.
 
-    `chunk_tokens` bounds the tokens of one chunk; None chooses. Results do not depend on it beyond rounding.
+    `chunk_tokens` is the largest number of tokens in a chunk; None chooses it. Results depend on it only by rounding.
     """
     tokens, experts = routing.logits_TE.shape
     top_k, rows = routing.per_token, routing.token_A.shape[0]
@@ -77,7 +79,7 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     if chunk_tokens is None:
         budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
         chunk_tokens = max(1, int(budget / (max(1, per_token) * x_TH.shape[1] * x_TH.element_size())))
-    # Equal chunks, instead of a small last one. The first case keeps a compiled graph good for any T.
+    # Equal chunks, without a small last one. The first case keeps a compiled graph valid for any T.
     chunks = 1 if tokens <= chunk_tokens else -(-tokens // chunk_tokens)
     chunk_tokens = max(1, -(-tokens // chunks))
 
@@ -111,12 +113,12 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
 
 
 def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
-    """gelu_tanh(W1 x + b1) of every token at its experts: hidden_AF [A, F], in the plan's order (Eq. 1)."""
+    """Return gelu_tanh(W1 x + b1) of every token at its experts: [A, F], in the plan's order (Eq. 1)."""
     if plan.fused:
         return _fused_up(x_TH, plan, up_EFH, up_bias_EF)
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
-        # Gathered from the chunk, so that the gradient is summed chunk by chunk too.
+        # Gather from the chunk, so that the gradient is summed chunk by chunk as well.
         x_AH = _TakeRows.apply(x_TH[tokens], *plan.links(tokens, rows))
         pre_AF = grouped_mm(x_AH, up_EFH.transpose(1, 2), ends_E)
         bias_AF = up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
@@ -125,9 +127,9 @@ def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) 
 
 
 def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
-    """sum over a token's experts of g_i W2_i hidden: y_TH [T, H] (Eq. 2, second term). Zeros for a token without any.
+    """Return the sum over each token's experts of g_i W2_i hidden: [T, H] (Eq. 2, second term); zeros without experts.
 
-    The gates weigh the narrow hidden activation; a token's rows are summed in float32 and rounded once.
+    Gates multiply the narrow hidden activation. A token's rows are summed in float32 and rounded once.
     """
     if plan.fused:
         return _fused_down(hidden_AF, plan, down_HEF)
@@ -140,10 +142,10 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
 
 
 def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dtype) -> Tensor:
-    """What stands in for the experts not chosen: sum of mu_e - sum over the chosen of g_e mu_e, [T, H].
+    """Return the sum of mu_e over all experts less the sum of g_e mu_e over the chosen ones, [T, H].
 
-    So shared + sum mu + sum over the chosen g_e (E_e(x) - mu_e) is shared + routed + this. Exactly zero
-    where every expert is chosen in gate mode `sum`.
+    Added to the routed experts it replaces every expert that is not chosen by its mean output. It is exactly zero where
+    every expert is chosen in gate mode `sum`.
     """
     return (1 - routing.gates_TE).to(dtype) @ expert_mean_EH.to(dtype)
 
@@ -191,7 +193,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 class _TakeRows(torch.autograd.Function):
-    """x_AH = x_TH[token_A]. Its gradient is `_SumRows`: summed in float32, in a fixed order."""
+    """x_AH = x_TH[token_A]. The gradient is `_SumRows`: summed in float32, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
@@ -204,7 +206,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _SumRows(torch.autograd.Function):
-    """y_TH = sum over a token's rows of y_AH[row_TK]. Its gradient is `_TakeRows`."""
+    """y_TH = sum over a token's rows of y_AH[row_TK]. The gradient is `_TakeRows`."""
 
     @staticmethod
     def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
@@ -218,7 +220,7 @@ class _SumRows(torch.autograd.Function):
 
 
 def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
-    if y_AH.shape[0] == 0:  # of no token of the chunk
+    if y_AH.shape[0] == 0:  # no token of the chunk has an expert
         return y_AH.new_zeros((row_TK if first_T is None else first_T).shape[0], y_AH.shape[1])
     if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
         return F.embedding_bag(row_TK, y_AH, first_T, mode="sum")
@@ -228,7 +230,7 @@ def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | N
 
 
 def _add_rows(y_AH: Tensor, token_A: Tensor, tokens: int) -> Tensor:
-    """`_sum_rows` for devices that may lack bags of different sizes; some of them add in no fixed order."""
+    """`_sum_rows` for devices that may lack bags of different sizes. Some of these add in no fixed order."""
     sum_TH = y_AH.new_zeros(tokens, y_AH.shape[1], dtype=torch.float32)
     return sum_TH.index_add(0, token_A, y_AH.float()).to(y_AH.dtype)
 
@@ -241,16 +243,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows ends_E[e-1] ... ends_E[e] of a, times b[e]: [A, N]. Kernels are exchanged here.
+    """Multiply rows ends_E[e-1] ... ends_E[e] of a by b[e]: [A, N]. This is the place to exchange kernels.
 
-    ends_E is int32, does not fall, and ends at A. a and b are of one dtype, except under autocast.
+    ends_E is int32, non-decreasing, and ends with A. a and b have the same dtype, except under autocast.
     """
     a_AD, b_EDN = _autocast(a_AD, b_EDN)
     return _grouped_mm(a_AD, b_EDN, ends_E)
 
 
-# A custom operator, because torch traces its own grouped_mm for bfloat16 only, and because the loop over
-# experts reads ends_E on the host, which a graph could not.
+# A custom operator, because torch traces its own grouped_mm for bfloat16 only, and because the loop over experts reads
+# ends_E on the host, which a graph cannot do.
 @torch.library.custom_op("d2m::grouped_mm", mutates_args=())
 def _grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
     if _native(a_AD, b_EDN):
@@ -263,10 +265,10 @@ def _grouped_mm(a_AD: Tensor, b_EDN: Tensor, ends_E: Tensor) -> Tensor:
 
 @torch.library.custom_op("d2m::grouped_mm_weight_grad", mutates_args=())
 def _grouped_mm_weight_grad(grad_AN: Tensor, a_AD: Tensor, ends_E: Tensor) -> Tensor:
-    """d loss / d b, as [E, N, D]: the layout of an nn.Linear's weight."""
+    """Return d loss / d b as [E, N, D], the layout of an nn.Linear's weight."""
     if _native(grad_AN.t(), a_AD):
         grad_END = torch._grouped_mm(grad_AN.t(), a_AD, offs=ends_E)
-        # Kernels of some GPUs leave the gradient of an expert without rows unwritten (pytorch issue 172439).
+        # Some GPU kernels do not write the gradient of an expert without rows (pytorch issue 172439).
         without_rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
         return grad_END.masked_fill_(without_rows_E[:, None, None], 0)
     if a_AD.shape[0] == 0:
@@ -302,7 +304,7 @@ _grouped_mm.register_autograd(_backward, setup_context=_save)
 
 
 def _groups(ends_E: Tensor) -> Iterator[slice]:
-    """Every expert's rows, on the host."""
+    """Yield every expert's rows, on the host."""
     first = 0
     for last in ends_E.tolist():
         yield slice(first, last)
@@ -310,14 +312,14 @@ def _groups(ends_E: Tensor) -> Iterator[slice]:
 
 
 def _native(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped_mm takes these operands. It wants some rows, and everything aligned to 16 bytes."""
+    """Return whether torch's grouped_mm takes these operands: not empty, and aligned to 16 bytes."""
     if a.numel() == 0 or b.numel() == 0 or not (_aligned(a) and _aligned(b)):
         return False
     return _native_on(a.device, a.dtype)
 
 
 def _aligned(x: Tensor) -> bool:
-    """One stride is 1, and everything else is a multiple of 16 bytes: the terms of the tensor core kernels."""
+    """Return whether one stride is 1 and the others are multiples of 16 bytes, as tensor core kernels require."""
     if x.stride(-1) != 1 and x.stride(-2) != 1:
         return False
     unit = 16 // x.element_size()
@@ -328,7 +330,7 @@ def _aligned(x: Tensor) -> bool:
 
 @cache
 def _native_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch has grouped_mm for the device and dtype: tried once, since versions differ."""
+    """Return whether this torch has grouped_mm for the device and dtype. Tried once, because versions differ."""
     if not hasattr(torch, "_grouped_mm"):
         return False
     a, b = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(2, 16, 16, device=device, dtype=dtype)

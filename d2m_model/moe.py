@@ -1,4 +1,4 @@
-"""The MoE FFN (Sec. 3.1, Eq. 1-3): a shared expert that every token visits, and routed ones.
+"""The MoE FFN (Sec. 3.1, Eq. 1-3): a shared expert for every token, and routed experts.
 
 Shapes: T tokens, H hidden size, N = S + E F neurons, S shared neurons, E experts, F expert width, K top_k.
 """
@@ -33,9 +33,9 @@ def routed_experts(
     expert_mean_EH: Tensor | None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """The second term of Eq. 2, with mean compensation if there are means: y_TH, to be added to the shared expert's.
+    """Return the second term of Eq. 2, [T, H], with mean compensation if there are means.
 
-    `chunk_tokens` as in plan_dispatch.
+    `chunk_tokens` is that of plan_dispatch.
     """
     plan = plan_dispatch(routing, x_TH, chunk_tokens)
     y_TH = expert_down(expert_up(x_TH, plan, up_EFH, up_bias_EF), plan, down_HEF)
@@ -45,7 +45,7 @@ def routed_experts(
 
 
 def shared_expert(x: Tensor, up_SH: Tensor, up_bias_S: Tensor, down_HS: Tensor, down_bias_H: Tensor) -> Tensor:
-    """W2 gelu_tanh(W1 x + b1) + b2 (Eq. 1). b2 belongs to the shared expert."""
+    """Return W2 gelu_tanh(W1 x + b1) + b2 (Eq. 1). b2 belongs to the shared expert."""
     return F.linear(F.gelu(F.linear(x, up_SH, up_bias_S), approximate="tanh"), down_HS, down_bias_H)
 
 
@@ -63,7 +63,7 @@ def moe_ffn(
     gate: Gate,
     top_k: int,
 ) -> Tensor:
-    """Eq. 2 on the fused weights, whose neurons stand as `layout` says; x and the result are [..., H].
+    """Apply Eq. 2 with a top-k router to x [..., H], on fused weights whose neurons are ordered as in `layout`.
 
     In gate mode `sum` with top_k = E this is the dense FFN. Raises ValueError for a top_k outside 0 ... E.
     """
@@ -112,13 +112,13 @@ class FusedFFN:
 
 
 def recomputed() -> bool:
-    """Whether this forward is one that a checkpoint (non-reentrant) runs again, in the backward pass."""
+    """Return whether a (non-reentrant) checkpoint runs this forward again, in the backward pass."""
     # Private, but the number that torch's own checkpoint goes by: no public function tells whether a backward pass runs.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class MoEFFN(nn.Module):
-    """A MoE FFN with shared and routed weights apart, so that each can be trained or frozen by itself.
+    """A MoE FFN with separate shared and routed weights, so that each can be trained or frozen by itself.
 
     Parameters: `shared_up` and `shared_down` (linear layers), `routed_up` [E, F, H], `routed_up_bias` [E, F],
     `routed_down` [E, H, F], `router` (a linear layer, W_g) and, if the file has them, `expert_mean` [E, H] and the
@@ -126,8 +126,8 @@ class MoEFFN(nn.Module):
 
     router_value  value of the router's setting, see TokenRouter.setting
     experts_on    False leaves the shared expert alone: no router, no experts, no means (training's first stage)
-    routing       in training what the last forward chose, for the losses, until it is set to None; None otherwise
-    chunk_tokens  most tokens that the experts take at once; None lets plan_dispatch choose
+    routing       in training the choice of the last forward pass, for the losses, until it is set to None; else None
+    chunk_tokens  largest number of tokens that the experts process at once; None lets plan_dispatch choose
     """
 
     routing: Routing | None
@@ -174,7 +174,7 @@ class MoEFFN(nn.Module):
         return tensors if self.companion is None else tensors | self.companion()
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `moe_ffn`: [..., H] to [..., H]."""
+        """Apply the FFN to x [..., H]."""
         x_TH = x.reshape(-1, x.shape[-1])
         y_TH: Tensor = self.shared_down(F.gelu(self.shared_up(x_TH), approximate="tanh"))
         routing = None
@@ -189,7 +189,7 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights of nn.Linear's size; routers are never zero, means and thresholds are none."""
+        """Set initial weights as nn.Linear does. Routers are never zero; expert means are."""
         hidden_size, width = self.routed_down.shape[1:]
         for layer in (self.shared_up, self.shared_down, self.router):
             layer.reset_parameters()
@@ -203,7 +203,7 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> FusedFFN:
-        """A copy of the weights in the file's layout; MoEFFN(fused) gives them back."""
+        """Return a copy of the weights in the file's layout. MoEFFN(fused) is the inverse."""
         return FusedFFN(
             up_weight_NH=torch.cat([self.shared_up.weight, self.routed_up.flatten(0, 1)]),
             up_bias_N=torch.cat([self.shared_up.bias, self.routed_up_bias.flatten()]),

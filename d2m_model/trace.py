@@ -1,10 +1,10 @@
-"""What was routed where in one sampling run, recorded compactly.
+"""Compact recording of the routers' choices in one sampling run.
 
-Routers hand what they chose to a RoutingRecorder, one for each call of the transformer (a pass): that keeps the tensors and
-computes nothing, so within the blocks the same operators run with a trace as without. At the end of an evaluation (all
-its passes: prompts, and negative prompts) everything becomes bytes in one buffer, which leaves the device once.
+Each call of the transformer (a pass) has a RoutingRecorder. It keeps the tensors of the choices and computes nothing, so
+that the blocks run the same operators with a trace as without. At the end of an evaluation (all of its passes: prompts
+and negative prompts) all choices are packed into one buffer of bytes, which is copied to the host once.
 
-trace_record.py reads them. Shapes: B batch, S samples of a block, T tokens of all samples of a call, H hidden size,
+trace_record.py reads these buffers. Shapes: B batch, S samples of a block, T tokens of all samples of a call, H hidden size,
 E experts, K top_k, A assignments, L layers of one shape, M blocks of a group.
 """
 
@@ -23,9 +23,9 @@ from .mob import BlockRouting, SampleSubset
 from .routers import Gate, Routing
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace
 
-EVENTFUL = ("cuda", "xpu")  # devices whose copies can be waited for one by one
+EVENTFUL = ("cuda", "xpu")  # devices with events, by which the host can wait for a single copy
 
-# Hearing
+# Recording
 
 
 class Heard(NamedTuple):
@@ -47,23 +47,22 @@ class Heard(NamedTuple):
 
 
 class RoutingRecorder:
-    """Hears what the routers choose in one pass. It is called outside of graphs of torch.compile: hosts run a traced
-    model without them."""
+    """Records the routers' choices in one pass. Hosts run a traced model without graphs of torch.compile."""
 
     def __init__(self) -> None:
         self.heard: list[Heard] = []
         self.chosen: list[tuple[int, Tensor]] = []
 
     def experts(self, ffn: str, routing: Routing, batch: int, gate: Gate) -> None:
-        """The choice of `ffn`'s router for the tokens of `batch` samples, sample by sample."""
+        """Record the choice of an FFN's router for the tokens of `batch` samples, sample by sample."""
         self.heard.append(_heard(ffn, routing, gate, batch))
 
     def blocks(self, group: int, routing: BlockRouting) -> None:
-        """The choice of block group `group`, for every sample."""
+        """Record the choice of block group `group` for every sample."""
         self.chosen.append((group, routing.chosen_BM))
 
     def part(self, samples: SampleSubset, whole: bool) -> RoutingRecorder:
-        """For a block that runs on these samples of the batch; `whole`: that is shown the others too."""
+        """Return a recorder for a block that runs for these samples. `whole`: it runs on all samples of the batch."""
         return _Part(self, samples, whole)
 
 
@@ -86,13 +85,13 @@ def _heard(ffn: str, routing: Routing, gate: Gate, batch: int) -> Heard:
 
 @dataclass(slots=True)
 class _Pieces:
-    """A buffer in the making: pieces of uint8, and how long they are."""
+    """Pieces of a buffer, uint8, and their total length."""
 
     pieces: list[Tensor] = field(default_factory=list)
     length: int = 0
 
     def add(self, piece: Tensor) -> int:
-        """Returns where it will begin."""
+        """Append a piece and return its offset in the buffer."""
         at = self.length
         self.pieces.append(piece.reshape(-1))
         self.length += piece.numel()
@@ -100,12 +99,15 @@ class _Pieces:
 
 
 def _bytes(part: Tensor) -> Tensor:
-    """255 times a number from 0 to 1, uint8."""
+    """Return 255 times numbers from 0 to 1, as uint8."""
     return (part * 255).round_().to(torch.uint8)
 
 
 def _margins(logits_LTE: Tensor, best_LTK: Tensor | None) -> Tensor:
-    """Probability of the best expert less that of the second best, uint8 [L, T]. best_LTK: the order, if it is known."""
+    """Return the probability of the best expert less that of the second best, uint8 [L, T].
+
+    `best_LTK` are the experts best first, if that order is known.
+    """
     probabilities_LTE = logits_LTE.softmax(dim=-1)
     if best_LTK is None or best_LTK.shape[-1] < 2:
         best_LT2 = probabilities_LTE.topk(min(2, logits_LTE.shape[-1]), dim=-1).values
@@ -115,9 +117,11 @@ def _margins(logits_LTE: Tensor, best_LTK: Tensor | None) -> Tensor:
 
 
 def pack(recorders: Sequence[RoutingRecorder], sigma: Tensor) -> tuple[Tensor, list[Entry], list[GroupEntry]]:
-    """uint8: sigma (float32) and all that was heard, on sigma's device; where each FFN's choice lies in it, and each
-    block group's, with the pass and the group. FFNs of one shape are packed by the same few operators, on sigma's device
-    too: passes may have run on several."""
+    """Pack sigma (float32) and all recorded choices into one uint8 buffer on sigma's device.
+
+    Returns the buffer and the positions of the choices of FFNs and of block groups. FFNs of the same shape are packed
+    together, by few operators. Passes may have run on several devices.
+    """
     pieces = _Pieces()
     pieces.add(sigma.reshape(-1)[:1].float().view(torch.uint8))
     alike: dict[tuple[Any, ...], list[tuple[int, Heard]]] = {}
@@ -214,7 +218,7 @@ def _pack_uneven(pieces: _Pieces, layers: Sequence[tuple[int, Heard]]) -> list[E
 
 @dataclass(slots=True)
 class Pass:
-    """One call of the transformer: what it hears, and of whom. Rows of its batch are `samples`, in that order."""
+    """One call of the transformer: its recorder, and the samples of its batch in order."""
 
     samples: list[SampleKey]
     text_tokens: int
@@ -224,7 +228,7 @@ class Pass:
 
 @dataclass(slots=True)
 class Evaluation:
-    """One evaluation of the model. `sigma` is a tensor, which stays where it is until the end."""
+    """One evaluation of the model. `sigma` is a tensor that stays on its device until the end."""
 
     sigma: Tensor
     settings: dict[str, Any] | None = None  # as JSON, of the first pass
@@ -241,23 +245,22 @@ class _Flight:
 
 
 class Run:
-    """The recording of one sampling run, as it grows. Nothing here fails a run that samples: past `limit` bytes it
-    stops recording, and says so in the trace."""
+    """Recording of one sampling run. It never makes a run fail: beyond `limit` bytes it stops, with a note in the trace."""
 
     def __init__(self, config: FluxMoEConfig, grid: tuple[int, int], limit: int) -> None:
         self.config, self.grid, self.limit = config, grid, limit
         self.steps: list[Step] = []
         self.notes: dict[str, None] = {}  # a set in order
         self.bytes, self.full = 0, False
-        self.conditions: tuple[str, ...] = ()  # the order of samples' kinds
-        self.pieces: dict[SampleKey, list[str]] = {}  # of samples' prompts, one for each text token
+        self.conditions: tuple[str, ...] = ()  # order of the samples' conditions
+        self.pieces: dict[SampleKey, list[str]] = {}  # pieces of the samples' prompts, one per text token
         self._flight: _Flight | None = None
 
     def note(self, text: str) -> None:
         self.notes[text] = None
 
     def end(self, evaluation: Evaluation) -> None:
-        """Take in what an evaluation's passes have heard."""
+        """Pack and keep the choices of an evaluation's passes."""
         buffer, entries, groups = pack([it.recorder for it in evaluation.passes], evaluation.sigma)
         if self.bytes + buffer.numel() > self.limit:
             self.full = True
@@ -272,7 +275,7 @@ class Run:
         self._land()
         landed = None
         if buffer.device.type in EVENTFUL:
-            # The host does not wait here: by the end of the next evaluation the copy is long there.
+            # The host does not wait here: the copy is finished long before the next evaluation ends.
             buffer = buffer.to("cpu", non_blocking=True)
             landed = torch.Event(evaluation.sigma.device)
             landed.record()
@@ -282,7 +285,7 @@ class Run:
         self.steps.append(step)
 
     def _record(self, number: int, it: Pass, entries: Sequence[Entry]) -> PassRecord:
-        """With the lengths that routers saw: other packs may add tokens on the way to the blocks."""
+        """Return the record of a pass, with the numbers of tokens that routers saw: other packs may add tokens."""
         image, text, references = self.grid[0] * self.grid[1], it.text_tokens, it.reference_tokens
         seen = {FFN.parse(entry.ffn).stream: entry.tokens for entry in entries if entry.number == number}
         text = seen.get("txt", text)

@@ -1,4 +1,4 @@
-"""A trace, on the host: what trace.py recorded, read and described.
+"""A trace on the host: reads and describes the recording of trace.py.
 
 Shapes: T tokens of one sample, K slots, E experts, A assignments.
 """
@@ -23,36 +23,36 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class SampleKey(NamedTuple):
-    """Who a row of a batch is, the whole run long."""
+    """Identity of a sample during the whole run."""
 
-    condition: str  # positive, negative, or what else the guider calls it
-    entry: int  # of several prompts that are combined
-    image: int  # of the batch of images
+    condition: str  # positive, negative, or another name that the guider uses
+    entry: int  # index among prompts that are combined
+    image: int  # index in the batch of images
 
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """Where in a step's buffer the choice of one router for `batch` samples of `tokens` tokens lies."""
+    """Position in a step's buffer of one router's choice for `batch` samples of `tokens` tokens."""
 
     ffn: str
-    number: int  # of the pass
+    number: int  # index of the pass
     batch: int
-    of: int  # the batch that the block was called with
+    of: int  # size of the batch that the block was called with
     tokens: int
     experts: int
-    slots: int | None = 0  # None: as many for each token as `counts` says, `assigned` in all
-    gates: int | None = None  # None: all are the largest
+    slots: int | None = 0  # experts per token; None: as many as `counts` has for each token, `assigned` in total
+    gates: int | None = None  # None: all gates are the largest
     margin: int = 0
     counts: int = 0
     assigned: int = 0
-    rows: tuple[int, int] | None = None  # where those of it that count (int32) lie, and how many; None: all
-    whole: bool = False  # the samples are all of the batch, whatever `rows` says
+    rows: tuple[int, int] | None = None  # offset and number of the valid samples (int32); None: all
+    whole: bool = False  # the choice has all samples of the batch, not only `rows`
 
 
 class GroupEntry(NamedTuple):
-    """Where the choice of a block group lies: bytes [batch, blocks], 1 where the block runs."""
+    """Position of a block group's choice: bytes [batch, blocks], 1 where the block runs."""
 
-    number: int  # of the pass
+    number: int  # index of the pass
     group: int
     batch: int
     blocks: int
@@ -61,7 +61,7 @@ class GroupEntry(NamedTuple):
 
 @dataclass(slots=True)
 class PassRecord:
-    """One call of the transformer: the samples of its batch, and the tokens that each has besides the image's."""
+    """One call of the transformer: the samples of its batch, and their tokens beside those of the image."""
 
     samples: list[SampleKey]
     text_tokens: int
@@ -69,7 +69,7 @@ class PassRecord:
 
 
 class Layer(NamedTuple):
-    """A router's choice for one sample: uint8 [T, K] (best first, NO_EXPERT where there is no more), [T, K], [T]."""
+    """A router's choice for one sample: uint8 [T, K] (best first, then NO_EXPERT), [T, K], [T]."""
 
     experts_TK: Bytes
     gates_TK: Bytes
@@ -91,7 +91,7 @@ class Step:
         return float(self.buffer[:4].copy().view(np.float32)[0])
 
     def places(self) -> dict[SampleKey, tuple[int, int]]:
-        """Pass and row of every sample. Where a guidance method runs one again, with other attention say, the first."""
+        """Return pass and row of every sample: the first ones, if a guidance method runs a sample several times."""
         found: dict[SampleKey, tuple[int, int]] = {}
         for number, it in enumerate(self.passes):
             for row, key in enumerate(it.samples):
@@ -99,7 +99,7 @@ class Step:
         return found
 
     def choices(self, number: int, row: int) -> dict[str, Layer]:
-        """By FFN, of one row of a pass; those that ran on it."""
+        """Return the choices for one row of a pass, by FFN that ran on it."""
         found = {}
         for entry in self.entries:
             if entry.number == number and (at := self._position(entry, row)) is not None:
@@ -107,7 +107,7 @@ class Step:
         return found
 
     def blocks(self, number: int, row: int) -> dict[int, list[bool]]:
-        """By block group: which of its blocks the row of the pass runs."""
+        """Return which blocks of each group run on one row of a pass."""
         batch = len(self.passes[number].samples)
         found = {}
         for entry in self.groups:
@@ -117,8 +117,8 @@ class Step:
         return found
 
     def _position(self, entry: Entry, row: int) -> int | None:
-        """Which of the entry's samples a row of its pass is."""
-        # A block that another pack calls with a part of the batch does not say with which.
+        """Return the index of a row of the pass among the entry's samples; None if it is not among them."""
+        # If another pack calls a block with a part of the batch, it is not known which part.
         if entry.of != len(self.passes[entry.number].samples):
             return None
         if entry.rows is not None:
@@ -166,20 +166,20 @@ class Trace:
 
     @cached_property
     def layers(self) -> list[str]:
-        """The routed FFNs, in the order in which they run."""
+        """Routed FFNs in the order in which they run."""
 
         return sorted(self.config.ffns, key=FFN.parse)
 
     @cached_property
     def samples(self) -> list[SampleKey]:
-        """Positive first, or in the guider's order; then by prompt, then by image."""
+        """Samples by condition (in the guider's order, or positive first), then by prompt, then by image."""
         keys = {key for step in self.steps for it in step.passes for key in it.samples}
         order = {condition: number for number, condition in enumerate(self.conditions)}
         return sorted(keys, key=lambda key: (order.get(key.condition, len(order)), key))
 
     @cached_property
     def text_tokens(self) -> int:
-        """Of the longest prompt; shorter ones are filled up with tokens that nobody routed."""
+        """Text tokens of the longest prompt. Shorter ones are padded with tokens that no router saw."""
         return max((it.text_tokens for step in self.steps for it in step.passes), default=0)
 
     @cached_property
@@ -188,7 +188,7 @@ class Trace:
 
     @cached_property
     def slots(self) -> int:
-        """K: of the token with the most experts. At least 1."""
+        """K, the largest number of experts of a token, at least 1."""
         most = 1
         for step in self.steps:
             for entry in step.entries:
@@ -207,7 +207,7 @@ class Trace:
         }[FFN.parse(ffn).stream]
 
     def choices(self, step: int, key: SampleKey) -> dict[str, Layer]:
-        """By FFN, of those that ran on the sample in the step: its own tokens, without filling."""
+        """Return the choices for a sample in a step, by FFN that ran on it, without padding tokens."""
         found = self.steps[step]
         place = found.places().get(key)
         if place is None:
@@ -218,12 +218,14 @@ class Trace:
             "txt": of.text_tokens,
             "joint": of.text_tokens + self.image_tokens + of.reference_tokens,
         }
-        # Packs that merge tokens leave no way to tell which are where.
+        # Where packs merge tokens, it is not known which token is which.
         return {ffn: it for ffn, it in found.choices(*place).items() if len(it.margin_T) == own[FFN.parse(ffn).stream]}
 
     def of_image(self, step: int, key: SampleKey, ffn: str) -> Layer | None:
-        """The choice of an FFN for the image's patches alone, row by row; None if it did not run. Raises ValueError for
-        a FFN of the text."""
+        """Return an FFN's choice for the image's patches, row by row; None if it did not run.
+
+        Raises ValueError for an FFN of the text.
+        """
         if FFN.parse(ffn).stream == "txt":
             raise ValueError(f"{ffn} routes no image tokens; expected a single block's or an image stream's FFN.")
         layer = self.choices(step, key).get(ffn)
@@ -233,11 +235,11 @@ class Trace:
         first = self.steps[step].passes[place[0]].text_tokens if FFN.parse(ffn).stream == "joint" else 0
         return Layer(*(part[first : first + self.image_tokens] for part in layer))
 
-    # As the map reads it
+    # Form that the expert map reads
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """All but the choices themselves, as JSON."""
+        """Everything except the choices themselves, as JSON."""
         height, width = self.grid
         config = self.config
         return {
@@ -289,7 +291,7 @@ class Trace:
         return [int(count) for count in counts[:experts]]
 
     def _prompt(self) -> list[list[str] | None] | None:
-        """Of every sample as many pieces as there are text tokens, or None where they are not known."""
+        """Return the pieces of every sample's prompt, one per text token; None where they are not known."""
         if not self.pieces:
             return None
         found: list[list[str] | None] = []
@@ -300,7 +302,7 @@ class Trace:
         return found
 
     def step_bytes(self, step: int, sample: int) -> bytes:
-        """Of every layer that ran, in order: experts [T*K] token by token, best first; gates [T*K]; margins [T]."""
+        """Return the bytes of every layer that ran, in order: experts [T*K] (best first), gates [T*K], margins [T]."""
         return b"".join(self._parts(step, sample))
 
     def _parts(self, step: int, sample: int) -> Iterator[bytes]:
@@ -315,7 +317,7 @@ class Trace:
                 yield self._filled(ffn, part, text, nothing).tobytes()
 
     def _filled(self, ffn: str, part: Bytes, text: int, nothing: int) -> Bytes:
-        """With the trace's slots, and its tokens of text and of references."""
+        """Pad to the trace's slots, text tokens and reference tokens."""
         shape = (self.tokens(ffn), self.slots) if part.ndim == 2 else (self.tokens(ffn),)
         found = np.full(shape, nothing, np.uint8)
         slots = (slice(0, part.shape[1]),) if part.ndim == 2 else ()

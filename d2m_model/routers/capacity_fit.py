@@ -1,4 +1,4 @@
-"""A capacity router's predictor before any training: fitted to what the experts take of calibration tokens.
+"""Fit of a capacity router's predictor before any training, to the experts' selection of calibration tokens.
 
 Shapes: T tokens, H hidden size, D predictor width, E experts.
 """
@@ -29,11 +29,11 @@ def initial_tensors(
     width: int,
     generator: torch.Generator,
 ) -> CapacityTensors:
-    """A capacity router before training, from calibration inputs of its FFN: float32, on the device of x.
+    """Initialise a capacity router from calibration inputs of its FFN: float32, on the device of x.
 
-    The predictor is random (Xavier, zero biases: DiffMoE's) and knows nothing yet; thresholds are set so that each
-    expert gets its share of these tokens from it. The scale is 1 / mean gate of the selected. Raises ValueError if
-    there are too few tokens for a share.
+    The predictor is random (Xavier, zero biases, as in DiffMoE). Thresholds are set so that each expert gets its share of
+    these tokens. The scale is 1 / mean gate of the selected tokens. Raises ValueError if there are too few tokens for a
+    share.
     """
     tokens, hidden, experts = *x_TH.shape, weight_EH.shape[0]
     share = share_of(tokens, experts, capacity)
@@ -60,9 +60,9 @@ def initial_tensors(
 
 
 def thresholds_of(predicted_TE: Tensor, share: int) -> Tensor:
-    """float32 [E], probabilities: of these tokens each expert gets the `share` (1 or more) that it is most likely to take."""
+    """Return thresholds, float32 [E], that give each expert the `share` (1 or more) of tokens with the best predictions."""
     sorted_TE = predicted_TE.sort(dim=0, descending=True).values
-    # Between the last that is to pass and the first that is not.
+    # Between the last token that passes and the first that does not.
     first_out = sorted_TE[share] if share < len(sorted_TE) else sorted_TE[-1] - 1
     return ((sorted_TE[share - 1] + first_out) / 2).sigmoid()
 
@@ -76,11 +76,11 @@ def fitted_tensors(
     width: int,
     generator: torch.Generator,
 ) -> CapacityTensors:
-    """A capacity router for use without training, from calibration inputs of its FFN: float32, on the device of x.
+    """Fit a capacity router for use without training, from calibration inputs of its FFN: float32, on the device of x.
 
-    The predictor learns the selection by logistic regression (DiffMoE's own loss, as in training), on inputs brought to
-    mean 0 and variance 1, which its first layer then takes in. Thresholds give each expert its share of these tokens.
-    Raises ValueError if there are too few tokens for a share.
+    The predictor learns the selection by logistic regression (DiffMoE's loss, as in training) on inputs normalised to
+    mean 0 and variance 1; the normalisation is then merged into its first layer. Thresholds give each expert its share of
+    these tokens. Raises ValueError if there are too few tokens for a share.
     """
     x_TH = x_TH.float()
     tensors = initial_tensors(x_TH, weight_EH, bias_E, capacity=capacity, width=width, generator=generator)
@@ -115,7 +115,7 @@ def fitted_tensors(
 
 
 def selection(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, capacity: float) -> Tensor:
-    """bool [T, E]: what the experts take, as in training, if these tokens are the pool."""
+    """Return the experts' selection as in training, bool [T, E], if these tokens are the pool."""
     alpha_TE = float32_linear(x_TH, weight_EH, bias_E).softmax(dim=-1)
     taken_SE = select(alpha_TE, capacity)
     return torch.zeros_like(alpha_TE, dtype=torch.bool).scatter(0, taken_SE, True)

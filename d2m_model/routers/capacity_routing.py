@@ -1,11 +1,11 @@
-"""DiffMoE's token router: experts take tokens, so one token may get more experts than another.
+"""Routing by DiffMoE's capacity router: experts take tokens, so one token may get more experts than another.
 
-In training every expert takes its best tokens of one pool, the batch: its share is known, the batch's hardest tokens
-get the most experts. Alone, a token cannot know what its batch would have left for it: a small predictor learns to,
-and at inference each expert takes the tokens for which its prediction passes a threshold. No token sees another then.
+In training every expert takes its best tokens of one pool, the batch. Its share is fixed, and the batch's hardest
+tokens get the most experts. At inference every token is routed by itself: a small predictor has learnt which experts
+would take the token, and an expert takes it if the prediction passes the expert's threshold.
 
-What the paper (Shi et al. 2025) leaves open is decided as in its official code. The gates' scale is ours: a softmax over
-n experts, not renormalised over the chosen, leaves gates near 1/n.
+Where the paper (Shi et al. 2025) leaves something open, this follows its official code. The scale of the gates is our
+addition: without renormalisation over the chosen experts, a softmax over n experts has gates near 1/n.
 
 Shapes: T tokens, P of them in the pool, S tokens of an expert, H hidden size, D predictor width, E experts, A assignments.
 """
@@ -38,11 +38,11 @@ class CapacityTensors:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> CapacityTensors:
-        """From tensors by their names in the file after the FFN's, among them these."""
+        """Select them from a router's tensors, which are named as in the file after the FFN's name."""
         return cls(**{field: tensors[name] for field, name in _NAMES.items()})
 
     def named(self) -> dict[str, Tensor]:
-        """By these names."""
+        """Return them by these names."""
         return {name: getattr(self, field) for field, name in _NAMES.items()}
 
 
@@ -57,9 +57,9 @@ _NAMES = {
 
 
 def predict(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
-    """The predictor's logits, float32 [T, E]: their sigmoid is how likely an expert would take the token.
+    """Return the predictor's logits, float32 [T, E]: their sigmoid is the probability that an expert takes the token.
 
-    x is detached: the predictor watches, and does not shape what it watches.
+    x is detached, so that the predictor does not change the model that it observes.
     """
     hidden_TD = F.silu(float32_linear(x_TH.detach(), tensors.in_weight_DH, tensors.in_bias_D))
     return float32_linear(hidden_TD, tensors.out_weight_ED, tensors.out_bias_E)
@@ -69,7 +69,7 @@ def predict(x_TH: Tensor, tensors: CapacityTensors) -> Tensor:
 
 
 def check_factor(factor: float) -> None:
-    """Raises ValueError unless the capacity factor is 0 or more, and finite."""
+    """Raise ValueError unless the capacity factor is 0 or more, and finite."""
     if not 0 <= factor < math.inf:
         raise ValueError(f"The capacity factor is {factor}; expected 0 (no experts) or more (1 is the file's own).")
 
@@ -83,21 +83,20 @@ def route_by_threshold(
     gate: Gate,
     factor: float = 1.0,
 ) -> Routing:
-    """The experts whose prediction for a token passes their threshold, token by token.
+    """Route each token to the experts whose prediction passes their threshold.
 
     gate.mode `sum`: weight 1. `normalised`: the FFN's scale times alpha = softmax(W_g x), not renormalised; gate.scale
     is not used. `factor`, the compute slider, divides the odds t / (1 - t) of the thresholds: at 1 they are the file's,
-    at 2 a prediction passes at half the odds, at 0 none does. (If it divided t itself, experts would fall silent one
-    after the other below 1, as their thresholds came to exceed 1.)
+    at 2 a prediction passes at half the odds, at 0 none does. (If the factor divided t itself, experts would drop out
+    one after the other below 1, when their thresholds exceed 1.)
 
-    How many assignments there are only the device knows: the host waits for it, once each call, and torch.compile
-    breaks its graph here. The alternative, rows for every token at every expert of which most are unused, would gather
-    and scatter E / K times the memory of top-k routing.
-    Raises ValueError for a factor below 0, or one that is no finite number.
+    Only the device knows the number of assignments. The host waits for it once per call, and torch.compile breaks its
+    graph here. The alternative, rows for every token at every expert, would need E / K times the memory of top-k routing.
+    Raises ValueError for a factor that is negative or not finite.
     """
     check_factor(factor)
     logits_TE = float32_linear(x_TH, weight_EH, bias_E)
-    # In logits, where sigmoids do not yet round to 0 or 1. Of a threshold of 0 the logit is -inf, which all pass.
+    # Compare logits, because sigmoids may round to 0 or 1. A threshold of 0 has the logit -inf, which all pass.
     limit_E = tensors.threshold_E.float().logit() - (math.log(factor) if factor > 0 else -math.inf)
     token_A, expert_A = (predict(x_TH, tensors) > limit_E).nonzero().unbind(1)
     gates_TE = _weights(logits_TE.softmax(dim=-1), tensors.scale_1, gate)
@@ -105,8 +104,10 @@ def route_by_threshold(
 
 
 def scaled_threshold(threshold_E: Tensor, factor: float) -> Tensor:
-    """The thresholds, in their dtype, with which `route_by_threshold` at factor 1 does what it does with `threshold_E`
-    at `factor` (but for the rounding of the thresholds themselves). Raises ValueError as `check_factor` does."""
+    """Return the thresholds, in their dtype, that have the same effect at factor 1 as `threshold_E` has at `factor`.
+
+    They are equal except for the rounding of the thresholds. Raises ValueError as `check_factor` does.
+    """
     check_factor(factor)
     if factor == 0:
         return torch.ones_like(threshold_E)
@@ -122,7 +123,7 @@ def _weights(alpha_TE: Tensor, scale_1: Tensor, gate: Gate) -> Tensor:
 
 @dataclass(kw_only=True, slots=True)
 class PoolRouting:
-    """What the experts took of a pool, and what the predictor made of it: float32 [P, E] logits beside bool [P, E]."""
+    """Routing of a pool, with the predictor's logits, float32 [P, E], and the experts' selection, bool [P, E]."""
 
     routing: Routing
     predicted_PE: Tensor
@@ -130,18 +131,18 @@ class PoolRouting:
     share: int  # S, tokens of each expert
 
     def predictor_loss(self) -> Tensor:
-        """Binary cross-entropy of the prediction against the selection, meaned over tokens and experts."""
+        """Return the binary cross-entropy of prediction and selection, averaged over tokens and experts."""
         loss = F.binary_cross_entropy_with_logits(self.predicted_PE, self.selected_PE.float(), reduction="sum")
         return loss / max(1, self.selected_PE.numel())
 
 
 def share_of(tokens: int, experts: int, capacity: float) -> int:
-    """floor(tokens / experts * capacity): how many tokens of a pool each expert takes. At most all of them."""
+    """Return floor(tokens / experts * capacity), the tokens of a pool that each expert takes; at most all of them."""
     return min(tokens, math.floor(tokens * capacity / experts))
 
 
 def select(alpha_PE: Tensor, capacity: float) -> Tensor:
-    """int64 [S, E]: every expert's tokens of the pool, best first; among equals the earlier token."""
+    """Return every expert's tokens of the pool, int64 [S, E], best first; among equals the earlier token."""
     share = share_of(alpha_PE.shape[0], alpha_PE.shape[1], capacity)
     return alpha_PE.detach().sort(dim=0, descending=True, stable=True).indices[:share]
 
@@ -156,10 +157,10 @@ def route_pool(
     capacity: float,
     pool_P: Tensor | None = None,
 ) -> PoolRouting:
-    """Every expert takes its share of the pool (None: all tokens): those with the highest alpha = softmax(W_g x).
+    """Let every expert take its share of the pool (None: all tokens), the tokens with the highest alpha = softmax(W_g x).
 
-    Through gates of mode `normalised` (scale * alpha, as in `route_by_threshold`) the router learns. `pool_P` is
-    `pool_of` a mask; tokens outside it get no expert. Shapes depend on its length alone, so the host waits for nothing.
+    The router learns through gates of mode `normalised` (scale * alpha, as in `route_by_threshold`). `pool_P` is
+    `pool_of` a mask; tokens outside of it get no expert. Shapes depend only on its length, so the host does not wait.
     """
     logits_TE = float32_linear(x_TH, weight_EH, bias_E)
     logits_PE, x_PH = (logits_TE, x_TH) if pool_P is None else (logits_TE[pool_P], x_TH[pool_P])
@@ -167,12 +168,12 @@ def route_pool(
     alpha_PE = logits_PE.softmax(dim=-1)
     taken_SE = select(alpha_PE, capacity)
     # Sorted by token, then by expert.
-    place_A = (taken_SE * experts + torch.arange(experts, device=x_TH.device)).flatten().sort().values
-    position_A = place_A // experts
+    flat_A = (taken_SE * experts + torch.arange(experts, device=x_TH.device)).flatten().sort().values
+    position_A = flat_A // experts
     routing = Routing(
         token_A=position_A if pool_P is None else pool_P.index_select(0, position_A),
-        expert_A=place_A % experts,
-        gate_A=_weights(alpha_PE, tensors.scale_1, gate).flatten().index_select(0, place_A),
+        expert_A=flat_A % experts,
+        gate_A=_weights(alpha_PE, tensors.scale_1, gate).flatten().index_select(0, flat_A),
         logits_TE=logits_TE,
     )
     return PoolRouting(

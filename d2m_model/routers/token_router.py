@@ -49,7 +49,7 @@ class RouterCompanion(nn.Module, ABC):
 
     @property
     def learns(self) -> bool:
-        """Whether the parameters are being trained."""
+        """True while the parameters are being trained."""
         return False
 
     def route(self, x_TH: Tensor, tensors: RouterTensors, gate: Gate, *, remember: bool) -> Routing:
