@@ -37,7 +37,7 @@ from ...d2m_model.mob import (
     select_rows,
 )
 from .blocks import cast_router, router_linear
-from .settings import Choice, FileChoice, active_blocks, settings_of
+from .settings import CallSettings, FileSettings, active_blocks, settings_of
 
 CHOSEN_KEY = "d2m_chosen"  # in transformer_options: the choices of one evaluation
 
@@ -98,7 +98,7 @@ class PreparedCall:
 
     streams: tuple[Tensor, ...]
     samples: SampleSubset
-    choice: Choice | None  # None for a dense block
+    settings: CallSettings | None  # None for a dense block
     arguments: dict[str, Any]
     whole: bool  # the arguments are those of the whole batch
 
@@ -108,7 +108,7 @@ class BlockCompiledApart:
 
     names: tuple[str, ...]  # of the positional arguments
     streams: tuple[str, ...]  # names of the arguments that it returns
-    file: FileChoice | None = None
+    file: FileSettings | None = None
     place: tuple[BlockGroupRouter, int] | None = (
         None  # router of the group (in a tuple, so that it is no child module) and position
     )
@@ -118,10 +118,10 @@ class BlockCompiledApart:
         call = self.enter(args, kwargs)
         if call.samples.count == 0:
             streams = call.streams
-        elif call.choice is None:
+        elif call.settings is None:
             streams = self.leave(call, super().forward(**call.arguments))  # type: ignore[misc]
         else:
-            streams = self.leave(call, self.run(call.choice, **call.arguments))  # type: ignore[attr-defined]
+            streams = self.leave(call, self.run(call.settings, **call.arguments))  # type: ignore[attr-defined]
         return streams if len(streams) > 1 else streams[0]
 
     @torch.compiler.disable
@@ -142,10 +142,10 @@ class BlockCompiledApart:
             arguments = select_rows(arguments, samples)
         if options is not None:
             arguments["transformer_options"] = options
-        choice = None if self.file is None else self.file.under(options)
-        if choice is not None and choice.trace is not None:
-            choice = choice._replace(trace=choice.trace.part(samples, whole))
-        return PreparedCall(streams=streams, samples=samples, choice=choice, arguments=arguments, whole=whole)
+        settings = None if self.file is None else self.file.under(options)
+        if settings is not None and settings.trace is not None:
+            settings = settings._replace(trace=settings.trace.part(samples, whole))
+        return PreparedCall(streams=streams, samples=samples, settings=settings, arguments=arguments, whole=whole)
 
     @torch.compiler.disable
     def leave(self, call: PreparedCall, output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

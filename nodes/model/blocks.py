@@ -26,7 +26,7 @@ from ...d2m_model.config import FFNLayout
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.routers import Routing
 from .custom_operators import Handed, down_in_graph, up_in_graph
-from .settings import Choice, FileChoice, GraphChoice
+from .settings import CallSettings, FileSettings, GraphSettings
 
 # Weights
 
@@ -90,7 +90,7 @@ class ExpertLayer(nn.Module):
     name: str  # the FFN's name in the file
     row: Tensor  # the FFN's index among the file's; a tensor on the host, because one graph serves several blocks
     layout: FFNLayout
-    file: FileChoice
+    file: FileSettings
     router_layers: tuple[str, ...]  # names of the router's linear layers in the file
     router_buffers: tuple[str, ...]  # names of its other tensors
     neuron_order: Tensor
@@ -99,7 +99,7 @@ class ExpertLayer(nn.Module):
     def add_router(
         self,
         layout: FFNLayout,
-        file: FileChoice,
+        file: FileSettings,
         stored: Mapping[str, Tensor],
         name: str,
         row: int,
@@ -151,23 +151,23 @@ class ExpertLayer(nn.Module):
         for layer, weight, bias, token in router.casts:
             comfy.ops.uncast_bias_weight(layer, weight, bias, token)
 
-    def route(self, x_BTH: Tensor, choice: Choice) -> Routing:
+    def route(self, x_BTH: Tensor, settings: CallSettings) -> Routing:
         x_TH = x_BTH.flatten(0, -2)
         router = self.cast_router(x_TH.device)
-        routing = self.file.router.route(x_TH, router.tensors, gate=choice.gate, value=choice.value)
+        routing = self.file.router.route(x_TH, router.tensors, gate=settings.gate, value=settings.value)
         self.uncast_router(router)
-        if choice.trace is not None:
-            choice.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=choice.gate)
-        if choice.mask is not None and self.name in choice.mask:
-            routing = routing.weighed(choice.mask[self.name].to(x_TH.device))
+        if settings.trace is not None:
+            settings.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=settings.gate)
+        if settings.mask is not None and self.name in settings.mask:
+            routing = routing.weighed(settings.mask[self.name].to(x_TH.device))
         return routing
 
-    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed | Handed]:
+    def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed | Handed]:
         """Apply W1: its first `rows` outputs for every token, and the hidden activations of the chosen experts."""
         # Only without gradients, which the operators of custom_operators.py do not have.
-        if choice.graph is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self._up_in_graph(linear, x_BTH, rows, choice.graph)
-        return self._up(linear, x_BTH, rows, choice)
+        if settings.graph is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self._up_in_graph(linear, x_BTH, rows, settings.graph)
+        return self._up(linear, x_BTH, rows, settings)
 
     def down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed | Handed) -> Tensor:
         """Apply W2: its first columns to x, for every token, plus the outputs of the chosen experts: [B, T, H]."""
@@ -175,9 +175,9 @@ class ExpertLayer(nn.Module):
             return self._down_in_graph(linear, x_BTN, routed)
         return self._down(linear, x_BTN, routed)
 
-    def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: Choice) -> tuple[Tensor, Routed]:
+    def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
-        routing = self.route(x_BTH, choice)
+        routing = self.route(x_BTH, settings)
         plan = plan_dispatch(routing, x_TH)
         weight, bias, token = cast(linear, x_BTH)
         y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
@@ -197,14 +197,16 @@ class ExpertLayer(nn.Module):
             y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
         return y_BTH + y_TH.view_as(y_BTH)
 
-    def _up_in_graph(self, linear: nn.Module, x_BTH: Tensor, rows: int, choice: GraphChoice) -> tuple[Tensor, Handed]:
+    def _up_in_graph(
+        self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: GraphSettings
+    ) -> tuple[Tensor, Handed]:
         router = self.cast_router(x_BTH.device)
         weight, bias, token = cast(linear, x_BTH)
         y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
         experts = (self.layout.experts, self.layout.width)
         up_EFH, up_bias_EF = weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts)
         x_TH = x_BTH.flatten(0, -2)
-        handed = up_in_graph(x_TH, self.file.router_text, router.tensors, choice, self.row, up_EFH, up_bias_EF)
+        handed = up_in_graph(x_TH, self.file.router_text, router.tensors, settings, self.row, up_EFH, up_bias_EF)
         self.uncast_router(router)
         comfy.ops.uncast_bias_weight(linear, weight, bias, token)
         return y_BTN, handed
@@ -223,9 +225,9 @@ class ExpertLayer(nn.Module):
 class ExpertFFN(ExpertLayer, nn.Sequential):
     """A double block's img_mlp or txt_mlp. Its children are those of the nn.Sequential it replaces, and its router."""
 
-    def forward(self, x_BTH: Tensor, choice: Choice | None = None) -> Tensor:
-        """Run the FFN. `choice` None is the file's own."""
-        shared_BTS, routed = self.up(self[0], x_BTH, self.layout.shared, choice or self.file.under(None))
+    def forward(self, x_BTH: Tensor, settings: CallSettings | None = None) -> Tensor:
+        """Run the FFN. `settings` None is the file's own."""
+        shared_BTS, routed = self.up(self[0], x_BTH, self.layout.shared, settings or self.file.under(None))
         return self.down(self[2], self[1](shared_BTS), routed)
 
 
@@ -235,8 +237,8 @@ class ExpertFFN(ExpertLayer, nn.Sequential):
 class BlockCall:
     """View of a block for one call of its forward: the block, except for the modules that a subclass replaces."""
 
-    def __init__(self, block: Any, choice: Choice) -> None:
-        self.block, self.choice = block, choice
+    def __init__(self, block: Any, settings: CallSettings) -> None:
+        self.block, self.settings = block, settings
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -250,7 +252,7 @@ class DoubleCall(BlockCall):
         return self.run(self.block.txt_mlp, x)
 
     def run(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        y: Tensor = mlp(x, self.choice) if isinstance(mlp, ExpertFFN) else mlp(x)
+        y: Tensor = mlp(x, self.settings) if isinstance(mlp, ExpertFFN) else mlp(x)
         return y
 
 
@@ -267,7 +269,7 @@ class SingleCall(BlockCall):
     def linear1(self, x: Tensor) -> Tensor:
         block = self.block
         rows = 3 * block.hidden_size + block.layout.shared
-        dense, self.routed = block.up(block.linear1, x, rows, self.choice)
+        dense, self.routed = block.up(block.linear1, x, rows, self.settings)
         return dense
 
     def linear2(self, x: Tensor) -> Tensor:
@@ -275,13 +277,13 @@ class SingleCall(BlockCall):
 
 
 class DoubleExpertBlock(DoubleStreamBlock):
-    file: FileChoice
+    file: FileSettings
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.file.under(kwargs.get("transformer_options")), *args, **kwargs)
 
-    def run(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
-        return DoubleStreamBlock.forward(DoubleCall(self, choice), *args, **kwargs)
+    def run(self, settings: CallSettings, *args: Any, **kwargs: Any) -> Any:
+        return DoubleStreamBlock.forward(DoubleCall(self, settings), *args, **kwargs)
 
 
 class SingleExpertBlock(ExpertLayer, SingleStreamBlock):
@@ -292,5 +294,5 @@ class SingleExpertBlock(ExpertLayer, SingleStreamBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.file.under(kwargs.get("transformer_options")), *args, **kwargs)
 
-    def run(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
-        return SingleStreamBlock.forward(SingleCall(self, choice), *args, **kwargs)
+    def run(self, settings: CallSettings, *args: Any, **kwargs: Any) -> Any:
+        return SingleStreamBlock.forward(SingleCall(self, settings), *args, **kwargs)

@@ -23,7 +23,7 @@ from ...d2m_model.blocks import blocks_of
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.kernels.choice import has_kernels
 from ...d2m_model.routers import RouterTensors, Routing, router_from_text
-from .settings import GraphChoice, RoutingSettings
+from .settings import GraphSettings, RoutingSettings
 
 
 def may_compile(flux: nn.Module) -> bool:
@@ -87,7 +87,7 @@ def up_in_graph(
     x_TH: Tensor,
     router: str,
     tensors: RouterTensors,
-    choice: GraphChoice,
+    settings: GraphSettings,
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
@@ -97,7 +97,7 @@ def up_in_graph(
     `router` is the file's, as router_to_text gives it; `row` (on the host) is the FFN's row of weights_LE.
     """
     outputs: list[Tensor] = torch.ops.d2m.routed_up(
-        x_TH, router, list(tensors), list(tensors.values()), *choice, row, up_EFH, up_bias_EF
+        x_TH, router, list(tensors), list(tensors.values()), *settings, row, up_EFH, up_bias_EF
     )
     return Handed(*outputs)
 

@@ -27,7 +27,7 @@ from .block_groups import CHOSEN_KEY, BlockGroupRouter, compiled_apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
 from .custom_operators import may_compile, without_graphs
-from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileChoice, graph_choice, settings_of
+from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileSettings, graph_settings, settings_of
 
 # The model
 
@@ -46,7 +46,7 @@ class FluxMoE(Flux):
         self.register_buffer(CONFIG_KEY, torch.empty_like(stored[CONFIG_KEY], device=device))
         if config.adaln_rank is not None:
             compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
-        file = FileChoice.of(config)
+        file = FileSettings.of(config)
         for row, (name, layout) in enumerate(config.ffns.items()):
             ffn = FFN.parse(name)
             block: Any = self.get_submodule(ffn.block.name)
@@ -167,7 +167,7 @@ class FluxMoEModel(comfy.model_base.Flux):
             options[OPTIONS_KEY] = run.settings(options, t, x.device)
         settings = settings_of(options)
         if may_compile(self.diffusion_model):
-            options[GRAPH_KEY] = graph_choice(self.diffusion_model.config, settings, x.device)
+            options[GRAPH_KEY] = graph_settings(self.diffusion_model.config, settings, x.device)
         with without_graphs(self) if settings.get("trace") is not None else nullcontext():
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

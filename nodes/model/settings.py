@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from ...d2m_model.trace import RoutingRecorder
 
 OPTIONS_KEY = "d2m"
-GRAPH_KEY = "d2m_graph"  # key of a GraphChoice in transformer_options, during one evaluation
-NEGATIVE_KEY = "d2m_negative"  # of prompts that a model of their own evaluates, its Run: see evaluation_settings.py
+GRAPH_KEY = "d2m_graph"  # key of a GraphSettings in transformer_options, during one evaluation
+NEGATIVE_KEY = "d2m_negative"  # in negative prompts that have a model of their own: its NegativePromptRun
 
 
 def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -67,7 +67,7 @@ class RoutingSettings(NamedTuple):
         return Gate(mode="normalised" if self.normalised else "sum", scale=self.scale)
 
 
-class GraphChoice(NamedTuple):
+class GraphSettings(NamedTuple):
     """Settings of one evaluation for graphs of torch.compile, see custom_operators.py.
 
     settings    packed RoutingSettings, float64 on the host
@@ -78,7 +78,7 @@ class GraphChoice(NamedTuple):
     weights_LE: Tensor
 
 
-def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphChoice:
+def graph_settings(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphSettings:
     """Pack a clone's settings for graphs."""
     mask: Mapping[str, Tensor] = settings.get("mask") or {}
     numbers = RoutingSettings(
@@ -92,22 +92,22 @@ def graph_choice(config: FluxMoEConfig, settings: Mapping[str, Any], device: tor
     for row, ffn in enumerate(config.ffns if mask else ()):
         if ffn in mask:
             weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
-    return GraphChoice(numbers.packed(), weights_LE)
+    return GraphSettings(numbers.packed(), weights_LE)
 
 
-class Choice(NamedTuple):
+class CallSettings(NamedTuple):
     """How the tokens of one call are routed."""
 
     value: float  # of the setting that steers the router
     gate: Gate
     mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
     trace: RoutingRecorder | None = None
-    graph: GraphChoice | None = None  # the same for a graph of torch.compile, which reads nothing else
+    graph: GraphSettings | None = None  # the same for a graph of torch.compile, which reads nothing else
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class FileChoice:
-    """A file's own routing, and the choices that settings of clones make of it."""
+class FileSettings:
+    """A file's own routing, and the settings of calls that clones make of it."""
 
     router: TokenRouter
     router_text: str  # the same, for graphs
@@ -116,7 +116,7 @@ class FileChoice:
     gate: str  # the file's own mode
 
     @classmethod
-    def of(cls, config: FluxMoEConfig) -> FileChoice:
+    def of(cls, config: FluxMoEConfig) -> FileSettings:
         gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
         return cls(
             router=config.router,
@@ -126,14 +126,14 @@ class FileChoice:
             gate=config.gate.mode,
         )
 
-    def under(self, transformer_options: Mapping[str, Any] | None) -> Choice:
-        """Return the choice under the settings of the sampled clone; the file's values stand in for absent settings."""
+    def under(self, transformer_options: Mapping[str, Any] | None) -> CallSettings:
+        """Return the settings of a call of the sampled clone; the file's values stand in for absent settings."""
         graph = (transformer_options or {}).get(GRAPH_KEY)
         if graph is not None and torch.compiler.is_compiling():
-            return Choice(value=self.value, gate=self.gates[self.gate], graph=graph)
+            return CallSettings(value=self.value, gate=self.gates[self.gate], graph=graph)
         settings = settings_of(transformer_options)
         gate = self.gates[settings.get("gate", self.gate)]
-        return Choice(
+        return CallSettings(
             value=settings.get(self.router.setting, self.value),
             gate=gate,
             mask=settings.get("mask"),

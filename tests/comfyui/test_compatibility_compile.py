@@ -202,7 +202,7 @@ def test_compiled_blocks_have_no_graph_breaks(host: Comfy, tmp_path: Path) -> No
     flux = host.load(files.save(split, tmp_path / "moe.safetensors")).model.diffusion_model
     x, vec = torch.randn(1, 40, 128), torch.randn(1, 128)
     common: dict[str, Any] = {"vec": vec, "pe": flux.pe_embedder(torch.zeros(1, 40, 3))}
-    graph = host.module("nodes.model.settings").graph_choice(flux.config, {"top_k": 3}, x.device)
+    graph = host.module("nodes.model.settings").graph_settings(flux.config, {"top_k": 3}, x.device)
     single, double = flux.single_blocks[0], flux.double_blocks[0]
     for options in ({}, {"d2m_graph": graph}):  # without what FluxMoEModel adds, and with it
         common["transformer_options"] = {"d2m": {"top_k": 3}, **options}
@@ -220,7 +220,7 @@ def test_gradients_flow_through_compiled_experts(host: Comfy, tmp_path: Path) ->
     split = files.split(files.dense_flux(DIMS), DIMS, dense_double_blocks=0)
     flux = host.load(files.save(split, tmp_path / "moe.safetensors")).model.diffusion_model
     mlp = flux.double_blocks[0].img_mlp
-    graph = host.module("nodes.model.custom_operators").graph_choice(flux.config, {"top_k": 3}, torch.device("cpu"))
+    graph = host.module("nodes.model.settings").graph_settings(flux.config, {"top_k": 3}, torch.device("cpu"))
     choice = mlp.file.under({"d2m": {"top_k": 3}, "d2m_graph": graph})
     x, found = torch.randn(1, 40, 128), []
     for run in (mlp, torch.compile(mlp, backend="aot_eager")):

@@ -322,8 +322,8 @@ def test_for_graphs_nothing_is_made_where_nothing_is_compiled(
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     module, made = host.module("nodes.model.flux_moe"), []
-    choice = module.graph_choice
-    monkeypatch.setattr(module, "graph_choice", lambda *args: made.append(args) or choice(*args))
+    original = module.graph_settings
+    monkeypatch.setattr(module, "graph_settings", lambda *args: made.append(args) or original(*args))
     model = mask(host, pair.moe, "*: 0=0")
     expected = host.sample(model, SMALL, steps=1)
     assert not made
