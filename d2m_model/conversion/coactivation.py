@@ -1,4 +1,4 @@
-"""Experts of neurons that fire together: balanced clusters under which the best top_k hold the most energy.
+"""Experts of neurons that fire together: balanced clusters of which the best top_k hold the most energy.
 
 Shapes: T tokens, H hidden size, R routed neurons, E experts, F expert width; R = E F.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 from ..config import FFNLayout
 from .router_init import ridge_router
 
-ORACLE_STEPS = 3  # before the router has a say: it can only learn clusters that are there
+ORACLE_STEPS = 3  # steps before the router chooses: it can only learn clusters that exist
 MOST_STEPS = 20
 
 
 def coactivation_experts(
     energy_TR: Tensor, x_TH: Tensor, layout: FFNLayout, top_k: int, generator: torch.Generator
 ) -> Tensor:
-    """The expert of every routed neuron, int64 [R]; each expert gets `layout.width` of them.
+    """Return the expert of every routed neuron, int64 [R]; each expert gets `layout.width` of them.
 
     energy_TR is what a neuron adds to the FFN's output beyond its mean, squared: (a - mean a)^2 |w2|^2. Two steps in
     turn raise the energy that the chosen experts hold: choose top_k experts for each token, then deal the neurons out
@@ -45,14 +45,14 @@ def coactivation_experts(
 
 
 def balanced_assignment(gain_RE: Tensor, expert_R: Tensor) -> Tensor:
-    """Neurons exchanged between experts until no exchange within any pair of experts raises the total gain.
+    """Exchange neurons between pairs of experts until no exchange raises the total gain. Returns the experts, int64 [R].
 
     The sizes of the experts stay. For one pair the best exchange is exact: its neurons sorted by the difference of
     their two gains.
     """
     expert_R = expert_R.clone()
     experts = gain_RE.shape[1]
-    smallest = 1e-6 * float(gain_RE.abs().mean())  # rounding is no gain
+    smallest = 1e-6 * float(gain_RE.abs().mean())  # smaller gains are rounding
     changed = True
     while changed:
         changed = False

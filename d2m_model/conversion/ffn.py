@@ -1,4 +1,4 @@
-"""One dense FFN becomes a MoE FFN: order, router, means and refit, by a recipe; and how far it then is from the dense one.
+"""Conversion of one dense FFN to a MoE FFN by a recipe (order, router, means, refit), and its error.
 
 Shapes: T tokens of calibration, H hidden size, N = S + E F neurons, S shared, R routed, E experts, F expert width.
 """
@@ -20,23 +20,23 @@ from .coactivation import coactivation_experts
 from .interfaces import FFNPlan, FFNWeights
 from .least_squares import Normal
 from .router_init import RouterInit, centroid_router, random_router, ridge_router
-from .split import by_importance, generator_for, neuron_order, order_of
+from .split import generator_for, neuron_order, order_of, ranked_neurons
 
 Experts = Literal["coactivation", "dealt", "random"]
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of which the refit takes the one that does best on tokens it has not seen
-REPORTED = 4  # one token in so many is kept from every fit, for choosing among RIDGES and for the report
-MANY = 2048  # tokens taken through an FFN at a time
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # candidates; the refit takes the one with the least error on unseen tokens
+REPORTED = 4  # one token in 4 is held out of every fit, to choose among RIDGES and for the report
+MANY = 2048  # tokens processed by an FFN at a time
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Recipe:
-    """The options of a conversion without training. All but `dealt`, `random` and `centroid` need calibration inputs."""
+    """Options of a conversion without training. All except `dealt`, `random` and `centroid` need calibration inputs."""
 
     experts: Experts
     router: RouterInit
-    mean: bool  # an expert that is not chosen is replaced by its mean output
-    refit: bool  # W2 and b2 of the shared expert learn, in closed form, what the experts not chosen would have added
-    top_k: int  # for which clusters, ridge router and refit are made
+    mean: bool  # replace experts that are not chosen by their mean output
+    refit: bool  # fit W2 and b2 of the shared expert, in closed form, to the outputs of experts not chosen
+    top_k: int  # experts per token, for which clusters, ridge router and refit are made
     seed: int
     token_router: TokenRouter = TOP_K_ROUTER
 
@@ -70,9 +70,9 @@ class FFNReport:
 def plan_without_data(
     name: str, weights: FFNWeights, layout: FFNLayout, importance_N: Tensor, recipe: Recipe
 ) -> FFNPlan:
-    """From weights and importance alone."""
+    """Plan a MoE FFN from weights and importance alone."""
     assert not recipe.needs_inputs
-    assert recipe.experts != "coactivation"  # as it says
+    assert recipe.experts != "coactivation"
     order_N = neuron_order(importance_N, layout, recipe.experts, generator_for(recipe.seed, f"{name} experts"))
     if recipe.router == "centroid":
         router_EH = centroid_router(weights.up_NH, order_N, layout)
@@ -84,17 +84,17 @@ def plan_without_data(
 def plan_with_data(
     name: str, weights: FFNWeights, layout: FFNLayout, importance_N: Tensor, inputs_TH: Tensor, recipe: Recipe
 ) -> tuple[FFNPlan, FFNReport]:
-    """From calibration inputs of the FFN besides. Runs on the device of inputs_TH, in float32.
+    """Plan a MoE FFN with calibration inputs of the FFN. Runs on the device of inputs_TH, in float32.
 
     Raises ValueError if there are too few inputs to fit and to report.
     """
     if len(inputs_TH) < 2 * REPORTED:
         raise ValueError(f"{name} has {len(inputs_TH)} calibration tokens; expected {2 * REPORTED} or more.")
     dense = _Dense.of(weights, inputs_TH.device)
-    # Tokens arrive in the order of their batches, so these are from all of them.
+    # Tokens are in the order of their batches, so the held-out ones come from all batches.
     kept = torch.arange(len(inputs_TH), device=inputs_TH.device) % REPORTED == 0
     fit_TH, rest_TH = inputs_TH[~kept].float(), inputs_TH[kept].float()
-    ranked_N = by_importance(importance_N, layout)
+    ranked_N = ranked_neurons(importance_N, layout)
     order_N = _order(name, dense, layout, ranked_N, fit_TH, recipe)
     fit = _Split.of(dense, layout, order_N, fit_TH, mean_N=None if recipe.mean else torch.zeros_like(dense.up_bias_N))
     rest = _Split.of(dense, layout, order_N, rest_TH, mean_N=fit.mean_N)
@@ -175,7 +175,7 @@ class _Dense:
         )
 
     def hidden(self, x_TH: Tensor, neurons: Tensor) -> Tensor:
-        """gelu_tanh(W1 x + b1) of some neurons, [T, len(neurons)]."""
+        """Return gelu_tanh(W1 x + b1) of some neurons, [T, len(neurons)]."""
         up, bias = self.up_NH[neurons], self.up_bias_N[neurons]
         return torch.cat([F.gelu(F.linear(part, up, bias), approximate="tanh") for part in x_TH.split(MANY)])
 
@@ -188,7 +188,7 @@ def _order(name: str, dense: _Dense, layout: FFNLayout, ranked_N: Tensor, x_TH: 
         return neuron_order(importance_N, layout, recipe.experts, generator)
     routed_R = ranked_N[layout.shared :].to(x_TH.device)
     hidden_TR = dense.hidden(x_TH, routed_R)
-    if recipe.mean or recipe.refit:  # something stands in for what every token gets alike
+    if recipe.mean or recipe.refit:  # the mean output is added for every token
         hidden_TR -= hidden_TR.mean(0)
     energy_TR = hidden_TR.square_().mul_(dense.down_HN[:, routed_R].square().sum(0))
     expert_R = coactivation_experts(energy_TR, x_TH, layout, recipe.top_k, generator)
@@ -197,7 +197,7 @@ def _order(name: str, dense: _Dense, layout: FFNLayout, ranked_N: Tensor, x_TH: 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class _Split:
-    """A split FFN on some tokens."""
+    """Activations of a split FFN on some tokens."""
 
     layout: FFNLayout
     x_TH: Tensor
@@ -205,12 +205,12 @@ class _Split:
     down_HR: Tensor
     shared_TS: Tensor  # hidden activations of the shared expert
     routed_TR: Tensor  # those of the routed experts, less mean_N
-    mean_N: Tensor  # of the routed neurons, in the new order's places; zeros where nothing stands in for an expert
+    mean_N: Tensor  # mean activations by position in the new order; zeros if experts are not replaced by their means
     dense_norm_T: Tensor
 
     @classmethod
     def of(cls, dense: _Dense, layout: FFNLayout, order_N: Tensor, x_TH: Tensor, mean_N: Tensor | None) -> _Split:
-        """`mean_N` None: that of these tokens."""
+        """Compute them. `mean_N` None takes the means of these tokens."""
         order = order_N.long().to(x_TH.device)
         shared_S, routed_R = order[: layout.shared], order[layout.shared :]
         shared_TS, routed_TR = dense.hidden(x_TH, shared_S), dense.hidden(x_TH, routed_R)
@@ -231,17 +231,17 @@ class _Split:
         )
 
     def expert_means(self) -> Tensor:
-        """mu_e, float32 [E, H]: the mean output of each expert."""
+        """Return mu_e, the mean output of each expert, float32 [E, H]."""
         weighted_HR = self.down_HR * self.mean_N[self.layout.shared :]
         return weighted_HR.unflatten(1, (self.layout.experts, self.layout.width)).sum(2).T.contiguous()
 
     def norms_TE(self) -> Tensor:
-        """|E_e(x) - mu_e| of every expert."""
+        """Return |E_e(x) - mu_e| of every expert, [T, E]."""
         experts = zip(self.routed_TR.split(self.layout.width, 1), self.down_HR.split(self.layout.width, 1), strict=True)
         return torch.stack([(hidden_TF @ down_HF.T).norm(dim=1) for hidden_TF, down_HF in experts], 1)
 
     def best(self, top_k: int) -> Tensor:
-        """bool [T, E]: top_k experts chosen one by one, each time the one without which least is missing."""
+        """Return a greedy choice of top_k experts, bool [T, E]: each time the one that leaves the least error."""
         chosen = []
         for part_TR in self.routed_TR.split(MANY // self.layout.experts):
             outputs_TEH = torch.einsum(
@@ -260,22 +260,22 @@ class _Split:
         return torch.cat(chosen)
 
     def chosen(self, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
-        """bool [T, E], as route_top_k chooses."""
+        """Return the choice of a top-k router, bool [T, E]."""
         return chosen_top_k(self.x_TH, weight_EH, bias_E, top_k)
 
     def missing(self, chosen_TE: Tensor) -> Tensor:
-        """What the experts not chosen would add beyond their means, [T, H]."""
+        """Return the output of the experts not chosen beyond their means, [T, H]."""
         return (self.routed_TR * (~chosen_TE).repeat_interleave(self.layout.width, dim=1)) @ self.down_HR.T
 
     def error(self, left_TH: Tensor, tokens: Tensor | slice = slice(None)) -> float:
-        """Relative to the dense output: over all the tokens together."""
+        """Return the error relative to the dense output, over all the tokens together."""
         return float(left_TH[tokens].norm() / self.dense_norm_T[tokens].norm())
 
 
 def _routers(
     name: str, weights: FFNWeights, layout: FFNLayout, order_N: Tensor, fit: _Split, recipe: Recipe
 ) -> dict[RouterInit, tuple[Tensor, Tensor | None]]:
-    """Each kind of first router: weight [E, H] and bias [E], float32."""
+    """Return each kind of initial router: weight [E, H] and bias [E], float32."""
     generator = generator_for(recipe.seed, f"{name} router")
     return {
         "random": (random_router(layout, weights.up_NH.shape[1], generator), None),

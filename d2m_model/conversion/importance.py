@@ -1,4 +1,4 @@
-"""How much each hidden neuron of an FFN matters: one number per neuron, float32 [N].
+"""Importance of each hidden neuron of an FFN: one number per neuron, float32 [N].
 
 Taylor (Eq. 6) needs a loss on calibration data and a backward pass; the activation needs inputs of the FFN; the weight
 norm needs nothing but the weights.
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 1 << 18  # elements taken to float32 at a time: they stay in the cache
-NEURONS = 1024  # whose activations are taken at a time
+CHUNK = 1 << 18  # elements converted to float32 at a time, which stay in the cache
+NEURONS = 1024  # neurons whose activations are computed at a time
 
 
 def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) -> Tensor:
-    """Data-free: |(W1 row, b1 entry)| * |W2 column|, Euclidean; the bound of what a neuron writes for inputs of norm 1."""
+    """Return |(W1 row, b1 entry)| * |W2 column| (Euclidean), a bound of a neuron's output for inputs of norm 1."""
     read_N = torch.cat([part.float().square().sum(1) for part in up_NH.split(max(1, CHUNK // up_NH.shape[1]))])
     read_N += up_bias_N.float().square()
     written_N = torch.zeros(down_HN.shape[1])
@@ -28,7 +28,7 @@ def weight_norm_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor) ->
 
 
 def activation_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor, inputs_TH: Tensor) -> Tensor:
-    """Root mean square of what a neuron writes, |h_n(x)| |W2 column|, over the inputs. On their device, then on the CPU.
+    """Return the root mean square of a neuron's output, |h_n(x)| |W2 column|, over the inputs. The result is on the CPU.
 
     Forward only, and as good as Taylor's where it was measured (docs/training-free.md).
     """
@@ -43,9 +43,9 @@ def activation_importance(up_NH: Tensor, up_bias_N: Tensor, down_HN: Tensor, inp
 
 @dataclass
 class TaylorImportance:
-    """Eq. 6 over every backward pass until `close`: per neuron the sum of |dL/dw * w| over W1 row, b1 entry, W2 column.
+    """Eq. 6 over all backward passes until `close`: per neuron the sum of |dL/dw * w| over W1 row, b1 entry, W2 column.
 
-    A gradient is reduced to its neurons as soon as it is there and freed, so memory is the weights and one gradient.
+    A gradient is reduced to its neurons and freed as soon as it is computed, so memory holds the weights and one gradient.
     Parameters of the model outside these FFNs are frozen by the constructor `of`.
     """
 
@@ -65,7 +65,7 @@ class TaylorImportance:
         return taylor
 
     def _watch(self, name: str, parameter: Tensor, *, axis: int, first: int) -> None:
-        """Add to the score of `name` what `parameter`, with its neurons along `axis` from `first` on, contributes."""
+        """Add the contribution of `parameter` to the score of `name`. Its neurons are along `axis`, from `first` on."""
 
         @torch.no_grad()
         def accumulate(parameter: Tensor) -> None:
@@ -79,7 +79,7 @@ class TaylorImportance:
         self._hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
 
     def close(self) -> dict[str, Tensor]:
-        """Stop watching; the scores, on the CPU."""
+        """Remove the hooks and return the scores on the CPU."""
         for hook in self._hooks:
             hook.remove()
         return {name: score.cpu() for name, score in self.scores.items()}

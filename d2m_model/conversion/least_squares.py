@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Normal:
-    """The normal equations of y_TO on x_TI with an intercept: summed once, solved for any amount of ridge. float64."""
+    """Normal equations of y_TO on x_TI with an intercept, float64: summed once, solved for any amount of ridge."""
 
     def __init__(self, x_TI: Tensor, y_TO: Tensor) -> None:
         self.x_mean_I, self.y_mean_O = x_TI.double().mean(0), y_TO.double().mean(0)
@@ -18,7 +18,7 @@ class Normal:
         self.gram_II, self.moment_IO = x_TI.T @ x_TI, x_TI.T @ y_TO
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weight [I, O] and intercept [O] of least |y - x W - b|^2 + |ridge-weighted W|^2.
+        """Return weight [I, O] and intercept [O] that minimise |y - x W - b|^2 + |ridge-weighted W|^2.
 
         `ridge` is relative to each input's own sum of squares, so that the scale of an input does not matter; an input
         that never varies gets that of the mean one.
@@ -32,5 +32,5 @@ class Normal:
 
 
 def ridge(x_TI: Tensor, y_TO: Tensor, amount: float) -> tuple[Tensor, Tensor]:
-    """Weight [I, O] and intercept [O], float64; see Normal.solve for `amount`."""
+    """Return weight [I, O] and intercept [O], float64. `amount` is the ridge of Normal.solve."""
     return Normal(x_TI, y_TO).solve(amount)

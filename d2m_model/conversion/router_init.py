@@ -1,4 +1,4 @@
-"""A first router: random (the paper's), the experts' centroids, or a regression of what an expert has to say.
+"""Initial routers: random (the paper's), the experts' centroids, or a regression of the experts' output norms.
 
 Shapes: T tokens, H hidden size, N neurons, E experts, F expert width.
 """
@@ -15,16 +15,16 @@ from .least_squares import ridge
 
 RouterInit = Literal["ridge", "centroid", "random"]
 
-RIDGE = 1e-2  # of the inputs' mean square
+RIDGE = 1e-2  # relative to the inputs' mean square
 
 
 def random_router(layout: FFNLayout, hidden_size: int, generator: torch.Generator) -> Tensor:
-    """float32 [E, H], normal, logits of order 1. Never zero: ties would send every token to the same experts."""
+    """Return a normal router, float32 [E, H], with logits of order 1. Zeros would send every token to the same experts."""
     return torch.randn(layout.experts, hidden_size, generator=generator) * hidden_size**-0.5
 
 
 def centroid_router(up_NH: Tensor, order_N: Tensor, layout: FFNLayout) -> Tensor:
-    """float32 [E, H]: the mean W1 row of each expert's neurons, so that a token prefers experts that it excites.
+    """Return the mean W1 row of each expert's neurons, float32 [E, H], so that a token prefers experts that it excites.
 
     `up_NH` is the dense FFN's, not yet permuted.
     """
@@ -36,7 +36,7 @@ def centroid_router(up_NH: Tensor, order_N: Tensor, layout: FFNLayout) -> Tensor
 
 
 def ridge_router(x_TH: Tensor, norm_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [E, H] and bias [E], float32: ridge regression of each expert's output norm on the FFN's input.
+    """Return weight [E, H] and bias [E], float32: ridge regression of each expert's output norm on the FFN's input.
 
     Scaled so that the logits vary by 1 over tokens and experts, which matters where a softmax weighs the chosen.
     """

@@ -1,4 +1,4 @@
-"""Which neuron goes where (Sec. 3.1).
+"""Order of an FFN's neurons: the shared ones, then those of each expert (Sec. 3.1).
 
 Shapes: N neurons, R of them routed, E experts, F expert width.
 """
@@ -17,12 +17,12 @@ Dealing = Literal["dealt", "random"]
 
 
 def neuron_order(importance_N: Tensor, layout: FFNLayout, dealing: Dealing, generator: torch.Generator) -> Tensor:
-    """The permutation of an FFN, int32 [N]: position -> neuron of the dense FFN, from the importance alone.
+    """Return the permutation of an FFN, int32 [N] (position -> neuron of the dense FFN), from the importance alone.
 
     First the `layout.shared` most important neurons; then the experts'. `dealt` deals them by rank, to and fro, so that
     every expert has nearly the same importance; `random` is the paper's even deal.
     """
-    ranked_N = by_importance(importance_N, layout)
+    ranked_N = ranked_neurons(importance_N, layout)
     routed = layout.neurons - layout.shared
     if dealing == "random":
         expert_R = torch.arange(routed)[torch.randperm(routed, generator=generator)] % layout.experts
@@ -33,8 +33,8 @@ def neuron_order(importance_N: Tensor, layout: FFNLayout, dealing: Dealing, gene
     return order_of(ranked_N, expert_R, layout)
 
 
-def by_importance(importance_N: Tensor, layout: FFNLayout) -> Tensor:
-    """int64 [N]: the most important neuron first. Equal importance goes by index, so the result depends on nothing else.
+def ranked_neurons(importance_N: Tensor, layout: FFNLayout) -> Tensor:
+    """Return neurons by importance, int64 [N], the most important first; among equals the lower index.
 
     Raises ValueError for importance of another length, or that is not finite.
     """
@@ -46,7 +46,7 @@ def by_importance(importance_N: Tensor, layout: FFNLayout) -> Tensor:
 
 
 def order_of(ranked_N: Tensor, expert_R: Tensor, layout: FFNLayout) -> Tensor:
-    """int32 [N]: the shared neurons, then each expert's, the most important first; expert_R is by rank.
+    """Return the order, int32 [N]: shared neurons, then each expert's, by importance. expert_R has the expert by rank.
 
     Raises ValueError for experts of unequal size.
     """
@@ -58,5 +58,5 @@ def order_of(ranked_N: Tensor, expert_R: Tensor, layout: FFNLayout) -> Tensor:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Randomness that depends on the seed and on what it is for, not on what was drawn before."""
+    """Return a generator that depends only on the seed and on the name of its use."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
