@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from d2m_model.keys import dense_shapes
 from d2m_model.layout import inverse_order, neuron_axis, permute_neurons
 from demo.in_process import Comfy
+from demo.server import ComfyServer
 from tests.comfyui.grouped import grouped, loaded, watched  # noqa: F401 (fixtures)
+from tests.comfyui.serving import write_base
 from tests.toys import files
 
 BLOCKS = ("double_blocks.", "single_blocks.")
@@ -27,6 +30,22 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
     host = Comfy(tmp_path_factory.mktemp("comfyui"))
     host.load_pack()
     return host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A ComfyUI with all models of serving.py. Files that use it are in one xdist_group, so that it starts once."""
+    base = tmp_path_factory.mktemp("server")
+    write_base(base)
+    with ComfyServer(base) as running:
+        (base / "startup.log").write_text(running.log.read_text())
+        yield running
+
+
+@pytest.fixture(scope="session")
+def startup_log(server: ComfyServer) -> str:
+    """What the server printed before the first request."""
+    return (server.base / "startup.log").read_text()
 
 
 @dataclass

@@ -5,51 +5,18 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from d2m_model.checkpoint import check_file
-from d2m_model.config import BlockGroup, adaln_rank_of, preset_groups
-from d2m_model.routers import CapacityRouter
 from d2m_model.tensor_file import TensorFile
 from d2m_train.__main__ import main
 from demo.server import ApiGraph, ComfyServer, ServerError
-from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
-from tests.toys import files
+from tests.comfyui.serving import node, sampling
 
-# As a preset makes it: report's presets are with compressed modulations.
-DEEP = replace(EMOJI, double_blocks=7, single_blocks=14)
-GROUPS = (
-    BlockGroup(kind="double", first=1, blocks=3, active=1, selection="topk"),
-    BlockGroup(kind="single", first=2, blocks=5, active=2, selection="topk"),
-)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("server")
-    models = base / "models" / "diffusion_models"
-    dense = files.dense_flux(DEEP)
-    files.save(dense, models / "dense.safetensors")
-    _, compressed = files.compressible(dense, adaln_rank_of(DEEP.hidden_size), DEEP)
-    for preset in ("L", "M", "XS"):
-        split = files.split(dense, DEEP, compressed=compressed, groups=preset_groups(preset, DEEP))  # type: ignore[arg-type]
-        files.save(split, models / f"{preset}.safetensors")
-    files.save(files.split(dense, DEEP, groups=GROUPS), models / "groups.safetensors")
-    capacity = files.split(dense, DEEP, capacity=CapacityRouter(capacity=3.0, width=16))
-    files.save(capacity, models / "capacity.safetensors")
-    few = replace(DEEP, double_blocks=4, single_blocks=6)  # as many as XS takes
-    files.save(files.dense_flux(few), models / "few-blocks.safetensors")
-    (models / "broken.safetensors").write_text("no model at all")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
-    (base / "models" / "vae").mkdir()
-    with ComfyServer(base) as running:
-        yield running
+pytestmark = pytest.mark.xdist_group("server")
 
 
 def cost(server: ComfyServer, **query: Any) -> dict[str, Any]:
@@ -265,12 +232,6 @@ def test_files_that_the_cache_holds_go_when_the_user_frees_it(server: ComfyServe
 
 
 def test_the_converted_model_paints(server: ComfyServer) -> None:
-    import shutil
-
-    from tools.host import ROOT
-
-    vae = server.base / "models" / "vae" / "emoji-autoencoder.safetensors"
-    shutil.copyfile(ROOT / "demo" / "assets" / "autoencoder.safetensors", vae)
     graph = graph_of(split_only=True)
     del graph["save"]
     graph["k"] = node("D2MTopK", model=["moe", 0], top_k=12, gate="as in the file")

@@ -9,8 +9,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,16 @@ import pytest
 from PIL import Image
 
 from demo.server import ApiGraph, ComfyServer, ServerError
-from tests.comfyui.grouped import DIMS, GROUPS
-from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
-from tests.toys import files
-from tools.host import ROOT
+from tests.comfyui.serving import node, sampling
 
+pytestmark = pytest.mark.xdist_group("server")
 STEPS = 60
 SIZE = 64
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("live")
-    dims = replace(EMOJI, double_blocks=DIMS.double_blocks, single_blocks=DIMS.single_blocks)
-    tensors = files.split(files.dense_flux(dims), dims, groups=GROUPS)
-    files.save(tensors, base / "models" / "diffusion_models" / "moe.safetensors")
-    (base / "models" / "vae").mkdir()
-    shutil.copyfile(
-        ROOT / "demo" / "assets" / "autoencoder.safetensors", base / "models" / "vae" / "emoji-autoencoder.safetensors"
-    )
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
-    with ComfyServer(base) as running:
-        yield running
-
-
 def graph_of(steps: int = 3, seed: int = 1, **controls: tuple[str, dict[str, Any]]) -> ApiGraph:
     """Controls in a chain behind the loader, and the image `image`."""
-    graph: ApiGraph = {"loader": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default")}
+    graph: ApiGraph = {"loader": node("D2MLoadFluxMoE", model_name="grouped.safetensors", weight_dtype="default")}
     last = "loader"
     for name, (class_type, widgets) in controls.items():
         graph[name] = node(class_type, model=[last, 0], **widgets)

@@ -5,82 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from d2m_model.tensor_file import TensorFile
 from demo.server import ApiGraph, ComfyServer, ServerError
-from tests.comfyui.test_loading import WRONG, write_wrong
-from tests.toys import files
+from tests.comfyui.serving import node, sampling
+from tests.toys.wrong_files import WRONG
 from tools.host import PACK_NAME, ROOT
 
+pytestmark = pytest.mark.xdist_group("server")
 WORKFLOWS = ROOT / "example_workflows"
 NODES = [
     "D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask", "D2MReplay",
     "D2MTraceRouting", "D2MExpertMap", "D2MEmojiPrompt",
 ]  # fmt: skip
-EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
-
-# A source of conditioning that needs no text encoder.
-TINY_CONDITIONING = """
-import torch
-
-class TinyConditioning:
-    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0})}}
-
-    def make(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        pooled = torch.randn(1, 128, generator=generator)
-        return ([[torch.randn(1, 7, 128, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]],)
-
-NODE_CLASS_MAPPINGS = {"TinyConditioning": TinyConditioning}
-"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("server")
-    dense = files.dense_flux(EMOJI)
-    split = files.split(dense, EMOJI)
-    models = base / "models" / "diffusion_models"
-    files.save(dense, models / "teacher.safetensors")
-    files.save(split, models / "emoji-flux-moe.safetensors")
-    for kind in WRONG:
-        write_wrong(kind, dense, split, models / f"{kind}.safetensors")
-    (base / "models" / "vae").mkdir()
-    shutil.copyfile(
-        ROOT / "demo" / "assets" / "autoencoder.safetensors", base / "models" / "vae" / "emoji-autoencoder.safetensors"
-    )
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
-    with ComfyServer(base) as running:
-        yield running
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def sampling(graph: ApiGraph, name: str, model: list, seed: int = 1, steps: int = 3, size: int = 128) -> None:
-    """Add sampler, decoder and output to a graph: image `name`."""
-    graph["conditioning"] = node("TinyConditioning", seed=1)
-    graph["vae"] = node("VAELoader", vae_name="emoji-autoencoder.safetensors")
-    graph["latent"] = node("EmptySD3LatentImage", width=size, height=size, batch_size=1)
-    graph[f"{name} sampler"] = node(
-        "KSampler", model=model, seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-        positive=["conditioning", 0], negative=["conditioning", 0], latent_image=["latent", 0],
-    )  # fmt: skip
-    graph[f"{name} image"] = node("VAEDecode", samples=[f"{name} sampler", 0], vae=["vae", 0])
-    graph[name] = node("SaveImage", images=[f"{name} image", 0], filename_prefix=name)
 
 
 def paint(server: ComfyServer, graph: ApiGraph) -> dict[str, np.ndarray]:
@@ -93,10 +34,10 @@ def paint(server: ComfyServer, graph: ApiGraph) -> dict[str, np.ndarray]:
     return found
 
 
-def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
+def test_the_pack_is_loaded_without_a_warning(server: ComfyServer, startup_log: str) -> None:
     nodes = server.get("/object_info")
     assert set(NODES) <= set(nodes)
-    log = server.log.read_text().lower().splitlines()
+    log = startup_log.lower().splitlines()
     about_us = [line for line in log if "dense2moe" in line or "d2m" in line]
     assert about_us
     assert not [line for line in about_us if any(word in line for word in ("warn", "error", "failed", 'file "'))]
@@ -155,9 +96,8 @@ def test_interrupt_and_queue_again(server: ComfyServer) -> None:
     sampling(endless, "endless", ["moe", 0], seed=3, steps=10_000)
     del endless["before"]
     prompt = server.queue(endless)
-    while not server.get("/queue")["queue_running"]:
+    while "/10000 [" not in server.log.read_text():  # the sampler's progress bar
         time.sleep(0.05)
-    time.sleep(1)
     server.post("/interrupt", {})
     entry = server.wait(prompt, seconds=120)
     assert "execution_interrupted" in [event for event, _ in entry["status"]["messages"]]

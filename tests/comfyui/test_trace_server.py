@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo.server import ApiGraph, ComfyServer, ServerError
-from tests.comfyui.test_server import EMOJI, TINY_CONDITIONING, node, sampling
-from tests.toys import files
-from tools.host import ROOT
+from tests.comfyui.serving import node, sampling, write_base
 
+pytestmark = pytest.mark.xdist_group("server")
 SIZE, STEPS = 64, 3
 PATCHES, TEXT = (SIZE // 16) ** 2, 7
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    with server_in(tmp_path_factory.mktemp("traces")) as running:
-        yield running
-
-
-def server_in(base: Path, *arguments: str) -> ComfyServer:
-    models = base / "models"
-    files.save(files.split(files.dense_flux(EMOJI), EMOJI), models / "diffusion_models" / "moe.safetensors")
-    (models / "vae").mkdir()
-    shutil.copyfile(
-        ROOT / "demo" / "assets" / "autoencoder.safetensors", models / "vae" / "emoji-autoencoder.safetensors"
-    )
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
-    return ComfyServer(base, arguments=("--cpu", *arguments))
-
-
 def graph_of(seed: int = 1, **widgets: Any) -> ApiGraph:
     graph: ApiGraph = {
-        "loader": node("D2MLoadFluxMoE", model_name="moe.safetensors", weight_dtype="default"),
+        "loader": node("D2MLoadFluxMoE", model_name="emoji-flux-moe.safetensors", weight_dtype="default"),
         "tracing": node("D2MTraceRouting", model=["loader", 0]),
     }
     sampling(graph, "image", ["tracing", 0], seed=seed, steps=STEPS, size=SIZE)
@@ -177,7 +157,8 @@ def test_a_trace_that_was_freed_is_recorded_anew_when_the_same_workflow_is_queue
 
 
 def test_an_older_image_from_a_cache_of_many_results_gets_its_own_trace(tmp_path: Path) -> None:
-    with server_in(tmp_path, "--cache-lru", "100") as running:
+    write_base(tmp_path, models=False)
+    with ComfyServer(tmp_path, arguments=("--cpu", "--cache-lru", "100")) as running:
         first, _, _ = run(running, graph_of(seed=19))
         path = "steps/2/samples/0"
         choices = request(running, f"/d2m/traces/{first}/{path}")[2]

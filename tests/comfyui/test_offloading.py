@@ -21,7 +21,7 @@ from demo.server import ApiGraph, ComfyServer
 from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import DEVICE, GROUPS
-from tests.comfyui.test_server import node
+from tests.comfyui.serving import node
 from tests.toys import files
 
 KINDS: dict[str, dict[str, Any]] = {
