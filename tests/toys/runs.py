@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys import teachers
+from tests.toys.trainer_process import ENVIRONMENT, ROOT, Result, Run
 
-ROOT = Path(__file__).resolve().parents[2]
 # As few blocks as preset S needs: one dense, a group of three double, a group of five single.
 DIMS = replace(teachers.DIMS, double_blocks=4, single_blocks=6)
 
@@ -63,10 +63,10 @@ def run_file(folder: Path, **sections: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **ENVIRONMENT}
 
 
-# What `accelerate launch` hands to its processes; on a CPU it starts them by MPI, so torchrun does it here.
+# Settings that `accelerate launch` gives to its processes.
 DDP = {"ACCELERATE_USE_CPU": "true"}
 FSDP2 = {
     **DDP,
@@ -78,7 +78,7 @@ FSDP2 = {
 
 
 def zero(stage: int) -> dict[str, str]:
-    """DeepSpeed's, of `stage`."""
+    """Settings of DeepSpeed's ZeRO."""
     return {
         **DDP,
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -88,40 +88,24 @@ def zero(stage: int) -> dict[str, str]:
     }
 
 
-def command(arguments: Sequence[str], processes: int = 1) -> list[str]:
-    """`python -m d2m_train …`, by torchrun where there are several processes."""
-    starter = [sys.executable, "-m"]
-    if processes > 1:
-        starter += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    return [*starter, "d2m_train", *arguments]
+def distill(file: Path, *overrides: str, ranks: int = 1, env: dict[str, str] | None = None) -> Result:
+    """Run `distill` in a process of its own, or in several that share the work as `env` says."""
+    return Run(["distill", str(file), *overrides], ranks, env).wait()
 
 
-def distill(
-    file: Path, *overrides: str, processes: int = 1, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`distill` in a process of its own, or in several that share as `env` says."""
-    asked = command(["distill", str(file), *overrides], processes)
-    return subprocess.run(asked, cwd=ROOT, env={**environment(), **(env or {})}, capture_output=True, text=True)
-
-
-def start(arguments: Sequence[str], processes: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """A command that is not waited for."""
-    pipe = subprocess.PIPE
-    asked = command(arguments, processes)
-    return subprocess.Popen(asked, cwd=ROOT, env={**environment(), **(env or {})}, stdout=pipe, stderr=pipe, text=True)
+def torchrun(arguments: Sequence[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start the command in two ranks by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "d2m_train"]
+    return subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, env={**environment(), **env}, stdout=-1, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def steps_logged(folder: Path, stage: str) -> list[int]:
     return [line["step"] for line in read_stage_log(folder / stage / "log.jsonl") if "loss/total" in line]
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, stage: str, step: int) -> None:
+def wait_for_step(process: Run | subprocess.Popen[str], folder: Path, stage: str, step: int) -> None:
     while step not in steps_logged(folder, stage):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, "it ended before that step"
         time.sleep(0.02)
-
-
-def succeed(result: subprocess.CompletedProcess[str]) -> str:
-    """Its output. Fails with what it said if it did not end well."""
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout + result.stderr

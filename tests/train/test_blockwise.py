@@ -7,8 +7,6 @@ import gc
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -52,7 +50,7 @@ from tests.toys.blockwise_runs import (
     steps,
     weights,
 )
-from tests.toys.runs import ROOT, environment
+from tests.toys.trainer_process import Run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,14 +257,12 @@ def test_a_run_killed_anywhere_ends_bit_for_bit_where_the_other_ends(
 
 def test_a_process_that_is_killed_goes_on_at_its_last_checkpoint(room: Path, begun: Path, finished: Path) -> None:
     again = arguments(room, begun, "stages=[blocks]")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "d2m_train", *again], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = Run(again)
     while not (begun / "blocks" / "checkpoints" / "block_groups.1").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, "it ended before that group"
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert main(again) == 0
     assert not changed(weights(finished, "blocks"), weights(begun, "blocks"))
     resumed = [line["step"] for line in log(begun, "blocks") if line.get("event") == "resumed"]

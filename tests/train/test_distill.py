@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,16 +21,13 @@ from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys.runs import (
-    ROOT,
-    distill,
     environment,
     run_file,
-    start,
     steps_logged,
-    succeed,
     wait_for_step,
     write_inputs,
 )
+from tests.toys.trainer_process import ROOT, Run
 
 STAGES = ("shared", "experts", "blocks")
 
@@ -45,8 +41,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(inputs: Path) -> Path:
-    """The output_dir of a run of preset S that nothing has stopped."""
-    succeed(distill(run_file(inputs, student={"preset": "S"}), "training.ema=0.9"))
+    """The output_dir of a run of preset S that nothing has stopped, by the command as a user gives it."""
+    command = [sys.executable, "-m", "d2m_train", "distill", str(run_file(inputs, student={"preset": "S"}))]
+    done = subprocess.run([*command, "training.ema=0.9"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     return inputs / "out"
 
 
@@ -189,12 +187,11 @@ def test_a_run_killed_in_any_stage_ends_bit_for_bit_where_the_other_ends(
     again = begun(*STAGES)
     out = Path(again[-1].removeprefix("output_dir="))
     for stage, step in (("shared", 3), ("experts", 1), ("blocks", 3)):
-        process = start(again)
+        process = Run(again)
         wait_for_step(process, out, stage, step)
-        process.kill()
-        process.communicate()
-    said = subprocess.run([sys.executable, "-m", "d2m_train", *again], cwd=ROOT, env=environment(), capture_output=True)
-    assert said.returncode == 0, said.stderr.decode()[-3000:]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    Run(again).wait().succeed()
     for stage in STAGES:
         assert not changed(weights(finished, stage), weights(out, stage)), stage
         assert steps_logged(out, stage) == [1, 2, 3, 4]
@@ -205,11 +202,11 @@ def test_a_run_killed_in_any_stage_ends_bit_for_bit_where_the_other_ends(
 def test_sigterm_saves_and_exits_and_the_run_goes_on_there(begun: Callable[..., list[str]], finished: Path) -> None:
     again = begun(*STAGES)
     out = Path(again[-1].removeprefix("output_dir="))
-    process = start([*again, "checkpoints.every=1000"])
+    process = Run([*again, "checkpoints.every=1000"])
     wait_for_step(process, out, "shared", 1)
     process.send_signal(signal.SIGTERM)
-    said = "".join(process.communicate())
-    assert process.returncode == 143, said
+    result = process.wait()
+    assert result.returncode == 143, result.output
     (saved,) = (out / "shared" / "checkpoints").iterdir()
     reached = int(saved.name.removeprefix("step-"))
     assert 1 <= reached < 4
@@ -230,17 +227,10 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_intact(
     good = out / "shared" / "checkpoints" / "step-000002"
     before = {file.name: file.read_bytes() for file in good.iterdir()}
     limit = 100_000  # bytes of a file: more than a log, less than a checkpoint
-    result = subprocess.run(
-        [sys.executable, "-m", "d2m_train", *again, "stages=[shared]"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert result.returncode == 2, result.stderr[-3000:]
-    assert "cannot be written (File too large)" in result.stderr
-    assert f"last good one is {good}" in result.stderr
+    result = Run([*again, "stages=[shared]"], largest_file=limit).wait()
+    assert result.returncode == 2, result.output[-3000:]
+    assert "cannot be written (File too large)" in result.output
+    assert f"last good one is {good}" in result.output
     assert [path.name for path in (out / "shared" / "checkpoints").iterdir()] == [good.name]
     assert {file.name: file.read_bytes() for file in good.iterdir()} == before
     assert main([*again, "stages=[shared]"]) == 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_stage_log
-from tests.toys.runs import DDP, FSDP2, distill, run_file, start, succeed, wait_for_step, write_inputs, zero
+from tests.toys.runs import DDP, FSDP2, distill, run_file, torchrun, wait_for_step, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
 SHORT = {stage: {"steps": 3, "learning_rate": 1e-3} for stage in STAGES}
@@ -32,7 +32,7 @@ def losses(out: Path, stage: str) -> list[dict[str, float]]:
 
 
 def run(
-    inputs: Path, name: str, *overrides: str, processes: int = 1, env: dict[str, str] | None = None, **sections: Any
+    inputs: Path, name: str, *overrides: str, ranks: int = 1, env: dict[str, str] | None = None, **sections: Any
 ) -> Path:
     """A run in a folder of its own, with what it said in said.txt. The conversion is one for all, unless a run asks for
     its own."""
@@ -40,7 +40,7 @@ def run(
     if not any(override.startswith("convert.") for override in overrides):
         shutil.copytree(converted(inputs, sections.get("student", {})), out / "convert")
     file = run_file(inputs, stage=SHORT, **sections)
-    said = succeed(distill(file, f"output_dir={out}", *overrides, processes=processes, env=env))
+    said = distill(file, f"output_dir={out}", *overrides, ranks=ranks, env=env).succeed()
     (out / "said.txt").write_text(said)
     return out
 
@@ -75,7 +75,7 @@ DEEPSPEED = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for
 def test_two_processes_give_the_losses_and_weights_of_one(
     inputs: Path, one_process: Path, name: str, env: dict[str, str]
 ) -> None:
-    two = run(inputs, name, "losses.balance=1", student={"preset": "S"}, processes=2, env=env)
+    two = run(inputs, name, "losses.balance=1", student={"preset": "S"}, ranks=2, env=env)
     for stage in STAGES:
         alone, together = losses(one_process, stage), losses(two, stage)
         assert len(alone) == len(together) == 3
@@ -93,8 +93,8 @@ def test_a_sharded_run_in_mixed_precision_with_averages_goes_through_every_stage
     """bf16 by autocast, frozen weights in bf16, and averages that validation puts in place: what is frozen stays the
     file's own bits, and what is trained goes on from the trained weights, not from their averages."""
     options = ("training.mixed_precision=bf16", "student.frozen_dtype=bfloat16", "eyes.validate_every=1")
-    plain = run(inputs, "bf16", *options, student={"preset": "S"}, processes=2, env=FSDP2)
-    averaged = run(inputs, "bf16-ema", *options, "training.ema=0.5", student={"preset": "S"}, processes=2, env=FSDP2)
+    plain = run(inputs, "bf16", *options, student={"preset": "S"}, ranks=2, env=FSDP2)
+    averaged = run(inputs, "bf16-ema", *options, "training.ema=0.5", student={"preset": "S"}, ranks=2, env=FSDP2)
     for stage in STAGES:
         # Where a run stands does not depend on averages; the next stage begins with them.
         if stage == "shared":
@@ -111,7 +111,7 @@ def test_a_sharded_run_in_mixed_precision_with_averages_goes_through_every_stage
 def test_block_routers_that_disagree_between_ranks_do_not_stall_a_sharded_run(inputs: Path) -> None:
     """Batches of one sample, so that a block that half of the samples chose was chosen on one of the two ranks."""
     options = ("training.batch_size=1", "convert.block_router=random", "eyes.routers_every=1")
-    out = run(inputs, "disagree", *options, student={"preset": "S"}, processes=2, env=FSDP2)
+    out = run(inputs, "disagree", *options, student={"preset": "S"}, ranks=2, env=FSDP2)
     chosen = [
         value
         for line in read_stage_log(out / "blocks" / "log.jsonl")
@@ -125,7 +125,7 @@ def test_block_routers_that_disagree_between_ranks_do_not_stall_a_sharded_run(in
 def test_capacity_routing_of_two_processes_is_that_of_one_with_the_same_microbatch_pools(inputs: Path) -> None:
     student = {"preset": "L", "router": "capacity"}
     one = run(inputs, "capacity-one", "training.accumulation=2", "stages=[convert, shared, experts]", student=student)
-    two = run(inputs, "capacity-two", "stages=[convert, shared, experts]", student=student, processes=2, env=DDP)
+    two = run(inputs, "capacity-two", "stages=[convert, shared, experts]", student=student, ranks=2, env=DDP)
     for a, b in zip(losses(one, "experts"), losses(two, "experts"), strict=True):
         assert b["loss/total"] == pytest.approx(a["loss/total"], rel=1e-4)
         assert b["loss/predictor"] == pytest.approx(a["loss/predictor"], rel=1e-4)
@@ -141,7 +141,7 @@ def test_capacity_routing_of_two_processes_is_that_of_one_with_the_same_microbat
 @pytest.fixture(scope="module")
 def sharded(inputs: Path) -> Path:
     """A whole run of stage `shared` in two processes, a checkpoint at every step."""
-    return run(inputs, "sharded", *EVERY_STEP, processes=2, env=FSDP2)
+    return run(inputs, "sharded", *EVERY_STEP, ranks=2, env=FSDP2)
 
 
 STEPS = 6
@@ -161,7 +161,7 @@ def test_a_sharded_run_goes_on_in_one_process(inputs: Path, sharded: Path) -> No
     for step in range(2, STEPS + 1):
         shutil.rmtree(out / "shared" / "checkpoints" / f"step-{step:06}")
     options = (f"output_dir={out}", *EVERY_STEP, "resume=latest", "training.accumulation=2")
-    said = succeed(distill(run_file(inputs, stage=SHORT), *options))
+    said = distill(run_file(inputs, stage=SHORT), *options).succeed()
     assert "going on at step-000001" in said
     for name, value in load_file(sharded / "shared" / "student.safetensors").items():
         if value.is_floating_point():
@@ -175,17 +175,17 @@ def test_sigterm_stops_both_ranks_with_a_checkpoint_and_they_go_on_bit_for_bit(i
     shutil.copytree(sharded / "convert", out / "convert")
     file = run_file(inputs, stage=SHORT)
     asked = ["distill", str(file), f"output_dir={out}", *EVERY_STEP, "resume=latest"]
-    process = start([*asked, "checkpoints.every=1000"], processes=2, env=FSDP2)
+    process = torchrun([*asked, "checkpoints.every=1000"], FSDP2)
     wait_for_step(process, out, "shared", 1)
     process.send_signal(signal.SIGTERM)
-    said = "".join(process.communicate())
+    said, _ = process.communicate()
     assert process.returncode != 0
     (saved,) = (out / "shared" / "checkpoints").iterdir()
     reached = int(saved.name.removeprefix("step-"))
     assert 1 <= reached < STEPS, said
     stops = [line["step"] for line in read_stage_log(out / "shared" / "log.jsonl") if line.get("event") == "stopped"]
     assert stops == [reached], "one of the two says it"
-    assert f"going on at {saved.name}" in succeed(distill(file, *asked[2:], processes=2, env=FSDP2))
+    assert f"going on at {saved.name}" in distill(file, *asked[2:], ranks=2, env=FSDP2).succeed()
     found = load_file(out / "shared" / "student.safetensors")
     for name, value in load_file(sharded / "shared" / "student.safetensors").items():
         assert torch.equal(found[name], value), name
@@ -198,10 +198,10 @@ def test_a_run_under_deepspeed_goes_on_bit_for_bit_and_under_any_other_strategy(
     student = {"preset": "L", "router": "capacity"}
     common = ("stages=[convert, shared, experts]", "stage.shared.steps=0", "training.ema=0.5", "eyes.validate_every=1")
     common = (*common, "checkpoints.every=1", "checkpoints.keep=9", "training.gradient_checkpointing=true")
-    whole = run(inputs, "zero-whole", *common, student=student, processes=2, env=zero(3))
+    whole = run(inputs, "zero-whole", *common, student=student, ranks=2, env=zero(3))
     assert "2 processes, zero3: each holds 50% of the student's weights" in (whole / "said.txt").read_text()
 
-    def go_on(name: str, *overrides: str, processes: int, env: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    def go_on(name: str, *overrides: str, ranks: int, env: dict[str, str] | None) -> dict[str, torch.Tensor]:
         out = inputs / name
         shutil.copytree(whole, out)
         (out / "experts" / "student.safetensors").unlink()
@@ -209,12 +209,12 @@ def test_a_run_under_deepspeed_goes_on_bit_for_bit_and_under_any_other_strategy(
             shutil.rmtree(out / "experts" / "checkpoints" / f"step-{step:06}")
         file = run_file(inputs, stage=SHORT, student=student)
         options = (f"output_dir={out}", *common, "resume=latest", *overrides)
-        assert "going on at step-000001" in succeed(distill(file, *options, processes=processes, env=env))
+        assert "going on at step-000001" in distill(file, *options, ranks=ranks, env=env).succeed()
         return load_file(out / "experts" / "student.safetensors")
 
-    again = go_on("zero-again", processes=2, env=zero(3))
-    two = go_on("zero-two", processes=2, env=zero(2))
-    one = go_on("zero-one", "training.accumulation=2", processes=1, env=None)
+    again = go_on("zero-again", ranks=2, env=zero(3))
+    two = go_on("zero-two", ranks=2, env=zero(2))
+    one = go_on("zero-one", "training.accumulation=2", ranks=1, env=None)
     for name, value in load_file(whole / "experts" / "student.safetensors").items():
         assert torch.equal(again[name], value), name
         if value.is_floating_point():

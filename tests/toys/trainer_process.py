@@ -1,0 +1,126 @@
+"""The trainer's command line in processes that are forked from one that has imported everything.
+
+A process started anew spends seven seconds of CPU on importing torch and diffusers, more than a toy run takes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        "d2m_train.commands.distill",
+        "d2m_model.hosts.diffusers",
+        "diffusers.models.transformers.transformer_flux",
+        "accelerate",
+        "torch.utils.tensorboard",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Exit status (that of a failed rank, if any) and everything that all ranks printed."""
+
+    returncode: int
+    output: str
+
+    def succeed(self) -> str:
+        """Return the output; fail with its end if the exit status is not 0."""
+        assert self.returncode == 0, self.output[-5000:]
+        return self.output
+
+
+class Run:
+    """A running `python -m d2m_train …`, of one process or several ranks."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: int = 1,
+        env: dict[str, str] | None = None,
+        largest_file: int | None = None,
+    ) -> None:
+        """`env` is added to the environment; a file of more than `largest_file` bytes cannot be written."""
+        with tempfile.NamedTemporaryFile(delete=False) as output:
+            self._output = Path(output.name)
+        port = _free_port()
+        with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}):  # of the process that is forked
+            self._ranks = [
+                _FORKS.Process(
+                    target=_run,
+                    args=(list(arguments), _rank(rank, ranks, port) | (env or {}), self._output, largest_file),
+                    daemon=True,
+                )
+                for rank in range(ranks)
+            ]
+            for process in self._ranks:
+                process.start()
+
+    def poll(self) -> int | None:
+        """Return the exit status once a rank has failed or all have ended, else None."""
+        codes = [process.exitcode for process in self._ranks]
+        return next((code for code in codes if code), None) or (0 if None not in codes else None)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        for process in self._ranks:
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def wait(self) -> Result:
+        """Wait for the end. Where one rank fails, the others are stopped, as torchrun does."""
+        while (code := self.poll()) is None:
+            connection.wait([process.sentinel for process in self._ranks if process.exitcode is None])
+        self.send_signal(signal.SIGKILL)
+        for process in self._ranks:
+            process.join()
+        output = self._output.read_text(errors="replace")
+        self._output.unlink()
+        return Result(code, output)
+
+
+def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Environment that torchrun gives to a rank; none to a single process."""
+    if ranks == 1:
+        return {}
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(arguments: list[str], env: dict[str, str], output: Path, largest_file: int | None) -> None:
+    """Run the command in this process, with its output appended to `output`."""
+    from d2m_train.__main__ import main
+
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    os.chdir(ROOT)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.exit(main(arguments))
