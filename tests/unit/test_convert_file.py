@@ -350,7 +350,7 @@ import os, signal, sys
 from pathlib import Path
 from d2m_model.conversion.convert import convert_file
 from d2m_model.teacher import open_teacher
-from tests.unit.test_conversion import config_of, plan_of
+from tests.unit.test_convert_file import config_of, plan_of
 
 with open_teacher(Path(sys.argv[1])) as teacher:
     config = config_of(teacher)
@@ -383,7 +383,7 @@ from pathlib import Path
 from d2m_model.routers.token_router import WEIGHT
 from d2m_model.keys import dense_shapes
 from tests.toys.teachers import DIMS
-from tests.unit.test_conversion import convert
+from tests.unit.test_convert_file import convert
 
 folder = Path(sys.argv[1])
 
