@@ -23,7 +23,8 @@ export PYTHONDONTWRITEBYTECODE =
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
 # One process a core, since the models of the tests are tiny. Tests of a file (or an xdist_group) share a process and its
 # fixtures. The files keep their order: many short ones come last, so that no core waits for a long one.
-PYTEST = $(RUN) pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(RUN) pytest $(SIDE_BY_SIDE)
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,7 +74,7 @@ test-browser: setup ## tests of a Chromium on a ComfyUI
 	@$(PYTEST) tests/browser
 
 test-hosts: setup ## test-host and test-browser in the newest and the oldest ComfyUI supported (6 GB more)
-	@$(PYTHON) -m tools.on_hosts
+	@PYTEST_ADDOPTS="$(SIDE_BY_SIDE) $$PYTEST_ADDOPTS" $(PYTHON) -m tools.on_hosts
 
 format: packages ## let ruff put the code in order
 	@$(RUN) ruff check --fix-only .

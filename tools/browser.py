@@ -1,7 +1,7 @@
 """The Chromium that the browser tests drive.
 
-`make setup` looks for one and, as root on a Debian, installs Debian's; that it could not is no failure of the set-up.
-`python -m tools.browser` tries again and prints where it is.
+`make setup` looks for one and, as root on Debian, installs Debian's. Set-up succeeds without one.
+`python -m tools.browser` tries again and prints its path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tools.errors import SetupError
 from tools.host import ROOT
 
-COMMANDS = (
+_COMMANDS = (
     "chromium",
     "google-chrome",
     "google-chrome-stable",
@@ -31,7 +31,7 @@ MAC_PLACES = tuple(
 )
 WINDOWS_ROOTS = ("PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA")
 WINDOWS_PLACES = ("Google/Chrome/Application/chrome.exe", "Microsoft/Edge/Application/msedge.exe")
-PLAYWRIGHTS = {  # by system: where playwright keeps the browsers that it downloads, and their program
+_PLAYWRIGHTS = {  # by system: playwright's folder of downloaded browsers, and their program in it
     "Linux": (".cache/ms-playwright", "chromium-*/chrome-linux*/chrome"),
     "Darwin": (
         "Library/Caches/ms-playwright",
@@ -40,18 +40,18 @@ PLAYWRIGHTS = {  # by system: where playwright keeps the browsers that it downlo
     "Windows": ("AppData/Local/ms-playwright", "chromium-*/chrome-win*/chrome.exe"),
 }
 OS_RELEASE = Path("/etc/os-release")
-MISSING = (
-    "The browser tests need a Chromium, and there is none here.\n"
+_MISSING = (
+    "The browser tests need a Chromium, but none is installed.\n"
     "What to do, one of these:\n"
     "  as root on Debian: `apt-get update && apt-get install chromium`\n"
     "  install Google Chrome, Chromium or Microsoft Edge\n"
     "  `.venv/bin/python -m playwright install --with-deps chromium`\n"
-    "  set CHROMIUM_PATH to the program of one that stands elsewhere"
+    "  set CHROMIUM_PATH to the program of one that is installed elsewhere"
 )
 
 
 def find(environ: Mapping[str, str] = os.environ, home: Path | None = None) -> Path | None:
-    """The program of a Chromium, or None. Raises SetupError if CHROMIUM_PATH names none. Starts nothing."""
+    """Return the program of a Chromium, or None. Raises SetupError if CHROMIUM_PATH names no file."""
     if own := environ.get("CHROMIUM_PATH"):
         path = Path(own).expanduser()
         if not path.is_file():
@@ -64,27 +64,27 @@ def find(environ: Mapping[str, str] = os.environ, home: Path | None = None) -> P
 
 
 def _candidates(environ: Mapping[str, str], home: Path) -> Iterator[Path]:
-    for command in COMMANDS:
-        found = shutil.which(command, path=environ.get("PATH", os.defpath))
-        # Ubuntu's chromium-browser is a script that asks for a snap.
-        if found and not (command == "chromium-browser" and b"snap install" in Path(found).read_bytes()[:10_000]):
-            yield Path(found)
+    for command in _COMMANDS:
+        program = shutil.which(command, path=environ.get("PATH", os.defpath))
+        # Ubuntu's chromium-browser is a script that requires a snap.
+        if program and not (command == "chromium-browser" and b"snap install" in Path(program).read_bytes()[:10_000]):
+            yield Path(program)
     yield from MAC_PLACES
     for root in filter(None, map(environ.get, WINDOWS_ROOTS)):
         yield from (Path(root, place) for place in WINDOWS_PLACES)
-    folder, program = PLAYWRIGHTS.get(platform.system(), PLAYWRIGHTS["Linux"])
-    yield from sorted(Path(environ.get("PLAYWRIGHT_BROWSERS_PATH") or home / folder).glob(program), reverse=True)
+    folder, pattern = _PLAYWRIGHTS.get(platform.system(), _PLAYWRIGHTS["Linux"])
+    yield from sorted(Path(environ.get("PLAYWRIGHT_BROWSERS_PATH") or home / folder).glob(pattern), reverse=True)
 
 
 def needed() -> Path:
-    """The program of a Chromium. Raises SetupError, saying what to install, if there is none."""
-    if (found := find()) is None:
-        raise SetupError(MISSING)
-    return found
+    """Return the program of a Chromium. Raises SetupError with what to install if there is none."""
+    if (program := find()) is None:
+        raise SetupError(_MISSING)
+    return program
 
 
-def install() -> bool:
-    """Install Debian's Chromium; False where that is not possible, or did not succeed."""
+def _install() -> bool:
+    """Install Debian's Chromium; return False where that is not possible or fails."""
     if not _may_install():
         return False
     print("Installing Debian's Chromium for the browser tests …", file=sys.stderr)
@@ -104,26 +104,26 @@ def _may_install() -> bool:
     return release.get("ID") == "debian" or "debian" in release.get("ID_LIKE", "").split()
 
 
-def prepare(root: Path) -> bool:
-    """See to a Chromium, once: a failure is said and remembered, so that set-ups after it stay instant."""
+def ensure_chromium(root: Path) -> bool:
+    """Install a Chromium if there is none. A failure is reported and remembered, so that later set-ups stay fast."""
     tried = root / ".host" / "chromium-tried"
     if find() is not None:
         return True
     if tried.exists():
         return False
-    if install():
+    if _install():
         return True
     tried.parent.mkdir(exist_ok=True)
     tried.touch()
-    print(MISSING, file=sys.stderr)
+    print(_MISSING, file=sys.stderr)
     return False
 
 
 def main() -> int:
-    """Find or install, whatever was tried before; print where it stands."""
+    """Find or install a Chromium, whatever was tried before; print its path."""
     try:
         (ROOT / ".host" / "chromium-tried").unlink(missing_ok=True)
-        prepare(ROOT)
+        ensure_chromium(ROOT)
         print(needed())
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)

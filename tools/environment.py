@@ -16,7 +16,7 @@ _OLDEST_PYTHON = (3, 10)
 _SCHEMA = "1"
 
 
-def digest(root: Path, host_requirements: Path | None = None) -> str:
+def inputs_digest(root: Path, host_requirements: Path | None = None) -> str:
     """Digest of everything that an environment is made from; the packages of a ComfyUI come last."""
     inputs = [root / "pyproject.toml", root / "constraints.txt", *([host_requirements] if host_requirements else [])]
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs]
@@ -29,14 +29,14 @@ def stamp(venv: Path) -> Path:
 
 
 def is_current(root: Path, venv: Path, host_requirements: Path | None = None) -> bool:
-    """Whether the environment is up to date. Reads only a few small files.
+    """Return True if the environment is up to date. Reads only a few small files.
 
     Without `host_requirements`, an environment that also has the packages of a ComfyUI is up to date too.
     """
     done = stamp(venv)
     if not python_in(venv).exists() or not done.is_file():
         return False
-    finished, wanted = done.read_text(), digest(root, host_requirements)
+    finished, wanted = done.read_text(), inputs_digest(root, host_requirements)
     return finished == wanted or (host_requirements is None and finished.startswith(f"{wanted} "))
 
 
@@ -102,7 +102,7 @@ def _runs(python: Path, code: str) -> bool:
         return False
 
 
-def fill(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
+def fill_environment(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
     """Install the packages that the project and, if given, a ComfyUI require."""
     print("Installing packages (the first time several GB, most of it PyTorch) …", file=sys.stderr)
     command = [str(python_in(venv)), "-m", "tools.packages", *([str(host_requirements)] if host_requirements else [])]
@@ -117,5 +117,5 @@ def fill(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
 def mark_complete(root: Path, venv: Path, host_requirements: Path | None = None) -> None:
     """Write the stamp atomically, as the last step of a set-up."""
     unfinished = stamp(venv).with_suffix(".tmp")
-    unfinished.write_text(digest(root, host_requirements))
+    unfinished.write_text(inputs_digest(root, host_requirements))
     unfinished.replace(stamp(venv))

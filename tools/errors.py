@@ -1,5 +1,5 @@
-"""The one exception of the set-up."""
+"""The exception of the set-up."""
 
 
 class SetupError(Exception):
-    """Set-up cannot go on. The message says what happened and what to do about it."""
+    """Set-up cannot continue. The message says what happened and what to do."""

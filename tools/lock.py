@@ -1,6 +1,6 @@
-"""Pin in constraints.txt the newest packages that this project, with its extras, and the default host ask for.
+"""Pin the newest packages that the project, its extras and the default host require, in constraints.txt.
 
-`python -m tools.lock [FILE]`, run by the environment that `make setup` has made.
+Run `python -m tools.lock [FILE]` with the environment that `make setup` makes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 from tools.host import ROOT, host_in_use
 from tools.packages import EXTRAS
 
-OLDEST_PYTHON = "3.10"
+_OLDEST_PYTHON = "3.10"
 
 
 def lock(target: Path) -> int:
-    """Write the pins of all platforms and Pythons to `target`; the exit status of uv."""
+    """Write the pins for all platforms and Pythons to `target`; return uv's exit status."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--upgrade", "--universal", "--no-annotate", "--quiet"]
     command += [
         "--python-version",
-        OLDEST_PYTHON,
+        _OLDEST_PYTHON,
         "--custom-compile-command",
         "make lock",
         "--output-file",

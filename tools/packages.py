@@ -52,7 +52,7 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def install(root: Path, host_requirements: Path | None = None) -> bool:
+def install_packages(root: Path, host_requirements: Path | None = None) -> bool:
     """Install the required packages at their pinned versions, with uv or else with pip; False if both fail."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as pins:
         pins.write(constraints(root, host_requirements))
@@ -75,4 +75,4 @@ def _run(module: str, *arguments: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if install(Path.cwd(), *map(Path, sys.argv[1:])) else 1)
+    sys.exit(0 if install_packages(Path.cwd(), *map(Path, sys.argv[1:])) else 1)

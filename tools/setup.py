@@ -18,24 +18,24 @@ from tools import browser, environment, host
 from tools.errors import SetupError
 
 
-def prepare(root: Path, wanted: host.Host) -> bool:
+def set_up(root: Path, wanted: host.Host) -> bool:
     """Bring host and environment up to date; return False when there was nothing to do."""
-    if _is_prepared(root, wanted):
+    if _is_set_up(root, wanted):
         return False
     with _locked(root):
-        if _is_prepared(root, wanted):  # another run did it while this one waited
+        if _is_set_up(root, wanted):  # another run did it while this one waited
             return False
         environment.stamp(wanted.venv).unlink(missing_ok=True)
         environment.create(wanted.venv)
         if wanted.release:
             host.fetch(root, wanted.release, wanted.python)
         host.link_pack(root)
-        environment.fill(root, wanted.venv, wanted.requirements)
+        environment.fill_environment(root, wanted.venv, wanted.requirements)
         environment.mark_complete(root, wanted.venv, wanted.requirements)
     return True
 
 
-def prepare_without_host(root: Path, venv: Path) -> bool:
+def set_up_without_host(root: Path, venv: Path) -> bool:
     """Bring an environment up to date for work without a ComfyUI; return False when there was nothing to do."""
     if environment.is_current(root, venv):
         return False
@@ -44,12 +44,12 @@ def prepare_without_host(root: Path, venv: Path) -> bool:
             return False
         environment.stamp(venv).unlink(missing_ok=True)
         environment.create(venv)
-        environment.fill(root, venv)
+        environment.fill_environment(root, venv)
         environment.mark_complete(root, venv)
     return True
 
 
-def _is_prepared(root: Path, wanted: host.Host) -> bool:
+def _is_set_up(root: Path, wanted: host.Host) -> bool:
     return host.is_ready(root, wanted) and environment.is_current(root, wanted.venv, wanted.requirements)
 
 
@@ -75,11 +75,11 @@ def main() -> int:
     try:
         wanted = host.host_in_use()
         if options.without_host:
-            prepare_without_host(host.ROOT, wanted.venv)
+            set_up_without_host(host.ROOT, wanted.venv)
             return 0
-        if prepare(host.ROOT, wanted):
+        if set_up(host.ROOT, wanted):
             print(f"Ready: {wanted.venv.name}, ComfyUI at {wanted.path}", file=sys.stderr)
-        browser.prepare(host.ROOT)
+        browser.ensure_chromium(host.ROOT)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

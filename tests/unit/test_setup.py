@@ -81,7 +81,7 @@ class Project:
         return self.host.release
 
     def prepare(self) -> bool:
-        return setup.prepare(self.root, self.host)
+        return setup.set_up(self.root, self.host)
 
     def version_of(self, package: str) -> str:
         code = f"import {package}; print({package}.version)"
@@ -134,18 +134,18 @@ def test_an_environment_without_a_host_is_up_to_date_once_and_completed_when_the
     venv = tmp_path / ".venv"
     shutil.copytree(project.host.venv, venv, symlinks=True)
     environment.mark_complete(project.root, venv)
-    assert not setup.prepare_without_host(project.root, venv)
+    assert not setup.set_up_without_host(project.root, venv)
     assert not environment.is_current(project.root, venv, project.host.requirements)
     for file in venv.glob("lib/*/site-packages/tiny_package*"):
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     environment.stamp(venv).unlink()
-    assert setup.prepare_without_host(project.root, venv)
+    assert setup.set_up_without_host(project.root, venv)
     assert len(list(venv.glob("lib/*/site-packages/tiny_package.py"))) == 1
 
 
 def test_an_environment_with_a_host_also_serves_without(project: Project) -> None:
     project.prepare()
-    assert not setup.prepare_without_host(project.root, project.host.venv)
+    assert not setup.set_up_without_host(project.root, project.host.venv)
 
 
 def test_an_interrupted_set_up_heals(project: Project) -> None:
@@ -200,7 +200,7 @@ def test_set_ups_at_the_same_time_wait_for_each_other(project: Project) -> None:
     environment.stamp(project.host.venv).unlink()
     code = (
         "import sys; from pathlib import Path; from tools import host, setup;"
-        f"print(setup.prepare(Path.cwd(), host.released_host(Path.cwd(), host.{project.release!r})))"
+        f"print(setup.set_up(Path.cwd(), host.released_host(Path.cwd(), host.{project.release!r})))"
     )
     command = [sys.executable, "-c", code]
     with (project.root / ".host" / "lock").open("w") as lock:
@@ -277,7 +277,7 @@ def test_every_release_is_tested_in_its_own_environment(
             f'#!/bin/sh\necho "own: ${{COMFYUI_PATH-none}}"\necho "= 3 {word} of $D2M_HOST $* ="\nexit {outcome}\n'
         )
         python.chmod(0o755)
-    monkeypatch.setattr(on_hosts, "prepare", lambda root, wanted: False)
+    monkeypatch.setattr(on_hosts, "set_up", lambda root, wanted: False)
     monkeypatch.setenv("COMFYUI_PATH", "/elsewhere")
     assert on_hosts.main(["tests/comfyui"], tmp_path) == code
     said = capsys.readouterr().out
@@ -296,17 +296,17 @@ def test_every_release_is_tested_in_its_own_environment(
 def test_a_release_that_cannot_be_set_up_fails_without_hiding_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def prepare(root: Path, wanted: host.Host) -> bool:
+    def set_up(root: Path, wanted: host.Host) -> bool:
         if wanted.release == host.RELEASES[0]:
             raise SetupError("no network")
         return False
 
-    monkeypatch.setattr(on_hosts, "prepare", prepare)
+    monkeypatch.setattr(on_hosts, "set_up", set_up)
     monkeypatch.setattr(on_hosts, "run", lambda root, wanted, arguments: (True, "3 passed"))
     assert on_hosts.main([], tmp_path) == 1
     said = capsys.readouterr()
     assert "no network" in said.err
-    assert "FAILED: it could not be set up" in said.out
+    assert "FAILED: set-up failed" in said.out
     assert f"ComfyUI {host.RELEASES[1].comfyui}: passed: 3 passed" in said.out
 
 
@@ -374,12 +374,12 @@ def test_without_a_chromium_the_browser_tests_say_what_to_install(no_chromium: P
 
 
 def test_on_a_debian_the_set_up_installs_debians_chromium(debian: Path, no_chromium: Path, tmp_path: Path) -> None:
-    assert browser.prepare(tmp_path)
+    assert browser.ensure_chromium(tmp_path)
     assert browser.needed() == no_chromium / "chromium"
     update, install = debian.read_text().splitlines()
     assert update.startswith("update")
     assert install.endswith("chromium")
-    assert browser.prepare(tmp_path)
+    assert browser.ensure_chromium(tmp_path)
     assert len(debian.read_text().splitlines()) == 2  # found: not installed again
 
 
@@ -398,9 +398,9 @@ def test_a_chromium_that_cannot_be_installed_is_said_once_and_is_no_failure(
         browser.OS_RELEASE.write_text('ID="fedora"\n')
     else:
         a_program(no_chromium / "apt-get", "#!/bin/sh\nexit 100\n")
-    assert not browser.prepare(tmp_path)
+    assert not browser.ensure_chromium(tmp_path)
     assert "need a Chromium" in capfd.readouterr().err
     monkeypatch.setattr(subprocess, "run", None)
-    assert not browser.prepare(tmp_path)
+    assert not browser.ensure_chromium(tmp_path)
     assert capfd.readouterr().err == ""
     assert not debian.exists()
