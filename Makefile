@@ -50,7 +50,8 @@ distil: setup ## train the emoji FLUX's presets L and M, and paint before and af
 comfy: setup ## leave ComfyUI running with the example workflow
 	@$(RUN) demo.run --serve
 
-check: lint test-unit test-web ## the verdict on a change in three minutes; needs no ComfyUI
+check: lint test-web ## the verdict on a change in three minutes; needs no ComfyUI
+	@$(PYTEST) tests/unit -m "not slow"
 
 lint: packages ## ruff, types and import contracts
 	@$(RUN) tools.lint

@@ -62,6 +62,7 @@ def test_assets_are_small_and_the_model_has_flux_dev_s_format() -> None:
     assert (dims.in_channels, dims.out_channels) == (64, 64)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_restores_what_it_was_not_trained_on() -> None:
     autoencoder = TinyAutoencoder.load(ASSETS / "autoencoder.safetensors")
     assert held_out_psnr(autoencoder.tiny) >= 26
@@ -96,6 +97,7 @@ def test_a_file_that_is_no_prompt_encoder_is_refused(tmp_path: Path) -> None:
         prompt_encoder.load_prompt_encoder(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_the_scorer_knows_real_renders_and_is_not_fooled_by_others() -> None:
     scorer = Scorer()
     real = ceiling(scorer, 200)
@@ -139,6 +141,7 @@ def test_the_batched_muon_steps_as_torch_s_does() -> None:
         assert float((a - b).detach().norm()) <= 0.05 * float((b - start).detach().norm())  # both iterate in bfloat16
 
 
+@pytest.mark.slow
 def test_the_emoji_flux_paints_what_it_is_asked_for() -> None:
     from d2m_model.hosts.diffusers import load_transformer
 

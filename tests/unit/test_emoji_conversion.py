@@ -18,6 +18,7 @@ from demo import dataset, prompt_encoder
 from demo.sample import sample_latents
 from demo.scorer import latent_distance
 
+pytestmark = pytest.mark.slow
 TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
 PAPER = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
 
@@ -29,35 +30,47 @@ def paint(model: nn.Module) -> Tensor:
     return sample_latents(model, encoder, prompts, steps=8)
 
 
-def converted(tmp_path: Path, *options: str) -> nn.Module:
-    """On one calibration for all; a quarter of the default one."""
-    file = tmp_path / "moe.safetensors"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emoji")
+
+
+@pytest.fixture(scope="module")
+def teacher_latents() -> Tensor:
+    return paint(load_transformer(TEACHER, torch.float32))
+
+
+def converted(folder: Path, *options: str) -> nn.Module:
+    """Convert with one calibration for all tests, a quarter of the default one."""
+    file = folder / "moe.safetensors"
     command = ["convert", "--teacher", str(TEACHER), "--out", str(file), "--data", "emoji", "--batches", "8"]
-    assert main([*command, "--calibration", str(tmp_path / "calibration"), *options]) == 0
+    assert main([*command, "--calibration", str(folder / "calibration"), *options]) == 0
     return FluxMoETransformer2DModel.from_flux_moe(file, torch.float32)
 
 
-def test_the_default_stays_much_nearer_to_the_teacher_than_the_papers_initialisation(tmp_path: Path) -> None:
-    teacher = paint(load_transformer(TEACHER, torch.float32))
-    paper = latent_distance(paint(converted(tmp_path, *PAPER)), teacher)
-    split_only = latent_distance(paint(converted(tmp_path, "--split-only")), teacher)
-    default = latent_distance(paint(converted(tmp_path)), teacher)
+def test_the_default_stays_much_nearer_to_the_teacher_than_the_papers_initialisation(
+    folder: Path, teacher_latents: Tensor
+) -> None:
+    paper = latent_distance(paint(converted(folder, *PAPER)), teacher_latents)
+    split_only = latent_distance(paint(converted(folder, "--split-only")), teacher_latents)
+    default = latent_distance(paint(converted(folder)), teacher_latents)
     distances = {"paper": paper, "split only": split_only, "default": default}
     assert default <= 0.75 * paper, distances  # docs/training-free.md: 0.6, with the whole calibration and 20 steps
     assert default < split_only < paper, distances
 
 
-def test_block_routers_from_calibration_stay_nearer_than_random_ones_do_on_average(tmp_path: Path) -> None:
+def test_block_routers_from_calibration_stay_nearer_than_random_ones_do_on_average(
+    folder: Path, teacher_latents: Tensor
+) -> None:
     """Preset XS: one of each three grouped double blocks and one of each five single blocks runs. A random router takes
     the same block nearly always, now and then the right one: hence three seeds."""
-    model = converted(tmp_path, "--experts", "dealt", "--importance", "weight-norm", "--preset", "XS")
+    model = converted(folder, "--experts", "dealt", "--importance", "weight-norm", "--preset", "XS")
     assert isinstance(model, FluxMoETransformer2DModel)
-    teacher = paint(load_transformer(TEACHER, torch.float32))
-    ridge = latent_distance(paint(model), teacher)
+    ridge = latent_distance(paint(model), teacher_latents)
     random = []
     for seed in range(3):
         for index, (group, router) in enumerate(zip(model.flux_moe.groups, model.block_groups, strict=True)):
             routers = random_block_routers_of(f"block_groups.{index}", group, 128, seed)
             router.load_state_dict({"router_x.weight": routers.x_MH, "router_y.weight": routers.y_MH})
-        random.append(latent_distance(paint(model), teacher))
+        random.append(latent_distance(paint(model), teacher_latents))
     assert ridge <= 0.9 * mean(random), {"ridge": ridge, "random": random}
