@@ -75,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of a module, since an idle page draws on."""
+    """Chromium, one per module, since an idle page keeps drawing."""
     program = chromium.needed()
     with sync_playwright() as playwright:
         # Chromium's sandbox does not work for root, nor in many containers; what is opened here is ours.
@@ -128,7 +128,7 @@ def pages(server: ComfyServer, browser: Browser) -> Iterator[Pages]:
 
 @pytest.fixture(scope="session", params=RENDERERS.values(), ids=RENDERERS)
 def vue(request: pytest.FixtureRequest) -> bool:
-    """Whether Nodes 2.0 draws; of the session, so that tests of one renderer come one after the other."""
+    """True if Nodes 2.0 draws. Session scope puts all tests of one renderer in a row."""
     return bool(request.param)
 
 

@@ -1,4 +1,4 @@
-"""What a test does in ComfyUI's page. Widgets and nodes are those of the graph that is shown: root or subgraph."""
+"""ComfyUI's page, driven by tests. Widgets and nodes are those of the visible graph, root or subgraph."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Comfy:
         )
 
     def workflow(self) -> Workflow:
-        """What the page would save."""
+        """Return the workflow that the page would save."""
         return dict(self.js("() => app.rootGraph.serialize()"))
 
     def into_subgraph(self, nodes: list[int], promote: tuple[int, str] | None = None) -> str:
@@ -227,7 +227,7 @@ class Comfy:
         (self._gate / "open").touch()
 
     def live(self, action: Callable[[], Any]) -> dict[str, Any]:
-        """What the page sent, and what it was answered, when `action` changed a value under way."""
+        """Return what the page sent, and the answer, when `action` changed a value during a run."""
         return self._live(action, lambda values: True)
 
     def slide_live(self, node: int | str, name: str, to: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Map:
         self.page.wait_for_function("() => window.made")
 
     def run(self, *traces: str, image: bool = True) -> None:
-        """What the node's run sends."""
+        """Send what a run of the node sends."""
         images = [PLACE if image else None for _ in traces]
         output = {"traces": traces, "images": images, "batches": [[PLACE, PLACE] if image else [] for _ in traces]}
         self.page.evaluate("output => made.map.onExecuted({ d2m_map: [output] })", output)
@@ -72,7 +72,7 @@ class Map:
         return image[np.ix_(y, x)]
 
     def said(self) -> str:
-        """What a screen reader says of the patch at the keyboard's cursor."""
+        """Return what a screen reader says about the patch at the keyboard's cursor."""
         return self.stage.locator(".d2m-cell").text_content() or ""
 
     def properties(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Map:
         return found
 
     def masks(self) -> list[str]:
-        """What the mask widget's callback heard."""
+        """Return the values that the mask widget's callback received."""
         found: list[str] = self.page.evaluate("() => made.masks")
         return found
 

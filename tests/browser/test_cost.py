@@ -32,7 +32,7 @@ def graph() -> ApiGraph:
 
 
 def line(comfy: Comfy, **settings: Any) -> str:
-    """What a readout has to say under these settings, from the server's numbers."""
+    """Return the readout expected for these settings, from the server's numbers."""
     asked = {**SIZE, **{name: str(value) for name, value in settings.items()}}
     answer = comfy.server.get("/d2m/cost", model_name=FILE, **asked)
     active, dense = (f"{number / 1e6:.3g}" for number in (answer["touched"], answer["dense"]["touched"]))
@@ -142,7 +142,7 @@ def test_what_a_conversion_costs_is_known_when_it_has_run(comfy: Comfy) -> None:
 
 
 def wait_for_line(comfy: Comfy, part: str) -> None:
-    """Of node 4."""
+    """Return the readout of node 4."""
     comfy.page.wait_for_function(
         "part => app.rootGraph.getNodeById(4).widgets.at(-1).element.innerText.includes(part)", arg=part
     )

@@ -150,7 +150,7 @@ def test_tokens_that_no_expert_took_are_shown_as_such(shown: Map) -> None:
 
 
 def cell(chart: Locator, row: float, rows: int, column: float, columns: int) -> dict[str, float]:
-    """Where a cell of a chart lies: the experts' numbers have the left 26 pixels."""
+    """Return the position of a cell in a chart, whose left 26 pixels show the experts' numbers."""
     box = chart.bounding_box()
     assert box is not None
     width, height = box["width"] - 28, box["height"] - 4

@@ -77,7 +77,7 @@ def picture(comfy: Comfy, entry: dict[str, Any]) -> np.ndarray:
 
 
 def sent(comfy: Comfy) -> list[dict[str, Any]]:
-    """From now on a list of what the page sends."""
+    """Return a list that collects what the page sends from now on."""
     requests: list[dict[str, Any]] = []
     comfy.page.on("request", lambda it: requests.append(it.post_data_json) if it.url.endswith("/d2m/live") else None)
     return requests

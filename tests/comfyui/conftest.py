@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="session")
 def startup_log(server: ComfyServer) -> str:
-    """What the server printed before the first request."""
+    """Output of the server before the first request."""
     return (server.base / "startup.log").read_text()
 
 
@@ -86,7 +86,7 @@ def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -
 
 
 def in_teachers_order(tensors: dict[str, Tensor], dense: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` that `dense` has, with their neurons in its order."""
+    """Return the tensors that `dense` has too, with their neurons in its order."""
     found = {name: tensors[name] for name in dense}
     for order_name in (name for name in tensors if name.endswith(".neuron_order")):
         ffn = order_name.removesuffix(".neuron_order")

@@ -34,7 +34,7 @@ def convert(host: Comfy, model: Any, **changes: Any) -> Any:
 
 
 def file_of(converted: Any) -> Path:
-    """That it is mapped from, and that goes with it."""
+    """Return the file that a converted MODEL is mapped from; it is deleted with the MODEL."""
     _, (file, *_) = converted.cached_patcher_init
     return Path(file.path)
 
@@ -49,7 +49,7 @@ def made(host: Comfy, model: Any, **changes: Any) -> Path:
 
 
 def prompts(host: Comfy, model: Any, count: int = 3) -> list:
-    """As Conditioning (Combine) joins them."""
+    """Return conditionings as Conditioning (Combine) joins them."""
     return [entry for seed in range(count) for entry in host.conditioning(model, 10 + seed)]
 
 

@@ -48,7 +48,7 @@ def grouped(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Grouped:
 
 @pytest.fixture
 def watched(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """What was chosen since: of every choice, for each block of the group, the samples that run it."""
+    """Record every choice of blocks: for each block of the group, the samples that run it."""
     block_groups, seen = host.module("nodes.model.block_groups"), []
     samples_per_block = block_groups.samples_per_block
 

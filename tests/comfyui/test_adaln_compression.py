@@ -68,7 +68,7 @@ def test_u_is_held_once_and_every_name_is_the_files(compressed: Pair) -> None:
 
 
 def test_u_keeps_its_files_precision(host: Comfy, compressed: Pair, tmp_path: Path) -> None:
-    """Of a bfloat16 file too, and whatever the other weights are cast to."""
+    """U stays in float32 in a bfloat16 file too, whatever the other weights are cast to."""
     import comfy.sd
 
     file = files.save(compressed.split, tmp_path / "bf16.safetensors", torch.bfloat16)
@@ -332,7 +332,7 @@ def test_a_lora_of_the_compressed_weights_is_applied_as_it_is(
 
 
 def test_quantised_modulations(host: Comfy, compressed: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In float8 as ComfyUI stores it, a scale and a description beside each weight."""
+    """Weights in float8 as ComfyUI stores them, each with a scale and a description."""
     stored, meant = dict(compressed.split), dict(compressed.split)
     for name in MODULATIONS:
         weight = stored[f"{name}.weight"]

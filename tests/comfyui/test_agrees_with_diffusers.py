@@ -37,7 +37,7 @@ def comfyui_velocity(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
 
 
 def diffusers_velocity(model: FluxMoETransformer2DModel, batch: tuple[Tensor, ...]) -> Tensor:
-    """As comfyui_velocity."""
+    """Return the same as comfyui_velocity, computed by diffusers."""
     x, t, context, pooled = batch
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
     ids = torch.zeros(height, width, 3)
@@ -57,7 +57,7 @@ def diffusers_velocity(model: FluxMoETransformer2DModel, batch: tuple[Tensor, ..
 
 
 def convert(folder: Path, *options: str) -> Path:
-    """What the command makes of a small teacher."""
+    """A file converted from a small teacher by the command."""
     dense, moe = files.save(files.dense_flux(DIMS), folder / "dense.safetensors"), folder / "moe.safetensors"
     assert main(["convert", "--teacher", str(dense), "--out", str(moe), "--router", "random", *options]) == 0
     return moe

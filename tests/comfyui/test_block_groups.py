@@ -99,7 +99,7 @@ def test_chosen_blocks_follow_the_paper(
 def test_a_batch_of_different_choices_is_its_samples_one_at_a_time(
     host: Comfy, grouped: Grouped, loaded: Callable[[Any], Any], watched: list
 ) -> None:
-    """With the vec, pe and attention mask of each."""
+    """Each sample has its own vec, pe and attention mask."""
     moe = loaded(active(host, grouped.moe, [1, 2]))
     batch = inputs(4)
     mask = torch.zeros(4, 1, 1, 7 + 16)

@@ -1,4 +1,4 @@
-"""What ComfyUI and other packs do with a model, done with block groups: ControlNets, patches, low VRAM, torch.compile."""
+"""Block groups with what ComfyUI and other packs do to a model: ControlNets, patches, low VRAM, torch.compile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.toys.compare import distance
 def test_a_controlnets_residual_of_a_skipped_block_lands_at_its_block(
     host: Comfy, grouped: Grouped, loaded: Callable[[Any], Any], kind: str, index: int
 ) -> None:
-    """As on the file without groups whose blocks of the group are all left out."""
+    """The result is that of a file without groups in which all blocks of the group are left out."""
     without = grouped.plain.clone()
     for name, group in (("double_block", DOUBLES), ("single_block", SINGLES)):
         for i in range(group.first, group.first + group.blocks):
@@ -140,7 +140,7 @@ def test_blocks_run_without_transformer_options(grouped: Grouped, loaded: Callab
 
 
 def test_attention_patches_see_the_whole_batch(host: Comfy, grouped: Grouped) -> None:
-    """They may tell prompts from negative prompts by their place in it."""
+    """Patches may tell prompts from negative prompts by their position in the batch."""
     seen = []
 
     def halved(q: Tensor, k: Tensor, v: Tensor, extra_options: dict, **rest: Any) -> dict:
@@ -247,7 +247,7 @@ def test_a_compiled_model_follows_every_setting(host: Comfy, tmp_path: Path, fre
 
 
 def test_blocks_compiled_one_by_one_follow_every_setting(host: Comfy, grouped: Grouped, fresh_compiler: Any) -> None:
-    """As some packs do, with the guards of TorchCompileModel."""
+    """Some packs compile this way, with the guards of TorchCompileModel."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 

@@ -46,7 +46,7 @@ def under(host: Comfy, model: Any, **settings: Any) -> Any:
 
 
 def literal_gates(x: Tensor, tensors: dict[str, Tensor], ffn: str, factor: float, gate: str) -> Tensor:
-    """Of every token and expert its weight, [B, T, E]: zero where the prediction does not pass the threshold."""
+    """Return each token's weight for each expert, [B, T, E]: zero if the prediction does not pass the threshold."""
 
     def linear(x: Tensor, layer: str) -> Tensor:
         return F.linear(x, tensors[f"{ffn}.{layer}.weight"].double(), tensors[f"{ffn}.{layer}.bias"].double())

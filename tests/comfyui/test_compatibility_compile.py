@@ -74,7 +74,7 @@ def agree(host: Comfy, eager: Any, other: Any, size: tuple[int, int, int] = SMAL
 
 
 def masks(model: Any) -> list[dict[str, Any]]:
-    """Of no FFN, of one, of all."""
+    """Return masks of no FFN, of one, and of all."""
     names = list(model.model.diffusion_model.config.ffns)
     weights = torch.linspace(0, 2, ALL)
     return [{}, {names[0]: weights}, {name: weights.flip(0) for name in names}]
@@ -216,7 +216,7 @@ def test_compiled_blocks_have_no_graph_breaks(host: Comfy, tmp_path: Path) -> No
 
 
 def test_gradients_flow_through_compiled_experts(host: Comfy, tmp_path: Path) -> None:
-    """As ComfyUI's own training of LoRAs wants them."""
+    """ComfyUI's own LoRA training needs these gradients."""
     split = files.split(files.dense_flux(DIMS), DIMS, dense_double_blocks=0)
     flux = host.load(files.save(split, tmp_path / "moe.safetensors")).model.diffusion_model
     mlp = flux.double_blocks[0].img_mlp

@@ -1,4 +1,4 @@
-"""What other packs hang on a MODEL is called as on a dense FLUX: as often, at the same places, with the same shapes."""
+"""Patches of other packs are called as on a dense FLUX: as often, in the same places, with the same shapes."""
 
 from __future__ import annotations
 

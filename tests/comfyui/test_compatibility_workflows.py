@@ -117,7 +117,7 @@ def test_with_all_blocks_skipped_a_workflow_paints_what_the_others_paint(
 def test_a_batch_is_its_images_one_at_a_time(
     host: Comfy, studio: Studio, skipping: Callable[[int], Skipping], watched: list, name: str
 ) -> None:
-    """Which choose different blocks, some of them for the prompt and the negative prompt."""
+    """The images choose different blocks, some of them also for prompt and negative prompt."""
     it, workflow, latent = skipping(channels(name)), WORKFLOWS[name], empty_latent(4)
     differently = 0
     for blocks in ([1, 2], [2, 3], [1, 4]):

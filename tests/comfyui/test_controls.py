@@ -94,7 +94,7 @@ def test_a_later_top_k_replaces_an_earlier_one_and_its_gate(host: Comfy, pair: P
 
 
 def test_a_muted_expert_is_an_expert_of_zeros(host: Comfy, pair: Pair, tmp_path: Path) -> None:
-    """Of one FFN of each kind, in a file of the same routers."""
+    """The reference file has zeros in one expert of an FFN of each kind, and the same routers."""
     muted = {"double_blocks.1.img_mlp": 3, "single_blocks.2": 7}
     tensors = dict(pair.split)
     for ffn, expert in muted.items():
@@ -193,7 +193,7 @@ def test_a_step_on_an_edge_belongs_to_the_piece_that_begins_there(
 
 
 def test_shares_of_the_run_are_read_as_such(host: Comfy, pair: Pair) -> None:
-    """As start_percent and end_percent of ComfyUI's own nodes are written."""
+    """Percentages have the form of start_percent and end_percent in ComfyUI's own nodes."""
     shares, percent = (host.sample(schedule(host, pair.moe, pieces), SMALL, steps=5)
                        for pieces in ("0 - 0.4: 6\n.4 - 1: 1", "0 - 40: 6\n40 - 100: 1"))  # fmt: skip
     assert torch.equal(shares, percent)
@@ -318,7 +318,7 @@ def test_a_compiled_model_follows_masks_without_another_graph(host: Comfy, pair:
 def test_for_graphs_nothing_is_made_where_nothing_is_compiled(
     host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a mask that would be a copy for every FFN at every call of the model."""
+    """Otherwise a mask would cost a copy for every FFN at every call of the model."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     module, made = host.module("nodes.model.flux_moe"), []

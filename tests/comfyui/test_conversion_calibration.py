@@ -18,7 +18,7 @@ from tools.host import ROOT
 
 @pytest.fixture
 def quick_fits(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it does not matter how well experts and predictors are fitted."""
+    """Fit experts and predictors in few steps, for tests in which their quality does not matter."""
     coactivation = host.module("d2m_model.conversion.coactivation")
     monkeypatch.setattr(coactivation, "ORACLE_STEPS", 1)
     monkeypatch.setattr(coactivation, "MOST_STEPS", 2)

@@ -216,7 +216,7 @@ def test_cancelled_it_leaves_no_file(server: ComfyServer) -> None:
 
 
 def test_files_that_the_cache_holds_go_when_the_user_frees_it(server: ComfyServer) -> None:
-    """As the message of a full disk says: Edit > Unload Models and Execution Cache."""
+    """The message of a full disk recommends this: Edit > Unload Models and Execution Cache."""
 
     def files_held() -> list[Path]:
         return sorted((server.base / "temp").glob("flux-moe-*.safetensors"))

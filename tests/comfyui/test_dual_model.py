@@ -206,7 +206,7 @@ def test_a_trace_listens_to_the_guiders_model(
 
 
 def test_a_trace_is_of_its_own_file(host: Comfy, pair: Pair, grouped: Grouped, dual: Dual) -> None:
-    """What another file's routers choose for negative prompts is not recorded as the traced model's."""
+    """Choices of another file's routers, for negative prompts, are not recorded as the traced model's."""
     for negative, conditions in ((pair.moe, {"positive", "negative"}), (grouped.moe, {"positive"})):
         it = traced(host, pair.moe)
         dual(it.model, negative)

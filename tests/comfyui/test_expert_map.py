@@ -35,7 +35,7 @@ def image_of(latents: Tensor, value: float = GREY) -> Tensor:
 
 
 def drawn(host: Comfy, node: str = "7", **inputs: Any) -> Any:
-    """What the node returns; its map is [B, H, W, C]."""
+    """Return the node's result; its map is [B, H, W, C]."""
     return host.execute("D2MExpertMap", hidden={hidden().unique_id: node}, **{**WIDGETS, **inputs})
 
 
@@ -256,7 +256,7 @@ TO_LAB = np.array(
 
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_twelve_experts_are_told_apart_with_every_kind_of_colour_blindness(host: Comfy, kind: str) -> None:
-    """In OKLab, where 0.02 is about the least difference that is seen. (Numbers in the regions carry the rest.)"""
+    """Distances in OKLab, where 0.02 is about the smallest visible difference. (Numbers in the regions tell the rest.)"""
     colours = np.array([host.module("nodes.expert_map.map_image").expert_colour(expert) for expert in range(12)]) / 255
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     seen = np.clip(linear @ BLINDNESS[kind].T, 0, 1)
@@ -326,7 +326,7 @@ def test_only_nodes_whose_trace_was_freed_run_again(host: Comfy, pair: Pair, sto
 def test_an_older_image_that_comes_from_a_cache_is_shown_with_its_own_trace(
     host: Comfy, pair: Pair, store: Any, told_by: str
 ) -> None:
-    """As with --cache-lru: seed A, seed B, whose trace takes the place of A's on the page, and A again."""
+    """The case of --cache-lru: seed A, then seed B, whose trace replaces A's on the page, then A again."""
     with prompt("A"):
         it, latents = run(host, pair.moe, store)
         a = inputs_of(told_by, latents, 0.25)
@@ -387,7 +387,7 @@ def test_a_latent_of_another_model_does_not_sample_anew(host: Comfy, pair: Pair,
 
 
 def prompt(name: str) -> Any:
-    """As ComfyUI executes it."""
+    """Execute the node as ComfyUI does."""
     from comfy_execution.utils import CurrentNodeContext
 
     return CurrentNodeContext(name, "7", None)

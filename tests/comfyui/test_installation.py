@@ -1,4 +1,4 @@
-"""What a ComfyUI installation reads of the pack, and how set-up tells a ComfyUI where the pack is."""
+"""The pack's files that a ComfyUI installation reads, and the file that tells a ComfyUI where the pack is."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def replayed(host: Comfy, model: Any, log: Any, run: int = 0) -> Any:
 
 
 def test_a_replay_is_the_live_run_bit_for_bit(host: Comfy, grouped: Grouped, desk: Desk, at_step: Callable) -> None:
-    """With a sampler of two evaluations a step, over other settings than the run began with."""
+    """The sampler evaluates twice a step, with other settings than the run began with."""
     model = host.control("D2MTopK", grouped.moe, node="k", top_k=2, gate="normalised")
     model = host.control("D2MActiveBlocks", model, node="b", active_blocks=1)
     model = host.control("D2MExpertMask", model, node="m", mask="*: 0=0.3")

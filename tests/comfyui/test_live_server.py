@@ -136,7 +136,7 @@ def test_after_a_live_change_the_queue_gives_what_the_widgets_say(server: ComfyS
 
 
 def test_a_second_prompt_of_the_same_id_begins_with_its_own_values(server: ComfyServer) -> None:
-    """As a client queues that numbers its jobs itself, and has its history cleared."""
+    """A client may number its jobs itself and clear the history."""
     mine = {"prompt_id": "0b5e29b3-6a9c-4e1c-9a4e-0c1f4d8f5a11"}
 
     def queue(seed: int) -> str:
@@ -161,7 +161,7 @@ def test_a_body_that_is_nested_too_deeply_is_refused(server: ComfyServer) -> Non
 
 
 def test_an_animated_webp_replays(server: ComfyServer) -> None:
-    """What ComfyUI writes into EXIF in place of PNG text."""
+    """ComfyUI writes the metadata into EXIF instead of PNG text."""
     graph = graph_of(3, seed=23, k=top_k(5))
     images = graph["image"]["inputs"]["images"]
     graph["image"] = node(

@@ -1,4 +1,4 @@
-"""What opens, as what, and what is said of a file that does not."""
+"""Files that the loaders open, as which class, and errors about files that they refuse."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FFNS = ("double_blocks.0.img_mlp", "double_blocks.0.txt_mlp", "single_blocks.0.l
 
 @pytest.fixture(scope="module")
 def small(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """With one block of each kind: ComfyUI looks for a LoRA's keys one by one."""
+    """A model with one block of each kind, since ComfyUI looks for a LoRA's keys one by one."""
     dims = replace(files.DIMS, double_blocks=1, single_blocks=1)
     folder, dense = tmp_path_factory.mktemp("small"), files.dense_flux(dims)
     split = files.split(dense, dims, dense_double_blocks=0)
@@ -186,7 +186,7 @@ def test_q_k_and_v_stay_where_they_are(host: Comfy, small: Pair) -> None:
 
 
 def control_lora(small: Pair) -> dict[str, Tensor]:
-    """As BFL writes its Canny and Depth LoRAs: no prefix, biases as lora_B.bias, norms whole, a shape for img_in."""
+    """The form of BFL's Canny and Depth LoRAs: no prefix, biases as lora_B.bias, whole norms, a shape for img_in."""
     randn, found = loras.Random(5), {}
     for name, tensor in small.dense.items():
         module, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Where the weights are: in the file until they are used, once, and nowhere after unloading."""
+"""Weights are in the file until they are used, then once in memory, and nowhere after unloading."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_unloading_leaves_the_weights_as_they_were(host: Comfy, pair: Pair) -> N
 
 
 def test_writing_into_a_mapped_weight_leaves_the_file_alone(host: Comfy, pair: Pair, tmp_path: Path) -> None:
-    """As hooks do, which patch in place."""
+    """Hooks patch in place like this."""
     file = files.save(pair.split, tmp_path / "moe.safetensors", torch.bfloat16)
     digest = hashlib.sha256(file.read_bytes()).digest()
     moe = load(host, file)

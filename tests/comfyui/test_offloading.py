@@ -72,8 +72,8 @@ def test_however_much_is_offloaded_the_bits_are_the_same(
 def test_weights_go_and_come_back_between_evaluations(
     host: Comfy, of_kind: Callable[[str], Any], kind: str, lora: bool
 ) -> None:
-    """As when another model needs their room. (With a LoRA all come back at once: loaded bit by bit, a dense FLUX with
-    a LoRA does not paint what it painted before, either.)"""
+    """This happens when another model needs the memory. With a LoRA all weights come back at once: a dense FLUX with a
+    LoRA, reloaded piece by piece, does not paint what it painted before either."""
     host.unload()
     moe = with_lora(of_kind(kind)) if lora else of_kind(kind).clone()
     moe.load(DEVICE, full_load=True)

@@ -88,7 +88,7 @@ def stored_in_float8(split: dict[str, Tensor]) -> Quantised:
 
 
 def smoothed(split: dict[str, Tensor]) -> Quantised:
-    """With a pre_quant_scale, by which the layer multiplies its input."""
+    """Weights with a pre_quant_scale, by which the layer multiplies its input."""
     from comfy.quant_ops import QUANT_ALGOS
 
     if "pre_quant_scale" not in QUANT_ALGOS["nvfp4"]["parameters"]:
@@ -123,7 +123,7 @@ def write(kind: str, tensors: dict[str, Tensor], file: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quantised(host: Comfy, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """Of a kind: a file, and the MODEL of the dense FLUX that it stands for."""
+    """A function from a kind to a file and the MODEL of the dense FLUX that it stands for."""
 
     @functools.cache
     def made(kind: str) -> tuple[Path, Any]:
@@ -247,7 +247,7 @@ def test_what_chooses_blocks_and_tokens_is_as_in_the_file(host: Comfy, pair: Pai
 
 
 def test_routers_stored_in_float8_still_choose(host: Comfy, pair: Pair, tmp_path: Path) -> None:
-    """By a tool that casts a whole file: coarser routers, but the same as if they were cast up."""
+    """Some tools cast a whole file: the routers get coarser, but work as if they were cast back."""
     fp8 = torch.float8_e4m3fn
     cast = {name: tensor.to(fp8) if tensor.is_floating_point() else tensor for name, tensor in pair.split.items()}
     up = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in cast.items()}

@@ -130,7 +130,7 @@ def gates_of(x: Tensor, split: dict[str, Tensor], ffn: str, top_k: int, gate: st
 
 
 def of_neurons(gates: Tensor) -> Tensor:
-    """What every neuron's activation counts: [B, T, N], those of the shared expert first."""
+    """Return the weight of every neuron's activation, [B, T, N], the shared expert's neurons first."""
     shared = gates.new_ones(*gates.shape[:-1], files.LAYOUT.shared)
     return torch.cat((shared, gates.repeat_interleave(files.LAYOUT.width, dim=-1)), dim=-1)
 

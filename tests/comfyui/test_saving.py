@@ -133,7 +133,7 @@ def test_a_partly_loaded_model_is_saved_whole(host: Comfy, pair: Pair, memory: i
 
 
 def test_no_second_copy_of_the_model_is_made(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all patched weights that ComfyUI computes while saving, at most one is alive at any time beside its successor."""
+    """While saving, at most two patched weights that ComfyUI computes are in memory at a time."""
     import weakref
 
     from comfy.model_patcher import ModelPatcher
@@ -240,7 +240,7 @@ def test_a_patch_that_makes_it_no_flux_is_refused(host: Comfy, pair: Pair, outpu
 
 
 def test_a_lora_that_widens_the_input_is_baked(host: Comfy, pair: Pair) -> None:
-    """As FLUX.1's Depth and Canny LoRAs do."""
+    """FLUX.1's Depth and Canny LoRAs widen the input."""
     moe, wider = pair.moe.clone(), torch.zeros(files.DIMS.hidden_size, 2 * files.DIMS.in_channels)
     moe.add_patches({"diffusion_model.img_in.weight": ("diff", (wider, {"pad_weight": True}))})
     again = load(host, save(host, moe))
@@ -275,7 +275,7 @@ def interrupted(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[B
 
 
 def test_what_another_node_injects_is_refused(host: Comfy, pair: Pair) -> None:
-    """It is in no weight: the file would be without it."""
+    """Such an injection is in no weight, so the file would lack it."""
     from comfy.patcher_extension import PatcherInjection
 
     injected = pair.moe.clone()

@@ -83,7 +83,7 @@ def traced(host: Comfy, model: Any) -> Traced:
 
 
 def same(layer: Any, experts_TE: np.ndarray) -> bool:
-    """Whether a layer of a trace holds these experts, and no others."""
+    """Return True if a layer of a trace holds these experts and no others."""
     slots = layer.experts_TK.shape[1]
     return np.array_equal(layer.experts_TK, experts_TE[:, :slots]) and bool((experts_TE[:, slots:] == NONE).all())
 
@@ -185,7 +185,7 @@ def test_a_sample_of_a_batch_is_recorded_as_if_it_were_alone(
 
 
 def choices_of(host: Comfy, model: Any, *batch: Tensor) -> list[dict[str, np.ndarray]]:
-    """Of every sample of one evaluation its experts, by FFN."""
+    """Return the experts of every sample in one evaluation, by FFN."""
     trace_of, record = host.module("d2m_model.trace"), host.module("d2m_model.trace_record")
     keys = [record.SampleKey("positive", 0, i) for i in range(len(batch[0]))]
     listening = trace_of.Pass(keys, batch[2].shape[1], 0)
@@ -319,7 +319,7 @@ def test_every_step_says_what_it_was_sampled_with(host: Comfy, pair: Pair) -> No
 
 
 def test_a_setting_that_another_wrapper_resolves_for_a_step_is_the_one_that_is_said(host: Comfy, pair: Pair) -> None:
-    """As a schedule or a live slider does, whichever of the nodes comes first."""
+    """A schedule or a live slider does this, whichever of the nodes comes first."""
     from comfy.patcher_extension import WrappersMP
 
     def falling(executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: Any) -> Any:

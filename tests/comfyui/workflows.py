@@ -1,4 +1,4 @@
-"""What FLUX users build around a model, with ComfyUI's own nodes: functions from a MODEL and a latent to the samples.
+"""Workflows of FLUX users, made of ComfyUI's own nodes: functions from a MODEL and a latent to the samples.
 
 Their files (ControlNets, the Redux encoder) are tiny and random, in the formats that ComfyUI's loaders know.
 """
@@ -330,7 +330,7 @@ SAMPLE_BY_SAMPLE = {name: it for name, it in WORKFLOWS.items() if "Cache" not in
 
 
 def channels(name: str) -> int:
-    """What comes in with every token: Fill's and Depth's models are told of an image (and a mask), too."""
+    """Return the channels of every token: Fill's and Depth's models also get an image (and a mask)."""
     return {"Fill": 384, "Depth": 128}.get(name, 64)
 
 

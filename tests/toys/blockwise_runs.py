@@ -75,7 +75,7 @@ def steps(out: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def errors(out: Path, stage: str) -> dict[str, tuple[float, float]]:
-    """Of every part before and after its training, on data that it did not see."""
+    """Return the error of every part before and after its training, on held-out data."""
 
     def measured(name: str) -> dict[str, float]:
         lines = [line for line in log(out, stage) if name in line]

@@ -51,7 +51,7 @@ def save_pair(
 
 
 def inputs(batch: int = 1, seed: int = 0) -> dict[str, Any]:
-    """What a FLUX of these sizes is asked with: 4 image tokens and 3 text tokens, every sample another."""
+    """Return inputs for a FLUX of these sizes: 4 image tokens and 3 text tokens, different in every sample."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What blockwise mode takes: in memory, and as the plan says it."""
+"""Memory of blockwise mode, measured and as the plan estimates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which order samples come, and at which size."""
+"""Order and size of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2m_train.data.order import BucketOrder, sample_order
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.integers(1, 5))
 def test_every_sample_comes_equally_often_however_small_its_bucket(counts: list[int], size: int) -> None:
-    """In `size` epochs every bucket fills whole batches."""
+    """Every bucket fills whole batches in `size` epochs."""
     order = BucketOrder(counts, size, seed=3)
     seen: Counter[tuple[int, int]] = Counter()
     for index in range(sum(counts)):

@@ -1,4 +1,4 @@
-"""From images, shards, tables and prompts to batches: encoded once, exactly repeatable, and what goes wrong is said."""
+"""Batches of images, shards, tables and prompts: encoded once, exactly repeatable, with clear errors."""
 
 from __future__ import annotations
 

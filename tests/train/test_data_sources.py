@@ -1,4 +1,4 @@
-"""Where images with captions may lie: what is found, what is left out, and what is said when it is not there."""
+"""Sources of images with captions: samples that are found or left out, and errors about missing ones."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def run_of(student: dict[str, Any] | None = None, **training: Any) -> RunConfig:
 
 
 def deepspeed_of(file: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the plugin has of a file: `accelerate launch` hands it over in the environment."""
+    """Return the plugin's settings from a file, which `accelerate launch` passes in the environment."""
     arguments = ["--config_file", str(FOLDER / file), "-m", "d2m_train"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     arguments.deepspeed_fields_from_accelerate_config = ""  # which the command adds next

@@ -264,7 +264,7 @@ def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(tmp_path:
 
 
 def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(tmp_path: Path) -> None:
-    """Under mixed precision; weights are gathered in the dtype in which they are stored."""
+    """Under mixed precision, weights are gathered in the dtype in which they are stored."""
     linear = ParameterSize(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.bfloat16, trained=True)
     frozen = ParameterSize(name="transformer_blocks.0.frozen.weight", shape=(8, 4), dtype=torch.bfloat16, trained=False)
     for precision, gradients in (("no", 64 + 64), ("bf16", 64 + 128)):

@@ -170,7 +170,7 @@ def test_a_sharded_run_goes_on_in_one_process(inputs: Path, sharded: Path) -> No
 
 
 def test_sigterm_stops_both_ranks_with_a_checkpoint_and_they_go_on_bit_for_bit(inputs: Path, sharded: Path) -> None:
-    """As torchrun passes it on, of which it says itself that it failed."""
+    """torchrun passes the signal on and then fails itself."""
     out = inputs / "stopped"
     shutil.copytree(sharded / "convert", out / "convert")
     file = run_file(inputs, stage=SHORT)

@@ -1,4 +1,4 @@
-"""What a stage shows while it runs: read back from the files that a user opens."""
+"""The log of a running stage, read back from the files that a user opens."""
 
 from __future__ import annotations
 

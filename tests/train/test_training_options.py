@@ -72,7 +72,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_learn_what_the_others_learn(run: Callable[..., Losses], plain: Losses) -> None:
-    """By a backend that needs no C++ compiler, but has dynamo's graphs and autograd's."""
+    """The backend needs no C++ compiler, but has dynamo's and autograd's graphs."""
     assert_same(run("compiled", "training.compile=aot_eager"), plain, 1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 

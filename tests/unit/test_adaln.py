@@ -1,4 +1,4 @@
-"""What AdaLN compression computes, against float64."""
+"""AdaLN compression against float64."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def literal_prediction(x_H: Tensor, tensors: CapacityTensors) -> Tensor:
 
 
 def literal_selection(alpha_TE: Tensor, pool: list[int], capacity: float) -> dict[int, list[int]]:
-    """Of every token the experts that take it."""
+    """Return the experts that take each token."""
     experts = alpha_TE.shape[1]
     share = math.floor(len(pool) / experts * capacity + 1e-9)
     taken: dict[int, list[int]] = {t: [] for t in range(len(alpha_TE))}
@@ -132,7 +132,7 @@ class CapacityMoE(MoE):
 def literal_ffn(
     weights: list[Tensor | None], layout: FFNLayout, gate: Gate, taken: dict[int, list[int]]
 ) -> CapacityMoE:
-    """Of float64 weights in FusedFFN's order, the scale of the gates after them."""
+    """Return a literal FFN of float64 weights in FusedFFN's order, followed by the scale of the gates."""
     *fused, scale = weights
     moe = CapacityMoE(*fused, layout, gate, top_k=0)  # type: ignore[arg-type]
     assert scale is not None

@@ -14,7 +14,7 @@ H, E, CAPACITY = 32, 6, 2.0
 
 
 def inputs(tokens: int, seed: int) -> Tensor:
-    """As FLUX's: some channels a thousand times the others."""
+    """Return activations like FLUX's, with some channels a thousand times larger than the others."""
     x_TH = torch.randn(tokens, H, generator=torch.Generator().manual_seed(seed))
     return x_TH * torch.logspace(-1, 2, H) + 3
 

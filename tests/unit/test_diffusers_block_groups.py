@@ -81,7 +81,7 @@ def test_no_and_all_active_blocks_are_the_dense_model_without_and_with_them(
 def test_every_sample_of_a_batch_runs_the_blocks_of_its_own(
     pair: Pair, model: FluxMoETransformer2DModel, selection: Selection
 ) -> None:
-    """As many samples as tokens, so that nothing can mistake one for the other."""
+    """There are as many samples as tokens, so that code that confuses the two axes fails here."""
     for router in model.block_routers():
         router.selection = selection
     asked = inputs(7)
@@ -144,7 +144,7 @@ def test_training_masks_what_inference_skips_and_keeps_its_choices_until_they_ar
 
 
 def gradients(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Of a loss of everything that training reads: output, token routers, block routers."""
+    """Return gradients of a loss of everything that training reads: output, token routers, block routers."""
     model.zero_grad()
     model.set_top_k(2)
     output = velocity(model, asked)
@@ -183,7 +183,7 @@ def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DMod
 
 
 def test_a_block_called_by_itself_runs(model: FluxMoETransformer2DModel) -> None:
-    """As blockwise training and other tools do."""
+    """Blockwise training and other tools call blocks this way."""
     block = model.transformer_blocks[2]
     rotary = model.pos_embed(torch.zeros(7, 3))
     text, image = block(torch.ones(2, 4, 128), torch.ones(2, 3, 128), torch.ones(2, 128), rotary)

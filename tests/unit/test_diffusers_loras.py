@@ -39,7 +39,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def lora(seed: int = 0, targets: tuple[str, ...] = TARGETS, gain: float = 0.1) -> dict[str, Tensor]:
-    """As PEFT saves one, of every linear layer of the blocks."""
+    """Return a LoRA of every linear layer of the blocks, as PEFT saves it."""
     generator = torch.Generator().manual_seed(seed)
     shapes, tensors = diffusers_shapes(DIMS), {}
     for target in targets:

@@ -369,7 +369,7 @@ def test_grouped_product_and_its_gradients_on_strided_views(name: str, dtype: to
 
 
 def test_an_expert_without_rows_has_no_gradient_though_a_kernel_leaves_it_unwritten() -> None:
-    """As on Blackwell (pytorch issue 172439)."""
+    """This happens on Blackwell (pytorch issue 172439)."""
     torch_grouped_mm = torch._grouped_mm
 
     def careless(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:

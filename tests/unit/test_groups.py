@@ -1,4 +1,4 @@
-"""Which blocks are grouped, which of them are kept by depth pruning, and how block routers begin."""
+"""Grouping of blocks, blocks that depth pruning keeps, and initial block routers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAT = {block.name: BlockChange(mse=1.0, image_mse=1.0) for block in DEEP.blocks
 
 
 def changed(**image_mse: float) -> dict[str, BlockChange]:
-    """By names such as double3: what the block does to the image. The text tells the contrary."""
+    """Return changes of blocks named like double3: `image_mse` as given, and an `mse` that orders the blocks the other way."""
     change = dict(FLAT)
     for name, value in image_mse.items():
         kind: BlockKind = "double" if name.startswith("double") else "single"
@@ -108,7 +108,7 @@ def test_of_each_group_the_blocks_that_change_the_image_most_are_kept() -> None:
 
 
 def observations(count: int, hidden: int = 24) -> GroupObservations:
-    """Which block matters depends on the tokens; all matter more in some samples, of which nothing is to be learnt."""
+    """The tokens decide which block matters; in some samples all matter more, which teaches the router nothing."""
     generator = torch.Generator().manual_seed(count)
     x_mean_nH, vec_nH = torch.randn(2, count, hidden, generator=generator)
     truth_MH = torch.randn(5, hidden, generator=torch.Generator().manual_seed(1))

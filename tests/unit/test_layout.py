@@ -1,4 +1,4 @@
-"""Where an FFN's neurons live, and that reordering them changes nothing else."""
+"""Location of an FFN's neurons in its tensors; reordering them changes nothing else."""
 
 from __future__ import annotations
 

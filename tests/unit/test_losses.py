@@ -20,7 +20,7 @@ NAMES = ("double_blocks.0", "single_blocks.0", "single_blocks.1")
 
 
 def features(seed: int, requires_grad: bool = False) -> dict[str, Tensor]:
-    """Of very different scales, as a FLUX's are."""
+    """Return features of very different scales, like those of a FLUX."""
     generator = torch.Generator().manual_seed(seed)
     scales = dict(zip(NAMES, (0.1, 3.0, 200.0), strict=True))
     return {
@@ -70,7 +70,7 @@ def test_the_total_and_its_gradients_are_those_of_the_equations() -> None:
 
 
 def test_every_layer_weighs_as_the_output_does_whatever_its_scale() -> None:
-    """What Eq. 9 is for: the terms differ by the teacher's norms alone."""
+    """This is the purpose of Eq. 9: the terms differ only by the teacher's norms."""
     output, losses = output_loss(outputs(2), outputs(3)), feature_losses(features(0), features(1))
     weights = feature_weights(output, losses, features(0))
     for name in NAMES:

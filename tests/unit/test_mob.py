@@ -268,7 +268,7 @@ def masked_group(x_BTH: Tensor, vec_BH: Tensor, w: dict[str, Tensor], active: in
 
 @pytest.mark.parametrize("active", [0, 1, 2, 3])
 def test_gradients_are_those_of_the_straight_through_form(active: int) -> None:
-    """Of the tokens, the AdaLN vector, the blocks and both routers. The routing is in float32: so is the tolerance."""
+    """Gradients of the tokens, the AdaLN vector, the blocks and both routers. Routing is in float32, hence the tolerance."""
     values = {"x": normal(0, 3, 8), "y": normal(1, 3, 8), "blocks": normal(2, 3, 8, 8) / 3}
     inputs = {"tokens": normal(3, 4, 5, 8), "vec": normal(4, 4, 8), **values}
     found = {name: value.clone().requires_grad_() for name, value in inputs.items()}

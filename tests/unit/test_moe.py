@@ -52,7 +52,7 @@ def random_ffn(
 
 
 def tensors(ffn: FusedFFN) -> list[Tensor | None]:
-    """As moe_ffn takes them."""
+    """Return the arguments of moe_ffn."""
     dense = [ffn.up_weight_NH, ffn.up_bias_N, ffn.down_weight_HN, ffn.down_bias_H]
     return [*dense, ffn.router[WEIGHT], ffn.router.get(BIAS), ffn.expert_mean_EH]
 

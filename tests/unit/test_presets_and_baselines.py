@@ -1,4 +1,4 @@
-"""What the trainer and the command make of a dense FLUX: presets, capacity routers, and the baselines of Tables 2 and 3."""
+"""Conversions by trainer and command: presets, capacity routers, and the baselines of Tables 2 and 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trace says is what the routers chose, and recording it costs one copy off the device for each evaluation."""
+"""A trace equals the routers' choices, and recording costs one copy off the device for each evaluation."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_blocks_of_a_group_tell_which_samples_they_ran_on() -> None:
 
 
 def test_a_block_that_is_shown_the_whole_batch_counts_for_those_who_chose_it() -> None:
-    """As it is where another pack has a say in the attention."""
+    """This happens when another pack changes the attention."""
     listening = Pass([ONE, TWO, NEGATIVE], TEXT, 0)
     routing = routed(3 * LENGTHS[JOINT])
     some = SampleSubset.of([1], 3, torch.device("cpu"))
@@ -276,7 +276,7 @@ def test_an_evaluation_leaves_the_device_in_one_copy(router: str) -> None:
 
 @pytest.mark.parametrize("router", ["top_k", "capacity"])
 def test_prompts_that_were_evaluated_on_two_devices_are_packed_together(router: str) -> None:
-    """As ComfyUI's split of the work over several GPUs has it."""
+    """ComfyUI splits the work over several GPUs this way."""
     run = Run(config(groups=(GROUP,)), GRID, 2**20)
     there, here = Pass([ONE], TEXT, 0), Pass([NEGATIVE], TEXT, 0)
     some = SampleSubset.of([0], 1, torch.device("cpu"))

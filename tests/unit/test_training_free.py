@@ -1,4 +1,4 @@
-"""What a conversion without training does to one FFN and to the modulations, against what it claims."""
+"""Effect of a conversion without training on one FFN and on the modulations, against its own claims."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def converted(weights: FFNWeights, plan: FFNPlan, x_TH: Tensor, top_k: int) -> T
 
 
 def error(weights: FFNWeights, plan: FFNPlan, x_TH: Tensor, top_k: int = 2) -> float:
-    """As FFNReport defines it."""
+    """Return the relative error as FFNReport defines it."""
     expected = dense(weights, x_TH)
     return float((converted(weights, plan, x_TH, top_k) - expected).norm() / (expected - weights.down_bias_H).norm())
 
