@@ -96,12 +96,12 @@ def test_a_browser_that_has_a_trace_is_told_whether_it_still_holds(server: Comfy
 @pytest.mark.parametrize(
     ("path", "method", "status", "words"),
     [
-        ("abc", "GET", 400, "no id of a trace"),
-        ("abc", "DELETE", 400, "no id of a trace"),
-        ("..%2F..%2Fetc%2Fpasswd", "GET", 400, "no id of a trace"),
-        ("A" * 22, "GET", 404, "not held"),
-        ("A" * 22, "DELETE", 404, "not held"),
-        ("A" * 22 + "/steps/0/samples/0", "GET", 404, "not held"),
+        ("abc", "GET", 400, "not the id of a trace"),
+        ("abc", "DELETE", 400, "not the id of a trace"),
+        ("..%2F..%2Fetc%2Fpasswd", "GET", 400, "not the id of a trace"),
+        ("A" * 22, "GET", 404, "does not exist (any more)"),
+        ("A" * 22, "DELETE", 404, "does not exist (any more)"),
+        ("A" * 22 + "/steps/0/samples/0", "GET", 404, "does not exist (any more)"),
         ("ID/steps/3/samples/0", "GET", 404, "step is 3, but this trace has 3 of them"),
         ("ID/steps/0/samples/1", "GET", 404, "sample is 1, but this trace has 1 of them"),
         ("ID/steps/-1/samples/0", "GET", 400, "step is '-1'; expected a number from 0"),
