@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,11 @@ from tests.browser.driver import Comfy
 from tests.browser.map_page import Map
 from tests.browser.synthetic_trace import SyntheticTrace
 from tests.browser.widget_page import WidgetPage
+from tests.comfyui.serving import EMOJI
 from tests.toys import files
 from tools import browser as chromium
 from tools.host import ROOT
 
-EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # what its prompt encoder gives
 RENDERERS = {"canvas": False, "nodes-2": True}
 
 # A model behind this node stops in evaluation `stop_at` until the test opens the gate: what the test does meanwhile is for

@@ -21,7 +21,7 @@ from demo.server import ApiGraph, ComfyServer
 from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import DEVICE, GROUPS
-from tests.comfyui.serving import node
+from tests.comfyui.serving import EMOJI, TINY_CONDITIONING, node
 from tests.toys import files
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -138,37 +138,20 @@ class Holds:
 
 NODE_CLASS_MAPPINGS = {"Holds": Holds}
 """
-CONDITIONING = """
-import torch
-
-class SmallConditioning:
-    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"seed": ("INT", {"default": 0})}}
-
-    def make(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        pooled = torch.randn(1, 32, generator=generator)
-        return ([[torch.randn(1, 7, 64, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]],)
-
-NODE_CLASS_MAPPINGS = {"SmallConditioning": SmallConditioning}
-"""
 SIZE = 50 << 20  # at least, of the file: copies of it would be seen
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ComfyServer, int]]:
     base = tmp_path_factory.mktemp("long")
-    dims = replace(grouped.DIMS, hidden_size=256)
+    dims = replace(grouped.DIMS, hidden_size=256, context_size=EMOJI.context_size, vector_size=EMOJI.vector_size)
     layout = files.FFNLayout(shared=256, experts=12, width=64)
     split = files.split(files.dense_flux(dims), dims, layout, groups=GROUPS, mean=True)
     file = files.save(split, base / "models" / "diffusion_models" / "moe.safetensors")
     assert file.stat().st_size > SIZE
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "holds.py").write_text(HOLDS)
-    (base / "custom_nodes" / "small_conditioning.py").write_text(CONDITIONING)
+    (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
     with ComfyServer(base) as running:
         yield running, file.stat().st_size
 
@@ -180,8 +163,8 @@ def run(server: ComfyServer, index: int, top_k: int, active_blocks: int, mask: s
         "blocks": node("D2MActiveBlocks", model=["k", 0], active_blocks=active_blocks, per_group=""),
         "mask": node("D2MExpertMask", model=["blocks", 0], mask=mask),
         "schedule": node("D2MSchedule", model=["mask", 0], setting="top_k", unit="percent", pieces=pieces),
-        "positive": node("SmallConditioning", seed=1),
-        "negative": node("SmallConditioning", seed=2),
+        "positive": node("TinyConditioning", seed=1),
+        "negative": node("TinyConditioning", seed=2),
         "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=2),
         "sampler": node(
             "KSampler", model=["schedule", 0], seed=1, steps=2, cfg=2.0, sampler_name="euler", scheduler="simple",
