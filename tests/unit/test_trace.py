@@ -16,8 +16,9 @@ from d2m_model.mob import BlockRouting, SampleSubset
 from d2m_model.routers import TOP_K_ROUTER, CapacityRouter, Routing
 from d2m_model.routers.top_k import route_top_k
 from d2m_model.trace import Evaluation, Pass, Run
-from d2m_model.trace_record import NONE, SampleKey, Trace
+from d2m_model.trace_record import SampleKey, Trace
 
+NONE = 255  # no expert
 EXPERTS, HIDDEN = 12, 32
 SUM, NORMALISED = Gate(mode="sum", scale=2.0), Gate(mode="normalised", scale=2.0)
 GRID, TEXT = (3, 4), 5
