@@ -276,9 +276,10 @@ class Run:
         landed = None
         if buffer.device.type in EVENTFUL:
             # The host does not wait here: the copy is finished long before the next evaluation ends.
+            device = buffer.device
             buffer = buffer.to("cpu", non_blocking=True)
-            landed = torch.Event(evaluation.sigma.device)
-            landed.record()
+            landed = torch.Event(device)
+            landed.record(getattr(torch, device.type).current_stream(device))  # another device may be the current one
         else:
             buffer = buffer.cpu()
         self._flight = _Flight(step=step, buffer=buffer, landed=landed)
