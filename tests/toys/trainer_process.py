@@ -62,7 +62,12 @@ class Run:
         with tempfile.NamedTemporaryFile(delete=False) as output:
             self._output = Path(output.name)
         port = _free_port()
-        with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}):  # of the process that is forked
+        # A ComfyUI on the path, as tests in the same worker leave it, has a package `tests` of its own.
+        path = [str(ROOT), *(entry for entry in sys.path if not (Path(entry) / "comfy").is_dir())]
+        with (
+            mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}),  # of the process that is forked
+            mock.patch.object(sys, "path", path),
+        ):
             self._ranks = [
                 _FORKS.Process(
                     target=_run,
