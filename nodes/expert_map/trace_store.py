@@ -222,6 +222,9 @@ class TraceStore:
             if not (stored.replaced and key in runs):
                 replaced = [run for run in runs if run in self._stored and self._stored[run].replaced]
                 self.drop_unshown([key, *replaced])
+            if owner is not None and key not in self._stored and runs[-1:] != [key]:
+                # An older run: its image may come from ComfyUI's cache, and has to be sampled anew.
+                self._freed[owner.node] += 1
 
     def _remove_id(self, trace_id: str, stored: _StoredTrace) -> None:
         node = stored.ids.pop(trace_id)

@@ -365,6 +365,23 @@ def test_an_older_image_whose_trace_is_gone_is_recorded_anew_when_it_is_queued_a
     assert store.freed_count("5") == 1
 
 
+@pytest.mark.parametrize("told_by", ["image", "latent"])
+def test_an_older_image_whose_shown_trace_the_page_freed_is_recorded_anew(
+    host: Comfy, pair: Pair, store: Any, told_by: str
+) -> None:
+    with prompt("A"):
+        it, latents = run(host, pair.moe, store)
+        a = inputs_of(told_by, latents, 0.25)
+        drawn(host, trace=it.handle, **a)
+    with prompt("B"):
+        drawn(host, trace=it.handle, **inputs_of(told_by, host.sample(it.model, (1, 8, 12), seed=9, steps=2), 0.75))
+    with prompt("A again, from ComfyUI's cache"):
+        shown, _ = said_of(drawn(host, trace=it.handle, **a))
+    assert store.freed_count("5") == 0
+    store.free(shown)
+    assert store.freed_count("5") == 1
+
+
 def test_an_image_that_may_be_of_several_runs_is_not_guessed(host: Comfy, pair: Pair, store: Any) -> None:
     with prompt("A"):
         it, _ = run(host, pair.moe, store)
