@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.ops
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from ...d2m_model.mob import (
     scatter_rows,
     select_rows,
 )
-from .blocks import cast_router, router_linear
+from .blocks import router_linear, router_weights
 from .settings import CallSettings, FileSettings, active_blocks, settings_of
 
 CHOSEN_KEY = "d2m_chosen"  # in transformer_options: the choices of one evaluation
@@ -77,15 +76,13 @@ class BlockGroupRouter(nn.Module):
         return samples[position]
 
     def route(self, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None) -> BlockRouting:
-        x_MH, _, x_token = cast_router(self.router_x, vec_BH.device)
-        y_MH, _, y_token = cast_router(self.router_y, vec_BH.device)
+        x_MH, _ = router_weights(self.router_x, vec_BH.device)
+        y_MH, _ = router_weights(self.router_y, vec_BH.device)
         active = active_blocks(settings_of(options).get("active_blocks"), self.groups)[self.index]
         selection = self.groups[self.index].selection
         routing = route_blocks(mean_tokens(*streams), vec_BH, x_MH, y_MH, active, selection)
         if (trace := settings_of(options).get("trace")) is not None:
             trace.blocks(self.index, routing)
-        comfy.ops.uncast_bias_weight(self.router_x, x_MH, None, x_token)
-        comfy.ops.uncast_bias_weight(self.router_y, y_MH, None, y_token)
         return routing
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -34,7 +34,8 @@ from .settings import CallSettings, FileSettings, GraphSettings
 def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Cast weight and bias of `linear` for x as ComfyUI does: patched, moved and dequantised once.
 
-    Returns weight, bias, and the token for comfy.ops.uncast_bias_weight after their last use.
+    Returns weight, bias, and the token for comfy.ops.uncast_bias_weight after their last use. Until then nothing else may
+    be cast (see `router_weights`).
     """
     weight, bias, token = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
     if isinstance(weight, QuantizedTensor):
@@ -56,13 +57,20 @@ def router_linear(weight: Tensor, bias: bool, device: torch.device | None) -> nn
     return layer
 
 
-def cast_router(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor | None, Any]:
-    """Cast weight and bias of a router's layer in their own dtype. Returns the same as `cast`."""
+def router_weights(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a router's layer on `device`, in their own dtype, for as long as they are needed.
+
+    ComfyUI casts offloaded layers into one buffer per offload stream, where the next casts overwrite them. A router needs
+    several layers at once, so their casts are copied, which at their size costs little.
+    """
     dtype = router.weight.dtype
-    parts: tuple[Tensor, Tensor | None, Any] = comfy.ops.cast_bias_weight(
+    weight, bias, token = comfy.ops.cast_bias_weight(
         router, dtype=dtype, bias_dtype=dtype, device=device, offloadable=True
     )
-    return parts
+    if weight is not router.weight:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    comfy.ops.uncast_bias_weight(router, weight, bias, token)
+    return weight, bias
 
 
 # Routed FFNs
@@ -75,13 +83,6 @@ class Routed:
     routing: Routing
     plan: Dispatch
     hidden_AF: Tensor
-
-
-class CastRouter(NamedTuple):
-    """A router's tensors by their names in the file, cast for one call; `ExpertLayer.uncast_router` takes `casts`."""
-
-    tensors: dict[str, Tensor]
-    casts: list[tuple[nn.Linear, Tensor, Tensor | None, Any]]
 
 
 class ExpertLayer(nn.Module):
@@ -134,28 +135,21 @@ class ExpertLayer(nn.Module):
             owner = owner.get_submodule(part)
         return owner, attribute
 
-    def cast_router(self, device: torch.device) -> CastRouter:
-        tensors, casts = {}, []
+    def router_tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the router's tensors on `device`, by their names in the file."""
+        tensors = {name: self.get_buffer(name).to(device) for name in self.router_buffers}
         for name in self.router_layers:
             layer: Any = self.get_submodule(name)
-            weight, bias, token = cast_router(layer, device)
+            weight, bias = router_weights(layer, device)
             tensors[f"{name}.weight"] = weight
             if bias is not None:
                 tensors[f"{name}.bias"] = bias
-            casts.append((layer, weight, bias, token))
-        for name in self.router_buffers:
-            tensors[name] = self.get_buffer(name).to(device)
-        return CastRouter(tensors, casts)
-
-    def uncast_router(self, router: CastRouter) -> None:
-        for layer, weight, bias, token in router.casts:
-            comfy.ops.uncast_bias_weight(layer, weight, bias, token)
+        return tensors
 
     def route(self, x_BTH: Tensor, settings: CallSettings) -> Routing:
         x_TH = x_BTH.flatten(0, -2)
-        router = self.cast_router(x_TH.device)
-        routing = self.file.router.route(x_TH, router.tensors, gate=settings.gate, value=settings.value)
-        self.uncast_router(router)
+        tensors = self.router_tensors(x_TH.device)
+        routing = self.file.router.route(x_TH, tensors, gate=settings.gate, value=settings.value)
         if settings.trace is not None:
             settings.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=settings.gate)
         if settings.mask is not None and self.name in settings.mask:
@@ -200,14 +194,13 @@ class ExpertLayer(nn.Module):
     def _up_in_graph(
         self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: GraphSettings
     ) -> tuple[Tensor, Handed]:
-        router = self.cast_router(x_BTH.device)
+        tensors = self.router_tensors(x_BTH.device)
         weight, bias, token = cast(linear, x_BTH)
         y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
         experts = (self.layout.experts, self.layout.width)
         up_EFH, up_bias_EF = weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts)
         x_TH = x_BTH.flatten(0, -2)
-        handed = up_in_graph(x_TH, self.file.router_text, router.tensors, settings, self.row, up_EFH, up_bias_EF)
-        self.uncast_router(router)
+        handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, up_EFH, up_bias_EF)
         comfy.ops.uncast_bias_weight(linear, weight, bias, token)
         return y_BTN, handed
 

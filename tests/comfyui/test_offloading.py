@@ -103,6 +103,57 @@ def test_settings_do_not_make_a_model_of_their_own(host: Comfy, of_kind: Callabl
         assert moe.model.diffusion_model.single_blocks[0].linear1.weight.data_ptr() == patches
 
 
+class CastBuffers:
+    """Stand-in for ComfyUI's casts of offloaded layers, on the CPU: one buffer for each of its offload streams.
+
+    A buffer is overwritten by a later cast, and by NaN when its cast is given back.
+    """
+
+    def __init__(self, streams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        import comfy.ops
+
+        self.buffers, self.casts = [torch.empty(1 << 22, dtype=torch.uint8) for _ in range(streams)], 0
+        self.cast_bias_weight = comfy.ops.cast_bias_weight
+        monkeypatch.setattr(comfy.ops, "cast_bias_weight", self.cast)
+        monkeypatch.setattr(comfy.ops, "uncast_bias_weight", self.uncast)
+
+    def cast(self, layer: Any, *args: Any, offloadable: bool = False, **kwargs: Any) -> Any:
+        parts = self.cast_bias_weight(layer, *args, offloadable=True, **kwargs)[:2]
+        if not offloadable:  # such casts are new tensors
+            return parts
+        buffer, first, recycled = self.buffers[self.casts % len(self.buffers)], 0, []
+        self.casts += 1
+        for part in parts:
+            if part is not None:
+                place = buffer[first : first + part.nbytes].view(part.dtype).view(part.shape)
+                first += -(-part.nbytes // 64) * 64
+                part = place.copy_(part)
+            recycled.append(part)
+        return (*recycled, buffer)
+
+    def uncast(self, layer: Any, weight: Any, bias: Any, buffer: Any) -> None:
+        if buffer is not None:
+            buffer.fill_(255)  # NaN in every floating-point dtype
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("kind", ["experts", "everything"])
+def test_no_cast_is_used_after_its_buffer_was_taken(
+    host: Comfy, of_kind: Callable[[str], Any], kind: str, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.unload()
+    moe = host.with_settings(of_kind(kind), gate="normalised")
+    moe.load(DEVICE, full_load=True)
+    expected = host.evaluate(moe)
+    moe.detach()
+    moe.load(DEVICE, lowvram_model_memory=1)
+    buffers = CastBuffers(streams, monkeypatch)
+    found = host.evaluate(moe)
+    moe.detach()
+    assert buffers.casts
+    assert torch.equal(found, expected)
+
+
 # A server that runs for long
 
 # The end of a graph, which tells what the process holds.
