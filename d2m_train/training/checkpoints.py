@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -23,9 +24,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from d2m_model.atomic import sync_folder
 
 from .. import UserError
+from .checkpoint_reader import CheckpointPlanner, CheckpointReader
 
 _MANIFEST = "checkpoint.json"
 _PARTIAL = ".partial"
+# What torch and pickle raise for damaged files. LookupError, TypeError and AttributeError: for metadata of other types.
+_UNREADABLE = (
+    *(OSError, CheckpointException, RuntimeError, ValueError, EOFError, UnpicklingError),
+    *(LookupError, TypeError, AttributeError, AssertionError),
+)
 
 
 class Checkpoints:
@@ -111,9 +118,16 @@ class Checkpoints:
         manifest = self.manifest(step)
         try:
             if state:
+                reader = CheckpointReader(self.path(step))
+                reader.read_metadata()  # torch reads it again, and of any error says only that there is none
                 with _quiet():
-                    dcp.load(state, storage_reader=dcp.FileSystemReader(self.path(step)), no_dist=not is_initialized())
-        except (OSError, CheckpointException, RuntimeError, ValueError, KeyError, EOFError) as error:
+                    dcp.load(
+                        state,
+                        storage_reader=reader,
+                        planner=CheckpointPlanner(),
+                        no_dist=not is_initialized(),
+                    )
+        except _UNREADABLE as error:
             raise UserError(
                 f"{self.path(step)}: the checkpoint cannot be read ({_reason(error)}); {_older(self.path(step))}"
             ) from None

@@ -1,0 +1,78 @@
+"""A stage's checkpoints come back as they were saved, and nothing in a shared folder runs code."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from d2m_train import UserError
+from d2m_train.training.checkpoints import Checkpoints
+
+STATE = {
+    "model": {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
+    "optimizer": {
+        "state": {"step": torch.tensor(3)},
+        "param_groups": [{"lr": 0.5, "betas": (0.9, 0.99), "params": ["w"]}],
+    },
+}
+EMPTY = {
+    "model": {"weight": torch.zeros(2, 3), "half": torch.zeros(2, dtype=torch.bfloat16)},
+    "optimizer": {"state": {"step": torch.tensor(0)}, "param_groups": [{"lr": 0.0, "betas": (0.0, 0.0), "params": []}]},
+}
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", {"seed": 0}, keep=2, main=True, wait=lambda: None)
+
+
+def empty() -> dict[str, Any]:
+    return pickle.loads(pickle.dumps(EMPTY))
+
+
+def test_what_was_saved_is_read_again(checkpoints: Checkpoints) -> None:
+    checkpoints.save(5, STATE, {"note": 1})
+    state = empty()
+    assert checkpoints.load(5, state) == {"note": 1}
+    assert state["optimizer"] == STATE["optimizer"]
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in STATE["model"].items())
+
+
+@pytest.mark.parametrize("where", ["metadata", "value"])
+def test_code_in_a_checkpoint_is_not_run(checkpoints: Checkpoints, tmp_path: Path, where: str) -> None:
+    state: dict[str, Any] = empty()
+    if where == "value":
+        state["optimizer"]["param_groups"][0]["lr"] = Touch(tmp_path / "ran")
+    checkpoints.save(5, state, {})
+    if where == "metadata":
+        (checkpoints.path(5) / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"step-000005: the checkpoint cannot be read .*delete step-000005"):
+        checkpoints.load(5, empty())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_reads_no_file_elsewhere(checkpoints: Checkpoints) -> None:
+    checkpoints.save(5, STATE, {})
+    file = checkpoints.path(5) / ".metadata"
+    metadata = dcp.FileSystemReader(checkpoints.path(5)).read_metadata()
+    for stored in metadata.storage_data.values():
+        stored.relative_path = f"../{stored.relative_path}"
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="names a file elsewhere"):
+        checkpoints.load(5, empty())
