@@ -141,12 +141,13 @@ function isSettled(current, key, value, reloaded) {
   return readings >= SETTLING_TIME / INTERVAL;
 }
 
-/** Return whether the running workflow is on the screen. After a reload of the page only its id can tell. */
+/** Return whether the running workflow is on the screen. After a reload of the page its client and its id tell. */
 async function isShown(current) {
   if (queuedFrom.has(current.prompt)) return queuedFrom.get(current.prompt) === shownWorkflow();
   const item = (await running()).find(([, prompt]) => prompt === current.prompt);
   const id = item?.[3]?.extra_pnginfo?.workflow?.id;
-  return id !== NO_ID && id === app.rootGraph.id;
+  const own = Boolean(api.clientId) && item?.[3]?.client_id === api.clientId; // a reload keeps the page's client id
+  return own && id !== NO_ID && id === app.rootGraph.id;
 }
 
 /** Group changes to equal values, such as those of all instances of a subgraph: each group is one request. */

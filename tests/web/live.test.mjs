@@ -126,13 +126,20 @@ test("the run's end stops the sending and is told to listeners", async () => {
   assert.deepEqual(heard, [null]);
 });
 
-test("a prompt of another page is steered only from the workflow with its id", async () => {
-  api.emit("execution_start", { prompt_id: "elsewhere" });
+test("after a reload a prompt is steered only by the page that queued it, from the workflow with its id", async () => {
+  api.emit("execution_start", { prompt_id: "before" });
   app.rootGraph.id = "w1";
-  for (const [id, expected] of [["w2", 0], ["w1", 1]]) {
-    running = [[0, "elsewhere", {}, { extra_pnginfo: { workflow: { id } } }]];
+  api.clientId = "this";
+  const others = [["this", "w2"], ["other", "w1"], [undefined, "w1"]];
+  for (const [client_id, id] of [...others, ["this", "w1"]]) {
+    running = [[0, "before", {}, { client_id, extra_pnginfo: { workflow: { id } } }]];
     made.nodes[1].widgets[0].value += 1;
     await looks();
-    assert.equal(sent.length, expected);
   }
+  assert.equal(sent.length, 1);
+  api.clientId = undefined;
+  made.nodes[1].widgets[0].value += 1;
+  running[0][3].client_id = undefined;
+  await looks();
+  assert.equal(sent.length, 1);
 });
