@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Container
 from typing import Any
 
+from .foreign import MessageError
 
-class ConfigError(ValueError):
+
+class ConfigError(MessageError):
     """A configuration that cannot be: the message names the field, what it is and what was expected."""
 
 

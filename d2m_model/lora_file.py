@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import FluxDims
+from .foreign import MessageError
 from .keys import dense_shapes, diffusers_sources, swap_halves
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_transformer_")
@@ -32,7 +33,7 @@ _ROLES = {
 _OTHER_KINDS = re.compile(r"lora_magnitude_vector|dora_scale|\.lokr_|\.hada_|\.oft_")
 
 
-class LoraError(ValueError):
+class LoraError(MessageError):
     """The tensors are not a plain LoRA of this FLUX.1; the message names the key."""
 
 

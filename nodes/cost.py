@@ -24,9 +24,10 @@ import folder_paths
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
-from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, dims_of, parse_config
+from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_depths, dims_of, parse_config
 from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
+from ..d2m_model.foreign import printable
 from ..d2m_model.tensor_file import TensorFile
 from .model.settings import active_blocks
 from .prompt_graph import PromptGraph, result_digests
@@ -35,6 +36,7 @@ from .prompt_server import RequestError, executing_items, prompt_server, with_js
 _MAX_SIDE = 16_384  # pixels
 _MAX_TEXT_TOKENS = 100_000
 _MAX_CAPACITY = 1000.0
+_SHOWN = 200  # characters of a file's own words
 _REMEMBERED = 1024  # nodes, files and results
 
 KnownModel = FluxDims | FluxMoEConfig  # dense or FLUX-MoE
@@ -79,7 +81,7 @@ def remember_model(config: FluxMoEConfig) -> None:
         return
     node = str(context.node_id)
     if _BY_NODE.put(node, config):
-        logging.info("FLUX-MoE of node %s: %s", node, cost_report(config, {})["text"])
+        logging.info("FLUX-MoE of node %s: %s", printable(node), cost_report(config, {})["text"])
     graph: PromptGraph = next((item[2] for item in executing_items() if item[1] == context.prompt_id), {})
     if digest := result_digests(graph, [node]).get(node):
         _BY_RESULT.put(digest, config)
@@ -136,7 +138,11 @@ def _read_model(path: str) -> KnownModel:
     model = _BY_FILE.get(key)
     if model is None:
         with TensorFile(path) as file:
-            model = parse_config(file.tensor(CONFIG_KEY)) if CONFIG_KEY in file.shapes else dims_of(file.shapes)
+            if CONFIG_KEY in file.shapes:
+                model = parse_config(file.tensor(CONFIG_KEY))
+                check_depths(model.dims, len(file.shapes))
+            else:
+                model = dims_of(file.shapes)
         _BY_FILE.put(key, model)
     return model
 
@@ -146,8 +152,10 @@ def _describe(model: KnownModel) -> str:
         return "a dense FLUX"
     provenance = model.provenance
     data = provenance.get("data")
-    text = f"preset {provenance.get('preset', '?')} of {model.teacher.title}"
-    return f"{text}, calibrated with {data['name']}" if isinstance(data, dict) and "name" in data else text
+    text = f"preset {str(provenance.get('preset', '?'))[:_SHOWN]} of {model.teacher.title[:_SHOWN]}"
+    return (
+        f"{text}, calibrated with {str(data['name'])[:_SHOWN]}" if isinstance(data, dict) and "name" in data else text
+    )
 
 
 def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from aiohttp import web
 
+from ..d2m_model.foreign import MessageError
+
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
-class RequestError(ValueError):
+class RequestError(MessageError):
     """A request that is answered with an error message and the HTTP status `status`."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -33,6 +35,20 @@ def executing_items() -> Sequence[tuple]:
     server = prompt_server()
     items: Sequence[tuple] = () if server is None else server.prompt_queue.get_current_queue_volatile()[0]
     return items
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """Read the body of a request. Raises RequestError, before all of it is read, if it has more than `limit` bytes."""
+    body = b""
+    if (request.content_length or 0) <= limit:
+        async for piece in request.content.iter_chunked(1 << 16):
+            body += piece
+            if len(body) > limit:
+                break
+        else:
+            return body
+    size = request.content_length or f"{len(body)} or more"
+    raise RequestError(400, f"The body has {size} bytes; expected {limit} at most.")
 
 
 def with_json_errors(handler: Handler) -> Handler:

@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.foreign import MessageError
 from ...d2m_model.routers import kind_with_setting
 from ..model.settings import active_blocks, router_value
-from .widget_text import SchedulePiece, parse_block_counts, parse_mask, parse_schedule
+from .widget_text import SchedulePiece, parse_block_counts, parse_mask, parse_number, parse_schedule
 
 AS_IN_FILE = "as in the file"
 PERCENT, SIGMA = "percent", "sigma"
@@ -112,14 +113,11 @@ def _piece_value(piece: SchedulePiece, setting: str, config: FluxMoEConfig) -> A
     kind = kind_with_setting(setting)
     try:
         if kind is not None:
-            return check_router_setting(setting, (int if kind.whole else float)(piece.value), config)
+            return check_router_setting(setting, parse_number(piece.value, whole=kind.whole), config)
         blocks = parse_block_counts(piece.value)
         return check_active_blocks(blocks if "," in piece.value else blocks[0], config)
     except ValueError as error:
-        message = str(error)
-        if "invalid literal" in message or "could not convert" in message:
-            message = f"{piece.value!r} is not a {'whole ' if kind is not None and kind.whole else ''}number."
-        raise ValueError(f"Line {piece.line} of pieces: {message}") from None
+        raise ValueError(f"Line {piece.line} of pieces: {error}") from None
 
 
 def _percent_span(piece: SchedulePiece, in_hundreds: bool, moment: Moment | None) -> tuple[float, float] | None:
@@ -209,8 +207,8 @@ def apply_replay(settings: Settings, values: Values, config: FluxMoEConfig, mome
         for ffn, weights in log["masks"][entry["mask"]].items():
             for expert, weight in weights.items():
                 if ffn not in mask or int(expert) >= len(mask[ffn]):
-                    raise ValueError(
-                        f"The log has a weight for expert {expert} of {ffn}, which this FLUX-MoE does not have. "
+                    raise MessageError(
+                        f"The log has a weight for expert {expert} of {ffn[:100]}, which this FLUX-MoE does not have. "
                         "Load the FLUX-MoE that the image was made with."
                     )
                 mask[ffn][int(expert)] = weight

@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.foreign import printable
 from ..model.flux_moe import FluxMoEModel
 from ..model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
 from .effects import CONTROLLED, Moment, Settings, log_entry
@@ -114,7 +115,7 @@ class ControlledRun:
         try:
             changed = apply(settings, {**queued, **live}, self.config, moment)
         except ValueError as error:
-            self._warn(f"FLUX-MoE: node {node} keeps its last value. {error}")
+            self._warn(printable(f"FLUX-MoE: node {node} keeps its last value. {error}"))
             return apply(settings, {**queued, **self.prompt.last_valid.get(node, {})}, self.config, moment)
         self.prompt.last_valid[node] = live
         return changed

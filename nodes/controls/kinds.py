@@ -22,14 +22,13 @@ from .effects import (
     apply_schedule,
     apply_top_k,
 )
-from .widget_text import parse_block_counts, parse_mask, parse_schedule
+from .widget_text import MAX_TEXT, parse_block_counts, parse_mask, parse_schedule
 
 GATES: tuple[str, ...] = get_args(GateMode)
 # Limits of the widgets. The models of the Dense2MoE paper have 12 experts.
 MAX_EXPERTS = 64
 MAX_BLOCKS = 64
 MAX_CAPACITY = 8.0
-_MAX_TEXT = 20_000  # characters
 
 ValueCheck = Callable[[object], None]  # raises ValueError, whose message follows the widget's name
 
@@ -67,9 +66,9 @@ def _one_of(*options: str) -> ValueCheck:
 
 def _text(parse: Callable[[str], object]) -> ValueCheck:
     def check(value: object) -> None:
-        if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        if not isinstance(value, str) or len(value) > MAX_TEXT:
             actual = f"{len(value)} characters long" if isinstance(value, str) else repr(value)
-            raise ValueError(f"is {actual}; expected a text of up to {_MAX_TEXT} characters.")
+            raise ValueError(f"is {actual}; expected a text of up to {MAX_TEXT} characters.")
         try:
             parse(value)
         except ValueError as error:

@@ -10,7 +10,6 @@ Routes run in the event loop's thread, samplers in the executor's.
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 from collections import OrderedDict, deque
@@ -21,8 +20,9 @@ from typing import Any
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
+from ...d2m_model.foreign import read_json
 from ..prompt_graph import PromptGraph, result_digests
-from ..prompt_server import RequestError, executing_items, prompt_server, with_json_errors
+from ..prompt_server import RequestError, executing_items, prompt_server, read_body, with_json_errors
 from .kinds import CONTROL_KINDS
 from .metadata_log import PromptLog, RunLog, add_empty_log, find_log
 
@@ -185,11 +185,9 @@ def check_live_values(values: Mapping[str, Any], kinds: set[str]) -> None:
 
 def parse_live_request(body: bytes) -> tuple[list[str], dict[str, Any], str | None]:
     """Return nodes, values and prompt id of a request. Raises ValueError."""
-    if len(body) > _MAX_REQUEST:
-        raise ValueError(f"The body has {len(body)} bytes; expected {_MAX_REQUEST} at most.")
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        data = read_json(body)
+    except ValueError as error:
         raise ValueError(f"The body is not JSON: {error}") from None
     data = data if isinstance(data, dict) else {}
     nodes, values, prompt_id = data.get("nodes", []), data.get("values", {}), data.get("prompt_id")
@@ -209,7 +207,9 @@ LIVE = LiveStore()
 @with_json_errors
 async def post_live(request: web.Request) -> web.Response:
     try:
-        return web.json_response(LIVE.apply(*parse_live_request(await request.read())))
+        return web.json_response(LIVE.apply(*parse_live_request(await read_body(request, _MAX_REQUEST))))
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(400, str(error)) from None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import folder_paths
 from comfy_api.latest import io
 from PIL import Image
 
+from ...d2m_model.foreign import MessageError, read_json
 from ..model.flux_moe import require_flux_moe
 from .control_node import ControlNode
 from .effects import Moment, apply_replay
@@ -24,6 +25,9 @@ _EXPECTED = (
     "controls, or the JSON of a log"
 )
 _MAX_RUN = 1000
+_MAX_LOG = 20_000_000  # characters
+_MAX_EVALUATIONS = 100_000  # of one run
+_LISTED, _SHOWN = 20, 200  # runs, and characters of a wrong value, in a message
 
 # Reading logs, which may have come from anywhere
 
@@ -33,9 +37,11 @@ def parse_log(text: str) -> list[RunLog]:
 
     Raises ValueError for anything else.
     """
+    if len(text) > _MAX_LOG:
+        raise ValueError(f"The log has {len(text)} characters; expected {_MAX_LOG} at most.")
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = read_json(text)
+    except ValueError as error:
         raise ValueError(f"The log is not JSON ({error}). {_EXPECTED}.") from None
     if isinstance(data, dict):
         data = data.get("runs", [data])
@@ -51,18 +57,22 @@ def _check_run(data: Any, number: int) -> RunLog:
     evaluations, masks = run.get("evaluations"), run.get("masks")
     if not isinstance(evaluations, list) or not isinstance(masks, list):
         raise ValueError(f"Run {number} of the log has no evaluations; expected a list of them. {_EXPECTED}.")
+    if len(evaluations) > _MAX_EVALUATIONS:
+        raise ValueError(
+            f"Run {number} of the log has {len(evaluations)} evaluations; expected {_MAX_EVALUATIONS} at most."
+        )
     for mask in masks:
         if not isinstance(mask, dict) or not all(_are_weights(weights) for weights in mask.values()):
             raise ValueError(
-                f"Run {number} of the log has the mask {mask!r}; expected weights of experts by FFN. {_EXPECTED}."
+                f"Run {number} of the log has the mask {repr(mask)[:_SHOWN]}; expected weights of experts by FFN. {_EXPECTED}."
             )
     for index, entry in enumerate(evaluations):
         where = f"Evaluation {index} of run {number} of the log"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where} is {entry!r}; expected an object. {_EXPECTED}.")
+            raise ValueError(f"{where} is {repr(entry)[:_SHOWN]}; expected an object. {_EXPECTED}.")
         for name, is_valid in _ENTRY_CHECKS.items():
             if name in entry and not is_valid(entry[name]):
-                raise ValueError(f"{where} has {name} {entry[name]!r}. {_EXPECTED}.")
+                raise ValueError(f"{where} has {name} {repr(entry[name])[:_SHOWN]}. {_EXPECTED}.")
         if "mask" in entry and not entry["mask"] < len(masks):
             raise ValueError(f"{where} has mask {entry['mask']} of {len(masks)}.")
     return run
@@ -78,7 +88,7 @@ def _is_weight(value: Any) -> bool:
 
 def _are_weights(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        expert.isdecimal() and _is_weight(weight) for expert, weight in value.items()
+        expert.isdecimal() and len(expert) < 10 and _is_weight(weight) for expert, weight in value.items()
     )
 
 
@@ -100,12 +110,13 @@ def choose_run(runs: list[RunLog], number: int) -> RunLog:
         return sampled[0]
     if not 1 <= number <= len(sampled):
         listed = ", ".join(
-            f"{i} (node {run['node'] or '?'}{', negative model' if run.get('model') == NEGATIVE else ''}, "
+            f"{i} (node {str(run['node'] or '?')[:_SHOWN]}{', negative model' if run.get('model') == NEGATIVE else ''}, "
             f"{len(run['evaluations'])} evaluations)"
-            for i, run in enumerate(sampled, 1)
+            for i, run in enumerate(sampled[:_LISTED], 1)
         )
         problem = "has several runs" if number == 0 else f"has no run {number}"
-        raise ValueError(f"The log {problem}. Choose one with the widget `run`: {listed}.")
+        more = f", and {len(sampled) - _LISTED} more" if len(sampled) > _LISTED else ""
+        raise MessageError(f"The log {problem}. Choose one with the widget `run`: {listed}{more}.")
     return sampled[number - 1]
 
 
@@ -114,18 +125,18 @@ def image_path(image: str) -> Path:
 
     Raises ValueError for any other.
     """
-    missing = ValueError(f"There is no image {image!r} in ComfyUI's input folder. Upload it, or choose another.")
-    try:
-        path = Path(folder_paths.get_annotated_filepath(image)).resolve()
-    except ValueError:  # newer hosts refuse paths out of the folder
-        raise missing from None
     folders = (
         folder_paths.get_input_directory(),
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
-    if not any(path.is_relative_to(Path(folder).resolve()) for folder in folders) or not path.is_file():
-        raise missing
+    try:
+        path = Path(folder_paths.get_annotated_filepath(image)).resolve()
+        exists = any(path.is_relative_to(Path(folder).resolve()) for folder in folders) and path.is_file()
+    except (ValueError, OSError):  # newer hosts refuse paths out of the folder, and systems names that are too long
+        exists = False
+    if not exists:
+        raise ValueError(f"There is no image {image!r} in ComfyUI's input folder. Upload it, or choose another.")
     return path
 
 
@@ -135,10 +146,14 @@ def log_text(image: str | None, log: str) -> str:
         return log
     if not image:
         raise ValueError(f"There is no image and no log to replay. {_EXPECTED}.")
-    with Image.open(image_path(image)) as opened:
-        text = opened.info.get(LOG_KEY) or _log_in_exif(opened)
+    path = image_path(image)
+    try:
+        with Image.open(path) as opened:
+            text = opened.info.get(LOG_KEY) or _log_in_exif(opened)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise MessageError(f"{image} cannot be read as an image ({error}). {_EXPECTED}.") from None
     if not isinstance(text, str):
-        raise ValueError(
+        raise MessageError(
             f"{image} has no FLUX-MoE log in its metadata: it was not sampled with FLUX-MoE controls, or another program "
             f"has saved it again. Logs are read from PNG text and from EXIF (WEBP). {_EXPECTED}."
         )

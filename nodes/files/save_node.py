@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from ..model.settings import active_blocks, router_value, settings_of
 from .injections import refuse_injections
 
 _NAME = "Save FLUX-MoE"
+_MAX_NAME = 200  # bytes of a file's or folder's name; systems take 255, with the number and the part file's ending
 _BAKED = (
     "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
     "without the pack it opens and samples as the dense teacher with these patches."
@@ -159,6 +161,12 @@ def saved_metadata(config: FluxMoEConfig, was_split_only: bool) -> dict[str, str
 def next_target(filename_prefix: str) -> Path:
     """Return the next free path in the output folder, counted as ComfyUI does. Raises CheckpointError if there is none."""
     output = folder_paths.get_output_directory()
+    longest = max(len(name.encode(errors="replace")) for name in filename_prefix.replace("\\", "/").split("/"))
+    if longest > _MAX_NAME or any(unicodedata.category(character) in ("Cc", "Cs") for character in filename_prefix):
+        raise CheckpointError(
+            f"{_NAME}: filename_prefix is {filename_prefix[:_MAX_NAME]!r}; expected names of up to {_MAX_NAME} bytes "
+            "without control characters."
+        )
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
     except OSError as error:

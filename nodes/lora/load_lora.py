@@ -23,6 +23,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...d2m_model.blocks import Block
+from ...d2m_model.foreign import printable
 from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .modulations import ModulationMap
 from .patches import PermutedPatch
@@ -103,7 +104,7 @@ def convert_patches(patches: dict, weights: MoEWeights) -> dict:
                 f"({len(misfits)} of its {len(patches)} changes do not fit). Nothing of it was applied."
             )
     for _, misfit in misfits:
-        logging.warning(f"FLUX-MoE: a part of this LoRA does not fit and is left out: {misfit}.")
+        logging.warning(printable(f"FLUX-MoE: a part of this LoRA does not fit and is left out: {misfit}."))
     if modulations is not None:
         modulations.report()
     return converted
@@ -138,8 +139,8 @@ def _warn_if_foreign(keys: Iterable[str], patches: dict, weights: MoEWeights) ->
     foreign = [key for key in keys if not key.startswith(_TEXT_ENCODERS)]
     if foreign:
         logging.warning(
-            f"FLUX-MoE: this LoRA has nothing for FLUX.1: none of its {len(foreign)} tensors ({foreign[0]}, …) has a "
-            "name that LoRAs for FLUX.1 use. The model is unchanged."
+            f"FLUX-MoE: this LoRA has nothing for FLUX.1: none of its {len(foreign)} tensors ({printable(foreign[0])}, …) "
+            "has a name that LoRAs for FLUX.1 use. The model is unchanged."
         )
 
 

@@ -373,6 +373,13 @@ def test_every_way_of_compiling_is_seen(host: Comfy, tmp_path: Path, part: str, 
         ("D2MSchedule", {"setting": "top_k", "unit": "sigma", "pieces": "0 - 1: 1"}, r"two falling sigmas"),
         ("D2MSchedule", {"setting": "top_k", "unit": "sigma", "pieces": "50% - 0%: 1"}, r"choose the unit percent"),
         ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "0-50"}, r"expected START - END: VALUE"),
+        # A pattern that tries every way to share the spaces out takes minutes for this, and the test's time runs out.
+        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": f"0{' ' * 9000}-"}, r"expected START - END: VALUE"),
+        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": f"0 - 1{' ' * 9000}x"}, r"expected START - END"),
+        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": f"0 - 1: {'1' * 5000}"}, r"too long for a number"),
+        ("D2MSchedule", {"setting": "top_k", "unit": "percent", "pieces": "#" * 20_001}, r"has 20001 characters; expected"),
+        ("D2MExpertMask", {"mask": "*: 1=0\n" * 3000}, r"has 21000 characters; expected 20000 at most"),
+        ("D2MExpertMask", {"mask": f"*: {'1' * 5000}=0"}, r"expected EXPERT=WEIGHT"),
     ],
 )  # fmt: skip
 def test_what_this_file_cannot_have_is_said(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,11 +231,37 @@ def test_half_a_rule_is_refused(desk: Desk) -> None:
         ('{"nodes": [5], "values": {"top_k": 1}}', "nodes is missing or wrong"),
         ('{"nodes": ["5"], "values": [1]}', "values is missing or wrong"),
         ('{"nodes": ["5"], "values": {"top_k": 1}, "prompt_id": 3}', "prompt_id is not a text"),
+        ('{"nodes": ["\\ud800"], "values": {"top_k": 1}}', "half of a surrogate pair"),
+        ('{"nodes": ["5"], "values": {"capacity": NaN}}', "has NaN"),
     ],
 )
 def test_a_request_that_is_none_is_refused(host: Comfy, body: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         host.module("nodes.controls.live_values").parse_live_request(body.encode())
+
+
+@pytest.mark.parametrize("announced", [None, 10, 10**9])
+def test_a_body_is_not_read_beyond_its_limit(host: Comfy, announced: int | None) -> None:
+    server, pieces_read = host.module("nodes.prompt_server"), 0
+
+    async def pieces(size: int) -> AsyncIterator[bytes]:
+        nonlocal pieces_read
+        for _ in range(1000):
+            pieces_read += 1
+            yield bytes(100)
+
+    request = SimpleNamespace(content_length=announced, content=SimpleNamespace(iter_chunked=pieces))
+    with pytest.raises(server.RequestError, match=r"The body has .* bytes; expected 250 at most"):
+        asyncio.run(server.read_body(request, 250))
+    assert pieces_read == (3 if announced != 10**9 else 0)
+
+
+def test_what_is_no_image_is_said(host: Comfy, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folder_paths.get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    for image, message in (("broken.png", "cannot be read as an image"), ("a" * 300, "no image"), ("\0", "no image")):
+        with pytest.raises(ValueError, match=message):
+            host.control("D2MReplay", pair.moe, image=image)
 
 
 def test_a_live_value_changes_the_fingerprint_of_its_node_for_the_prompts_to_come(desk: Desk) -> None:
@@ -345,6 +373,11 @@ def entry(**settings: Any) -> list:
         ("[]", "The log has no evaluations"),
         ("", "no image and no log"),
         ('[{"node": "3"}]', "Run 1 of the log has no evaluations"),
+        ('[{"node": "\\ud800"}]', "half of a surrogate pair"),
+        ('[{"evaluations": [{}], "evaluations": []}]', "has 'evaluations' twice"),
+        (json.dumps([{"node": "\x1b[2J", "evaluations": entry()}] * 50), r"\(node \\x1b\[2J, 1 evaluations\).*, and 30 more"),
+        (json.dumps([{"evaluations": entry(mask=0), "masks": [{"single_blocks.0": {"0": 10**400}}]}]), "of 401 digits"),
+        (json.dumps([{"evaluations": entry(mask=0), "masks": [{"single_blocks.0": {"9" * 5000: 1}}]}]), "has the mask"),
         (json.dumps(entry(top_k="many")), "Evaluation 0 of run 1 of the log has top_k 'many'"),
         (json.dumps(entry(gate="max")), "gate 'max'"),
         (json.dumps(entry(mask=0)), "has mask 0 of 0"),

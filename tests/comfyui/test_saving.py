@@ -223,6 +223,12 @@ def test_a_folder_that_cannot_be_made_is_said(host: Comfy, pair: Pair, output: P
         save(host, pair.moe, "taken/moe")
 
 
+@pytest.mark.parametrize("prefix", ["a" * 300, "folder/\0", "\ud800", "\x1b[2J"])
+def test_a_name_that_no_file_can_have_is_said(host: Comfy, pair: Pair, prefix: str) -> None:
+    with pytest.raises(ValueError, match=r"filename_prefix is .*; expected names of up to 200 bytes"):
+        save(host, pair.moe, prefix)
+
+
 def test_an_unwritable_folder_is_said(host: Comfy, pair: Pair, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, whom nothing stops
     with pytest.raises(ValueError, match="this folder cannot be written to"):
