@@ -19,7 +19,7 @@ BFL_BLOCKS: dict[BlockKind, str] = {"double": "double_blocks", "single": "single
 DIFFUSERS_BLOCKS: dict[BlockKind, str] = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 
 _KINDS = {attribute: kind for style in (BFL_BLOCKS, DIFFUSERS_BLOCKS) for kind, attribute in style.items()}
-_BLOCK_NAME = re.compile(rf"({'|'.join(_KINDS)})\.(\d+)(?=\.|$)")
+_BLOCK_NAME = re.compile(rf"({'|'.join(_KINDS)})\.([0-9]{{1,6}})(?=\.|$)")
 
 
 @dataclass(slots=True, frozen=True, order=True)

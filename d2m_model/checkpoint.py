@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor
 
 from .blocks import BFL_BLOCKS, DIFFUSERS_BLOCKS, is_modulation
-from .config import FluxDims, FluxMoEConfig
+from .config import MAX_DEPTH, FluxDims, FluxMoEConfig
 from .fields import ConfigError
 from .keys import (
     DIFFUSERS,
@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "TensorFile",
     "check_dense",
+    "check_depths",
     "check_file",
     "check_moe",
     "check_opened",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 CONFIG_KEY = "d2m_config"
+_MAX_CONFIG = 1 << 24  # bytes
 _CONVERT = "python -m d2m_train convert --teacher F --out G"
 
 # An unexpected tensor whose name begins so is an error; others may have been added by other software.
@@ -80,7 +82,7 @@ def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
     sizes = {}
     for key in (names.img_in, names.txt_in, names.vector_in, names.final):
         shape = shapes.get(key)
-        if shape is None or len(shape) != 2:
+        if shape is None or len(shape) != 2 or 0 in shape:
             problem = "has no" if shape is None else f"has shape {list(shape)} for"
             raise CheckpointError(f"This is not a FLUX.1 transformer: it {problem} {key}.{_guess(shapes)}")
         sizes[key] = shape
@@ -89,10 +91,16 @@ def dims_of(shapes: Mapping[str, Shape]) -> FluxDims:
             raise CheckpointError(f"This is {what}, not FLUX.1.")
     depths = {}
     for kind, blocks in names.blocks.items():
-        indices = {int(match[1]) for name in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", name))}
-        if not indices:
+        numbers = {match[1] for name in shapes if (match := re.match(rf"{blocks}\.([0-9]+)\.", name))}
+        if not numbers:
             raise CheckpointError(f"This is not a FLUX.1 transformer: it has no {blocks}.0.{_guess(shapes)}")
-        depths[kind] = max(indices) + 1
+        last = max(numbers, key=lambda number: (len(number), number))
+        if len(last) > 6 or int(last) >= min(len(shapes), MAX_DEPTH):
+            raise CheckpointError(
+                f"This is not a FLUX.1 transformer: it has {blocks}.{last[:20]}; expected block numbers below "
+                f"{min(len(shapes), MAX_DEPTH)} in a file of {len(shapes)} tensors."
+            )
+        depths[kind] = int(last) + 1
     hidden = sizes[names.img_in][0]
     if hidden % HEAD:
         raise CheckpointError(f"{names.img_in} has {hidden} rows; FLUX.1's hidden size is a multiple of {HEAD}.")
@@ -122,6 +130,8 @@ def config_tensor(config: FluxMoEConfig) -> Tensor:
 
 def parse_config(tensor: Tensor) -> FluxMoEConfig:
     """Parse a `d2m_config` tensor. Raises CheckpointError, which names the problem."""
+    if tensor.numel() > _MAX_CONFIG:
+        raise CheckpointError(f"{CONFIG_KEY} has {tensor.numel():,} bytes; expected {_MAX_CONFIG:,} at most.")
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise CheckpointError(
             f"{CONFIG_KEY} is {tensor.dtype} {list(tensor.shape)}; expected torch.uint8 with one axis. "
@@ -131,6 +141,13 @@ def parse_config(tensor: Tensor) -> FluxMoEConfig:
         return FluxMoEConfig.from_json(bytes(tensor.cpu().numpy()))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def check_depths(dims: FluxDims, tensors: int) -> None:
+    """Raise CheckpointError for more blocks than a file with this number of tensors can have."""
+    for kind, depth in dims.depths.items():
+        if depth > tensors:
+            raise CheckpointError(f"{CONFIG_KEY} states {depth} {kind} blocks; this file has {tensors} tensors in all.")
 
 
 def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
@@ -163,6 +180,7 @@ def optional_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
 
 def check_moe(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], config: FluxMoEConfig) -> None:
     """Raises CheckpointError for a missing, surplus or misshapen tensor of a FLUX-MoE, naming it and what is expected."""
+    check_depths(config.dims, len(shapes))
     what = f"FLUX-MoE schema {config.schema_version}"
     _check_tensors(shapes, dtypes, expected_tensors(config), optional_tensors(config), what)
 
@@ -191,8 +209,9 @@ def _check_blocks(shapes: Mapping[str, Shape], dims: FluxDims) -> None:
         depth = dims.depths[kind]
         present = {name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")}
         if missing := [f"{blocks}.{i}" for i in range(depth) if str(i) not in present]:
+            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise CheckpointError(
-                f"This is not a whole FLUX.1: {', '.join(missing)} missing, though its last block of that kind is "
+                f"This is not a whole FLUX.1: {listed} missing, though its last block of that kind is "
                 f"{blocks}.{depth - 1}. A shallower FLUX must number its blocks without gaps."
             )
 
@@ -229,11 +248,12 @@ def _check_tensors(
         raise CheckpointError(f"This is not {what}: {wrong[0]}.{more}")
 
 
-def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
+def check_values(names: Container[str], tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
     """Raises CheckpointError for damaged values.
 
-    These are: a neuron_order that is not a permutation, a router (of tokens or blocks) with NaN or infinity, a threshold
-    that is not a probability, and a gate scale that is not positive.
+    These are: a neuron_order that is not a permutation; NaN or infinity in a router (of tokens or blocks), in the experts'
+    means or in the AdaLN compression; a threshold that is not a probability; and a gate scale that is not positive.
+    `names` are the file's; those of the other weights are many bytes and are not read.
     """
 
     def finite(name: str) -> Tensor:
@@ -255,11 +275,20 @@ def check_values(tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None
     for index in range(len(config.groups)):
         for router in ("router_x", "router_y"):
             finite(f"block_groups.{index}.{router}.weight")
+    for name in optional_tensors(config):
+        if name in names:
+            finite(name)
+    if config.adaln_rank is not None:
+        finite("adaln_in.weight")
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], source: str = "This model") -> FluxMoEConfig:
     """Check a FLUX-MoE state dict (with any prefix) and return its configuration. `source` names it in messages."""
     tensors = strip_prefix(state_dict)
+    if len(tensors) < sum(name.startswith(prefix_of(state_dict)) for name in state_dict):
+        raise CheckpointError(
+            f"{source}: has a norm's scale in two spellings (query_norm.scale and query_norm.weight)."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return _check_moe(shapes, dtypes, tensors.__getitem__, source)
@@ -286,7 +315,7 @@ def _check_moe(
             raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {_CONVERT}")
         config = parse_config(tensor(CONFIG_KEY))
         check_moe(shapes, dtypes, config)
-        check_values(tensor, config)
+        check_values(shapes, tensor, config)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     return config

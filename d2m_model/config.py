@@ -12,11 +12,13 @@ from typing import Any, Literal, get_args
 
 from .blocks import BLOCK_KINDS, FFN, Block, BlockKind
 from .fields import ConfigError, expect, fields_of
+from .foreign import read_json
 from .routers import TOP_K_ROUTER, Gate, GateMode, TokenRouter, router_from_entries, router_to_entries
 
 SCHEMA_VERSION = 1
 PATCH_LATENTS = 2  # latents on the side of an image token
 PATCH_PIXELS = 8 * PATCH_LATENTS  # pixels on that side: the autoencoder makes one latent of 8 x 8 pixels
+MAX_DEPTH = 1000  # blocks of each kind; FLUX.1 has 19 and 38
 MLP_RATIO = 4  # FLUX.1's; every FFN has 4 * hidden_size neurons
 
 PresetName = Literal["L", "M", "S", "XS"]
@@ -134,7 +136,14 @@ class FluxMoEConfig:
         expect(0 < self.gate.scale < float("inf"), "gate.scale", self.gate.scale, "a positive number")
         for size, value in dataclasses.asdict(self.dims).items():
             expect(size == "guidance_embed" or value >= 1, f"dims.{size}", value, "1 or more")
+        for kind, depth in self.dims.depths.items():  # before anything is as long as this
+            expect(depth <= MAX_DEPTH, f"dims.{kind}_blocks", depth, f"{MAX_DEPTH} at most")
         expect(self.adaln_rank is None or self.adaln_rank >= 1, "adaln_rank", self.adaln_rank, "1 or more, or null")
+        baked, outputs = self.provenance.get("baked", []), self.provenance.get("teacher_outputs", {})
+        expect(isinstance(baked, list), "provenance.baked", baked, "a list")
+        for kind, depth in self.dims.depths.items():
+            rising = _rising_numbers(outputs.get(kind, list(range(depth)))) if isinstance(outputs, dict) else []
+            expect(len(rising) == depth, "provenance.teacher_outputs", outputs, "rising numbers of blocks by kind")
         names = set(all_ffn_names(self.dims))
         for name, layout in self.ffns.items():
             expect(
@@ -197,7 +206,7 @@ class FluxMoEConfig:
         A newer schema is reported before its fields are checked.
         """
         try:
-            data = json.loads(text)
+            data = read_json(text)
         except ValueError as error:
             raise ConfigError(
                 f"d2m_config is not JSON ({error}); the file is damaged. Convert the teacher again."
@@ -222,6 +231,13 @@ class FluxMoEConfig:
         data["gate"] = Gate(**fields_of(Gate, data["gate"], "gate"))
         data["teacher"] = Teacher(**fields_of(Teacher, data["teacher"], "teacher"))
         return cls(router=router, **data)
+
+
+def _rising_numbers(value: object) -> list[int]:
+    """Return a list of rising whole numbers as it is, and an empty list for anything else."""
+    if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+        return []
+    return value if value == sorted(set(value)) else []
 
 
 def all_ffn_names(dims: FluxDims) -> list[str]:

@@ -6,11 +6,12 @@ with `scaled_fp8` and a `scale_weight` per layer. A weight that is merely stored
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from .foreign import read_json
 from .keys import CHECKPOINT_PREFIX
+from .tensor_file import CheckpointError
 
 HEADER_KEY = "_quantization_metadata"  # in the header's metadata
 
@@ -22,12 +23,18 @@ COMPANIONS = (
 
 
 def quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the quantised layers that the header lists, by BFL name, with their formats. Empty if it lists none."""
+    """Return the quantised layers that the header lists, by BFL name, with their formats. Empty if it lists none.
+
+    Raises CheckpointError for a list of another form.
+    """
     try:
-        layers = json.loads(metadata.get(HEADER_KEY, "{}")).get("layers", {})
-        return {name.removeprefix(CHECKPOINT_PREFIX): layer for name, layer in layers.items()}
-    except (ValueError, AttributeError):
-        return {}
+        stored = read_json(metadata.get(HEADER_KEY, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{HEADER_KEY} in the header is not JSON ({error}); the file is damaged.") from None
+    layers = stored.get("layers", {}) if isinstance(stored, dict) else None
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise CheckpointError(f"{HEADER_KEY} in the header has no object of layers; the file is damaged.")
+    return {name.removeprefix(CHECKPOINT_PREFIX): layer for name, layer in layers.items()}
 
 
 def is_companion(name: str, expected: Mapping[str, object]) -> bool:

@@ -6,7 +6,6 @@ float16 or float32; or float8, plain or scaled in either of ComfyUI's ways, whic
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .checkpoint import check_dense
+from .foreign import read_json
 from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, landmarks_of, swap_halves
 from .quantised import is_companion, quantised_layers
 from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
 
 _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # in ComfyUI's comfy_quant
+_MAX_DESCRIPTION = 10_000  # bytes of a comfy_quant
 _CHUNK = 1 << 22  # elements dequantised at a time
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\b.*\.safetensors$")
@@ -213,8 +214,8 @@ def _in_folder(folder: Path) -> Path:
 def _shards(index: Path, *, missing_ok: bool = False) -> list[Path]:
     """Return the shards that an index lists. Raises CheckpointError if one is missing, or for another file."""
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not names or any(os.path.basename(name) != name for name in names):
+        names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
+        if not names or any(os.path.basename(name) != name or not name or "\0" in name for name in names):
             raise ValueError
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror or error}).") from None
@@ -255,8 +256,13 @@ def _formats(file: TensorFile) -> Iterator[tuple[str, object]]:
                 yield layer, about.get("format")
         for name in file.shapes:
             if name.endswith(".comfy_quant"):
-                about = json.loads(file.tensor(name).numpy().tobytes())
+                tensor = file.tensor(name)
+                if tensor.dtype != torch.uint8 or tensor.numel() > _MAX_DESCRIPTION:
+                    raise ValueError
+                about = read_json(tensor.numpy().tobytes())
                 yield name.removesuffix(".comfy_quant"), about.get("format")
+    except CheckpointError:
+        raise
     except (ValueError, AttributeError):
         raise CheckpointError(
             "The description of its quantisation (comfy_quant) cannot be read; the file is damaged."
@@ -277,7 +283,7 @@ def _scale_of(file: TensorFile, name: str) -> str | None:
 
 def _per_row(scale: Tensor, shape: Shape) -> Tensor:
     """Return the scale of a weight [O, I] as [1, 1] or [O, 1]. Raises CheckpointError for scales of blocks."""
-    if scale.numel() == 1 or (scale.numel() == shape[0] and scale.shape[0] == shape[0]):
+    if scale.numel() == 1 or (shape and scale.shape[:1] == shape[:1] and scale.numel() == shape[0]):
         return scale.reshape(-1, 1)
     raise CheckpointError(
         f"This FLUX is quantised in blocks: scales {list(scale.shape)} for a weight {list(shape)}; expected one scale, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 import os
 import platform
@@ -11,11 +11,12 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from .foreign import MessageError, read_json
 from .keys import bfl_spelling, prefix_of
 
 try:
@@ -48,13 +49,15 @@ _OTHER_FILES = (
     (b"<", "a web page, probably an error message; download the file again"),
 )
 
+_METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_AXES, _MAX_ELEMENTS = 8, 1 << 48  # axes of no elements do not count; torch multiplies them all the same
 ALIGNMENT = 64  # bytes; computing with a mapped tensor at another address is slower
 
 Shape = tuple[int, ...]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MessageError):
     """A file or state dict is not as expected; the message says what was found and what to do."""
 
 
@@ -71,7 +74,7 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str], *, copy_on_write: bool = False) -> None:
         self.path = Path(path)
         self.size, header, self._start = _read_header(self.path)  # bytes on disk; the tensors begin at _start
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
         prefix = prefix_of(header)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -79,6 +82,8 @@ class TensorFile:
         for stored_name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             if stored_name.startswith(prefix):
                 name = bfl_spelling(stored_name[len(prefix) :])
+                if name in self.shapes:
+                    raise CheckpointError(f"{self.path}: has {name} in two spellings; delete one of them.")
                 self.shapes[name] = tuple(entry["shape"])
                 self.dtypes[name] = DTYPES[entry["dtype"]]
                 self._spans[name] = tuple(entry["data_offsets"])
@@ -158,20 +163,44 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
         raise _damaged(path, size, 8 + length)
     start, end = 8 + length, 0
     try:
-        header = json.loads(text)
-        entries = [header[name] for name in header if name != "__metadata__"]
-        for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: has {entry['dtype']} tensors; expected {', '.join(DTYPES)}.")
-            begin, next_end = entry["data_offsets"]
-            if begin != end or next_end - begin != bytes_of(DTYPES[entry["dtype"]], tuple(entry["shape"])):
-                raise CheckpointError(f"{path}: the header contradicts itself; the file is damaged.")
-            end = next_end
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{path}: not a safetensors file (its header cannot be read).") from None
+        header = read_json(text)
+        _check_entries(header)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a safetensors file (its header cannot be read: {error}).") from None
+    entries = [header[name] for name in header if name != _METADATA]
+    for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: has {entry['dtype'][:40]} tensors; expected {', '.join(DTYPES)}.")
+        begin, next_end = entry["data_offsets"]
+        if begin != end or next_end - begin != bytes_of(DTYPES[entry["dtype"]], tuple(entry["shape"])):
+            raise CheckpointError(f"{path}: the header contradicts itself; the file is damaged.")
+        end = next_end
     if start + end != size:
         raise _damaged(path, size, start + end)
     return size, header, start
+
+
+def _check_entries(header: Any) -> None:
+    """Raise ValueError for a header whose parts are not of the types of the safetensors format."""
+    if not isinstance(header, dict):
+        raise ValueError("it is not an object")
+    for name, entry in header.items():
+        if name == _METADATA:
+            texts = isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
+            if entry is not None and not texts:
+                raise ValueError(f"{_METADATA} is not an object of texts")
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise ValueError(f"{name[:100]} has no dtype")
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise ValueError(f"shape or data_offsets of {name[:100]} are not whole numbers from 0")
+        if len(shape) > _MAX_AXES or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+            raise ValueError(f"{name[:100]} has a shape that no tensor has")
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _other_kind(path: Path) -> str:

@@ -154,9 +154,37 @@ def test_a_neuron_order_that_is_no_permutation_is_refused(moe: dict[str, torch.T
         check_state_dict(moe)
 
 
-def test_a_router_with_nan_is_refused(moe: dict[str, torch.Tensor]) -> None:
-    moe[f"{FFN}.router.weight"][3, 5] = float("nan")
-    with pytest.raises(CheckpointError, match=rf"{FFN}\.router\.weight has NaN"):
+@pytest.mark.parametrize(
+    "name", [f"{FFN}.router.weight", f"{FFN}.router.bias", f"{FFN}.expert_mean", "adaln_in.weight"]
+)
+def test_nan_in_what_the_conversion_adds_is_refused(moe: dict[str, torch.Tensor], name: str) -> None:
+    config = dataclasses.replace(CONFIG, adaln_rank=8)
+    for key, shape in {**expected_tensors(config), **optional_tensors(config)}.items():
+        if moe.get(key, torch.tensor(0)).shape != shape:
+            moe[key] = torch.zeros(shape)
+    moe["d2m_config"] = config_tensor(config)
+    check_state_dict(moe)
+    moe[name].view(-1)[-1] = float("nan")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has NaN"):
+        check_state_dict(moe)
+
+
+@pytest.mark.parametrize("block", ["single_blocks.50000000", "single_blocks.1000", f"double_blocks.{'9' * 5000}"])
+def test_a_block_number_beyond_the_files_tensors_is_refused_at_once(block: str) -> None:
+    shapes = dense_shapes(DIMS) | {f"{block}.x": (1,)}
+    with pytest.raises(CheckpointError, match=rf"it has {block[:34]}.*; expected block numbers below {len(shapes)}"):
+        dims_of(shapes)
+
+
+def test_a_configuration_of_more_blocks_than_tensors_is_refused(moe: dict[str, torch.Tensor]) -> None:
+    config = dataclasses.replace(CONFIG, dims=DIMS.with_depths(double=DIMS.double_blocks, single=900))
+    with pytest.raises(CheckpointError, match=r"d2m_config states 900 single blocks; this file has \d+ tensors"):
+        check_state_dict(moe | {"d2m_config": config_tensor(config)})
+
+
+def test_a_norm_in_two_spellings_is_refused(moe: dict[str, torch.Tensor]) -> None:
+    moe["single_blocks.0.norm.query_norm.weight"] = torch.zeros_like(moe["single_blocks.0.norm.query_norm.scale"])
+    with pytest.raises(CheckpointError, match="a norm's scale in two spellings"):
         check_state_dict(moe)
 
 

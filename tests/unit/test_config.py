@@ -149,6 +149,13 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> str:
     return json.dumps(data)
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -170,6 +177,16 @@ def edited(edit: Callable[[dict[str, Any]], object]) -> str:
         (lambda data: data["dims"].update(double_blocks=0), "dims.double_blocks is 0"),
         (lambda data: data.update(adaln_rank=0), "adaln_rank is 0"),
         (lambda data: data["groups"][0].update(selection="best"), r"groups\[0\].selection is 'best'"),
+        (
+            lambda data: data["dims"].update(single_blocks=2**31 - 1),
+            "single_blocks is 2147483647; expected 1000 at most",
+        ),
+        (lambda data: data["gate"].update(scale=float("inf")), "Infinity, which is no number of JSON"),
+        (lambda data: data.update(adaln_rank=10**100), "whole number of 101 digits"),
+        (lambda data: data["teacher"].update(title="\ud800"), "half of a surrogate pair"),
+        (lambda data: data["provenance"].update(baked=5), "provenance.baked is 5; expected a list"),
+        (lambda data: data["provenance"].update(teacher_outputs={"double": [1, 0]}), "rising numbers of blocks"),
+        (lambda data: data["provenance"].update(note=nested(500)), "nested more than"),
     ],
 )
 def test_json_that_is_no_config_is_refused_by_name(edit: Callable[[dict[str, Any]], object], message: str) -> None:

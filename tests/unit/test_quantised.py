@@ -7,6 +7,7 @@ import json
 import pytest
 
 from d2m_model.quantised import HEADER_KEY, is_companion, quantisation_problems, quantised_layers
+from d2m_model.tensor_file import CheckpointError
 
 EXPECTED = {
     "single_blocks.0.linear1.weight": (),
@@ -23,10 +24,14 @@ def test_layers_of_the_header_lose_their_prefix() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "not JSON", '{"layers": []}'])
-def test_a_header_that_lists_none_or_cannot_be_read_lists_none(text: str) -> None:
-    assert quantised_layers({HEADER_KEY: text}) == {}
-    assert quantised_layers({}) == {}
+def test_a_header_may_list_no_layers() -> None:
+    assert quantised_layers({HEADER_KEY: "{}"}) == quantised_layers({}) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "not JSON", '{"layers": []}', '{"layers": {"img_in": 5}}', "[" * 10_000])
+def test_a_list_of_another_form_is_called_damaged(text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"_quantization_metadata in the header .* damaged"):
+        quantised_layers({HEADER_KEY: text})
 
 
 def test_companions_stand_beside_a_weight_that_is_expected() -> None:

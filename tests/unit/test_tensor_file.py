@@ -109,6 +109,10 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -123,6 +127,20 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> bytes:
         (entry("F32", [4], 0, 16) + bytes(20), "truncated or damaged"),
         (entry("F32", [5], 0, 16) + bytes(16), "contradicts itself"),
         (entry("F4", [4], 0, 2) + bytes(2), "F4 tensors; expected F64"),
+        (entry("\ud800", [4], 0, 16) + bytes(16), "half of a surrogate pair"),
+        (entry("F32\x1b[31m", [4], 0, 16) + bytes(16), r"has F32\\x1b\[31m tensors"),
+        (entry("F32", [4.0], 0, 16) + bytes(16), "shape or data_offsets of a"),  # type: ignore[list-item]
+        (entry("F32", [True, 4], 0, 16) + bytes(16), "shape or data_offsets of a"),
+        (entry("F32", [-4], 0, -16), "shape or data_offsets of a"),
+        (entry("F32", [1] * 1000, 0, 4) + bytes(4), "a shape that no tensor has"),
+        (entry("F32", [0, 1 << 40, 1 << 40], 0, 0), "a shape that no tensor has"),
+        (entry("F32", [10**30], 0, 4) + bytes(4), "whole number of 31 digits"),
+        (header(b'{"a":' * 50_000), "nested more than"),
+        (header(b'{"__metadata__": {"title": 5}}'), "__metadata__ is not an object of texts"),
+        (header(b'{"a": 5}'), "a has no dtype"),
+        (header(b'{"a": {"dtype": ["F32"], "shape": [], "data_offsets": [0, 4]}}'), "a has no dtype"),
+        (header(b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4, 8]}}'), "data_offsets of a"),
+        (header(b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}'), "has 'a' twice"),
     ],
 )
 def test_a_file_that_is_none_is_refused_with_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
@@ -130,6 +148,13 @@ def test_a_file_that_is_none_is_refused_with_what_is_wrong(tmp_path: Path, conte
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*{message}"):
         TensorFile(path)
+
+
+def test_a_tensor_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    names = ("norm.query_norm.weight", "norm.query_norm.scale")
+    save_file(dict.fromkeys(names, torch.zeros(2)) | {names[1]: torch.ones(2)}, tmp_path / "twice.safetensors")
+    with pytest.raises(CheckpointError, match=r"has norm.query_norm.scale in two spellings"):
+        TensorFile(tmp_path / "twice.safetensors")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
