@@ -54,7 +54,7 @@ class ControlNode(io.ComfyNode):
 
         Raises ValueError if the file cannot follow it.
         """
-        config = require_flux_moe(model, cls.title).diffusion_model.config
+        config = require_flux_moe(model, cls.title).moe_config
         node = cls.hidden.unique_id
         control = ControlRecord(node=None if node is None else str(node), kind=cls.node_id, values=values)
         clone = model.clone()

@@ -77,7 +77,7 @@ class ControlledRun:
 
     def __init__(self, patcher: Any, controls: Sequence[ControlRecord]) -> None:
         self.controls = controls
-        self.config: FluxMoEConfig = patcher.model.diffusion_model.config
+        self.config: FluxMoEConfig = patcher.model.moe_config
         self.sigma_at = patcher.get_model_object("model_sampling").percent_to_sigma
         self.prompt: ExecutingPrompt | None
         self.prompt, self.node = LIVE.executing() or (None, "")

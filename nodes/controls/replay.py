@@ -229,7 +229,7 @@ class Replay(ControlNode):
 
     @classmethod
     def execute(cls, model: Any, image: str | None = None, run: int = 0, log: str = "") -> io.NodeOutput:
-        config = require_flux_moe(model, cls.title).diffusion_model.config
+        config = require_flux_moe(model, cls.title).moe_config
         values = {"log": choose_run(parse_log(log_text(image, log)), run)}
         for index in range(len(values["log"]["evaluations"])):  # refuse a log that does not fit before sampling
             apply_replay({}, values, config, Moment(evaluation=index, sigma=0.0, sigma_at=float))

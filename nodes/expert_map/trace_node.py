@@ -111,7 +111,7 @@ class Tracer:
         A guider with a second model for negative prompts hands it the same transformer_options, but the blocks of
         another file do not fit into this trace.
         """
-        return getattr(base_model.diffusion_model, "config", None) == self.config
+        return getattr(base_model, "moe_config", None) == self.config
 
 
 def patch_grid(latents: Tensor) -> tuple[int, int]:
@@ -189,7 +189,7 @@ class TraceRouting(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        config = require_flux_moe(model, _TITLE).diffusion_model.config
+        config = require_flux_moe(model, _TITLE).moe_config
         experts = max((layout.experts for layout in config.ffns.values()), default=0)
         if experts > MAX_TRACED_EXPERTS:
             raise ValueError(

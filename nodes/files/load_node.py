@@ -82,5 +82,5 @@ class LoadFluxMoE(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         dtype = _WEIGHT_DTYPES[weight_dtype]
         model = load_flux_moe(path, {} if dtype is None else {"dtype": dtype})
-        remember_model(model.model.diffusion_model.config)
+        remember_model(model.model.moe_config)
         return io.NodeOutput(model)

@@ -75,7 +75,7 @@ def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     Quantised weights stay quantised, patched ones with a new scale. A capacity that is set scales the thresholds.
     """
     written: set[str] = set()
-    config: FluxMoEConfig = patcher.model.diffusion_model.config
+    config: FluxMoEConfig = patcher.model.moe_config
     value = router_value(config, settings_of(patcher.model_options.get("transformer_options")))
     for name, tensor in patcher.model.diffusion_model.state_dict().items():
         if name in written:
@@ -125,7 +125,7 @@ def baking_note(patches: Mapping[str, list]) -> dict[str, Any]:
 
 def saved_config(patcher: Any, specs: _Specs) -> FluxMoEConfig:
     """Return the file's configuration, with this MODEL's Top-K, gate and active blocks, and a note of baked patches."""
-    config: FluxMoEConfig = patcher.model.diffusion_model.config
+    config: FluxMoEConfig = patcher.model.moe_config
     settings = settings_of(patcher.model_options.get("transformer_options"))
     active = active_blocks(settings.get("active_blocks"), config.groups)
     config = replace(
@@ -196,7 +196,7 @@ def save_model(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
     specs[CONFIG_KEY] = (stored.dtype, tuple(stored.shape))
     dtypes = {name: dtype for name, (dtype, _) in specs.items()}
     check_moe({name: shape for name, (_, shape) in specs.items()}, dtypes, config)
-    metadata = {**notes, **saved_metadata(config, patcher.model.diffusion_model.config.split_only)}
+    metadata = {**notes, **saved_metadata(config, patcher.model.moe_config.split_only)}
     with TensorWriter(target, specs, metadata) as writer:
         progress, done = comfy.utils.ProgressBar(writer.size), 0
         for name, tensor in file_tensors(patcher):

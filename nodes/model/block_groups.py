@@ -2,7 +2,7 @@
 
 A block of a group stays ComfyUI's block, at its index and with its arguments. It runs on the samples that chose it and
 returns the streams of the others unchanged. The choice is made at the group's first block, from the streams before it,
-and kept in the transformer_options of the one evaluation that it belongs to, where the group's other blocks find it.
+and kept in the options of the one evaluation that it belongs to (settings.complete_options), where the group's other blocks find it.
 
 torch.compile: the host must know which samples run a block before it can leave out the others, so a graph breaks at
 every group. ComfyUI's loop over the blocks then runs uncompiled, and each block is a graph of its own.
@@ -36,9 +36,7 @@ from ...d2m_model.mob import (
     select_rows,
 )
 from .blocks import router_linear, router_weights
-from .settings import CallSettings, FileSettings, active_blocks, settings_of
-
-CHOSEN_KEY = "d2m_chosen"  # in transformer_options: the choices of one evaluation
+from .settings import CHOSEN_KEY, CallSettings, FileSettings, active_blocks, complete_options, settings_of
 
 # By group: the samples of each of its blocks; None if the group has chosen more than once.
 GroupChoices = dict[int, list[SampleSubset] | None]
@@ -56,16 +54,16 @@ class BlockGroupRouter(nn.Module):
         self.router_y = router_linear(stored[f"block_groups.{index}.router_y.weight"], False, device)
 
     def samples(
-        self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None
+        self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any]
     ) -> SampleSubset:
         """Return the samples that run the group's block at `position`.
 
         The first block of the group that runs chooses for all of them. That is the block at position 0, unless another
-        pack has replaced it. A block without a choice for its batch makes its own: packs may call blocks without
-        transformer_options, or with a part of the batch.
+        pack has replaced it. A block without a choice for its batch makes its own: packs may call blocks with a part of
+        the batch.
         """
         batch = streams[0].shape[0]
-        choices: GroupChoices | None = (options or {}).get(CHOSEN_KEY)
+        choices: GroupChoices | None = options.get(CHOSEN_KEY)
         earlier = None if choices is None or position == 0 else choices.get(self.index)
         if earlier is not None and earlier[position].batch == batch:
             return earlier[position]
@@ -75,7 +73,7 @@ class BlockGroupRouter(nn.Module):
             choices[self.index] = None if self.index in choices else samples
         return samples[position]
 
-    def route(self, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any] | None) -> BlockRouting:
+    def route(self, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any]) -> BlockRouting:
         x_MH, _ = router_weights(self.router_x, vec_BH.device)
         y_MH, _ = router_weights(self.router_y, vec_BH.device)
         active = active_blocks(settings_of(options).get("active_blocks"), self.groups)[self.index]
@@ -126,12 +124,13 @@ class BlockCompiledApart:
         """Read settings and choices, and select the samples that the block runs on."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         options = arguments.pop("transformer_options", None)
+        complete = complete_options(options)
         streams = tuple(arguments[name] for name in self.streams)
         batch = streams[0].shape[0]
         samples, whole = SampleSubset(batch=batch, count=batch, index_S=None), False
         if self.place is not None:
             group, position = self.place
-            samples = group.samples(position, streams, arguments["vec"], options)
+            samples = group.samples(position, streams, arguments["vec"], complete)
             whole = samples.index_S is not None and has_attention_patches(options)
         if whole:  # clones, since blocks write in place
             arguments |= {name: stream.clone() for name, stream in zip(self.streams, streams, strict=True)}
@@ -139,7 +138,7 @@ class BlockCompiledApart:
             arguments = select_rows(arguments, samples)
         if options is not None:
             arguments["transformer_options"] = options
-        settings = None if self.file is None else self.file.under(options)
+        settings = None if self.file is None else self.file.under(complete)
         if settings is not None and settings.trace is not None:
             settings = settings._replace(trace=settings.trace.part(samples, whole))
         return PreparedCall(streams=streams, samples=samples, settings=settings, arguments=arguments, whole=whole)

@@ -10,7 +10,8 @@ Shapes: B batch, T tokens, H hidden size, D predictor width, E experts, F expert
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,11 +270,26 @@ class SingleCall(BlockCall):
         return self.block.down(self.block.linear2, x, self.routed)
 
 
+_OPTIONS = "transformer_options"
+# Index of transformer_options among the arguments of the stock blocks' forward, without self.
+_OPTIONS_INDEX = {
+    block: list(inspect.signature(block.forward).parameters).index(_OPTIONS) - 1
+    for block in (DoubleStreamBlock, SingleStreamBlock)
+}
+
+
+def given_options(stock: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the transformer_options in a call of a stock block's forward, by name or by position; None if left out."""
+    index = _OPTIONS_INDEX[stock]
+    options: Mapping[str, Any] | None = args[index] if index < len(args) else kwargs.get(_OPTIONS)
+    return options
+
+
 class DoubleExpertBlock(DoubleStreamBlock):
     file: FileSettings
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.file.under(kwargs.get("transformer_options")), *args, **kwargs)
+        return self.run(self.file.under(given_options(DoubleStreamBlock, args, kwargs)), *args, **kwargs)
 
     def run(self, settings: CallSettings, *args: Any, **kwargs: Any) -> Any:
         return DoubleStreamBlock.forward(DoubleCall(self, settings), *args, **kwargs)
@@ -285,7 +301,7 @@ class SingleExpertBlock(ExpertLayer, SingleStreamBlock):
     linear2: nn.Linear
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.file.under(kwargs.get("transformer_options")), *args, **kwargs)
+        return self.run(self.file.under(given_options(SingleStreamBlock, args, kwargs)), *args, **kwargs)
 
     def run(self, settings: CallSettings, *args: Any, **kwargs: Any) -> Any:
         return SingleStreamBlock.forward(SingleCall(self, settings), *args, **kwargs)

@@ -3,8 +3,10 @@
 torch.compile makes a graph anew for every value that it reads: a graph that read Top-K would be made again for each
 Top-K, for each gate mode and for a mask. After eight graphs torch stops compiling. Values that packs leave out of their
 graphs' guards (TorchCompileModel leaves out all of transformer_options) would even stay as they were when the graph was
-traced. Therefore settings enter a graph as tensors, which the two operators below read. Shapes in a graph cannot depend
-on settings then: tensors that one operator hands to the other have room for every expert.
+traced. Therefore settings enter a graph as tensors, which the two operators below read. Where a pack calls blocks
+without transformer_options, these tensors say so (`RoutingSettings.replaced`), and the operators look for the settings of
+the current evaluation when the graph runs. Shapes in a graph cannot depend on settings then: tensors that one operator
+hands to the other have room for every expert.
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A = T K assignments, R = T E rows, L routed FFNs,
 C chunks.
@@ -23,7 +25,7 @@ from ...d2m_model.blocks import blocks_of
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.kernels.choice import has_kernels
 from ...d2m_model.routers import RouterTensors, Routing, router_from_text
-from .settings import GraphSettings, RoutingSettings
+from .settings import GraphSettings, RoutingSettings, current_graph_settings
 
 
 def may_compile(flux: nn.Module) -> bool:
@@ -130,6 +132,8 @@ def _up(
     up_bias_EF: Tensor,
 ) -> Handed:
     numbers, by_name = RoutingSettings.unpacked(settings), dict(zip(names, tensors, strict=True))
+    if numbers.replaced and (current := current_graph_settings(x_TH.device)) is not None:
+        numbers, weights_LE = RoutingSettings.unpacked(current.settings), current.weights_LE
     routing = router_from_text(router).route(x_TH, by_name, gate=numbers.gate, value=numbers.value)
     tokens, experts = routing.logits_TE.shape
     if numbers.masked:

@@ -21,13 +21,23 @@ from torch import Tensor, nn
 from ...d2m_model.blocks import FFN, Block, blocks_of
 from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
 from ...d2m_model.config import FluxMoEConfig
-from ...d2m_model.layout import neuron_axis
+from ...d2m_model.layout import ffn_tensors, neuron_axis
 from ...d2m_model.tensor_file import ALIGNMENT
-from .block_groups import CHOSEN_KEY, BlockGroupRouter, compiled_apart
+from .block_groups import BlockGroupRouter, compiled_apart
 from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
 from .custom_operators import may_compile, without_graphs
-from .settings import GRAPH_KEY, NEGATIVE_KEY, OPTIONS_KEY, FileSettings, graph_settings, settings_of
+from .exchanged_blocks import check_blocks, refuse_dense_use
+from .settings import (
+    CHOSEN_KEY,
+    GRAPH_KEY,
+    NEGATIVE_KEY,
+    OPTIONS_KEY,
+    FileSettings,
+    evaluation,
+    graph_settings,
+    settings_of,
+)
 
 # The model
 
@@ -60,6 +70,9 @@ class FluxMoE(Flux):
             else:
                 block.__class__ = SingleExpertBlock
                 block.add_router(layout, file, stored, name, row, device)
+            places = ffn_tensors(name, config.dims.hidden_size)
+            for linear in (places.up, places.down):
+                refuse_dense_use(self.get_submodule(linear), linear)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the stock forward. Own code, because torch.compile limits graphs per code: a dense FLUX counts apart."""
@@ -112,13 +125,22 @@ class FluxMoEWithGroups(FluxMoE):
     ) -> Tensor:
         """Run one evaluation, with a place in its options for the choices of its block groups."""
         options = {**transformer_options, CHOSEN_KEY: {}}
-        return super()._forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
+        with evaluation(self.config, options):
+            return super()._forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
+
+
+def transformer_in(module: nn.Module) -> nn.Module | None:
+    """Return the transformer of a FLUX-MoE in the module of another pack that wraps it; None if it does not hold it."""
+    return next((part for part in module.modules() if CONFIG_KEY in part._buffers), None)
 
 
 class FluxMoEModel(comfy.model_base.Flux):
+    """ComfyUI's model of a FLUX-MoE. Other packs may have wrapped its transformer, so it has the configuration too."""
+
     def __init__(self, model_config: Any, config: FluxMoEConfig, stored: Mapping[str, Tensor], **kwargs: Any) -> None:
         unet_model = functools.partial(FluxMoEWithGroups if config.groups else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
+        self.moe_config = config
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Assign the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
@@ -161,14 +183,20 @@ class FluxMoEModel(comfy.model_base.Flux):
 
         Traced runs are not compiled: a graph would keep the trace that it was made with.
         """
-        options = dict(transformer_options)
+        options, config = dict(transformer_options), self.moe_config
+        flux = transformer_in(self.diffusion_model)
         run = kwargs.pop(NEGATIVE_KEY, None)
-        if run is not None and run.config == self.diffusion_model.config:
+        if run is not None and run.config == config:
             options[OPTIONS_KEY] = run.settings(options, t, x.device)
         settings = settings_of(options)
-        if may_compile(self.diffusion_model):
-            options[GRAPH_KEY] = graph_settings(self.diffusion_model.config, settings, x.device)
-        with without_graphs(self) if settings.get("trace") is not None else nullcontext():
+        if flux is not None:
+            check_blocks(flux, config)
+        if flux is not self.diffusion_model or may_compile(flux):
+            options[GRAPH_KEY] = graph_settings(config, settings, x.device)
+        if config.groups:  # used if another pack replaces the transformer's _forward
+            options[CHOSEN_KEY] = {}
+        traced = settings.get("trace") is not None
+        with evaluation(config, options), without_graphs(self) if traced else nullcontext():
             return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:

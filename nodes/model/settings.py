@@ -13,11 +13,16 @@
 evaluation_settings.ControlRecord. The settings above are their effects, as far as these do not depend on the moment.
 While sampling, evaluation_settings.py applies the controls anew for every evaluation, with the live values of their
 widgets (live_values.py).
+
+Packs that bring their own loop over the blocks may call them without transformer_options. Therefore the model also keeps
+the options of a call in a context variable (`evaluation`), where blocks find the entries that a caller left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,11 +37,45 @@ if TYPE_CHECKING:
 
 OPTIONS_KEY = "d2m"
 GRAPH_KEY = "d2m_graph"  # key of a GraphSettings in transformer_options, during one evaluation
+CHOSEN_KEY = "d2m_chosen"  # choices of the block groups (block_groups.GroupChoices), during one evaluation
 NEGATIVE_KEY = "d2m_negative"  # in negative prompts that have a model of their own: its NegativePromptRun
 
 
 def settings_of(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return (transformer_options or {}).get(OPTIONS_KEY) or {}
+
+
+class CurrentEvaluation(NamedTuple):
+    """One call of a FLUX-MoE."""
+
+    config: FluxMoEConfig
+    options: Mapping[str, Any]  # its transformer_options
+
+
+_CURRENT: ContextVar[CurrentEvaluation | None] = ContextVar("d2m_evaluation", default=None)
+
+
+@contextmanager
+def evaluation(config: FluxMoEConfig, options: Mapping[str, Any]) -> Iterator[None]:
+    """Keep the transformer_options of a call of the model for blocks that are called without them."""
+    token = _CURRENT.set(CurrentEvaluation(config, options))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def complete_options(transformer_options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return a block's options with this pack's entries of the current evaluation where the caller left them out.
+
+    Entries of other packs are not added: a dense FLUX would not get them either.
+    """
+    given, current = transformer_options or {}, _CURRENT.get()
+    if current is None:
+        return given
+    keys = (OPTIONS_KEY, GRAPH_KEY, CHOSEN_KEY)
+    missing = {key: current.options[key] for key in keys if key in current.options and key not in given}
+    return {**given, **missing} if missing else given
 
 
 def router_value(config: FluxMoEConfig, settings: Mapping[str, Any]) -> float:
@@ -52,6 +91,7 @@ class RoutingSettings(NamedTuple):
     normalised: float  # 1: gates of mode `normalised`; 0: `sum`
     scale: float  # of these gates
     masked: float  # 1: there are weights of experts
+    replaced: float = 0.0  # 1: the current evaluation's settings, if there is one, stand in for these
 
     def packed(self) -> Tensor:
         """Return them as a float64 tensor on the host."""
@@ -95,6 +135,15 @@ def graph_settings(config: FluxMoEConfig, settings: Mapping[str, Any], device: t
     return GraphSettings(numbers.packed(), weights_LE)
 
 
+def current_graph_settings(device: torch.device) -> GraphSettings | None:
+    """Return the settings of the current evaluation for graphs, or None outside of evaluations."""
+    current = _CURRENT.get()
+    if current is None:
+        return None
+    made: GraphSettings | None = current.options.get(GRAPH_KEY)
+    return made or graph_settings(current.config, settings_of(current.options), device)
+
+
 class CallSettings(NamedTuple):
     """How the tokens of one call are routed."""
 
@@ -114,31 +163,38 @@ class FileSettings:
     value: float
     gates: Mapping[str, Gate]  # by mode
     gate: str  # the file's own mode
+    graph: GraphSettings  # for graphs of blocks that are called without options
 
     @classmethod
     def of(cls, config: FluxMoEConfig) -> FileSettings:
         gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
+        normalised = config.gate.mode == "normalised"
+        numbers = RoutingSettings(config.router_value, normalised, config.gate.scale, masked=False, replaced=True)
         return cls(
             router=config.router,
             router_text=router_to_text(config.router),
             value=config.router_value,
             gates=gates,
             gate=config.gate.mode,
+            graph=GraphSettings(numbers.packed(), torch.ones(0, 0)),
         )
 
     def under(self, transformer_options: Mapping[str, Any] | None) -> CallSettings:
         """Return the settings of a call of the sampled clone; the file's values stand in for absent settings."""
-        graph = (transformer_options or {}).get(GRAPH_KEY)
-        if graph is not None and torch.compiler.is_compiling():
+        options = transformer_options or {}
+        if not torch.compiler.is_compiling():
+            options = complete_options(options)
+        elif GRAPH_KEY in options or OPTIONS_KEY not in options:
+            graph = options.get(GRAPH_KEY, self.graph)
             return CallSettings(value=self.value, gate=self.gates[self.gate], graph=graph)
-        settings = settings_of(transformer_options)
+        settings = settings_of(options)
         gate = self.gates[settings.get("gate", self.gate)]
         return CallSettings(
             value=settings.get(self.router.setting, self.value),
             gate=gate,
             mask=settings.get("mask"),
             trace=settings.get("trace"),
-            graph=graph,
+            graph=options.get(GRAPH_KEY),
         )
 
 

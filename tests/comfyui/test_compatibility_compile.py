@@ -5,6 +5,7 @@ Beyond torch's limit of recompilations (eight) a model runs uncompiled without a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_top_k_gate_and_mask_are_the_same_graph(
     assert not counters["graph_break"]
     few = [it for (gate, top_k), it in seen.items() if gate != "normalised" or 0 < top_k < 5]
     assert min(distance(a, b) for i, a in enumerate(few) for b in few[:i]) >= 1e-4  # settings do something
+
+
+@pytest.mark.parametrize("by", [compiled, blocks_compiled], ids=["the model", "block by block"])
+def test_blocks_that_are_called_without_options_are_the_same_graph(
+    host: Comfy, tmp_path: Path, counters: Any, by: Callable[[Any], Any]
+) -> None:
+    """The loop over the blocks is another pack's."""
+    packs = importlib.import_module("tests.comfyui.packs")  # which imports ComfyUI
+    split = files.split(files.dense_flux(DIMS), DIMS, dense_double_blocks=0)
+    moe = host.load(files.save(split, tmp_path / "moe.safetensors"))
+    whole = by(packs.loop_of_an_object_patch(moe))
+    for top_k in (2, 0, 1, 5, ALL):
+        agree(host, moe, whole, top_k=top_k)
+    agree(host, moe, whole, top_k=5, gate="normalised", mask=masks(moe)[1])
+    agree(host, moe, whole)
+    assert counters["stats"]["unique_graphs"] == (1 if by is compiled else 2)
+    assert not counters["graph_break"]
 
 
 def test_capacity_is_the_same_graph(host: Comfy, tmp_path: Path, counters: Any) -> None:

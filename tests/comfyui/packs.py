@@ -1,0 +1,80 @@
+"""Stand-ins for other node packs: the ways in which they patch a FLUX, each as a function from a MODEL to a MODEL.
+
+ComfyUI has to be imported before this module (fixture `host`).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock, timestep_embedding
+from torch import Tensor, nn
+
+
+def own_loop(
+    flux: Any, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
+    guidance: Tensor | None = None, control: Any = None, transformer_options: Any = {}, attn_mask: Any = None,  # noqa: B006
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """A forward_orig from before blocks had transformer_options."""
+    img, txt = flux.img_in(img), flux.txt_in(txt)
+    vec = flux.time_in(timestep_embedding(timesteps, 256).to(img.dtype)) + flux.vector_in(y)
+    if flux.params.guidance_embed:
+        vec = vec + flux.guidance_in(timestep_embedding(guidance, 256).to(img.dtype))
+    pe = flux.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+    for block in flux.double_blocks:
+        img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
+    joint = torch.cat((txt, img), 1)
+    for block in flux.single_blocks:
+        joint = block(joint, vec=vec, pe=pe, attn_mask=attn_mask)
+    found: Tensor = flux.final_layer(joint[:, txt.shape[1] :], vec)
+    return found
+
+
+def loop_replaced_while_called(model: Any) -> Any:
+    """As feature caches do: a unet function wrapper exchanges forward_orig for the time of each call."""
+    clone, flux = model.clone(), model.model.diffusion_model
+
+    def wrapper(apply: Any, args: dict[str, Any]) -> Tensor:
+        with mock.patch.object(flux, "forward_orig", types.MethodType(own_loop, flux)):
+            found: Tensor = apply(args["input"], args["timestep"], **args["c"])
+        return found
+
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def loop_of_an_object_patch(model: Any) -> Any:
+    """As face adapters do, with ComfyUI's means."""
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.forward_orig", types.MethodType(own_loop, model.model.diffusion_model))
+    return clone
+
+
+class ForeignSingle(SingleStreamBlock):
+    """A single block with a dense FFN, whatever it was before."""
+
+
+def foreign_forward(block: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """A forward in place of a single block's own."""
+    found: Tensor = SingleStreamBlock.forward(block, *args, **kwargs)
+    return found
+
+
+class ForeignDouble(DoubleStreamBlock):
+    """A double block that calls its FFNs as modules."""
+
+
+@contextmanager
+def exchanged_class(block: nn.Module, foreign: type[nn.Module]) -> Iterator[None]:
+    own = block.__class__
+    block.__class__ = foreign
+    try:
+        yield
+    finally:
+        block.__class__ = own

@@ -1,0 +1,117 @@
+"""Beside other packs no setting is lost without a word: it reaches the blocks, or a message says why it cannot."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from demo.in_process import Comfy
+from tests.comfyui.conftest import Pair
+from tests.comfyui.grouped import Grouped, active
+from tests.toys import files
+from tests.toys.compare import distance
+
+SIZE = (2, 8, 8)
+Patch = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def packs(host: Comfy) -> ModuleType:
+    return importlib.import_module("tests.comfyui.packs")  # which imports ComfyUI
+
+
+@pytest.fixture(params=["loop_replaced_while_called", "loop_of_an_object_patch"])
+def own_loop(request: pytest.FixtureRequest, packs: ModuleType) -> Patch:
+    patch: Patch = getattr(packs, request.param)
+    return patch
+
+
+def test_settings_reach_blocks_that_are_called_without_options(host: Comfy, pair: Pair, own_loop: Patch) -> None:
+    mask = {"double_blocks.1.img_mlp": torch.linspace(0, 2, files.LAYOUT.experts)}
+    for settings in ({}, {"top_k": 0}, {"top_k": 3, "gate": "normalised"}, {"top_k": 5, "mask": mask}):
+        model = host.with_settings(pair.moe, **settings)
+        assert distance(host.sample(own_loop(model), SIZE, steps=1), host.sample(model, SIZE, steps=1)) <= 1e-6
+    images = [host.sample(own_loop(host.top_k(pair.moe, k)), SIZE, steps=1) for k in (0, 2, files.LAYOUT.experts)]
+    assert min(distance(images[1], other) for other in (images[0], images[2])) >= 1e-3
+
+
+def test_active_blocks_reach_blocks_that_are_called_without_options(
+    host: Comfy, grouped: Grouped, own_loop: Patch
+) -> None:
+    for blocks in (0, 1, [2, 3]):
+        model = active(host, grouped.moe, blocks)
+        assert distance(host.sample(own_loop(model), SIZE, steps=2), host.sample(model, SIZE, steps=2)) <= 1e-6
+
+
+def test_a_trace_hears_blocks_that_are_called_without_options(host: Comfy, grouped: Grouped, own_loop: Patch) -> None:
+    store = host.module("nodes.expert_map.trace_store").STORE
+    traces = []
+    for patch in (own_loop, lambda model: model):
+        model, handle = host.execute("D2MTraceRouting", model=active(host, grouped.moe, [1, 3])).result
+        host.sample(patch(model), SIZE, steps=2)
+        traces.append(store._stored[handle.runs[-1]].trace)
+    found, expected = ([step.buffer for step in trace.steps] for trace in traces)
+    assert all(map(np.array_equal, found, expected))
+    assert [step.settings for step in traces[0].steps] == [step.settings for step in traces[1].steps]
+
+
+def test_settings_do_not_outlast_their_evaluation(host: Comfy, pair: Pair) -> None:
+    """A block that is called outside of the model runs as the file says."""
+    block = pair.moe.model.diffusion_model.single_blocks[0]
+    x, vec = torch.randn(1, 10, 128), torch.randn(1, 128)
+    common = {"vec": vec, "pe": pair.moe.model.diffusion_model.pe_embedder(torch.zeros(1, 10, 3))}
+    expected = block(x.clone(), **common)
+    host.sample(host.top_k(pair.moe, 0), SIZE, steps=1)
+    assert torch.equal(block(x.clone(), **common), expected)
+
+
+def test_options_are_found_by_position_too(host: Comfy, pair: Pair) -> None:
+    flux = pair.moe.model.diffusion_model
+    x, vec, pe = torch.randn(1, 10, 128), torch.randn(1, 128), flux.pe_embedder(torch.zeros(1, 10, 3))
+    options = {"d2m": {"top_k": 0}}
+    single, double = flux.single_blocks[0], flux.double_blocks[1]
+    by_name = single(x.clone(), vec, pe, transformer_options=options)
+    assert torch.equal(single(x.clone(), vec, pe, None, None, options), by_name)
+    by_name = double(x[:, :6].clone(), x[:, 6:].clone(), vec, pe, transformer_options=options)
+    by_position = double(x[:, :6].clone(), x[:, 6:].clone(), vec, pe, None, None, None, options)
+    assert all(map(torch.equal, by_position, by_name))
+
+
+def test_an_exchanged_single_block_is_named(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+    block = pair.moe.model.diffusion_model.single_blocks[1]
+    with (
+        packs.exchanged_class(block, packs.ForeignSingle),
+        pytest.raises(RuntimeError, match=r"single_blocks\.1 .* ForeignSingle \(of tests\.comfyui\.packs\).* anew"),
+    ):
+        host.sample(pair.moe, SIZE, steps=1)
+    host.sample(pair.moe, SIZE, steps=1)
+
+
+def test_a_foreign_forward_that_uses_experts_as_a_dense_layer_is_named(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+    block = pair.moe.model.diffusion_model.single_blocks[1]
+    block.forward = MethodType(packs.foreign_forward, block)
+    try:
+        with pytest.raises(RuntimeError, match=r"uses single_blocks\.1\.linear1 .* dense"):
+            host.sample(pair.moe, SIZE, steps=1)
+    finally:
+        del block.forward
+
+
+def test_an_exchanged_double_block_keeps_the_settings_of_its_ffns(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+    block, model = pair.moe.model.diffusion_model.double_blocks[1], host.top_k(pair.moe, 3)
+    expected = host.sample(model, SIZE, steps=1)
+    with packs.exchanged_class(block, packs.ForeignDouble):
+        found = host.sample(model, SIZE, steps=1)
+    assert distance(found, expected) <= 1e-6
+
+
+def test_an_exchanged_block_of_a_group_is_named(host: Comfy, grouped: Grouped, packs: ModuleType) -> None:
+    block = grouped.moe.model.diffusion_model.double_blocks[1]
+    with packs.exchanged_class(block, packs.ForeignDouble), pytest.raises(RuntimeError, match=r"double_blocks\.1 "):
+        host.sample(grouped.moe, SIZE, steps=1)
