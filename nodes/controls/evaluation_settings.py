@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.foreign import printable
+from ..model.call_arguments import CallArguments
 from ..model.flux_moe import FluxMoEModel
 from ..model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
 from .effects import CONTROLLED, Moment, Settings, log_entry
@@ -186,30 +187,29 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return sampled
 
 
-def prepare_sampling(
-    executor: Any, model: Any, noise_shape: Any, conds: Mapping[str, Any], model_options: Any = None, **kwargs: Any
-) -> Any:
+def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap the preparation of each model of a guider, which comes with the options of that model."""
-    options = (model_options or {}).get("transformer_options", {})
+    call = CallArguments(args, kwargs)
+    options = (call.find(3, "model_options") or {}).get("transformer_options", {})
     if _RUN_KEY not in settings_of(options):  # not the guider's own model, whose options have a run by now
-        run = NegativePromptRun(model)
-        for prompts in conds.values():
+        run = NegativePromptRun(call.find(0, "model"))
+        for prompts in call.find(2, "conds").values():
             _hand_over(prompts, run)
         LIVE.begin(run.prompt, run.node, run.log)
         # This model has no hook at the end of a run, so its log is ended here. A run that fails makes no image.
         LIVE.end(run.prompt, run.node, run.log)
-    return executor(model, noise_shape, conds, model_options, **kwargs)
+    return call.hand_on(executor)
 
 
-def predict_noise(
-    executor: Any, x: Tensor, timestep: Tensor, model_options: Mapping[str, Any] = {}, seed: int | None = None
-) -> Any:
+def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap one evaluation of the guider's model: put its settings into a copy of the options."""
+    call = CallArguments(args, kwargs)
+    x, timestep, model_options = call.find(0, "x"), call.find(1, "timestep"), call.find(2, "model_options") or {}
     options = model_options.get("transformer_options", {})
     settings = settings_of(options)
     run = settings.get(_RUN_KEY)
-    if run is None:  # another pack evaluates the model without sampling
-        return executor(x, timestep, model_options, seed)
-    settings = without_controlled(settings) | run.next_settings(float(timestep.reshape(-1)[0]), x.device)
-    fixed = {**model_options, "transformer_options": {**options, OPTIONS_KEY: settings}}
-    return executor(x, timestep, fixed, seed)
+    if run is not None:  # else another pack evaluates the model without sampling
+        settings = without_controlled(settings) | run.next_settings(float(timestep.reshape(-1)[0]), x.device)
+        fixed = {**model_options, "transformer_options": {**options, OPTIONS_KEY: settings}}
+        call = call.replace(2, "model_options", fixed)
+    return call.hand_on(executor)

@@ -19,6 +19,7 @@ from ...d2m_model.config import PATCH_LATENTS, FluxMoEConfig
 from ...d2m_model.trace import Evaluation, Pass, Run
 from ...d2m_model.trace_record import MAX_TRACED_EXPERTS, SampleKey
 from ..controls.effects import effective_settings
+from ..model.call_arguments import CallArguments
 from ..model.flux_moe import require_flux_moe
 from ..model.settings import OPTIONS_KEY, settings_of
 from .trace_store import STORE, TraceHandle
@@ -50,44 +51,37 @@ class Tracer:
             model.remove_wrappers_with_key(kind, _TRACE_KEY)
             model.add_wrapper_with_key(kind, _TRACE_KEY, wrapper)
 
-    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        guider = executor.class_obj
-        run = Run(self.config, patch_grid(noise), _MAX_RUN_BYTES)
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        guider, call = executor.class_obj, CallArguments(args, kwargs)
+        run = Run(self.config, patch_grid(call.find(0, "noise")), _MAX_RUN_BYTES)
         options = guider.model_options.setdefault("transformer_options", {})
         options[_TRACE_KEY] = run
-        latents: Tensor = executor(noise, *args, **kwargs)
+        latents: Tensor = call.hand_on(executor)
         self.handle.add_run(run.finish(), latents)
         return latents
 
-    def predict_noise(
-        self, executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None
-    ) -> Any:
-        model_options = model_options or {}
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        call = CallArguments(args, kwargs)
+        model_options = call.find(2, "model_options") or {}
         options = model_options.get("transformer_options", {})
         run = options.get(_TRACE_KEY)
         if not isinstance(run, Run) or run.full:
-            return executor(x, timestep, model_options, seed)
-        evaluation = Evaluation(timestep)
+            return call.hand_on(executor)
+        evaluation = Evaluation(call.find(1, "timestep"))
         prompts = executor.class_obj.conds
         if not run.conditions:
-            run.conditions, run.pieces = tuple(prompts), prompt_pieces(prompts, images=x.shape[0])
+            run.conditions = tuple(prompts)
+            run.pieces = prompt_pieces(prompts, images=call.find(0, "x").shape[0])
         options = {**options, _TRACE_KEY: (run, evaluation, prompt_names(prompts))}
-        noise = executor(x, timestep, {**model_options, "transformer_options": options}, seed)
+        call = call.replace(2, "model_options", {**model_options, "transformer_options": options})
+        noise = call.hand_on(executor)
         run.end(evaluation)
         return noise
 
-    def apply_model(
-        self,
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        options = dict(transformer_options or {})
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        call = CallArguments(args, kwargs)
+        x, c_crossattn = call.find(0, "x"), call.find(3, "c_crossattn")
+        options = dict(call.find(5, "transformer_options") or {})
         state = options.get(_TRACE_KEY)
         if isinstance(state, tuple) and c_crossattn is not None:
             run, evaluation, names = state
@@ -101,9 +95,10 @@ class Tracer:
                 if evaluation.settings is None:
                     evaluation.settings = effective_settings(settings_of(options), self.config)
                 options[OPTIONS_KEY] = {**settings_of(options), "trace": current.recorder}
+                call = call.replace(5, "transformer_options", options)
             else:
                 run.note(_AREA_NOTE)
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return call.hand_on(executor)
 
     def _has_the_traced_config(self, base_model: Any) -> bool:
         """Return whether this comfy BaseModel has the configuration of the traced MODEL.

@@ -2,7 +2,8 @@
 
 A block of a group stays ComfyUI's block, at its index and with its arguments. It runs on the samples that chose it and
 returns the streams of the others unchanged. The choice is made at the group's first block, from the streams before it,
-and kept in the options of the one evaluation that it belongs to (settings.complete_options), where the group's other blocks find it.
+and kept in the options of the one evaluation that it belongs to, where the group's other blocks find it (see
+settings.complete_options).
 
 torch.compile: the host must know which samples run a block before it can leave out the others, so a graph breaks at
 every group. ComfyUI's loop over the blocks then runs uncompiled, and each block is a graph of its own.

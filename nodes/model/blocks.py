@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ...d2m_model.config import FFNLayout
 from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
 from ...d2m_model.routers import Routing
+from .call_arguments import CallArguments
 from .custom_operators import Handed, down_in_graph, up_in_graph
 from .settings import CallSettings, FileSettings, GraphSettings
 
@@ -271,18 +272,19 @@ class SingleCall(BlockCall):
 
 
 _OPTIONS = "transformer_options"
+
+
+def given_options(stock: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the transformer_options in a call of a stock block's forward; None if left out."""
+    options: Mapping[str, Any] | None = CallArguments(args, kwargs).find(_OPTIONS_INDEX[stock], _OPTIONS)
+    return options
+
+
 # Index of transformer_options among the arguments of the stock blocks' forward, without self.
 _OPTIONS_INDEX = {
     block: list(inspect.signature(block.forward).parameters).index(_OPTIONS) - 1
     for block in (DoubleStreamBlock, SingleStreamBlock)
 }
-
-
-def given_options(stock: type[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the transformer_options in a call of a stock block's forward, by name or by position; None if left out."""
-    index = _OPTIONS_INDEX[stock]
-    options: Mapping[str, Any] | None = args[index] if index < len(args) else kwargs.get(_OPTIONS)
-    return options
 
 
 class DoubleExpertBlock(DoubleStreamBlock):

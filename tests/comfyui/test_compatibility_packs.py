@@ -93,7 +93,9 @@ def test_an_exchanged_single_block_is_named(host: Comfy, pair: Pair, packs: Modu
     host.sample(pair.moe, SIZE, steps=1)
 
 
-def test_a_foreign_forward_that_uses_experts_as_a_dense_layer_is_named(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+def test_a_foreign_forward_that_uses_experts_as_a_dense_layer_is_named(
+    host: Comfy, pair: Pair, packs: ModuleType
+) -> None:
     block = pair.moe.model.diffusion_model.single_blocks[1]
     block.forward = MethodType(packs.foreign_forward, block)
     try:
@@ -115,3 +117,52 @@ def test_an_exchanged_block_of_a_group_is_named(host: Comfy, grouped: Grouped, p
     block = grouped.moe.model.diffusion_model.double_blocks[1]
     with packs.exchanged_class(block, packs.ForeignDouble), pytest.raises(RuntimeError, match=r"double_blocks\.1 "):
         host.sample(grouped.moe, SIZE, steps=1)
+
+
+def test_context_windows_paint_under_settings_as_without(host: Comfy, pair: Pair) -> None:
+    """Their wrapper of the preparation reads the options by name."""
+    nodes = pytest.importorskip("comfy_extras.nodes_context_windows")
+
+    def windows(model: Any) -> Any:
+        return nodes.ContextWindowsManualNode.execute(
+            model, context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1,
+            closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False,
+        ).result[0]  # fmt: skip
+
+    controlled = windows(host.top_k(pair.moe, 3))
+    expected = host.sample(windows(host.with_settings(pair.moe, top_k=3)), (1, 8, 8), steps=1)
+    assert distance(host.sample(controlled, (1, 8, 8), steps=1), expected) <= 1e-6
+    assert distance(host.sample(host.top_k(windows(pair.moe), 3), (1, 8, 8), steps=1), expected) <= 1e-6
+
+
+def test_wrappers_hand_arguments_on_as_they_came(host: Comfy, pair: Pair) -> None:
+    """Another pack's wrapper before ours may pass them by name, and one behind ours may read them so."""
+    from comfy.patcher_extension import WrappersMP
+
+    behind: dict[str, set[str]] = {}
+
+    def by_name(kind: str, names: tuple[str, ...]) -> None:
+        def before(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            return executor(**dict(zip(names, args, strict=False)), **kwargs)
+
+        def after(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            assert not args
+            behind[kind] = set(kwargs)
+            return executor(**kwargs)
+
+        # ComfyUI calls the wrapper that was added first first.
+        model.add_wrapper_with_key(kind, "before", before)
+        for key in ("d2m", "d2m_trace"):
+            for own in list(model.get_wrappers(kind, key)):
+                model.remove_wrappers_with_key(kind, key)
+                model.add_wrapper_with_key(kind, key, own)
+        model.add_wrapper_with_key(kind, "after", after)
+
+    model, handle = host.execute("D2MTraceRouting", model=host.top_k(pair.moe, 3)).result
+    expected = host.sample(model, SIZE, steps=1)
+    by_name(WrappersMP.PREDICT_NOISE, ("x", "timestep", "model_options", "seed"))
+    by_name(WrappersMP.APPLY_MODEL, ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options"))
+    assert torch.equal(host.sample(model, SIZE, steps=1), expected)
+    assert behind[WrappersMP.PREDICT_NOISE] == {"x", "timestep", "model_options", "seed"}
+    assert "transformer_options" in behind[WrappersMP.APPLY_MODEL]
+    assert len(handle.runs) == 2
