@@ -96,25 +96,29 @@ class SampleSubset:
     index_S: Tensor | None
 
     @classmethod
-    def of(cls, indices: Sequence[int], batch: int, device: torch.device) -> SampleSubset:
-        some = 0 < len(indices) < batch
-        return cls(batch=batch, count=len(indices), index_S=torch.tensor(indices, device=device) if some else None)
+    def of(cls, count: int, order_B: Tensor) -> SampleSubset:
+        """Return the first `count` samples of order_B, int64 [B]."""
+        batch = order_B.shape[0]
+        return cls(batch=batch, count=count, index_S=order_B[:count] if 0 < count < batch else None)
 
 
 def samples_per_block(routing: BlockRouting) -> list[SampleSubset]:
     """Return the samples that chose each block of the group, in the order of the blocks.
 
-    The host waits here for the device, once per group, because it must know which blocks to skip. It does not wait if
-    all blocks run, or none (active M or 0). A compiled graph breaks here; a graph that must not break (torch.compile
-    with fullgraph, a CUDA graph) runs every block and uses `masked`.
+    The host waits here for the device, once per group, because it must know which blocks to skip, and a group's choice
+    depends on the blocks before it. The host does not wait if all blocks run, or none (active M or 0). A compiled graph
+    breaks here; a graph that must not break (torch.compile with fullgraph, a CUDA graph) runs every block and uses
+    `masked`.
     """
-    batch, blocks = routing.chosen_BM.shape
-    device = routing.chosen_BM.device
+    chosen_MB = routing.chosen_BM.T.contiguous()
+    blocks, batch = chosen_MB.shape
     if routing.active in (0, blocks):
-        everyone = range(batch if routing.active else 0)
-        return [SampleSubset.of(everyone, batch, device)] * blocks
-    chosen = routing.chosen_BM.T.tolist()
-    return [SampleSubset.of([b for b, runs in enumerate(row) if runs], batch, device) for row in chosen]
+        counts = [batch if routing.active else 0] * blocks
+    else:
+        counts = chosen_MB.sum(dim=1).tolist()
+    # Samples that run a block first, both kinds in their order: indices that stay on the device.
+    order_MB = chosen_MB.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
+    return [SampleSubset.of(count, order_B) for count, order_B in zip(counts, order_MB, strict=True)]
 
 
 def select_rows(value: Value, samples: SampleSubset) -> Value:

@@ -21,7 +21,7 @@ from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.foreign import printable
 from ..model.call_arguments import CallArguments
 from ..model.flux_moe import FluxMoEModel
-from ..model.settings import NEGATIVE_KEY, OPTIONS_KEY, settings_of
+from ..model.settings import MASK_ON_DEVICE, NEGATIVE_KEY, OPTIONS_KEY, settings_of
 from .effects import CONTROLLED, Moment, Settings, log_entry
 from .kinds import CONTROL_KINDS
 from .live_values import LIVE, ExecutingPrompt
@@ -59,18 +59,21 @@ def static_settings(controls: Sequence[ControlRecord], config: FluxMoEConfig) ->
 
 
 def _mask_tensors(settings: Settings, device: torch.device | None) -> Settings:
-    """Return `mask`, if there is one, with the float32 tensors that the model reads."""
+    """Return `mask`, if there is one, as float32 tensors on the host, and on `device` too unless it is None."""
     mask = settings.get("mask")
     if mask is None:
         return {}
-    return {
-        "mask": {name: torch.as_tensor(weights, dtype=torch.float32, device=device) for name, weights in mask.items()}
-    }
+    tensors = {name: torch.as_tensor(weights, dtype=torch.float32) for name, weights in mask.items()}
+    if device is None:
+        return {"mask": tensors}
+    copied = torch.cat(list(tensors.values())).to(device)  # one copy, since the host waits for each
+    parts = copied.split([len(weights) for weights in tensors.values()])
+    return {"mask": tensors, MASK_ON_DEVICE: dict(zip(tensors, parts, strict=True))}
 
 
 def without_controlled(settings: Mapping[str, Any]) -> Settings:
     """Return the settings that no control makes."""
-    return {key: value for key, value in settings.items() if key not in CONTROLLED}
+    return {key: value for key, value in settings.items() if key not in (*CONTROLLED, MASK_ON_DEVICE)}
 
 
 class ControlledRun:
@@ -88,7 +91,7 @@ class ControlledRun:
             "evaluations": [],
             "masks": [],
         }
-        self._mask: tuple[Any, dict[str, Tensor]] = (None, {})
+        self._mask: tuple[Any, Settings] = (None, {})
 
     def next_settings(self, sigma: float, device: torch.device) -> Settings:
         """Return and log the settings of the next evaluation."""
@@ -102,8 +105,8 @@ class ControlledRun:
         self.log["evaluations"].append({"evaluation": evaluation, "sigma": float(f"{sigma:.6g}"), **entry})
         if "mask" in settings:
             if self._mask[0] != settings["mask"]:  # moved to the device once, not for every evaluation
-                self._mask = (settings["mask"], _mask_tensors(settings, device)["mask"])
-            settings["mask"] = self._mask[1]
+                self._mask = (settings["mask"], _mask_tensors(settings, device))
+            settings |= self._mask[1]
         return settings
 
     def _apply(

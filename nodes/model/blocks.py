@@ -137,6 +137,18 @@ class ExpertLayer(nn.Module):
             owner = owner.get_submodule(part)
         return owner, attribute
 
+    def keep_buffers_on(self, device: torch.device) -> None:
+        """Move the router's buffers and the expert means to `device`, where they stay.
+
+        ComfyUI's partial loading leaves them on the host, which would wait for a copy of them in every call.
+        """
+        for name in (*self.router_buffers, "expert_mean"):
+            owner, attribute = self._owner(name)
+            buffer = owner._buffers[attribute]
+            if buffer is not None and buffer.device != device:
+                with torch.inference_mode(False):  # for training, which cannot use tensors of inference mode
+                    setattr(owner, attribute, buffer.to(device))
+
     def router_tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Return the router's tensors on `device`, by their names in the file."""
         tensors = {name: self.get_buffer(name).to(device) for name in self.router_buffers}

@@ -24,7 +24,7 @@ from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.layout import ffn_tensors, neuron_axis
 from ...d2m_model.tensor_file import ALIGNMENT
 from .block_groups import BlockGroupRouter, compiled_apart
-from .blocks import DoubleExpertBlock, ExpertFFN, SingleExpertBlock
+from .blocks import DoubleExpertBlock, ExpertFFN, ExpertLayer, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
 from .custom_operators import may_compile, without_graphs
 from .exchanged_blocks import check_blocks, refuse_dense_use
@@ -56,7 +56,7 @@ class FluxMoE(Flux):
         self.register_buffer(CONFIG_KEY, torch.empty_like(stored[CONFIG_KEY], device=device))
         if config.adaln_rank is not None:
             compress_modulations(self, stored["adaln_in.weight"], kwargs["operations"], kwargs.get("dtype"), device)
-        file = FileSettings.of(config)
+        file, layers = FileSettings.of(config), []
         for row, (name, layout) in enumerate(config.ffns.items()):
             ffn = FFN.parse(name)
             block: Any = self.get_submodule(ffn.block.name)
@@ -66,17 +66,24 @@ class FluxMoE(Flux):
                 attribute = name.removeprefix(f"{ffn.block.name}.")
                 mlp = ExpertFFN(*getattr(block, attribute))
                 setattr(block, attribute, mlp)
-                mlp.add_router(layout, file, stored, name, row, device)
+                layers.append(mlp)
             else:
                 block.__class__ = SingleExpertBlock
-                block.add_router(layout, file, stored, name, row, device)
+                layers.append(block)
+            layers[-1].add_router(layout, file, stored, name, row, device)
             places = ffn_tensors(name, config.dims.hidden_size)
             for linear in (places.up, places.down):
                 refuse_dense_use(self.get_submodule(linear), linear)
+        self.expert_layers: tuple[ExpertLayer, ...] = tuple(layers)  # not a child module, which would be saved twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the stock forward. Own code, because torch.compile limits graphs per code: a dense FLUX counts apart."""
         return super().forward(*args, **kwargs)
+
+    def keep_buffers_on(self, device: torch.device) -> None:
+        """Move the small tensors of the routed FFNs that are no layers to `device`, where they stay."""
+        for layer in self.expert_layers:
+            layer.keep_buffers_on(device)
 
     def compressed(self) -> set[str]:
         """Return the names of the compressed weights lin' in this model; none without AdaLN compression."""
@@ -191,6 +198,7 @@ class FluxMoEModel(comfy.model_base.Flux):
         settings = settings_of(options)
         if flux is not None:
             check_blocks(flux, config)
+            flux.keep_buffers_on(x.device)
         if flux is not self.diffusion_model or may_compile(flux):
             options[GRAPH_KEY] = graph_settings(config, settings, x.device)
         if config.groups:  # used if another pack replaces the transformer's _forward

@@ -7,6 +7,7 @@
   its blocks), or a list with one int per group, in the file's order.
 - `mask`: weights of experts, {FFN: float32 [E]}. They multiply the gates of chosen experts: 0 mutes an expert, 1 leaves
   it as it is.
+- `mask_on_device`: a copy of `mask` on the model's device, which spares a copy for every FFN.
 - `trace` (d2m_model.trace.RoutingRecorder): records the choices of all routers.
 
 `controls` is not read by the model: it lists the controls of the clone in the order of their chain, as
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ...d2m_model.trace import RoutingRecorder
 
 OPTIONS_KEY = "d2m"
+MASK_ON_DEVICE = "mask_on_device"
 GRAPH_KEY = "d2m_graph"  # key of a GraphSettings in transformer_options, during one evaluation
 CHOSEN_KEY = "d2m_chosen"  # choices of the block groups (block_groups.GroupChoices), during one evaluation
 NEGATIVE_KEY = "d2m_negative"  # in negative prompts that have a model of their own: its NegativePromptRun
@@ -76,6 +78,12 @@ def complete_options(transformer_options: Mapping[str, Any] | None) -> Mapping[s
     keys = (OPTIONS_KEY, GRAPH_KEY, CHOSEN_KEY)
     missing = {key: current.options[key] for key in keys if key in current.options and key not in given}
     return {**given, **missing} if missing else given
+
+
+def expert_weights(settings: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+    """Return the mask, on the model's device if there is a copy."""
+    weights: Mapping[str, Tensor] | None = settings.get(MASK_ON_DEVICE) or settings.get("mask")
+    return weights
 
 
 def router_value(config: FluxMoEConfig, settings: Mapping[str, Any]) -> float:
@@ -120,7 +128,7 @@ class GraphSettings(NamedTuple):
 
 def graph_settings(config: FluxMoEConfig, settings: Mapping[str, Any], device: torch.device) -> GraphSettings:
     """Pack a clone's settings for graphs."""
-    mask: Mapping[str, Tensor] = settings.get("mask") or {}
+    mask = expert_weights(settings) or {}
     numbers = RoutingSettings(
         value=router_value(config, settings),
         normalised=settings.get("gate", config.gate.mode) == "normalised",
@@ -192,7 +200,7 @@ class FileSettings:
         return CallSettings(
             value=settings.get(self.router.setting, self.value),
             gate=gate,
-            mask=settings.get("mask"),
+            mask=expert_weights(settings),
             trace=settings.get("trace"),
             graph=options.get(GRAPH_KEY),
         )

@@ -132,7 +132,7 @@ def test_blocks_of_a_group_tell_which_samples_they_ran_on() -> None:
     listening = Pass(samples, TEXT, 0)
     chosen_BM = torch.tensor([[True, False], [False, True], [True, False]])
     listening.recorder.blocks(0, BlockRouting(chosen_BM=chosen_BM, logits_BM=chosen_BM.float(), active=1))
-    some = SampleSubset.of([0, 2], 3, torch.device("cpu"))
+    some = SampleSubset.of(2, torch.tensor([0, 2, 1]))
     routing = routed(2 * LENGTHS[JOINT])
     listening.recorder.part(some, whole=False).experts(JOINT, routing, batch=2, gate=NORMALISED)
     trace = traced(config(groups=(GROUP,)), listening)
@@ -147,7 +147,7 @@ def test_a_block_that_is_shown_the_whole_batch_counts_for_those_who_chose_it() -
     """This happens when another pack changes the attention."""
     listening = Pass([ONE, TWO, NEGATIVE], TEXT, 0)
     routing = routed(3 * LENGTHS[JOINT])
-    some = SampleSubset.of([1], 3, torch.device("cpu"))
+    some = SampleSubset.of(1, torch.tensor([1, 0, 2]))
     listening.recorder.part(some, whole=True).experts(JOINT, routing, batch=3, gate=NORMALISED)
     trace = traced(config(), listening)
     assert [JOINT in trace.choices(0, key) for key in (ONE, TWO, NEGATIVE)] == [False, True, False]
@@ -157,7 +157,7 @@ def test_a_block_that_is_shown_the_whole_batch_counts_for_those_who_chose_it() -
 
 def test_a_block_that_another_pack_runs_on_an_unknown_part_of_the_batch_is_left_out() -> None:
     listening = Pass([ONE, TWO, NEGATIVE], TEXT, 0)
-    part = SampleSubset.of([1], 2, torch.device("cpu"))
+    part = SampleSubset.of(1, torch.tensor([1, 0]))
     listening.recorder.part(part, whole=False).experts(JOINT, routed(LENGTHS[JOINT]), batch=1, gate=NORMALISED)
     listening.recorder.experts(IMG, routed(2 * IMAGE), batch=2, gate=NORMALISED)
     trace = traced(config(), listening)
@@ -280,7 +280,7 @@ def test_prompts_that_were_evaluated_on_two_devices_are_packed_together(router: 
     """ComfyUI splits the work over several GPUs this way."""
     run = Run(config(groups=(GROUP,)), GRID, 2**20)
     there, here = Pass([ONE], TEXT, 0), Pass([NEGATIVE], TEXT, 0)
-    some = SampleSubset.of([0], 1, torch.device("cpu"))
+    some = SampleSubset.of(1, torch.tensor([0]))
     for listening, routing in (
         (there, on_meta(router, LENGTHS[JOINT])),
         (here, routed(LENGTHS[JOINT]) if router == "top_k" else unevenly(LENGTHS[JOINT])),
