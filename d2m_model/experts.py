@@ -1,9 +1,10 @@
 """Routed experts of a MoE FFN (Eq. 2): the seam between the method and its kernels.
 
-`plan_dispatch` sorts the assignments of tokens to experts by expert. `expert_up` and `expert_down` are the two halves of
-the experts' MLPs; they are separate because FLUX's single block keeps W1 and W2 in two modules. Everything runs on
-strided views of the fused weights, with static shapes and without synchronising with the device. The exception is an
-uneven routing in several chunks: the host must know at which rows the chunks begin.
+`plan_dispatch` sorts the assignments of tokens to experts by expert; `plan_experts` does so too, unless computing every
+expert for every token is cheaper. `expert_up` and `expert_down` are the two halves of the experts' MLPs; they are
+separate because FLUX's single block keeps W1 and W2 in two modules. Everything runs on strided views of the fused
+weights, with static shapes and without synchronising with the device. The exception is an uneven routing in several
+chunks: the host must know at which rows the chunks begin.
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A assignments (T K of them under top-k), C chunks;
 in `grouped_mm` A rows, D depth of the product, N columns.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.choice import has_kernels
+from .kernels.choice import computes_every_expert, has_kernels
 from .routers import Routing
 
 # Bytes of the gathered rows of one chunk. On a CPU they should fit into its cache; on a GPU they only bound the memory.
@@ -68,6 +69,20 @@ class Dispatch:
         return token_A, self.row_TK[rows] - rows.start, self.first_T[tokens] - rows.start
 
 
+@dataclass(kw_only=True, slots=True)
+class EveryExpert:
+    """Every expert is computed for every token in one product; the gates, float32, are zero where it is not chosen."""
+
+    gates_TE: Tensor
+
+
+def plan_experts(routing: Routing, x_TH: Tensor, width: int, chunk_tokens: int | None = None) -> Dispatch | EveryExpert:
+    """Choose the cheaper way for experts of `width` neurons. `chunk_tokens` is that of `plan_dispatch`."""
+    if computes_every_expert(x_TH, routing.token_A.shape[0], routing.logits_TE.shape[1], width):
+        return EveryExpert(gates_TE=routing.gates_TE)
+    return plan_dispatch(routing, x_TH, chunk_tokens)
+
+
 def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = None) -> Dispatch:
     """Sort the assignments of `routing`. Only shape, dtype and device of x are used, to size the chunks.
 
@@ -112,8 +127,15 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     )
 
 
-def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
-    """Return gelu_tanh(W1 x + b1) of every token at its experts: [A, F], in the plan's order (Eq. 1)."""
+def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
+    """Return gelu_tanh(W1 x + b1) of every token at its experts: [A, F], in the plan's order (Eq. 1).
+
+    [T, E F], with the gates already applied, if the plan computes every expert.
+    """
+    if isinstance(plan, EveryExpert):
+        pre_TN = F.linear(x_TH, up_EFH.flatten(0, 1), up_bias_EF.flatten())
+        hidden_TEF = F.gelu(pre_TN, approximate="tanh").unflatten(1, up_bias_EF.shape)
+        return (hidden_TEF * plan.gates_TE.to(hidden_TEF.dtype).unsqueeze(2)).flatten(1)
     if plan.fused:
         return _fused_up(x_TH, plan, up_EFH, up_bias_EF)
     hidden = []
@@ -126,11 +148,13 @@ def expert_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) 
     return _joined(hidden)
 
 
-def expert_down(hidden_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
+def expert_down(hidden_AF: Tensor, plan: Dispatch | EveryExpert, down_HEF: Tensor) -> Tensor:
     """Return the sum over each token's experts of g_i W2_i hidden: [T, H] (Eq. 2, second term); zeros without experts.
 
     Gates multiply the narrow hidden activation. A token's rows are summed in float32 and rounded once.
     """
+    if isinstance(plan, EveryExpert):
+        return F.linear(hidden_AF, down_HEF.flatten(1))
     if plan.fused:
         return _fused_down(hidden_AF, plan, down_HEF)
     y = []

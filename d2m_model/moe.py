@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import FFNLayout
-from .experts import expert_down, expert_up, mean_compensation, plan_dispatch
+from .experts import expert_down, expert_up, mean_compensation, plan_experts
 from .layout import expert_views
 from .routers import TOP_K_ROUTER, Gate, RouterCompanion, RouterTensors, Routing, TokenRouter
 from .routers.linear import RouterLinear, copied_linear, copied_parameter
@@ -35,9 +35,9 @@ def routed_experts(
 ) -> Tensor:
     """Return the second term of Eq. 2, [T, H], with mean compensation if there are means.
 
-    `chunk_tokens` is that of plan_dispatch.
+    `chunk_tokens` is that of plan_experts.
     """
-    plan = plan_dispatch(routing, x_TH, chunk_tokens)
+    plan = plan_experts(routing, x_TH, up_EFH.shape[1], chunk_tokens)
     y_TH = expert_down(expert_up(x_TH, plan, up_EFH, up_bias_EF), plan, down_HEF)
     if expert_mean_EH is not None:
         y_TH = y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)

@@ -1,4 +1,4 @@
-"""The choice between Triton kernels and torch's operators for the routed experts, made once per device and dtype."""
+"""The choice of how the routed experts are computed: every expert at once or sorted rows, Triton or torch's operators."""
 
 from __future__ import annotations
 
@@ -11,10 +11,36 @@ import torch
 SWITCH = "D2M_KERNELS"  # environment variable: `off` keeps to torch's own operators
 OLDEST_CAPABILITY = (8, 0)
 
+# What sorted rows cost beyond their products. Fitted to a CPU core with AVX-512 (benchmarks/experts.py): gathering and
+# adding up rows costs as much as so many neurons of each expert; sorting, and starting two products for each expert, as
+# much as so many FLOPs.
+_MOVED_NEURONS = 48
+_SORT_FLOPS = 1e7
+# The same on a GPU, where nothing was measured yet: an estimate that leaves the products to sorted rows in doubt.
+_MOVED_SHARE_GPU = 0.1
+_SORT_FLOPS_GPU = 3e9
+
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Return True if the experts of x [T, H] run in Triton kernels. Graphs of torch.compile keep to torch's operators."""
     return x.is_cuda and not torch.compiler.is_compiling() and _chosen(x.device, x.dtype)
+
+
+def computes_every_expert(x: torch.Tensor, assignments: int, experts: int, width: int) -> bool:
+    """Return True if every expert for every token of x [T, H] is cheaper than the sorted rows of these assignments.
+
+    Never for float16, where an expert that a token did not choose may overflow, and never in graphs of torch.compile,
+    which serve every number of assignments.
+    """
+    if assignments == 0 or x.dtype == torch.float16 or torch.compiler.is_compiling():
+        return False
+    tokens, hidden_size = x.shape
+    row_flops = 4 * hidden_size * width
+    if x.is_cpu:
+        moved, sorting = _MOVED_NEURONS / width, _SORT_FLOPS
+    else:
+        moved, sorting = _MOVED_SHARE_GPU, _SORT_FLOPS_GPU
+    return tokens * experts * row_flops < assignments * row_flops * (1 + moved) + sorting
 
 
 def refusal(capability: tuple[int, int], dtype: torch.dtype) -> str | None:

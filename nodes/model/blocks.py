@@ -24,7 +24,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...d2m_model.config import FFNLayout
-from ...d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from ...d2m_model.experts import Dispatch, EveryExpert, expert_down, expert_up, mean_compensation, plan_experts
 from ...d2m_model.routers import Routing
 from .call_arguments import CallArguments
 from .custom_operators import Handed, down_in_graph, up_in_graph
@@ -83,7 +83,7 @@ class Routed:
     """Results of W1's side that W2's side needs, within one call."""
 
     routing: Routing
-    plan: Dispatch
+    plan: Dispatch | EveryExpert
     hidden_AF: Tensor
 
 
@@ -186,7 +186,7 @@ class ExpertLayer(nn.Module):
     def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
         routing = self.route(x_BTH, settings)
-        plan = plan_dispatch(routing, x_TH)
+        plan = plan_experts(routing, x_TH, self.layout.width)
         weight, bias, token = cast(linear, x_BTH)
         y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
         experts = (self.layout.experts, self.layout.width)
