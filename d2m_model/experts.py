@@ -24,9 +24,11 @@ from torch import Tensor
 from .kernels.choice import computes_every_expert, has_kernels
 from .routers import Routing
 
-# Bytes of the gathered rows of one chunk. On a CPU they should fit into its cache; on a GPU they only bound the memory.
+# Bytes of the gathered rows of one chunk. On a CPU they should fit into its cache. On a GPU they bound the memory: with
+# twice the bytes of x, the FFN needs less than the dense one, by which ComfyUI estimates the memory of a FLUX. Below
+# CHUNK_BYTES_GPU nothing is gained.
 CHUNK_BYTES_CPU = 20 * 2**20
-CHUNK_BYTES_GPU = 512 * 2**20
+CHUNK_BYTES_GPU = 32 * 2**20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +94,7 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     top_k, rows = routing.per_token, routing.token_A.shape[0]
     per_token = float(top_k) if top_k is not None else rows / max(1, tokens)
     if chunk_tokens is None:
-        budget = CHUNK_BYTES_CPU if x_TH.is_cpu else CHUNK_BYTES_GPU
+        budget = CHUNK_BYTES_CPU if x_TH.is_cpu else max(CHUNK_BYTES_GPU, 2 * x_TH.nbytes)
         chunk_tokens = max(1, int(budget / (max(1, per_token) * x_TH.shape[1] * x_TH.element_size())))
     # Equal chunks, without a small last one. The first case keeps a compiled graph valid for any T.
     chunks = 1 if tokens <= chunk_tokens else -(-tokens // chunk_tokens)
@@ -140,11 +142,11 @@ def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bia
         return _fused_up(x_TH, plan, up_EFH, up_bias_EF)
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
-        # Gather from the chunk, so that the gradient is summed chunk by chunk as well.
-        x_AH = _TakeRows.apply(x_TH[tokens], *plan.links(tokens, rows))
-        pre_AF = grouped_mm(x_AH, up_EFH.transpose(1, 2), ends_E)
-        bias_AF = up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
-        hidden.append(F.gelu(pre_AF + bias_AF, approximate="tanh"))
+        # Gather from the chunk, so that the gradient is summed chunk by chunk as well. The rows of H values have no name:
+        # those of one chunk would live on while the next one's are gathered.
+        pre_AF = grouped_mm(_TakeRows.apply(x_TH[tokens], *plan.links(tokens, rows)), up_EFH.transpose(1, 2), ends_E)
+        pre_AF = pre_AF + up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
+        hidden.append(F.gelu(pre_AF, approximate="tanh"))
     return _joined(hidden)
 
 
@@ -160,8 +162,7 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch | EveryExpert, down_HEF: Tenso
     y = []
     for tokens, rows, ends_E in plan.chunks():
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
-        y_AH = grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E)
-        y.append(_SumRows.apply(y_AH, *plan.links(tokens, rows)))
+        y.append(_SumRows.apply(grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E), *plan.links(tokens, rows)))
     return _joined(y)
 
 
@@ -197,8 +198,12 @@ def _fused_down(weighted_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor
     y = []
     for tokens, rows, ends_E in plan.chunks():
         token_A, row_TK, first_T = plan.links(tokens, rows)
-        y_AH = down_rows(weighted_AF[rows], _inverse(row_TK), ends_E, down_HEF)
-        y.append(sum_rows(y_AH, token_A, row_TK.flatten(), first_T, tokens.stop - tokens.start))
+        y.append(
+            sum_rows(
+                down_rows(weighted_AF[rows], _inverse(row_TK), ends_E, down_HEF),
+                token_A, row_TK.flatten(), first_T, tokens.stop - tokens.start,
+            )
+        )  # fmt: skip
     return _joined(y)
 
 
