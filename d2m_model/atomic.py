@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -14,6 +16,9 @@ try:
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+_YOUNG = 60  # seconds
 
 
 @contextmanager
@@ -35,7 +40,7 @@ class PartFile:
     """A temporary file beside its target, whose name it takes in `commit`. End every use with `discard`.
 
     The file stays open and locked, so that other processes can tell it from one that a killed process left behind.
-    Leftovers of the same target are removed. Raises OSError.
+    Leftovers of the same target are removed. A file that is replaced keeps its mode. Raises OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,6 +52,8 @@ class PartFile:
 
     def commit(self) -> None:
         """Sync the file to disk and let it replace the target."""
+        with suppress(OSError):  # there is none to replace, or a file system without modes
+            os.chmod(self.path, stat.S_IMODE(self.target.stat().st_mode))
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.path, self.target)
@@ -75,12 +82,28 @@ def _lock(file: FileIO) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Delete what killed processes left of this target. Windows refuses to delete a file that is still open."""
+    """Delete what killed processes left of this target."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        if not re.fullmatch(r"\d+", part.name[len(target.name) + 2 : -len(".part")]):
-            continue
+        if re.fullmatch(r"\d+", part.name[len(target.name) + 2 : -len(".part")]):
+            _remove_unlocked(part)
+
+
+def remove_leftovers_like(target: Path) -> None:
+    """Delete what killed processes left of any target with this one's suffix, in its folder.
+
+    A part file is not locked in its first moment, so young ones of other targets stay.
+    """
+    name = re.compile(rf"\..+{re.escape(target.suffix)}\.\d+\.part")
+    for part in target.parent.glob(f".*{glob.escape(target.suffix)}.*.part"):
         with suppress(OSError):
-            with open(part, "rb") as file:
-                if fcntl is not None:
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+            if name.fullmatch(part.name) and part.stat().st_mtime < time.time() - _YOUNG:
+                _remove_unlocked(part)
+
+
+def _remove_unlocked(part: Path) -> None:
+    """Delete a part file that no process writes. Windows refuses to delete a file that is still open."""
+    with suppress(OSError):
+        with open(part, "rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        part.unlink()

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from .config import FluxDims
 from .foreign import MessageError
 from .keys import dense_shapes, diffusers_sources, swap_halves
+from .tensor_file import is_finite
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_transformer_")
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "text_encoders.")
@@ -30,6 +32,7 @@ _ROLES = {
     "bias": (".lora_B.bias",),
     "norm": (".query_norm.scale", ".key_norm.scale"),
 }
+_MAX_PATTERN = 200  # characters of a key of alpha_pattern
 _OTHER_KINDS = re.compile(r"lora_magnitude_vector|dora_scale|\.lokr_|\.hada_|\.oft_")
 
 
@@ -110,9 +113,29 @@ def peft_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     As in PEFT (get_pattern_key), the first key of `alpha_pattern` that matches the end of the module's name counts.
     """
     patterns = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    if not isinstance(patterns, dict):
+        raise LoraError(f"alpha_pattern is {patterns!r}; expected an object of alphas by module.")
+    matching = (alpha for pattern, alpha in patterns.items() if _alpha_pattern(pattern).match(module))
     alpha = next(matching, config.get("lora_alpha", rank))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise LoraError(f"alpha of {module} is {alpha!r}; expected a number.")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+@cache
+def _alpha_pattern(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression of a key of alpha_pattern.
+
+    Raises LoraError for one that is none, or that could take minutes: a repeated group, or many repetitions.
+    """
+    try:
+        if len(pattern) > _MAX_PATTERN or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)\??[*+{]", pattern):
+            raise LoraError(
+                f"alpha_pattern has {pattern[:_MAX_PATTERN]!r}; expected a module's name or a simple pattern."
+            )
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise LoraError(f"alpha_pattern has {pattern!r}, which is no pattern ({error}).") from None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -141,11 +164,18 @@ def _changes(
         if role not in pair.tensors:
             key = pair.keys.get(other) or next(iter(pair.keys.values()))
             raise LoraError(f"{key} is half of a pair: its {role} projection is missing.")
-    weight, rank = f"{layer.module}.weight", pair.tensors["down"].shape[0]
+    weight = f"{layer.module}.weight"
+    rank = pair.tensors["down"].shape[0] if pair.tensors["down"].ndim else 0
+    if rank == 0:
+        raise LoraError(f"{pair.keys['down']} is {list(pair.tensors['down'].shape)}, of rank 0; the file is damaged.")
     down = _checked(pair, "down", (rank, shapes[weight][1]), weight, shapes)
     up = _checked(pair, "up", (layer.rows, rank), weight, shapes)
     alpha = pair.tensors.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise LoraError(f"{pair.keys['alpha']} is {list(alpha.shape)}; expected one number.")
     scale = peft_scale(peft_config, name, rank) if alpha is None else alpha.item() / rank
+    if not math.isfinite(scale):
+        raise LoraError(f"The scale of {name} is {scale}; the file is damaged.")
     up = swap_halves(up) if layer.swap else up
     yield LoraChange(name=weight, first=layer.first, scale=scale, up=up, down=down)
     if "bias" in pair.tensors:
@@ -163,6 +193,8 @@ def _checked(
             f"{pair.keys[role]} is {list(tensor.shape)}; expected {list(expected)} for {name} {list(shapes[name])} of this "
             "FLUX.1. The LoRA was made for another model."
         )
+    if not is_finite(tensor):
+        raise LoraError(f"{pair.keys[role]} has NaN or infinite values; the file is damaged.")
     return tensor
 
 

@@ -22,7 +22,7 @@ from .checkpoint import check_dense
 from .foreign import read_json
 from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, landmarks_of, swap_halves
 from .quantised import is_companion, quantised_layers
-from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile
+from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile, is_finite
 
 _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # in ComfyUI's comfy_quant
 _MAX_DESCRIPTION = 10_000  # bytes of a comfy_quant
@@ -124,6 +124,7 @@ class DenseTeacher:
         self._parts: dict[str, tuple[_Stored, ...]]
         dense = dense_shapes(self.dims)
         self._swapped: set[str] = set()
+        self._finite: set[str] = set()  # names of tensors that were looked at
         if landmarks_of(weights) is DIFFUSERS:
             sources = diffusers_sources(self.dims)
             self._swapped = {name for name, source in sources.items() if source.swap}
@@ -137,10 +138,27 @@ class DenseTeacher:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor by its BFL name: a read-only view of the mapped file, or a new tensor if it has to be computed."""
+        """Return a tensor by its BFL name: a read-only view of the mapped file, or a new tensor if it has to be computed.
+
+        Raises CheckpointError for NaN or infinity, when the tensor is read for the first time.
+        """
         parts = self._parts[name]
         tensor = parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
+        if name not in self._finite:
+            if not is_finite(tensor):
+                part = next(part for part in parts if not is_finite(part.read()))
+                raise CheckpointError(
+                    f"{part.file.path}: {part.name} has NaN or infinite values; a model with them makes no images. "
+                    "Download the file again, or take another."
+                )
+            self._finite.add(name)
         return swap_halves(tensor) if name in self._swapped else tensor
+
+    def check_values(self) -> None:
+        """Read every tensor once. Raises CheckpointError for NaN or infinity, naming file and tensor."""
+        for name in self._parts:
+            self.tensor(name)
+            self.release(name)
 
     def span(self, name: str) -> tuple[int, int]:
         """Return a tensor's first and last byte if all `files` were concatenated. Other tensors may be in between."""

@@ -220,6 +220,15 @@ def _damaged(path: Path, found: int, expected: int) -> CheckpointError:
     )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Test a tensor for NaN and infinity. Their sum has either too, which is quicker than a look at every value."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.dtype in FLOAT8:
+        tensor = tensor.to(torch.bfloat16)
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # the sum of large finite values overflows
+
+
 def bytes_of(dtype: torch.dtype, shape: Shape) -> int:
     """Return the size of a tensor in a file, in bytes."""
     count = dtype.itemsize

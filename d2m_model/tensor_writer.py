@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .atomic import PartFile, remove_leftovers
+from .atomic import PartFile, remove_leftovers, remove_leftovers_like
 from .tensor_file import ALIGNMENT, DTYPES, CheckpointError, Shape, bytes_of
 
 _SYNC_EVERY = 256 << 20  # bytes
@@ -57,6 +57,7 @@ class TensorWriter:
         self._unsynced = 0  # bytes
         self._syncing: Future[None] | None = None
         remove_leftovers(self._target)  # their space becomes free
+        remove_leftovers_like(self._target)  # a conversion that was killed may have had another name
         _check_space(self._target, self.size)
         with self._reporting():
             self._part = PartFile(self._target)

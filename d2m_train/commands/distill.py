@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from ..teacher.loras import fused_file
 from ..training.end_to_end import train_end_to_end
 from ..training.loop import Stopped
 from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
+from ..training.run_lock import locked_folder
 from ..training.stage_run import StageRun
 from .export import export_file
 
@@ -78,7 +80,8 @@ def distill(run: RunConfig) -> int:
     """Run all stages that the run names and the student has. Return exit status 0, or 143 after SIGTERM."""
     ranks = Ranks(run)
     try:
-        Distill(run, ranks).run_all()
+        with locked_folder(run.output_dir) if ranks.main else nullcontext():
+            Distill(run, ranks).run_all()
     except Stopped:
         return _SIGTERM_STATUS
     finally:
@@ -103,7 +106,7 @@ class Distill:
             prepare_folder(run)
         self.ranks.wait()
         path = self._teacher_file()
-        open_teacher(path).close()  # checked before data are prepared
+        self._check_teacher(path)
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
         data.prepare(self.ranks.rank, self.ranks.count)
         self.ranks.wait()
@@ -140,6 +143,12 @@ class Distill:
                 )
         if "export" in run.stages:
             self._export()
+
+    def _check_teacher(self, path: Path) -> None:
+        """Check the teacher before data are prepared: all of its values, unless the student is made of it already."""
+        with open_teacher(path) as teacher:
+            if self.ranks.main and not converted_file(self.run).exists():
+                teacher.check_values()
 
     def _begin(self, identity: dict[str, Any], path: Path, data: DataSource) -> None:
         """Check the run's sources against the stored ones, and remove the stages that are to be repeated."""

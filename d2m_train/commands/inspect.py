@@ -1,4 +1,4 @@
-"""Describe a FLUX file, dense or MoE, and check every tensor's shape, the neuron orders and the routers."""
+"""Describe a FLUX file, dense or MoE, and check it: every tensor's shape and values, the neuron orders, the routers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from d2m_model.blocks import BFL_BLOCKS
-from d2m_model.checkpoint import check_file
+from d2m_model.checkpoint import CheckpointError, check_file
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.cost import Conversion, Tokens, flux
+from d2m_model.foreign import printable
 from d2m_model.teacher import DenseTeacher, open_teacher
-from d2m_model.tensor_file import TensorFile
+from d2m_model.tensor_file import TensorFile, is_finite
 
 from ..evaluation.open_model import is_flux_moe
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     facts = inspect(args.file)
-    print(json.dumps(facts, indent=2) if args.json else facts_text(facts))
+    print(json.dumps(facts, indent=2) if args.json else printable(facts_text(facts)))
     return 0
 
 
@@ -37,6 +38,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """Return all facts about a FLUX file. Raises CheckpointError if it is damaged or not a FLUX."""
     if not is_flux_moe(path):
         with open_teacher(path) as teacher:
+            teacher.check_values()
             facts = _facts(path, teacher, teacher.dims) | {"kind": "dense FLUX.1"}
             facts["title"] = teacher.metadata.get("modelspec.title")
             facts["licence"] = teacher.metadata.get("modelspec.license")
@@ -44,6 +46,7 @@ def inspect(path: Path) -> dict[str, Any]:
             return facts
     config = check_file(path)
     with TensorFile(path) as file:
+        _check_finite(file)
         facts = _facts(path, file, config.dims) | {"kind": "FLUX-MoE"}
     conversion = Conversion.of(config)
     cost = flux(config.dims, conversion, Tokens(image=1, text=1))  # the tokens do not affect the parameters
@@ -51,6 +54,14 @@ def inspect(path: Path) -> dict[str, Any]:
     facts["moe"] = json.loads(config.to_json())
     del facts["moe"]["dims"]
     return facts
+
+
+def _check_finite(file: TensorFile) -> None:
+    """Read every tensor once. Raises CheckpointError for NaN or infinity."""
+    for name in file.shapes:
+        if not is_finite(file.tensor(name)):
+            raise CheckpointError(f"{file.path}: {name} has NaN or infinite values; the file is damaged.")
+        file.release(name)
 
 
 def _facts(path: Path, file: TensorFile | DenseTeacher, dims: FluxDims) -> dict[str, Any]:
@@ -92,7 +103,7 @@ def facts_text(facts: dict[str, Any]) -> str:
         lines += [("title", facts["title"] or "not stated"), ("licence", facts["licence"] or "not stated")]
         lines += [("note", note) for note in facts["notes"]]
     sound = "; routers and neuron orders are sound" if "moe" in facts else ""
-    lines.append(("checked", f"every tensor is present and has the right shape{sound}"))
+    lines.append(("checked", f"every tensor is present, has the right shape and finite values{sound}"))
     return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
 

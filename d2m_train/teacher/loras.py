@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2m_model.config import FluxDims
 from d2m_model.conversion.convert import refuse_same_file
+from d2m_model.foreign import read_json
 from d2m_model.lora_file import LoraChange, LoraContents, LoraError, read_lora
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile
@@ -162,10 +163,10 @@ def _peft_config(weights: Path, metadata: Mapping[str, str], config_file: Path |
     source: Path = weights
     try:
         if _METADATA in metadata or config_file is None:
-            stored = json.loads(metadata.get(_METADATA, "{}"))
+            stored = read_json(metadata.get(_METADATA, "{}"))
         else:
             source = config_file
-            stored = json.loads(config_file.read_bytes())
+            stored = read_json(config_file.read_bytes())
         return {key.removeprefix("transformer."): value for key, value in stored.items()}
     except (ValueError, AttributeError):
         raise UserError(f"{source}: PEFT's configuration in it is not valid JSON; download the LoRA again.") from None

@@ -23,7 +23,7 @@ from ...d2m_model.config import Teacher
 from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
 from ...d2m_model.keys import bfl_spelling, dense_shapes
 from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
-from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of
+from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of, is_finite
 from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
 from .injections import refuse_injections
 from .save_node import unload_patches, weight_patches
@@ -161,6 +161,11 @@ class LoadedTeacher:
             scale = weight.params.scale.detach().float().cpu().reshape(-1, 1)
             return dequantise_float8(weight._qdata.detach().cpu(), scale)
         found: Tensor = weight.detach().cpu()
+        if not is_finite(found):
+            raise CheckpointError(
+                f"{name} of this MODEL has NaN or infinite values, from its file or a LoRA on it: it makes no images. "
+                "Load another file, or leave out the LoRA."
+            )
         return dequantise_float8(found, None) if found.dtype in FLOAT8 else found
 
     def span(self, name: str) -> tuple[int, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from d2m_train import UserError
 from d2m_train.training.checkpoints import Checkpoints
+from d2m_train.training.run_lock import locked_folder
 
 STATE = {
     "model": {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -76,3 +80,12 @@ def test_a_checkpoint_reads_no_file_elsewhere(checkpoints: Checkpoints) -> None:
     file.write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="names a file elsewhere"):
         checkpoints.load(5, empty())
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "out"):
+        held = rf"out: process {os.getpid()} on {re.escape(socket.gethostname())} is running this run"
+        with pytest.raises(UserError, match=held), locked_folder(tmp_path / "out"):
+            pass
+    with locked_folder(tmp_path / "out"):
+        pass

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from d2m_model.config import FluxDims
 from d2m_model.hosts.diffusers import load_transformer
 from d2m_model.keys import dense_shapes, diffusers_shapes
-from d2m_model.lora_file import read_lora
+from d2m_model.lora_file import LoraError, read_lora
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_train import UserError
 from d2m_train.commands.report import EMOJI_FILE
@@ -290,6 +291,19 @@ WRONG = {
         r"qkv\.lora_A\.weight is \[1, 256\]; expected \[1, 128\].*another model",
     ),
     "of a deeper FLUX": ({"lora_unet_double_blocks_9_img_mlp_0.lora_up.weight": torch.zeros(1, 1)}, "double_blocks_9"),
+    "NaN": (
+        {f"{QKV}.lora_A.weight": torch.zeros(1, H), f"{QKV}.lora_B.weight": torch.full((3 * H, 1), float("nan"))},
+        r"qkv\.lora_B\.weight has NaN",
+    ),
+    "rank 0": (
+        {f"{QKV}.lora_A.weight": torch.zeros(0, H), f"{QKV}.lora_B.weight": torch.zeros(3 * H, 0)},
+        r"qkv\.lora_A\.weight is \[0, 128\], of rank 0",
+    ),
+    "several alphas": (
+        kohya(1.0) | {"lora_unet_double_blocks_1_img_attn_qkv.alpha": torch.ones(2)},
+        "expected one number",
+    ),
+    "an infinite alpha": (kohya(float("inf")), "The scale of .* is inf"),
     "nothing but a text encoder's": ({"lora_te1_x.lora_up.weight": torch.zeros(1, 1)}, "nothing for a FLUX"),
 }
 
@@ -302,6 +316,22 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(what: str, 
     with pytest.raises(UserError, match=message):
         fused_file(section, tmp_path / "fused.safetensors")
     assert not (tmp_path / "fused.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern has '.*'; expected a module's name or a simple pattern"),
+        ({"alpha_pattern": {".*.*.*x": 1}}, "expected a module's name or a simple pattern"),
+        ({"alpha_pattern": {"x" * 201: 1}}, "expected a module's name or a simple pattern"),
+        ({"alpha_pattern": {"(": 1}}, "is no pattern"),
+        ({"alpha_pattern": [1]}, "expected an object of alphas by module"),
+        ({"lora_alpha": "16"}, "alpha of .* is '16'; expected a number"),
+    ],
+)
+def test_a_hostile_configuration_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoraError, match=message):
+        read_lora(diffusers_spelling(None), DIMS, config)
 
 
 def test_a_text_encoders_keys_are_counted_and_said(flux: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2m_model.atomic import atomic_file
+from d2m_model.atomic import atomic_file, remove_leftovers_like
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -55,6 +55,40 @@ def test_a_leftover_of_a_killed_process_is_removed_and_a_file_in_the_making_is_n
         first.write_text("first")
     assert target.read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_large_leftover_is_removed_whatever_name_the_next_file_has(tmp_path: Path) -> None:
+    old, young, other, foreign = (
+        tmp_path / name
+        for name in (
+            ".a.safetensors.12345.part",
+            ".b.safetensors.12345.part",
+            ".c.json.12345.part",
+            ".d.safetensors.x.part",
+        )
+    )
+    for part in (old, young, other, foreign):
+        part.touch()
+        if part != young:
+            os.utime(part, (0, 0))
+    with atomic_file(tmp_path / "e.safetensors") as running:
+        os.utime(running, (0, 0))
+        remove_leftovers_like(tmp_path / "f.safetensors")
+        assert sorted(tmp_path.iterdir()) == sorted([young, other, foreign, running])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    target.touch()
+    target.chmod(0o640)
+    with atomic_file(target) as part:
+        part.write_text("new")
+    assert target.stat().st_mode & 0o777 == 0o640
+    with atomic_file(tmp_path / "new.json") as part:
+        part.write_text("new")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from d2m_model.checkpoint import check_file, optional_tensors
 from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.routers import CapacityRouter
 from d2m_train.__main__ import main
+from tests.toys import files
 from tests.toys.teachers import DIMS, dense_flux, save_flux
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,34 @@ def test_convert_then_inspect(teacher: Path, tmp_path: Path, capsys: pytest.Capt
     assert "4 of 6 FFNs: 128 shared neurons, 12 experts of 32" in text
     assert "Apache-2.0" in text
     assert "checked" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_teacher_with_nan_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    tensors = files.dense_flux()
+    tensors["single_blocks.1.linear2.weight"][5, 3] = value
+    teacher = files.save(tensors, tmp_path / "teacher.safetensors", torch.bfloat16)
+    expected = "teacher.safetensors: single_blocks.1.linear2.weight has NaN or infinite values"
+    assert expected in fails(capsys, "inspect", teacher)
+    assert expected in fails(capsys, "convert", "--teacher", teacher, "--out", tmp_path / "moe.safetensors")
+    assert list(tmp_path.iterdir()) == [teacher]
+
+
+def test_inspect_looks_at_every_value_and_shows_no_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = files.split(files.dense_flux())
+    config = json.loads(bytes(tensors["d2m_config"].numpy()))
+    config["teacher"]["title"] = "\x1b[2Jtiny"
+    tensors["d2m_config"] = files.config_tensor(json.dumps(config))
+    file = files.save(tensors, tmp_path / "moe.safetensors")
+    assert main(["inspect", str(file)]) == 0
+    assert r"\x1b[2Jtiny" in (shown := capsys.readouterr().out)
+    assert shown.isascii()
+    tensors["txt_in.weight"][0, 0] = float("nan")
+    assert "txt_in.weight has NaN" in fails(capsys, "inspect", files.save(tensors, file))
 
 
 def test_inspect_a_dense_flux(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
