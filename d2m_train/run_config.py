@@ -128,6 +128,8 @@ class DataSection(Section):
     """The same pipeline or another, a folder with only the autoencoder, or `emoji`."""
     encoder_dtype: Dtype = "bfloat16"
     """Dtype of text encoders and autoencoder, and of the text embeddings in the cache."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] | Path = 0.02
+    """Share of the samples that validation uses and training does not, chosen by content, or the path of other data."""
     pool: Count | None = None
     """Number of emoji pictures that are encoded once and reused, instead of new ones for every batch."""
 
@@ -141,6 +143,8 @@ class DataSection(Section):
         needed = ["text_encoders"] * needs_encoders + ["vae"] * needs_vae
         if missing := [field for field in needed if getattr(self, field) is None]:
             raise ValueError(f"source {self.source} needs {' and '.join(missing)}")
+        if self.source == "emoji" and isinstance(self.held_out, Path):
+            raise ValueError("source emoji takes no path for held_out; expected a share from 0 to 1")
         if self.pool is not None and self.source != "emoji":
             raise ValueError(f"pool is only for source emoji; source {self.source} keeps all its samples")
         return self

@@ -161,8 +161,9 @@ class FeatureStore:
         """Compute depth 0, as FluxTransformer2DModel.forward does, and write the conditions."""
         run, model, place = self.run, self.teacher, self._place
         # Held-out batches are validation's.
-        number, seed = (index, run.seed) if index < self.batches else (index - self.batches, held_out_seed(run.seed))
-        batch = self.data.batch(number, run.training.batch_size, seed)
+        held_out = index >= self.batches
+        number, seed = (index - self.batches, held_out_seed(run.seed)) if held_out else (index, run.seed)
+        batch = self.data.batch(number, run.training.batch_size, seed, held_out=held_out)
         noisy = noisy_batch(batch, run.timesteps, seed, number, model)
         guidance = (batch.guidance_B.to(**place) * 1000,) if model.config.guidance_embeds else ()
         temb_BH = model.time_text_embed(noisy.t_B.to(**place) * 1000, *guidance, batch.pooled_BV.to(**place))

@@ -110,6 +110,8 @@ class Distill:
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
         data.prepare(self.ranks.rank, self.ranks.count)
         self.ranks.wait()
+        if self.ranks.main:
+            self.ranks.say(f"{data.name}: {data.split_text()}")
         identity = run_identity(run, path, data)
         self._begin(identity, path, data)
         if "convert" in run.stages:

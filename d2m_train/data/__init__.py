@@ -15,6 +15,7 @@ from .emoji import EmojiAutoencoder, EmojiData, EmojiTextEncoders
 from .encoded import AbsentEncoders, Encoded
 from .encoders import FluxAutoencoder, FluxTextEncoders, ImageAutoencoder, TextEncoders
 from .folder import FolderSamples
+from .held_out import WithHeldOut
 from .latents import LatentFile
 from .pictures import PictureSource
 from .prompts import PromptSource
@@ -42,16 +43,23 @@ def open_source(
 
     Raises UserError if data or encoders are missing, or are not what the section says.
     """
+    if isinstance(section.held_out, Path):
+        training, validation = (
+            section.model_copy(update={"held_out": 0.0, "path": path}) for path in (section.path, section.held_out)
+        )
+        sources = (open_source(part, output_dir, guidance=guidance, device=device) for part in (training, validation))
+        return WithHeldOut(*sources)
+    share = section.held_out
     store = Store(section.cache or output_dir / "cache")
     if section.source == "emoji":
-        return EmojiData(guidance=guidance, pool=section.pool, store=store)
+        return EmojiData(guidance=guidance, pool=section.pool, store=store, held_out=share)
     path = section.path
     assert path is not None  # DataSection requires it
     encoded = Encoded(store, _autoencoder(section, store, device), _text_encoders(section, store, device))
     if section.source == "latents":
-        return LatentFile(path, guidance=guidance, encoded=encoded)
+        return LatentFile(path, guidance=guidance, encoded=encoded, held_out=share)
     if section.source == "prompts":
-        return PromptSource(path, encoded, resolutions=section.resolutions, guidance=guidance)
+        return PromptSource(path, encoded, resolutions=section.resolutions, guidance=guidance, held_out=share)
     samples: Samples
     if section.source == "folder":
         samples = FolderSamples(path)
@@ -60,7 +68,13 @@ def open_source(
     else:
         samples = TableSamples(path, section.image_column, section.caption_column)
     return PictureSource(
-        path.name, samples, encoded, resolutions=section.resolutions, enlarge=section.enlarge, guidance=guidance
+        path.name,
+        samples,
+        encoded,
+        resolutions=section.resolutions,
+        enlarge=section.enlarge,
+        guidance=guidance,
+        held_out=share,
     )
 
 

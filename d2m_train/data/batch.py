@@ -62,8 +62,15 @@ class DataSource(Protocol):
         """
         ...
 
-    def batch(self, index: int, size: int, seed: int) -> Batch:
-        """Return batch `index` of an endless sequence that depends only on size and seed."""
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
+        """Return batch `index` of an endless sequence that depends only on size and seed.
+
+        Samples that are `held_out` are in no other batch.
+        """
+        ...
+
+    def split_text(self) -> str:
+        """Return a sentence on how many samples there are, and how many are held out. Call it after `prepare`."""
         ...
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, latent_batch, tokens_to_latents
+from .held_out import choose_held_out, split_text
 from .order import sample_order
 from .store import DamagedEntry, Store, content_key
 
@@ -90,8 +91,9 @@ class EmojiData:
         guidance: tuple[float, float] = GUIDANCE,
         pool: int | None = None,
         store: Store | None = None,
+        held_out: float = 0.0,
     ) -> None:
-        """`pool`: number of pictures in the pool, which needs a store."""
+        """`pool`: number of pictures in the pool, which needs a store. `held_out`: share of them that is held out."""
         self.dataset = _demo("dataset")
         self.guidance = guidance
         self.autoencoder = EmojiAutoencoder(assets)
@@ -100,21 +102,28 @@ class EmojiData:
         self.identity = "emoji"
         if pool is not None:
             assert store is not None
-            self.pool = EmojiPool(self.dataset, self.autoencoder, pool, store)
-            self.identity = f"emoji, {pool} pictures"
+            self.pool = EmojiPool(self.dataset, self.autoencoder, pool, store, held_out)
+            self.identity = f"emoji, {pool} pictures" + (f", {held_out} held out" if held_out else "")
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
         """Encode the missing part of this rank's share of the pool."""
         if self.pool is not None:
             self.pool.prepare(rank, world, progress)
 
-    def batch(self, index: int, size: int, seed: int) -> Batch:
+    def split_text(self) -> str:
+        if self.pool is None:
+            return "Every batch has new pictures; those of the validation are drawn from another seed."
+        return split_text(self.pool.count, len(self.pool.sides[True]))
+
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
         generator = np.random.default_rng((seed, index))
         if self.pool is None:
             pictures = [self.dataset.random_picture(generator) for _ in range(size)]
             latents = self.autoencoder.encode(torch.stack([self.dataset.render(picture) for picture in pictures]))
         else:
-            pictures, latents = self.pool.chosen(sample_order(self.pool.count, index * size, size, (seed,)))
+            places = self.pool.sides[held_out] or self.pool.sides[False]
+            numbers = [places[number] for number in sample_order(len(places), index * size, size, (seed,))]
+            pictures, latents = self.pool.chosen(numbers)
         templates = generator.integers(len(self.dataset.CAPTION_TEMPLATES), size=size)
         captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
         context, pooled, words = self.encode_prompts(captions)
@@ -132,12 +141,16 @@ class EmojiData:
 class EmojiPool:
     """A fixed set of training pictures; a larger pool begins with those of a smaller one."""
 
-    def __init__(self, dataset: Any, autoencoder: EmojiAutoencoder, count: int, store: Store) -> None:
+    def __init__(
+        self, dataset: Any, autoencoder: EmojiAutoencoder, count: int, store: Store, held_out: float = 0.0
+    ) -> None:
         self.dataset, self.autoencoder, self.count, self.store = dataset, autoencoder, count, store
         generator = np.random.default_rng(_POOL_SEED)
         whole = -(-count // POOL_PART) * POOL_PART
         pictures = [dataset.random_picture(generator) for _ in range(whole)]
         self.parts = [pictures[start : start + POOL_PART] for start in range(0, whole, POOL_PART)]
+        chosen = choose_held_out([str(picture) for picture in pictures[:count]], held_out)
+        self.sides = {side: [place for place, other in enumerate(chosen) if other == side] for side in (False, True)}
         self._latents: Tensor | None = None
 
     def prepare(self, rank: int, world: int, progress: Progress | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
 from .encoded import Encoded
 from .encoders import no_text_encoders
+from .held_out import choose_held_out, split_text
 from .order import sample_order
 
 LATENTS_FORMAT = (
@@ -26,7 +28,15 @@ LATENTS_FORMAT = (
 class LatentFile:
     """Precomputed latents and text features. `encoded`, if given, is only used by `decode` and `encode_prompts`."""
 
-    def __init__(self, path: Path, *, guidance: tuple[float, float] = GUIDANCE, encoded: Encoded | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        guidance: tuple[float, float] = GUIDANCE,
+        encoded: Encoded | None = None,
+        held_out: float = 0.0,
+    ) -> None:
+        """`held_out`: share of the samples that are held out."""
         self.name = path.name
         self.guidance, self.encoded = guidance, encoded
         self.file = TensorFile(path)
@@ -41,14 +51,33 @@ class LatentFile:
                 raise UserError(f"{path}: {name} is {found and list(found)}; expected {LATENTS_FORMAT}.")
         if shapes["latents"][2] % 2 or shapes["latents"][3] % 2 or shapes["latents"][0] == 0:
             raise UserError(f"{path}: latents is {list(shapes['latents'])}; expected samples of even height and width.")
+        self.identity += f", {held_out} held out" if held_out else ""
+        self._sides = self._split(held_out)
+
+    def _split(self, share: float) -> dict[bool, list[int]]:
+        """Return the samples that are held out, and the others. Rows of their latents tell contents apart."""
+        latents = self.file.tensor("latents")
+        channel, row = latents.shape[1] // 2, latents.shape[2] // 2
+        contents = [""] * len(latents)
+        if share:
+            contents = [
+                hashlib.sha256(sample[[0, channel], row].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                for sample in latents
+            ]
+        chosen = choose_held_out(contents, share)
+        return {side: [place for place, other in enumerate(chosen) if other == side] for side in (False, True)}
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
         """Does nothing: everything is precomputed."""
 
-    def batch(self, index: int, size: int, seed: int) -> Batch:
+    def split_text(self) -> str:
+        return split_text(sum(map(len, self._sides.values())), len(self._sides[True]))
+
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
         """Return samples in random order, a new one for each pass over the file."""
         tensors = {name: self.file.tensor(name) for name in self.file.shapes}
-        chosen = torch.tensor(sample_order(len(tensors["latents"]), index * size, size, (seed,)))
+        places = self._sides[held_out] or self._sides[False]
+        chosen = torch.tensor([places[number] for number in sample_order(len(places), index * size, size, (seed,))])
         context = tensors["context"][chosen]
         guidance = draw_guidance(self.guidance, index, size, seed)
         if "guidance" in tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
 from .buckets import Size, choose_bucket, fit_to_size, pixels, upright
 from .encoded import Encoded
+from .held_out import choose_held_out, split_text
 from .order import BucketOrder
 from .samples import (
     BROKEN_IMAGE,
@@ -32,6 +34,8 @@ from .samples import (
 from .store import content_key
 
 log = logging.getLogger(__name__)
+
+Buckets = list[tuple[Size, list[int]]]  # image sizes, and the places of their samples
 
 _INDEX_VERSION = 1  # of the index
 PART = 64  # samples that are inspected together and share an entry of the index
@@ -64,17 +68,19 @@ class PictureSource:
         resolutions: Sequence[int],
         enlarge: float,
         guidance: tuple[float, float] = GUIDANCE,
+        held_out: float = 0.0,
     ) -> None:
-        """Raises UserError if there are no samples."""
+        """`held_out`: share of the images that are held out. Raises UserError if there are no samples."""
         self.name, self.samples, self.encoded = name, samples, encoded
         self.resolutions, self.enlarge, self.guidance = tuple(resolutions), enlarge, guidance
         if len(samples) == 0:
             raise self._nothing_usable(samples.left_out)
-        self.identity = content_key(samples.identity, self.resolutions, enlarge, encoded.identity)
+        self.share = held_out
+        self.identity = content_key(samples.identity, self.resolutions, enlarge, encoded.identity, held_out)
         self.left_out: LeftOut = {}  # names by reason; complete after the first batch
         self._index = f"index/{content_key(_INDEX_VERSION, samples.identity)}"
         self._rank: int | None = None  # None: not prepared yet
-        self._buckets: list[tuple[Size, list[int]]] | None = None
+        self._buckets: dict[bool, Buckets] | None = None  # of samples that are held out, and of the others
         self._order = lru_cache(maxsize=4)(self._new_order)
         self._part = lru_cache(maxsize=256)(self._read_part)
 
@@ -166,12 +172,12 @@ class PictureSource:
             self._store_part(number, records)
         return records
 
-    def _listed(self) -> list[tuple[Size, list[int]]]:
-        """Return the samples of every bucket, by image size."""
+    def _listed(self) -> dict[bool, Buckets]:
+        """Return the samples of every bucket, by image size: of those that are held out, and of the others."""
         if self._buckets is None:
             if self._rank is None:
                 self.prepare()
-            found: dict[Size, list[int]] = {}
+            usable: list[tuple[int, Size, str]] = []
             problems: LeftOut = {}
             for place in range(len(self.samples)):
                 record = self._part(place // PART)[place % PART]
@@ -179,13 +185,17 @@ class PictureSource:
                 if size is None:
                     problems.setdefault(record.problem or TOO_SMALL, []).append(self.samples.name(place))
                 else:
-                    found.setdefault(size, []).append(place)
+                    usable.append((place, size, record.image))
             self.left_out = merge_left_out((self.samples.left_out, problems))
-            if not found:
+            if not usable:
                 raise self._nothing_usable(self.left_out)
             if self.left_out and self._rank == 0:
                 log.warning("%s: left out %s.", self.name, describe_left_out(self.left_out))
-            self._buckets = sorted(found.items())
+            sides: dict[bool, dict[Size, list[int]]] = {False: {}, True: {}}
+            chosen = choose_held_out([image for _, _, image in usable], self.share)
+            for (place, size, _), side in zip(usable, chosen, strict=True):
+                sides[side].setdefault(size, []).append(place)
+            self._buckets = {side: sorted(found.items()) for side, found in sides.items()}
         return self._buckets
 
     def _nothing_usable(self, left_out: LeftOut) -> UserError:
@@ -199,15 +209,26 @@ class PictureSource:
 
     def buckets(self) -> list[tuple[Size, int]]:
         """Return image sizes and their numbers of samples. Raises UserError if no sample is usable."""
-        return [(size, len(places)) for size, places in self._listed()]
+        counts: Counter[Size] = Counter()
+        for side in self._listed().values():
+            counts.update({size: len(places) for size, places in side})
+        return sorted(counts.items())
 
-    def _new_order(self, size: int, seed: int) -> BucketOrder:
-        return BucketOrder([len(places) for _, places in self._listed()], size, seed)
+    def split_text(self) -> str:
+        counts = {side: sum(len(places) for _, places in found) for side, found in self._listed().items()}
+        return split_text(sum(counts.values()), counts[True])
 
-    def batch(self, index: int, size: int, seed: int) -> Batch:
+    def _side(self, held_out: bool) -> Buckets:
+        """Return the buckets of one side; all samples if none is held out."""
+        return self._listed()[held_out] or self._listed()[False]
+
+    def _new_order(self, size: int, seed: int, held_out: bool) -> BucketOrder:
+        return BucketOrder([len(places) for _, places in self._side(held_out)], size, seed)
+
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
         """Return samples of one bucket; see BucketOrder."""
-        bucket, chosen = self._order(size, seed).batch(index)
-        image_size, places = self._listed()[bucket]
+        bucket, chosen = self._order(size, seed, held_out).batch(index)
+        image_size, places = self._side(held_out)[bucket]
         latents, captions = [], []
         for place in (places[number] for number in chosen):
             record = self._part(place // PART)[place % PART]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, prompt_batch
 from .encoded import Encoded
+from .held_out import choose_held_out, split_text
 from .order import sample_order
 from .samples import describe_left_out
 from .store import content_key
@@ -33,8 +34,9 @@ class PromptSource:
         *,
         resolutions: Sequence[int],
         guidance: tuple[float, float] = GUIDANCE,
+        held_out: float = 0.0,
     ) -> None:
-        """Raises UserError if there are no prompts."""
+        """`held_out`: share of the prompts that are held out. Raises UserError if there are no prompts."""
         self.name, self.encoded = path.name, encoded
         self.resolutions, self.guidance = tuple(resolutions), guidance
         self.prompts, self.left_out = _read(path)
@@ -43,7 +45,12 @@ class PromptSource:
         if self.left_out:
             log.warning("%s: left out %s.", self.name, describe_left_out(self.left_out))
         self._prepared = False
-        self.identity = content_key(self.resolutions, encoded.identity, *self.prompts)
+        chosen = choose_held_out(self.prompts, held_out)
+        self._sides = {
+            side: [prompt for prompt, other in zip(self.prompts, chosen, strict=True) if other == side]
+            for side in (False, True)
+        }
+        self.identity = content_key(self.resolutions, encoded.identity, held_out, *self.prompts)
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
         """Encode the missing part of this rank's share of the prompts."""
@@ -58,11 +65,15 @@ class PromptSource:
             self.encoded.release()
         self._prepared = True
 
-    def batch(self, index: int, size: int, seed: int) -> Batch:
+    def split_text(self) -> str:
+        return split_text(len(self.prompts), len(self._sides[True]))
+
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
         """Return prompts in random order, a new one for each pass over the file. There are no images."""
         if not self._prepared:
             self.prepare()
-        chosen = [self.prompts[place] for place in sample_order(len(self.prompts), index * size, size, (seed,))]
+        prompts = self._sides[held_out] or self.prompts
+        chosen = [prompts[place] for place in sample_order(len(prompts), index * size, size, (seed,))]
         side = int(np.random.default_rng((seed, index, 2)).choice(self.resolutions))
         return prompt_batch(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
 

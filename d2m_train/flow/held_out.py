@@ -40,7 +40,7 @@ class HeldOutBatch:
 
 
 def held_out_seed(seed: int) -> int:
-    """The seed of held-out samples: another order of a dataset, or other generated pictures, than the run trains on."""
+    """The seed of held-out samples: where samples are generated, others than the run trains on."""
     return seed + _SEED_OFFSET
 
 
@@ -65,7 +65,7 @@ def held_out_batches(
     parts = (spread / (batches * batch_size)).split(batch_size)
     held_out: list[HeldOutBatch] = []
     for index, part_B in enumerate(parts):
-        batch = data.batch(index, batch_size, held_out_seed(seed))
+        batch = data.batch(index, batch_size, held_out_seed(seed), held_out=True)
         generator = generator_for(seed, f"validation {index}")
         noise_BTC = torch.randn(len(part_B), len(batch.image_ids_T3), channels_of(teacher), generator=generator)
         for stratum, t_B, noisy_BTC in _noisy_inputs(batch, noise_BTC, part_B, strata, timesteps, teacher):

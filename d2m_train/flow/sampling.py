@@ -123,7 +123,7 @@ def new_sample_grid(
     A few-step teacher (timesteps.sampling `teacher_grid`) takes the steps of its own grid. Raises UserError where there
     are prompts but the data source has no text encoders.
     """
-    example = data.batch(0, section.samples or 1, held_out_seed(seed))
+    example = data.batch(0, section.samples or 1, held_out_seed(seed), held_out=True)
     if section.prompts:
         texts = data.encode_prompts(section.prompts)
         height, width = (int(example.image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))

@@ -29,6 +29,7 @@ _FREE = (
     "eyes.",
     "export.",
     "data.cache",
+    "data.held_out",
     "data.path",
     "data.text_encoders",
     "data.vae",

@@ -16,8 +16,8 @@ from d2m_train.data.emoji import EmojiAutoencoder, EmojiData
 from d2m_train.run_config import DataSection
 
 
-def pool(folder: Path, count: int) -> EmojiData:
-    source = open_source(DataSection(source="emoji", pool=count), folder, guidance=(2.0, 3.0))
+def pool(folder: Path, count: int, held_out: float = 0) -> EmojiData:
+    source = open_source(DataSection(source="emoji", pool=count, held_out=held_out), folder, guidance=(2.0, 3.0))
     assert isinstance(source, EmojiData)
     return source
 
@@ -67,6 +67,16 @@ def test_pictures_of_a_pool_are_what_their_captions_say(tmp_path: Path, encoded:
     batch = source.batch(0, 4, seed=1)
     known = source.encode_prompts(sorted(captions)).pooled_BV
     assert (torch.cdist(batch.pooled_BV, known).min(dim=1).values < 1e-3).all()
+
+
+def test_pictures_of_a_pool_are_trained_on_or_held_out(tmp_path: Path) -> None:
+    source = pool(tmp_path, 4, held_out=0.3)
+    sides = [
+        {source.batch(index, 1, 0, held_out=held_out).images().numpy().tobytes() for index in range(4)}
+        for held_out in (False, True)
+    ]
+    assert not sides[0] & sides[1]
+    assert f"4 samples, {len(sides[1])} of them held out" in source.split_text()
 
 
 def test_a_damaged_pool_is_made_again(tmp_path: Path, encoded: list[int]) -> None:

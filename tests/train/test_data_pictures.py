@@ -31,7 +31,13 @@ TOKENS = 20  # of text
 
 
 def section(source: str, path: Path, pipeline: Path, **fields: object) -> DataSection:
-    settings = {"text_encoders": str(pipeline), "vae": str(pipeline), "text_tokens": TOKENS, "resolutions": (64,)}
+    settings = {
+        "text_encoders": str(pipeline),
+        "vae": str(pipeline),
+        "text_tokens": TOKENS,
+        "resolutions": (64,),
+        "held_out": 0,
+    }
     return DataSection.model_validate(
         {"source": source, "path": path, "encoder_dtype": "float32", **settings, **fields}
     )

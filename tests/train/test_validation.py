@@ -95,7 +95,7 @@ def test_a_few_step_teacher_is_asked_at_its_own_levels(data: EmojiData) -> None:
 
 
 class PromptsOnly(EmojiData):
-    def batch(self, index: int, size: int, seed: int) -> Batch:
+    def batch(self, index: int, size: int, seed: int, *, held_out: bool = False) -> Batch:
         return replace(super().batch(index, size, seed), tokens_BTC=None)
 
 
