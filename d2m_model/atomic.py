@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -19,6 +20,7 @@ except ModuleNotFoundError:  # Windows
 
 
 _YOUNG = 60  # seconds
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of network shares and virtual disks without the operation
 
 
 @contextmanager
@@ -54,7 +56,7 @@ class PartFile:
         """Sync the file to disk and let it replace the target."""
         with suppress(OSError):  # there is none to replace, or a file system without modes
             os.chmod(self.path, stat.S_IMODE(self.target.stat().st_mode))
-        os.fsync(self.file.fileno())
+        sync_file(self.file.fileno())
         self.file.close()
         os.replace(self.path, self.target)
         sync_folder(self.target.parent)
@@ -65,14 +67,24 @@ class PartFile:
         self.path.unlink(missing_ok=True)
 
 
+def sync_file(descriptor: int) -> None:
+    """Make an open file's bytes durable, where its file system can. Raises OSError if they could not be written."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
 def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` durable. Windows has no such operation."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make new names in `folder` durable, where its file system can: the files are complete without."""
+    if os.name == "posix":  # Windows has no such operation
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _lock(file: FileIO) -> None:

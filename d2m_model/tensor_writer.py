@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .atomic import PartFile, remove_leftovers, remove_leftovers_like
+from .atomic import PartFile, remove_leftovers, remove_leftovers_like, sync_file
 from .tensor_file import ALIGNMENT, DTYPES, CheckpointError, Shape, bytes_of
 
 _SYNC_EVERY = 256 << 20  # bytes
@@ -87,15 +87,18 @@ class TensorWriter:
             raise AssertionError(f"{name}: less than the announced {shape} produced")
         self._missing.discard(name)
 
-    def finish(self, metadata: Mapping[str, str]) -> None:
+    def finish(self, metadata: Mapping[str, str], check: Callable[[Path], object] | None = None) -> None:
         """Sync the file to disk and let it replace the target, once every tensor is written.
 
-        `metadata` may differ from what the constructor got, but its JSON may not be longer.
+        `metadata` may differ from what the constructor got, but its JSON may not be longer. `check` gets the path of the
+        complete file before that; if it raises, the target stays as it was.
         """
         if self._missing:
             raise AssertionError(f"{len(self._missing)} tensors were never written, {min(self._missing)} among them")
         header = _header(self._specs, metadata, self._header_size)
         self._write(0, memoryview(header))
+        if check is not None:
+            check(self._part.path)
         with self._reporting():
             if self._syncing is not None:
                 self._syncing.result()
@@ -115,7 +118,7 @@ class TensorWriter:
         """Start syncing what is written so far, so that `finish` does not wait for all of it."""
         if self._syncing is not None:
             self._syncing.result()
-        self._syncing = self._pool.submit(os.fsync, self._part.file.fileno())
+        self._syncing = self._pool.submit(sync_file, self._part.file.fileno())
         self._unsynced = 0
 
     @contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2m_model.atomic import atomic_file, remove_leftovers_like
+from d2m_model.tensor_file import CheckpointError, TensorFile
+from d2m_model.tensor_writer import write_tensors
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -99,3 +104,32 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         part.write_text("new")
     assert link.is_symlink()
     assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("of_folder", [True, False], ids=["folder", "file"])
+def test_a_file_system_without_sync_gets_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_folder: bool
+) -> None:
+    """Network shares and virtual disks refuse it for folders, or altogether."""
+    sync, target = os.fsync, tmp_path / "moe.safetensors"
+
+    def refused(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or not of_folder:
+            raise OSError(errno.EIO if of_folder else errno.EINVAL, "cannot be synced")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    write_tensors(target, {"x": (torch.float32, (2,))}, lambda name: torch.ones(2), {})
+    assert list(tmp_path.iterdir()) == [target]
+    with TensorFile(target) as file:
+        assert file.tensor("x").tolist() == [1, 1]
+
+
+def test_bytes_that_could_not_be_written_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CheckpointError, match="the disk is broken"):
+        write_tensors(tmp_path / "moe.safetensors", {"x": (torch.float32, (2,))}, lambda name: torch.ones(2), {})
+    assert list(tmp_path.iterdir()) == []
