@@ -11,7 +11,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,6 +61,20 @@ class CheckpointError(MessageError):
     """A file or state dict is not as expected; the message says what was found and what to do."""
 
 
+class FileState(NamedTuple):
+    """Size, time and identity of a file, by which a change is noticed."""
+
+    size: int
+    modified: int  # nanoseconds
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str] | int) -> FileState:
+        """Return the state of a file, given its path or descriptor. Raises OSError."""
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 class TensorFile:
     """An open safetensors file. Opening it reads the header alone; `tensor` maps, and the system reads what is used.
 
@@ -88,6 +102,9 @@ class TensorFile:
                 self.dtypes[name] = DTYPES[entry["dtype"]]
                 self._spans[name] = tuple(entry["data_offsets"])
         with open(self.path, "rb") as file:
+            self.state = FileState.of(file.fileno())
+            if self.state.size != self.size:
+                raise _damaged(self.path, self.state.size, self.size)
             self._map = _mapped(file.fileno(), copy_on_write)
         self._copy_on_write = copy_on_write
 

@@ -18,7 +18,7 @@ from .expert_map.trace_node import TraceRouting
 from .files.convert_node import ConvertFlux
 from .files.load_node import LoadFluxMoE
 from .files.save_node import SaveFluxMoE
-from .lora import load_lora
+from .lora import load_lora, merging
 from .model import flux_moe
 
 
@@ -26,6 +26,7 @@ class Dense2MoE(ComfyExtension):
     async def on_load(self) -> None:
         flux_moe.register()
         load_lora.register()
+        merging.register()
         live_values.register()
         cost.register()
         routes.register()

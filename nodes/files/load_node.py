@@ -1,8 +1,9 @@
 """The node Load FLUX-MoE.
 
-The file is mapped, not read: a weight is read from disk when it is first used, and there is no copy of it if the model
-runs in the file's own dtype. On the CPU it always does (computing in float32), so that a file can be as large as the
-memory. With dynamic VRAM, ComfyUI's own loader maps files too, and handles more kinds of them.
+The file is mapped, not read, unless ComfyUI runs with --disable-mmap: a weight is read from disk when it is first used,
+and there is no copy of it if the model runs in the file's own dtype. On the CPU it always does (computing in float32), so
+that a file can be as large as the memory. With dynamic VRAM, ComfyUI's own loader maps files too, and handles more kinds
+of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ...d2m_model.checkpoint import check_file, check_opened
 from ...d2m_model.quantised import HEADER_KEY, quantised_layers
-from ...d2m_model.tensor_file import TensorFile
+from ...d2m_model.tensor_file import FileState, TensorFile
 from ..cost import remember_model
 
 _WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -33,7 +35,8 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
         return comfy.sd.load_diffusion_model(path, model_options, disable_dynamic)
     file = TensorFile(path, copy_on_write=True)  # hooks patch weights in place
     check_opened(file)
-    tensors = {name: file.tensor(name) for name in file.shapes}
+    mapped = not args.disable_mmap
+    tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.shapes}
     metadata, layers = dict(file.metadata), quantised_layers(file.metadata)
     if layers:
         metadata[HEADER_KEY] = json.dumps({"layers": layers})
@@ -43,6 +46,7 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     if not quantised and comfy.model_management.is_device_cpu(device):
         options.setdefault("dtype", comfy.utils.weight_dtype(tensors))
     model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic)
+    model.model.source_file = (path, file.state) if mapped else None
     model.cached_patcher_init = (load_flux_moe, (path, model_options))  # with which ComfyUI loads it again
     return model
 
@@ -76,6 +80,12 @@ class LoadFluxMoE(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The FLUX-MoE.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **inputs: Any) -> Any:
+        """Load again if the file has changed."""
+        path = folder_paths.get_full_path("diffusion_models", model_name)
+        return None if path is None else FileState.of(path)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:

@@ -6,6 +6,7 @@ The blocks are in blocks.py, block_groups.py and compressed_modulations.py.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ from ...d2m_model.blocks import FFN, Block, blocks_of
 from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_state_dict
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.layout import ffn_tensors, neuron_axis
-from ...d2m_model.tensor_file import ALIGNMENT
+from ...d2m_model.tensor_file import ALIGNMENT, FileState
 from .block_groups import BlockGroupRouter, compiled_apart
 from .blocks import DoubleExpertBlock, ExpertFFN, ExpertLayer, SingleExpertBlock
 from .compressed_modulations import compress_modulations, modulations
@@ -100,6 +101,17 @@ class FluxMoE(Flux):
                     places[parameter] = (*place, owner.neuron_order)
         return places
 
+    @functools.cached_property
+    def ordered_by(self) -> dict[str, str]:
+        """Names of the tensors that say what the rows or columns of a weight are: a neuron_order, or U, by the weight's."""
+        orders = dict.fromkeys(self.compressed(), "adaln_in.weight")
+        hidden_size = self.config.dims.hidden_size
+        for ffn in self.config.ffns:
+            for parameter, _ in self.get_submodule(ffn).named_parameters(prefix=ffn):
+                if neuron_axis(parameter, ffn, hidden_size) is not None:
+                    orders[parameter] = f"{ffn}.neuron_order"
+        return orders
+
 
 class FluxMoEWithGroups(FluxMoE):
     """A FLUX-MoE with block groups, which torch.compile compiles block by block: see block_groups.py."""
@@ -148,6 +160,35 @@ class FluxMoEModel(comfy.model_base.Flux):
         unet_model = functools.partial(FluxMoEWithGroups if config.groups else FluxMoE, config=config, stored=stored)
         super().__init__(model_config, unet_model=unet_model, **kwargs)
         self.moe_config = config
+        self.source_file: tuple[str, FileState] | None = None  # which weights are mapped from, and its state
+
+    def check_source_file(self) -> None:
+        """Raise RuntimeError if the file that the weights are mapped from has changed.
+
+        Its pages may then be gone, which ends the process without a message, or be those of another model.
+        """
+        patcher = self.current_patcher
+        if (
+            self.source_file is None and patcher is not None and not comfy.utils.DISABLE_MMAP
+        ):  # ComfyUI's own loader maps too
+            _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+            if arguments and isinstance(arguments[0], str) and os.path.isfile(arguments[0]):
+                self.source_file = arguments[0], FileState.of(arguments[0])
+        if self.source_file is None or not os.path.exists(self.source_file[0]):  # deleted, it stays while it is mapped
+            return
+        path, loaded = self.source_file
+        if (now := FileState.of(path)) != loaded:
+            change = f"{loaded.size:,} bytes, now {now.size:,}" if now.size != loaded.size else "the same size"
+            raise RuntimeError(
+                f"{path} was written to or replaced after it was loaded ({change}), and the weights of this FLUX-MoE are "
+                "read from it when they are used. Queue again to load the new file; if it is not loaded anew, free the model "
+                "first (Edit > Unload Models and Execution Cache)."
+            )
+
+    def memory_required(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what ComfyUI asks for before it reads the weights to sample, which is when the file is checked."""
+        self.check_source_file()
+        return super().memory_required(*args, **kwargs)
 
     def load_model_weights(self, sd: dict[str, Tensor], unet_prefix: str = "", assign: bool = False) -> Any:
         """Assign the file's tensors instead of copying them, so that mapped ones stay in the file until they are used.
@@ -190,6 +231,7 @@ class FluxMoEModel(comfy.model_base.Flux):
 
         Traced runs are not compiled: a graph would keep the trace that it was made with.
         """
+        self.check_source_file()
         options, config = dict(transformer_options), self.moe_config
         flux = transformer_in(self.diffusion_model)
         run = kwargs.pop(NEGATIVE_KEY, None)
