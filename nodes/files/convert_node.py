@@ -37,7 +37,8 @@ from ..cost import remember_model
 from .calibration import TOKENS_PER_FFN, CalibrationSamples, calibrate_on_prompts, sampling_patches, split_prompts
 from .dense_teacher import open_dense, refuse_others
 from .load_node import load_flux_moe
-from .save_node import baking_note, unload_patches, weight_patches
+from .save_node import baking_note, weight_patches
+from .unloading import unload_patches
 
 _NAME = "Convert FLUX to MoE"
 _FITTED, _RANDOM = "fitted to the prompts", "random"

@@ -11,23 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.float
 import comfy.lora
+import comfy.model_base
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...d2m_model.checkpoint import CheckpointError, check_dense
+from ...d2m_model.checkpoint import CheckpointError, check_dense, dims_of
 from ...d2m_model.config import Teacher
 from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_teacher
 from ...d2m_model.keys import bfl_spelling, dense_shapes
 from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
 from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of, is_finite
 from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
-from .injections import refuse_injections
-from .save_node import unload_patches, weight_patches
+from .injections import refuse_injections, require_flux, warn_of_foreign
+from .save_node import weight_patches
+from .unloading import patched_weight, unload_patches
 
+_VARIANTS = ("txt_norm.",)  # modules of ComfyUI's Flux that FLUX.1 does not have
 _FLOAT8_LAYOUTS = "TensorCoreFP8"  # prefix of ComfyUI's names for float8 layouts with a scale
 
 
@@ -36,17 +40,23 @@ def refuse_others(model: Any, node: str) -> None:
     base = model.model
     if isinstance(base, FluxMoEModel):
         raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect a dense FLUX.")
-    if not isinstance(getattr(base, "diffusion_model", None), Flux):
+    if type(base) is not comfy.model_base.Flux and not isinstance(base.diffusion_model, Flux):
         raise ValueError(
             f"{node} works on a dense FLUX.1 (dev, schnell, Fill, Kontext …), but this MODEL is a {type(base).__name__}."
         )
+    require_flux(model, node)
     refuse_injections(model, node)
+    own = set(own_parameters(model).values())
+    warn_of_foreign({name for name, _ in base.diffusion_model.named_parameters()} - own, node)
     for name, module in base.diffusion_model.named_modules():
         weight, quantisation = getattr(module, "weight", None), None
+        if f"{name}.weight" not in own:
+            continue
+        weight = as_plain(weight)
         if isinstance(weight, QuantizedTensor) and not str(weight._layout_cls).startswith(_FLOAT8_LAYOUTS):
             quantisation = str(weight._layout_cls)
         elif isinstance(weight, Tensor) and not weight.dtype.is_floating_point:
-            quantisation = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+            quantisation = f"{type(module.weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
         elif getattr(module, "pre_quant_scale", None) is not None:
             quantisation = "smoothed (pre_quant_scale)"
         if quantisation is not None:
@@ -108,16 +118,43 @@ def _same(file: DenseTeacher, model: Any) -> bool:
     return True
 
 
+def own_parameters(model: Any) -> dict[str, str]:
+    """Return the names of the transformer's parameters by BFL name, without those that other packs have added.
+
+    Parameters of FLUX.1's variants are among them, for `check_dense` to refuse.
+    """
+    flux = model.model.diffusion_model
+    names = {bfl_spelling(name): name for name, _ in flux.named_parameters()}
+    try:
+        known = dense_shapes(dims_of({name: tuple(flux.get_parameter(own).shape) for name, own in names.items()}))
+    except CheckpointError:
+        return names
+    return {name: own for name, own in names.items() if name in known or name.startswith(_VARIANTS)}
+
+
 def _parameters(model: Any) -> dict[str, Tensor]:
     """Return the parameters by BFL name."""
-    return {bfl_spelling(name): tensor for name, tensor in model.model.diffusion_model.named_parameters()}
+    flux = model.model.diffusion_model
+    return {name: as_plain(flux.get_parameter(own)) for name, own in own_parameters(model).items()}
+
+
+def as_plain(weight: Any) -> Any:
+    """Return a weight of a GGUF file that is not quantised as a plain tensor, in the same memory; others as they are.
+
+    The loader of such files has tensors of a type of its own, which are bytes where the file has bfloat16.
+    """
+    kind = getattr(getattr(weight, "tensor_type", None), "name", None)
+    if kind not in ("F32", "F16", "BF16"):
+        return weight
+    data: Tensor = weight.data.as_subclass(Tensor)
+    return data.view(torch.bfloat16).view(tuple(weight.tensor_shape)) if kind == "BF16" else data
 
 
 class LoadedTeacher:
     """A teacher in memory (see d2m_model.conversion.interfaces.TeacherTensors).
 
     float8 is returned as bfloat16, other types as the MODEL has them: on a CPU float32, where the file has bfloat16. The
-    MODEL has to be unloaded (save_node.unload_patches) before `tensor` is called. Raises CheckpointError if it is not a
+    MODEL has to be unloaded (unloading.unload_patches) before `tensor` is called. Raises CheckpointError if it is not a
     dense FLUX.1.
     """
 
@@ -126,7 +163,7 @@ class LoadedTeacher:
 
     def __init__(self, model: Any) -> None:
         self._patcher = model
-        self._names = {bfl_spelling(name): name for name, _ in model.model.diffusion_model.named_parameters()}
+        self._names = own_parameters(model)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._spans: dict[str, tuple[int, int]] = {}
@@ -152,11 +189,15 @@ class LoadedTeacher:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as ComfyUI would use it for sampling, on the CPU."""
         key = self._key(name)
-        if key in self._patcher.patches:
-            device = self._patcher.load_device
-            weight = self._patcher.patch_weight_to_device(key, device_to=device, return_weight=True)
-        else:
-            weight = comfy.utils.get_attr(self._patcher.model, key)
+        weight = comfy.utils.get_attr(self._patcher.model, key)
+        if (plain := as_plain(weight)) is not weight:
+            weight = plain
+            if key in self._patcher.patches:
+                patches, seed = self._patcher.patches[key], comfy.utils.string_to_seed(key)
+                patched = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+                weight = comfy.float.stochastic_rounding(patched, weight.dtype, seed=seed)
+        elif key in self._patcher.patches:
+            weight = patched_weight(self._patcher, key)
         if isinstance(weight, QuantizedTensor):
             scale = weight.params.scale.detach().float().cpu().reshape(-1, 1)
             return dequantise_float8(weight._qdata.detach().cpu(), scale)

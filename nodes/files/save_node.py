@@ -24,10 +24,19 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_moe, config_tensor
+from ...d2m_model.checkpoint import (
+    CONFIG_KEY,
+    CheckpointError,
+    check_file,
+    check_moe,
+    config_tensor,
+    expected_tensors,
+    optional_tensors,
+)
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
+from ...d2m_model.quantised import is_companion
 from ...d2m_model.tensor_writer import TensorWriter
 from ..controls.expert_mask import ExpertMask
 from ..controls.replay import Replay
@@ -35,9 +44,11 @@ from ..controls.schedule import Schedule
 from ..controls.widget_text import parse_mask, parse_schedule
 from ..model.flux_moe import TRANSFORMER_PREFIX, require_flux_moe
 from ..model.settings import active_blocks, router_value, settings_of
-from .injections import refuse_injections
+from .injections import refuse_injections, require_flux, warn_of_foreign
+from .unloading import patched_weight, unload_patches
 
 _NAME = "Save FLUX-MoE"
+_PREFIX = "diffusion_models/FLUX-MoE"
 _MAX_NAME = 200  # bytes of a file's or folder's name; systems take 255, with the number and the part file's ending
 _BAKED = (
     "Patches (LoRAs) are baked into its weights, which are otherwise the teacher's with reordered FFN neurons: "
@@ -49,19 +60,21 @@ _WORKFLOW_CONTROLS = {kind.node_id: kind.title for kind in (ExpertMask, Replay, 
 _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
 
 
-def unload_patches(patcher: Any) -> None:
-    """Take the patches of this MODEL, and of others that share its weights, out of them. Sampling loads it again."""
-    management = comfy.model_management
-    others = [it for it in management.current_loaded_models if it.model is None or not patcher.is_clone(it.model)]
-    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
-    if patcher.backup:  # loaded without ComfyUI's memory management
-        patcher.detach()
+def own_tensors(patcher: Any) -> dict[str, Tensor]:
+    """Return the tensors of the transformer that its file has, by name in the transformer, without those of other packs."""
+    config: FluxMoEConfig = patcher.model.moe_config
+    known = {CONFIG_KEY: (), **expected_tensors(config), **optional_tensors(config)}
+    return {
+        name: tensor
+        for name, tensor in patcher.model.diffusion_model.state_dict().items()
+        if (spelled := bfl_spelling(name)) in known or is_companion(spelled, known)
+    }
 
 
 def file_specs(patcher: Any) -> _Specs:
     """Return dtype and shape of each tensor of this MODEL's file, by BFL name."""
     specs: _Specs = {}
-    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+    for name, tensor in own_tensors(patcher).items():
         key, shape = f"{TRANSFORMER_PREFIX}{name}", tuple(tensor.shape)
         if key in patcher.patches and not isinstance(comfy.utils.get_attr(patcher.model, key), QuantizedTensor):
             shape = tuple(comfy.lora.calculate_shape(patcher.patches[key], tensor, key))
@@ -77,16 +90,14 @@ def file_tensors(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     written: set[str] = set()
     config: FluxMoEConfig = patcher.model.moe_config
     value = router_value(config, settings_of(patcher.model_options.get("transformer_options")))
-    for name, tensor in patcher.model.diffusion_model.state_dict().items():
+    for name, tensor in own_tensors(patcher).items():
         if name in written:
             continue
         pieces: Mapping[str, Tensor] = {name: tensor}
         if (saved := config.router.saved(name, tensor, value)) is not tensor:
             pieces = {name: saved}
         elif f"{TRANSFORMER_PREFIX}{name}" in patcher.patches:
-            weight = patcher.patch_weight_to_device(
-                f"{TRANSFORMER_PREFIX}{name}", device_to=patcher.load_device, return_weight=True
-            )
+            weight = patched_weight(patcher, f"{TRANSFORMER_PREFIX}{name}")
             pieces = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
         for piece, values in pieces.items():
             written.add(piece)
@@ -167,6 +178,8 @@ def next_target(filename_prefix: str) -> Path:
             f"{_NAME}: filename_prefix is {filename_prefix[:_MAX_NAME]!r}; expected names of up to {_MAX_NAME} bytes "
             "without control characters."
         )
+    if os.path.basename(os.path.normpath(filename_prefix)) == ".":  # empty: ComfyUI would make a hidden file
+        filename_prefix = _PREFIX
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
     except OSError as error:
@@ -189,7 +202,9 @@ def save_model(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
             "blocks. Bypass these nodes, or connect the MODEL from before them, and put them after the loader in the "
             "workflow that loads the file."
         )
+    patcher.model.check_source_file()
     unload_patches(patcher)
+    warn_of_foreign(patcher.model.diffusion_model.state_dict().keys() - own_tensors(patcher).keys(), _NAME)
     specs = file_specs(patcher)
     config = saved_config(patcher, specs)
     stored = config_tensor(config)
@@ -204,7 +219,18 @@ def save_model(patcher: Any, target: Path, notes: Mapping[str, str]) -> None:
             writer.put(name, stored if name == CONFIG_KEY else tensor)
             done += tensor.nbytes
             progress.update_absolute(done)
-        writer.finish(metadata)
+        writer.finish(metadata, check_saved)
+
+
+def check_saved(file: Path) -> None:
+    """Raise CheckpointError if what was written is not a FLUX-MoE."""
+    try:
+        check_file(file)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{_NAME} has kept no file of this MODEL, since it could not be loaded again. A patch of another node has "
+            f"changed what is no weight. {error}"
+        ) from None
 
 
 class SaveFluxMoE(io.ComfyNode):
@@ -226,7 +252,7 @@ class SaveFluxMoE(io.ComfyNode):
                 ),
                 io.String.Input(
                     "filename_prefix",
-                    default="diffusion_models/FLUX-MoE",
+                    default=_PREFIX,
                     tooltip=(
                         "Where in the output folder, and how the name begins; a number follows. What lies in its "
                         "diffusion_models is offered by Load FLUX-MoE."
@@ -240,6 +266,7 @@ class SaveFluxMoE(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, filename_prefix: str) -> io.NodeOutput:
         require_flux_moe(model, _NAME)
+        require_flux(model, _NAME)
         refuse_injections(model, _NAME)
         target = next_target(filename_prefix)
         save_model(model, target, workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo))

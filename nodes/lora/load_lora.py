@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...d2m_model.blocks import Block
 from ...d2m_model.foreign import printable
-from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
+from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoE, FluxMoEModel, transformer_in
 from .modulations import ModulationMap
 from .patches import PermutedPatch
 from .shapes import WeightShape, fits, format_shape, shape_of_change
@@ -39,7 +39,13 @@ class MoEWeights:
     """Facts that a LoRA needs of a FLUX-MoE's weights, by their names in the MODEL."""
 
     def __init__(self, model: FluxMoEModel) -> None:
-        flux = model.diffusion_model
+        flux = transformer_in(model.diffusion_model)
+        if not isinstance(flux, FluxMoE):
+            replacement = type(model.diffusion_model)
+            raise ValueError(
+                f"This LoRA cannot be loaded: the transformer of this FLUX-MoE was replaced by a "
+                f"{replacement.__qualname__} (of {replacement.__module__}). Put the node that does so after the LoRA."
+            )
         self.model = model
         self.shapes: dict[str, WeightShape] = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         # Shapes of the dense weights that compressed modulations stand for

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock, timestep_embedding
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 
@@ -78,3 +79,78 @@ def exchanged_class(block: nn.Module, foreign: type[nn.Module]) -> Iterator[None
         yield
     finally:
         block.__class__ = own
+
+
+class Wrapped(nn.Module):
+    """A module in place of the transformer, as some packs put it there."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "params"):
+            return getattr(self.inner, name)
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@contextmanager
+def replaced_transformer(model: Any, wrapper: Any) -> Iterator[None]:
+    """The transformer of a MODEL, replaced in place."""
+    base, own = model.model, model.model.diffusion_model
+    base.diffusion_model = wrapper(own)
+    try:
+        yield
+    finally:
+        base.diffusion_model = own
+
+
+@contextmanager
+def added_modules(model: Any) -> Iterator[None]:
+    """Modules that adapters put on the transformer and on a block."""
+    flux = model.model.diffusion_model
+    flux.face_layers, flux.single_blocks[0].adapter = nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4)
+    try:
+        yield
+    finally:
+        del flux.face_layers, flux.single_blocks[0].adapter
+
+
+class GGUFTensor(Tensor):
+    """A weight as the loader of GGUF files has it: bytes, unless its type is one of torch's that it knows."""
+
+    def __new__(cls, data: Tensor, kind: str, shape: Any) -> GGUFTensor:
+        found = data.as_subclass(cls)
+        found.tensor_type, found.tensor_shape = types.SimpleNamespace(name=kind), shape
+        return found
+
+    def detach(self) -> GGUFTensor:
+        return self
+
+    @property
+    def shape(self) -> Any:
+        return self.tensor_shape if hasattr(self, "tensor_shape") else self.size()
+
+
+class GGUFPatcher(ModelPatcher):
+    """Its loader's patcher: it patches while a weight is dequantised, and cannot return a patched weight."""
+
+    def patch_weight_to_device(self, key: str, device_to: Any = None, inplace_update: bool = False) -> None:
+        raise AssertionError("only while sampling")
+
+
+def as_gguf(model: Any, kind: str) -> Any:
+    """Turn the weights of the blocks of a dense FLUX into those that the loader of GGUF files makes, and its patcher."""
+    for module in model.model.diffusion_model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 2:
+            dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[kind]
+            data = weight.detach().to(dtype)
+            data = data.view(torch.uint8) if kind == "BF16" else data
+            module.weight = nn.Parameter(GGUFTensor(data, kind, weight.shape), requires_grad=False)
+    clone = model.clone()
+    clone.__class__, clone.cached_patcher_init = GGUFPatcher, None
+    return clone

@@ -158,6 +158,11 @@ def test_names_are_counted_as_comfyui_counts(host: Comfy, pair: Pair, output: Pa
     assert names == ["a/moe_00001_.safetensors", "a/moe_00002_.safetensors", "moe_00001_.safetensors"]
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "./"])
+def test_an_empty_prefix_makes_no_hidden_file(host: Comfy, pair: Pair, output: Path, prefix: str) -> None:
+    assert save(host, pair.moe, prefix) == output / "diffusion_models" / "FLUX-MoE_00001_.safetensors"
+
+
 @pytest.mark.parametrize("disabled", [False, True])
 def test_the_workflow_goes_into_the_file_unless_disabled(
     host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch, disabled: bool

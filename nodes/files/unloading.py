@@ -1,0 +1,29 @@
+"""Weights of a MODEL as they are without patches, and with its own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import comfy.model_management
+from comfy.model_patcher import ModelPatcher
+
+
+def unload_patches(patcher: Any) -> None:
+    """Take the patches of this MODEL, and of others that share its weights, out of them. Sampling loads it again."""
+    management = comfy.model_management
+    others = [it for it in management.current_loaded_models if it.model is None or not patcher.is_clone(it.model)]
+    management.free_memory(1e30, patcher.load_device, keep_loaded=others)
+    if patcher.backup or patcher.object_patches_backup:  # loaded without ComfyUI's memory management
+        patcher.detach()
+
+
+def patched_weight(patcher: Any, key: str) -> Any:
+    """Return a weight with the patches of this MODEL, as ComfyUI would use it, and leave the MODEL as it is.
+
+    Packs have patchers of their own, whose method may only be able to change the MODEL.
+    """
+    patch = patcher.patch_weight_to_device
+    if "return_weight" in inspect.signature(patch).parameters:
+        return patch(key, device_to=patcher.load_device, return_weight=True)
+    return ModelPatcher.patch_weight_to_device(patcher, key, device_to=patcher.load_device, return_weight=True)
