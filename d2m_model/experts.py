@@ -3,8 +3,9 @@
 `plan_dispatch` sorts the assignments of tokens to experts by expert; `plan_experts` does so too, unless computing every
 expert for every token is cheaper. `expert_up` and `expert_down` are the two halves of the experts' MLPs; they are
 separate because FLUX's single block keeps W1 and W2 in two modules. Everything runs on strided views of the fused
-weights, with static shapes and without synchronising with the device. The exception is an uneven routing in several
-chunks: the host must know at which rows the chunks begin.
+weights, with static shapes. The host waits for a GPU in two cases only: for an uneven routing in several chunks, since it
+must know at which rows they begin, and for each product where neither our Triton kernels nor torch's fused product run
+(float32, and compute capabilities before 8.0).
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A assignments (T K of them under top-k), C chunks;
 in `grouped_mm` A rows, D depth of the product, N columns.
@@ -135,8 +136,8 @@ def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bia
     [T, E F], with the gates already applied, if the plan computes every expert.
     """
     if isinstance(plan, EveryExpert):
-        pre_TN = F.linear(x_TH, up_EFH.flatten(0, 1), up_bias_EF.flatten())
-        hidden_TEF = F.gelu(pre_TN, approximate="tanh").unflatten(1, up_bias_EF.shape)
+        hidden_TN = F.gelu(F.linear(x_TH, up_EFH.flatten(0, 1), up_bias_EF.flatten()), approximate="tanh")
+        hidden_TEF = hidden_TN.unflatten(1, up_bias_EF.shape)
         return (hidden_TEF * plan.gates_TE.to(hidden_TEF.dtype).unsqueeze(2)).flatten(1)
     if plan.fused:
         return _fused_up(x_TH, plan, up_EFH, up_bias_EF)

@@ -5,8 +5,10 @@ FakeTensorMode gives them devices, dtypes and shapes. Modes on top of it count m
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,27 @@ from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda")
 BLOCK = 512  # bytes: the unit of torch's allocator
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("d2m_model", "nodes")
+
+# Every operator for which the host waits while a FLUX-MoE runs, by file and name, with the reason.
+HOST_WAITS = {
+    ("d2m_model/mob.py", "item"): (
+        "The host must know which blocks no sample runs, to skip them. A group's choice depends on the blocks before it, so "
+        "this is one wait for each group. There is none if all blocks of the group run, or none of them."
+    ),
+    ("d2m_model/routers/capacity_routing.py", "nonzero"): (
+        "Only the device knows how many experts the tokens of a capacity router have, and the host allocates their rows. "
+        "Rows for every token at every expert would need E / K times the memory."
+    ),
+    ("d2m_model/experts.py", "item"): (
+        "Tokens with unlike numbers of experts, in several chunks: the host must know at which rows the chunks begin. Also "
+        "every product where neither the Triton kernels nor torch's fused grouped product run: its loop goes by experts."
+    ),
+    ("nodes/controls/evaluation_settings.py", "item"): (
+        "Schedules, live values and logs go by sigma, which samplers keep on the device: one wait for each evaluation."
+    ),
+}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -47,3 +70,43 @@ class LiveMemory(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
+
+
+class HostWaits(TorchDispatchMode):
+    """Records the operators for which the host waits, as (file, name): the last of this project's files that called it.
+
+    Values that the host reads are 1, and half of the entries are not zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            self._wait("item", args[0].is_cuda)
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is aten.nonzero.default:
+            self._wait("nonzero", args[0].is_cuda)
+            return args[0].new_empty(args[0].numel() // 2, args[0].dim(), dtype=torch.int64)
+        result = func(*args, **kwargs)
+        if func in (aten._to_copy.default, aten.copy_.default):
+            source = args[1] if func is aten.copy_.default else args[0]
+            # A copy to the host is made in pinned memory if it need not block; one from the host is mostly not.
+            pinned = kwargs.get("non_blocking", False) and result.device.type == "cpu"
+            self._wait("copy", source.device.type != result.device.type and not pinned)
+        return result
+
+    def _wait(self, name: str, waits: bool) -> None:
+        frame = sys._getframe(2)
+        while waits and frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(ROOT) and (file := path.relative_to(ROOT)).parts[0] in CODE:
+                self.waits.add((str(file), name))
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+        if waits:
+            self.waits.add(("elsewhere", name))
