@@ -48,7 +48,7 @@ class TeacherSection(Section):
     quantise: Literal["fp8", "int8", "nf4"] | None = None
     """Quantisation of the blocks' linear layers while the teacher runs; the student is made from the file's weights."""
     offload: Literal["none", "cpu", "stream"] = "none"
-    """Location of blocks while they do not run. `cpu`: the host's memory; `stream`: the file."""
+    """Location of blocks while they do not run. `cpu`: the host's memory; `stream`: the file. Not together with quantise."""
     loras: tuple[Lora, ...] = ()
     """LoRAs that are fused into the teacher, so that the student learns to imitate both."""
     dims: KnownFlux | None = None
@@ -58,6 +58,11 @@ class TeacherSection(Section):
     def _fits(self) -> TeacherSection:
         if self.offload == "stream" and self.quantise is not None:
             raise ValueError(f"offload stream reads the file's own weights; leave out quantise {self.quantise}")
+        if self.offload == "cpu" and self.quantise is not None:
+            raise ValueError(
+                f"offload cpu moves weights as the file has them, and quantise is {self.quantise}; "
+                "expected one of the two: leave out quantise, or give offload none"
+            )
         return self
 
 

@@ -11,7 +11,7 @@ from .run_plan import GIB, RunPlan, StageEstimate
 # Options to try, by the part of the memory that is the largest.
 _ADVICE = {
     "student's weights": "student.frozen_dtype=bfloat16, FSDP2 over more GPUs, or training.blockwise=true",
-    "teacher's weights": "teacher.quantise=fp8, teacher.offload=cpu or teacher.offload=stream",
+    "teacher's weights": "teacher.quantise=fp8, or in place of it teacher.offload=cpu or teacher.offload=stream",
     "gradients": "FSDP2 over more GPUs, or training.blockwise=true",
     "optimizer": "training.optimizer=adamw_8bit, FSDP2 over more GPUs, or training.blockwise=true",
     "average": "training.ema=null",
