@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from d2m_model.blocks import Block
-from d2m_model.checkpoint import CONFIG_KEY, check_file, config_tensor, optional_tensors
+from d2m_model.checkpoint import CONFIG_KEY, config_tensor
 from d2m_model.config import FluxMoEConfig
 from d2m_model.conversion.convert import file_metadata
 from d2m_model.hosts.diffusers import dims_of_transformer
@@ -29,13 +29,7 @@ from d2m_model.tensor_writer import TensorWriter
 
 from .. import UserError
 from ..data.token_counts import longest_sample
-from ..distillation.stages import (
-    StagePlan,
-    plan_stage,
-    prepare_student,
-    teacher_outputs,
-    trainable_names,
-)
+from ..distillation.stages import StagePlan, teacher_outputs, trainable_names
 from ..monitor.stage_log import StageLog
 from ..parallel.ranks import Ranks
 from ..run_config import RunConfig
@@ -43,6 +37,7 @@ from ..training.checkpoints import Checkpoints
 from ..training.loop import Stopped, TrainingLoop
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from ..training.stage_run import StageRun
+from ..training.student_file import fill_student, meta_student
 from ..training.trainee import Trainee
 from .feature_store import FeatureStore, disk_bytes
 from .part import Part, PartBlocks, PartObjective
@@ -119,9 +114,7 @@ class _Blockwise:
 
     def __init__(self, stage_run: StageRun) -> None:
         self.stage_run, self.run, self.ranks = stage_run, stage_run.run, stage_run.ranks
-        self.source = check_file(stage_run.source)
-        core = self._core(())
-        self.plan = plan_stage(stage_run.stage, core.flux_moe, stage_run.section)
+        core, self.plan = meta_student(stage_run)
         self.config = self.plan.config
         trainable = trainable_names(core, self.plan)
         self.parts = split_into_parts(
@@ -165,10 +158,10 @@ class _Blockwise:
         log.begin_part("block", part.name)
         with log.paused():
             self.store.provide(part.start, part.end)
-        core = self._core(self.names[part.name])
-        prepare_student(core, self.plan, self.run.student.frozen_dtype)
+        core, _ = meta_student(self.stage_run)
         if core.adaln_in is not None:
             core.adaln_in.requires_grad_(False)
+        fill_student(core, self.stage_run, only={*self.names[part.name], "adaln_in.weight"})
         blocks = PartBlocks(core, part, checkpointing=self.run.training.gradient_checkpointing)
         trainee = Trainee(self.stage_run, blocks, list(blocks.blocks))
         objective = PartObjective(self.stage_run, trainee, part, number, self.plan, self.store)
@@ -190,26 +183,6 @@ class _Blockwise:
             raise Stopped
 
     # Trained weights
-
-    def _core(self, names: Collection[str]) -> FluxMoETransformer2DModel:
-        """Build the student with only these tensors of its file, and U; other weights stay on the meta device."""
-        from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-        from d2m_model.hosts.diffusers.tensors import load_tensors
-
-        config = self.source
-        with TensorFile(self.stage_run.source) as file:
-            optional = tuple(name for name in optional_tensors(config) if name in file.shapes)
-            with torch.device("meta"):
-                core = FluxMoETransformer2DModel(config, optional)
-
-            def tensor(name: str) -> torch.Tensor:
-                return file.tensor(name)
-
-            wanted = {*names, "adaln_in.weight"} if names else set()
-            load_tensors(core, config, optional, tensor, self.stage_run.dtype, self.ranks.device, wanted)
-            for name in names:
-                file.release(name)
-        return core
 
     def _names_of(self, core: FluxMoETransformer2DModel, part: Part) -> list[str]:
         """Names of a part's tensors in the file."""

@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+
+def shard_axis(shape: Sequence[int], ranks: int) -> int:
+    """Return the axis along which FSDP2 shards a parameter: the first, or for stacked experts one that `ranks` divides.
+
+    FSDP2 pads a first axis that is not divided evenly: of 12 experts on 32 ranks 20 ranks would hold none, and 32 would be
+    exchanged. Other axes it takes only where they are divided evenly.
+    """
+    if len(shape) < 3 or shape[0] % ranks == 0:
+        return 0
+    return next((axis for axis in range(1, len(shape)) if shape[axis] % ranks == 0), 0)
+
+
+@torch.no_grad()
+def with_values(parameter: Tensor, values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor like `parameter`, on `device`, with the full tensor's `values`: a shard of them where it is sharded.
+
+    The device never holds more of the values than this rank stores.
+    """
+    filled: Any = torch.empty_like(parameter, device=device)
+    if hasattr(filled, "placements"):
+        axis, local = filled.placements[0].dim, filled.to_local()
+        share = -(-values.shape[axis] // filled.device_mesh.size())
+        first = min(filled.device_mesh.get_local_rank() * share, values.shape[axis])
+        local.copy_(values.narrow(axis, first, local.shape[axis]))
+    else:
+        filled.copy_(values)
+    tensor: Tensor = filled
+    return tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

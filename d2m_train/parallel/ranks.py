@@ -24,7 +24,7 @@ from d2m_model.blocks import blocks_of
 from .. import UserError
 from ..run_config import RunConfig
 from .deepspeed import configuration, deepspeed_requested, without_accelerates_deepspeed
-from .parameters import full_tensor
+from .parameters import full_tensor, shard_axis
 from .student_state import StudentState, TorchState
 from .zero import Zero
 
@@ -98,7 +98,9 @@ class Ranks:
     # The model
 
     def shard(self, model: nn.Module) -> None:
-        """Shard the model under FSDP2, in place, before its optimizer is made: a unit per block, and one for the rest.
+        """Shard the model under FSDP2, in place: a unit per block, and one for the rest.
+
+        Called while the model is on the meta device and has no optimizer, so that no rank ever holds all weights.
 
         It uses torch's fully_shard itself, since accelerate has no FSDP on a CPU: so a CPU runs what a GPU runs. Mixed
         precision is autocast's, which leaves routers and U as they are; gradients are reduced in float32.
@@ -107,10 +109,12 @@ class Ranks:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
 
         options: dict[str, Any] = {
             "mesh": init_device_mesh(self.device.type, (self.count,)),
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "shard_placement_fn": lambda parameter: Shard(shard_axis(parameter.shape, self.count)),
         }
         reshard_after_forward = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in (
             "true",

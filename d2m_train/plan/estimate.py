@@ -36,7 +36,7 @@ from ..run_config import RunConfig, Stage
 from ..teacher.known_flux import KNOWN_DIMS
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from .activations import feature_bytes, optional_names, saved_activations, valueless_student, without_values
-from .memory import Strategy, blockwise_memory, shared_memory, teacher_bytes
+from .memory import Strategy, blockwise_memory, loading_memory, shared_memory, teacher_bytes
 from .run_plan import GIB, RunPlan, StageEstimate
 
 
@@ -182,6 +182,9 @@ class _Setting:
             if working is not activations:
                 memory["one block's, computed again"] = working.largest_block
             memory["block outputs to compare"] = feature_bytes(run, plan, self.teacher, self.tokens)
+            loading = loading_memory(weights, self.strategy) + memory["teacher's weights"]
+            if loading > (training := sum(memory.values())):
+                memory["more while it is loaded"] = loading - training
         return StageEstimate(
             stage=stage,
             steps=section.steps,

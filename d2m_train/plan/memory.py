@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from d2m_model.cost import Tokens
 from d2m_model.keys import diffusers_shapes
 
 from ..blockwise.part import Part
+from ..parallel.parameters import shard_axis
 from ..run_config import RunConfig
 from ..teacher.frozen import NF4_BLOCK, NF4_SCALER_BLOCK
 from ..training.parameter_sizes import ParameterSize, optimizer_bytes
@@ -34,7 +36,10 @@ def _block_name(parameter: str) -> str:
 def shared_memory(
     run: RunConfig, weights: Sequence[ParameterSize], buffers: int, processes: int, strategy: Strategy
 ) -> dict[str, int]:
-    """Memory that depends on the strategy: weights, gradients, optimizer state, average, and the strategy's own buffers."""
+    """Memory that depends on the strategy: weights, gradients, optimizer state, average, and the strategy's own buffers.
+
+    The optimizer's step takes nothing beside its state: see optimizers.new_optimizer.
+    """
     full = list(weights)
     trained = [weight for weight in full if weight.trained]
     parts: list[ParameterSize] = full
@@ -57,19 +62,57 @@ def shared_memory(
     if strategy == "ddp":
         size["exchanged gradients"] = sum(weight.nbytes for weight in trained)
     elif strategy in ("fsdp2", "zero3"):
-        blocks: dict[str, int] = {}
-        gradients: dict[str, int] = {}
-        reduced = None if run.training.mixed_precision == "no" else torch.float32
-        for weight in full:
-            block = _block_name(weight.name)
-            blocks[block] = blocks.get(block, 0) + weight.nbytes
-            # The backward pass's own gradient, and the buffer from which it is reduced.
-            gradient = weight.nbytes + weight.count * (reduced or weight.dtype).itemsize
-            gradients[block] = gradients.get(block, 0) + weight.trained * gradient
-        outside = blocks.pop("", 0)
-        # Weights of this block and the next, and this block's gradients before they are sharded.
-        size["gathered blocks"] = outside + 2 * max(blocks.values(), default=0) + max(gradients.values())
+        size["gathered blocks"] = _gathered(run, full, processes)
     return size
+
+
+def loading_memory(weights: Sequence[ParameterSize], strategy: Strategy) -> int:
+    """Bytes of the student on a GPU while it is loaded, where they are more than those that it keeps; else 0.
+
+    DeepSpeed's stage 3 shards a student that each GPU has whole. FSDP2 shards it before it has values.
+    """
+    return sum(weight.nbytes for weight in weights) if strategy == "zero3" else 0
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """Bytes of a block's weights and gradients while FSDP2 has them whole, with the padding of uneven shards."""
+
+    weights: int = 0
+    rearranged: int = 0  # weights sharded along another axis than the first: gathered into a second copy
+    gradients: int = 0
+    reduced: int = 0  # the buffer that gradients are reduced from
+
+    @property
+    def most(self) -> int:
+        """The maximum of three moments: entering a block's forward pass, entering its backward pass, and leaving that.
+
+        Entering the forward pass: the block before as it was gathered, this block as it is gathered, and its weights made
+        from that. In the backward pass the buffer of the block before is still being reduced. Leaving it: weights and
+        gradients of this block, and the next block as it is gathered.
+        """
+        return max(
+            3 * self.weights + self.rearranged,
+            2 * self.weights + self.rearranged + self.reduced,
+            2 * self.weights + self.gradients + self.reduced,
+        )
+
+
+def _gathered(run: RunConfig, weights: Sequence[ParameterSize], processes: int) -> int:
+    """Bytes of what is whole at once of a model sharded by block: the rest of the model, and the largest block's."""
+    blocks: dict[str, _Gathered] = {}
+    for weight in weights:
+        block = blocks.setdefault(_block_name(weight.name), _Gathered())
+        whole = weight.shard(processes).nbytes * processes
+        block.weights += whole
+        if shard_axis(weight.shape, processes) > 0:
+            block.rearranged += whole
+        if weight.trained:
+            reduced = weight.dtype if run.training.mixed_precision == "no" else torch.float32
+            block.gradients += weight.nbytes
+            block.reduced += whole // weight.dtype.itemsize * reduced.itemsize
+    outside = blocks.pop("", _Gathered())
+    return outside.weights + max([outside.gradients + outside.reduced, *(block.most for block in blocks.values())])
 
 
 def blockwise_memory(

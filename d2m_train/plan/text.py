@@ -20,6 +20,7 @@ _ADVICE = {
     "block outputs to compare": "training.mixed_precision=bf16 or a smaller training.batch_size",
     "exchanged gradients": "FSDP2 instead of DDP",
     "gathered blocks": "student.frozen_dtype=bfloat16",
+    "more while it is loaded": "FSDP2 in place of ZeRO",
 }
 
 

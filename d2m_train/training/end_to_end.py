@@ -12,13 +12,14 @@ from d2m_model.tensor_file import TensorFile
 from ..data.batch import Batch
 from ..distillation.losses import StepLosses
 from ..distillation.router_losses import RouterTraining
-from ..distillation.stages import StagePlan, plan_stage, prepare_student
+from ..distillation.stages import StagePlan
 from ..distillation.step import Distillation
 from ..monitor.stage_log import StageLog
 from ..monitor.student_monitor import StudentMonitor
 from ..parallel.parameters import full_tensor, local_share
 from .loop import TrainingLoop
 from .stage_run import StageRun
+from .student_file import fill_student, meta_student
 from .trainee import Trainee
 
 
@@ -27,14 +28,12 @@ def train_end_to_end(stage_run: StageRun) -> None:
 
     Raises Stopped after SIGTERM, and UserError for whatever the user can correct.
     """
-    from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
-
     run, stage, ranks, steps = stage_run.run, stage_run.stage, stage_run.ranks, stage_run.section.steps
-    core = FluxMoETransformer2DModel.from_flux_moe(stage_run.source, stage_run.dtype, ranks.device)
-    plan = plan_stage(stage, core.flux_moe, stage_run.section)
-    prepare_student(core, plan, run.student.frozen_dtype)
+    core, plan = meta_student(stage_run)
     if run.training.gradient_checkpointing:
         core.enable_gradient_checkpointing()
+    ranks.shard(core)
+    fill_student(core, stage_run)
     trainee = Trainee(stage_run, core, list(blocks_of(core).values()))
     if ranks.count > 1:
         ranks.say(

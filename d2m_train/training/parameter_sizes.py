@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..parallel.parameters import shard_axis
 from ..run_config import RunConfig
 
 
@@ -33,8 +34,10 @@ class ParameterSize:
         return self.count * self.dtype.itemsize
 
     def shard(self, processes: int) -> ParameterSize:
-        """The part that FSDP2 gives to each process: the first axis in equal parts, the last ones padded."""
-        return replace(self, shape=(-(-self.shape[0] // processes), *self.shape[1:]))
+        """The part that FSDP2 gives to each process: one axis in equal parts, the last ones padded."""
+        axis = shard_axis(self.shape, processes)
+        part = -(-self.shape[axis] // processes)
+        return replace(self, shape=(*self.shape[:axis], part, *self.shape[axis + 1 :]))
 
 
 def optimizer_bytes(run: RunConfig, trained: Sequence[ParameterSize]) -> int:

@@ -22,12 +22,13 @@ class Trainee:
     """
 
     def __init__(self, stage_run: StageRun, core: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """`core`: its trained parameters require gradients. `blocks`: those modules of it that training.compile compiles."""
+        """`core`: sharded, if ranks share it; its trained parameters require gradients.
+        `blocks`: those modules of it that training.compile compiles.
+        """
         training = stage_run.run.training
         self.ranks = stage_run.ranks
         core.train()
         compile_blocks(blocks, training.compile)
-        self.ranks.shard(core)
         trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
         optimizer, self.schedule = new_optimizer(trained, stage_run.section, training)
         prepared = self.ranks.prepare(core, optimizer)

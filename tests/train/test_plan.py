@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, save_flux_moe, untrained_transformer
@@ -20,9 +24,10 @@ from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.distillation.step import Distillation
 from d2m_train.flow.noise import NoisyBatch
+from d2m_train.parallel.ranks import Ranks
 from d2m_train.plan.activations import optional_names
 from d2m_train.plan.estimate import choose_strategy, parse_gpu_memory, plan_run, student_config
-from d2m_train.plan.memory import shared_memory, teacher_bytes
+from d2m_train.plan.memory import loading_memory, shared_memory, teacher_bytes
 from d2m_train.plan.run_plan import RunPlan
 from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
@@ -30,6 +35,10 @@ from d2m_train.teacher.frozen import open_frozen_teacher
 from d2m_train.teacher.known_flux import EMOJI_FLUX
 from d2m_train.training.optimizers import WeightAverage, new_optimizer
 from d2m_train.training.parameter_sizes import ParameterSize
+from d2m_train.training.student_file import fill_student, meta_student
+from tests.toys import files
+from tests.toys.blockwise_runs import DIMS
+from tests.toys.live_storages import LiveStorages
 
 IMAGE, TEXT = 64, 12
 
@@ -185,6 +194,77 @@ def test_fsdp2_shares_weights_gradients_and_state_as_planned() -> None:
     assert planned["optimizer"] == sum(map(local, states))
 
 
+class _Block(nn.Module):
+    """Four stacked experts, which three ranks do not share evenly, behind a layer that they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed_up, self.before = nn.Parameter(torch.zeros(4, 96, 96)), nn.Linear(96, 192, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.before(x)[:, :96] + (x @ self.routed_up.transpose(1, 2)).sum(0)
+        return out
+
+
+@pytest.mark.usefixtures("second_of_three")
+@pytest.mark.parametrize("trained", ["transformer_blocks.*", "*.routed_up"])
+def test_fsdp2_gathers_no_more_at_once_than_planned(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Module()
+    model.transformer_blocks = nn.ModuleList(_Block() for _ in range(3))
+    model.forward = lambda x: (
+        x + model.transformer_blocks[2](model.transformer_blocks[1](model.transformer_blocks[0](x)))
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(fnmatchcase(name, trained))
+    weights = [ParameterSize.of(name, parameter) for name, parameter in model.named_parameters()]
+    planned = shared_memory(RunConfig.model_validate(MINIMAL), weights, 0, 3, "fsdp2")
+    monkeypatch.setattr("d2m_train.parallel.ranks.blocks_of", lambda model: dict(enumerate(model.transformer_blocks)))
+    ranks = object.__new__(Ranks)
+    ranks.sharded, ranks.count, ranks.device = True, 3, torch.device("cpu")
+    ranks.accelerator = SimpleNamespace(mixed_precision="no")
+    ranks.shard(model)
+    assert {tuple(block.routed_up.to_local().shape) for block in model.transformer_blocks} == {(4, 32, 96)}
+    assert planned["student's weights"] == sum(parameter.to_local().nbytes for parameter in model.parameters())
+    x = torch.ones(1, 96, requires_grad=True)
+    model(x).sum().backward()  # the first pass sets buffers up
+    with LiveStorages() as live:
+        model(x).sum().backward()
+    assert planned["gathered blocks"] <= live.peak <= planned["gathered blocks"] + planned["gradients"]
+
+
+def test_a_student_is_loaded_in_the_memory_that_it_keeps(tmp_path: Path) -> None:
+    """Frozen weights are never in the dtype of trained ones, nor is the file in memory."""
+    stored = {name: tensor.contiguous() for name, tensor in files.split(files.dense_flux(DIMS), DIMS).items()}
+    save_file(stored, tmp_path / "student.safetensors")
+    training = {"mixed_precision": "bf16"}
+    run = run_of(tmp_path, "experts", student={"frozen_dtype": "bfloat16"}, training=training)
+    stage_run: Any = SimpleNamespace(
+        run=run,
+        stage="experts",
+        section=run.stage.experts,
+        source=tmp_path / "student.safetensors",
+        dtype=torch.float32,
+        ranks=SimpleNamespace(device=torch.device("cpu")),
+    )
+    core, _ = meta_student(stage_run)
+    with LiveStorages() as live:
+        fill_student(core, stage_run)
+    kept = sum(tensor.nbytes for tensor in (*core.parameters(), *core.buffers()))
+    assert {p.dtype for p in core.parameters() if not p.requires_grad} == {torch.bfloat16}
+    largest = max(tensor.nbytes for tensor in stored.values())  # of the file, which is read tensor by tensor
+    assert kept <= live.peak <= kept + largest < sum(tensor.nbytes for tensor in stored.values()) - largest
+
+
+def test_on_a_gpu_the_optimizer_takes_nothing_beside_its_state() -> None:
+    """torch's default there, `foreach`, takes a copy of all trained weights; the plan counts none."""
+    run = RunConfig.model_validate(MINIMAL)
+    with FakeTensorMode():
+        for device, fused in (("cuda", True), ("cpu", False)):
+            weight = nn.Parameter(torch.empty(4, device=device))
+            optimizer, _ = new_optimizer([weight], run.stage.shared, run.training)
+            assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (fused, False)
+
+
 @pytest.mark.parametrize("form", [None, "int8", "fp8", "nf4"])
 def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path) -> None:
     run = run_of(tmp_path, teacher={"quantise": form, "dtype": "bfloat16"})
@@ -261,6 +341,12 @@ def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(tmp_path:
     assert any(said in note for note in plan_run(run, processes=2, strategy="fsdp2").notes)
     assert not any(said in note for note in plan_run(run, processes=2, strategy="ddp").notes)
     assert not plan_run(run_of(tmp_path), processes=2, strategy="fsdp2").notes
+
+
+def test_zero_3_loads_a_student_that_each_gpu_has_whole() -> None:
+    weight = ParameterSize(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.float32, trained=True)
+    assert loading_memory([weight, weight], "zero3") == 2 * weight.nbytes
+    assert loading_memory([weight, weight], "fsdp2") == 0
 
 
 def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(tmp_path: Path) -> None:

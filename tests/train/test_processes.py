@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d2m_model.config import FFNLayout
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_stage_log
+from tests.toys import files
+from tests.toys.blockwise_runs import DIMS, prepare
 from tests.toys.runs import DDP, FSDP2, distill, run_file, torchrun, wait_for_step, write_inputs, zero
 
 STAGES = ("shared", "experts", "blocks")
@@ -167,6 +170,28 @@ def test_a_sharded_run_goes_on_in_one_process(inputs: Path, sharded: Path) -> No
         if value.is_floating_point():
             found = load_file(out / "shared" / "student.safetensors")[name]
             assert (found - value).norm() <= 1e-4 * value.norm().clamp_min(1e-6), name
+
+
+def test_experts_that_two_ranks_do_not_share_evenly_are_sharded_along_their_width(inputs: Path) -> None:
+    """Three experts: each rank has half of every one. A checkpoint of one process goes on so, and ends where that one does."""
+    dense = files.dense_flux(DIMS)
+    student = files.split(dense, DIMS, FFNLayout(shared=128, experts=3, width=128))
+    folder = inputs / "uneven"
+    folder.mkdir()
+    stages = {"shared": {"steps": 0}, "experts": {"steps": 2, "learning_rate": 1e-3}}
+    _, file = prepare(folder, student, dense, stages=["experts"], stage=stages, training={"batch_size": 2})
+    alone = distill(Path(file), "training.accumulation=2", "checkpoints.every=1")
+    alone.succeed()
+    shutil.copytree(folder / "out", folder / "two")
+    (folder / "two" / "experts" / "student.safetensors").unlink()
+    shutil.rmtree(folder / "two" / "experts" / "checkpoints" / "step-000002")
+    said = distill(Path(file), f"output_dir={folder / 'two'}", "checkpoints.every=1", ranks=2, env=FSDP2).succeed()
+    assert "each holds 50% of the student's weights" in said
+    assert "going on at step-000001" in said
+    one, two = (load_file(folder / name / "experts" / "student.safetensors") for name in ("out", "two"))
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert (two[name] - value).norm() <= 1e-5 * value.norm().clamp_min(1e-6), name
 
 
 def test_sigterm_stops_both_ranks_with_a_checkpoint_and_they_go_on_bit_for_bit(inputs: Path, sharded: Path) -> None:

@@ -48,16 +48,13 @@ def load_tensors(
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype | None,
     device: str | torch.device,
-    only: Container[str] | None = None,
 ) -> None:
-    """Copy the file's tensors into parameters and buffers of `model`. With `only`, copy those tensors alone.
+    """Copy the file's tensors into parameters and buffers of `model`.
 
     `dtype` applies to tensors that a dense FLUX.1 has too; None keeps the file's (float8 becomes bfloat16).
     """
     dense = dense_shapes(config.dims)
     for name, slices in tensor_map(config, optional).items():
-        if only is not None and name not in only:
-            continue
         stored = tensor(name)
         target = stored.dtype if stored.dtype not in FLOAT8 else torch.bfloat16
         if dtype is not None and name in dense:

@@ -114,8 +114,8 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     ) -> FluxMoETransformer2DModel:
         """Load a FLUX-MoE file as a model in eval(); `dtype` None keeps the file's (float8 becomes bfloat16).
 
-        Routers, expert means, thresholds and U keep the file's dtypes. Raises CheckpointError for another file or a
-        quantised one. No weight is in memory twice.
+        Routers, expert means, thresholds and U keep the file's dtypes. On the device `meta` it has no values. Raises
+        CheckpointError for another file or a quantised one. No weight is in memory twice.
         """
         config = check_file(path)
         with TensorFile(path) as file:
