@@ -187,10 +187,9 @@ def _make_panels(trace: Trace, image: Tensor | None, step: int, block: int, prom
     number, ffn = _chosen_step(trace, step), _chosen_ffn(trace, block)
     samples = [sample for sample in trace.samples if sample.condition == prompt and sample.entry == 0]
     if not samples:
-        conditions = ", ".join(dict.fromkeys(sample.condition for sample in trace.samples))
-        raise ValueError(
-            f"The trace has nothing of the {prompt} prompt, which was not evaluated (CFG 1); it has: {conditions}."
-        )
+        conditions = ", ".join(dict.fromkeys(sample.condition for sample in trace.samples)) or "nothing"
+        why = " ".join(trace.notes) or "It was not evaluated (CFG 1)."
+        raise ValueError(f"The trace has nothing of the {prompt} prompt. {why} It has: {conditions}.")
     if image is not None and len(image) not in (1, len(samples)):
         raise ValueError(
             f"There are {len(image)} images, but {len(samples)} in the trace. Connect those that were sampled with it."
@@ -209,7 +208,7 @@ def _make_panel(trace: Trace, sample: SampleKey, image: Tensor | None, number: i
         *settings,
     ]
     if ffn is not None and choice is None:
-        title.append("skipped" if sample in step.places() else "not evaluated")
+        title.append("skipped" if sample in step.places() else "not recorded" if trace.notes else "not evaluated")
     picture = None if image is None else image[sample.image % len(image)][..., :3].float().cpu().numpy()
     return Panel(
         title="  ·  ".join(title),

@@ -29,7 +29,10 @@ _TRACE_KEY = "d2m_trace"  # of the wrappers, and of the run in transformer_optio
 _TITLE = "FLUX-MoE Trace Routing"
 _MAX_RUN_BYTES = 256 * 2**20
 
-_AREA_NOTE = "Prompts with an area of their own are not in the trace."
+_PART_NOTE = (
+    "Parts of the image that were evaluated by themselves (tiles, windows, prompts with an area of their own) are not in the "
+    "trace."
+)
 
 TraceType = io.Custom("D2M_TRACE")
 
@@ -97,7 +100,7 @@ class Tracer:
                 options[OPTIONS_KEY] = {**settings_of(options), "trace": current.recorder}
                 call = call.replace(5, "transformer_options", options)
             else:
-                run.note(_AREA_NOTE)
+                run.note(_PART_NOTE)
         return call.hand_on(executor)
 
     def _has_the_traced_config(self, base_model: Any) -> bool:
@@ -134,11 +137,16 @@ def batch_samples(batch: int, options: Mapping[str, Any], names: Mapping[Any, tu
     """Return the samples in the rows of a batch, where ComfyUI lines up prompts, each with all images."""
     uuids = options.get("uuids") or [None]
     kinds = options.get("cond_or_uncond") or [0] * len(uuids)
-    images = batch // len(uuids)
+    images: Sequence[int] = range(batch // len(uuids))
+    window: Any = options.get("context_window")  # of Context Windows, over the batch or within the image
+    if getattr(window, "dim", None) == 0:
+        anchor = getattr(window, "causal_anchor_index", None)  # an image that the window has in addition
+        members = [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
+        images = members if len(members) == len(images) else images
     prompts = [
         names.get(uuid, ("negative" if kind == 1 else "positive", 0)) for uuid, kind in zip(uuids, kinds, strict=False)
     ]
-    return [SampleKey(*prompt, image) for prompt in prompts for image in range(images)]
+    return [SampleKey(*prompt, image) for prompt in prompts for image in images]
 
 
 def prompt_pieces(conds: Mapping[str, Sequence[Mapping[str, Any]] | None], images: int) -> dict[SampleKey, list[str]]:

@@ -154,3 +154,13 @@ def as_gguf(model: Any, kind: str) -> Any:
     clone = model.clone()
     clone.__class__, clone.cached_patcher_init = GGUFPatcher, None
     return clone
+
+
+def context_windows(model: Any, dim: int, length: int, overlap: int) -> Any:
+    """ComfyUI's Context Windows, over the batch (dim 0) or the height (dim 2)."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    return ContextWindowsManualNode.execute(
+        model, context_length=length, context_overlap=overlap, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=dim, freenoise=False,
+    ).result[0]  # fmt: skip

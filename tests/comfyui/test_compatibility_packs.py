@@ -119,20 +119,41 @@ def test_an_exchanged_block_of_a_group_is_named(host: Comfy, grouped: Grouped, p
         host.sample(grouped.moe, SIZE, steps=1)
 
 
-def test_context_windows_paint_under_settings_as_without(host: Comfy, pair: Pair) -> None:
+def test_context_windows_paint_under_settings_as_without(host: Comfy, pair: Pair, packs: ModuleType) -> None:
     """Their wrapper of the preparation reads the options by name."""
-    nodes = pytest.importorskip("comfy_extras.nodes_context_windows")
 
     def windows(model: Any) -> Any:
-        return nodes.ContextWindowsManualNode.execute(
-            model, context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1,
-            closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False,
-        ).result[0]  # fmt: skip
+        return packs.context_windows(model, dim=2, length=4, overlap=2)
 
-    controlled = windows(host.top_k(pair.moe, 3))
-    expected = host.sample(windows(host.with_settings(pair.moe, top_k=3)), (1, 8, 8), steps=1)
-    assert distance(host.sample(controlled, (1, 8, 8), steps=1), expected) <= 1e-6
-    assert distance(host.sample(host.top_k(windows(pair.moe), 3), (1, 8, 8), steps=1), expected) <= 1e-6
+    size = (1, 8, 8)
+    expected = host.sample(windows(host.with_settings(pair.moe, top_k=3)), size, steps=1)
+    assert distance(host.sample(windows(host.top_k(pair.moe, 3)), size, steps=1), expected) <= 1e-6
+    assert distance(host.sample(host.top_k(windows(pair.moe), 3), size, steps=1), expected) <= 1e-6
+
+
+def test_a_trace_of_windows_within_the_image_says_so(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+    model, handle = host.execute("D2MTraceRouting", model=packs.context_windows(pair.moe, 2, 4, 2)).result
+    latent = {"samples": host.sample(model, (1, 8, 8), steps=1)}
+    with pytest.raises(
+        ValueError, match=r"nothing of the positive prompt\. Parts of the image .* windows.* has: nothing"
+    ):
+        host.run(
+            "D2MExpertMap", trace=handle, latent=latent, step=-1, block=-1, prompt="positive", opacity=1.0, numbers=False,
+            legend=False,
+        )  # fmt: skip
+
+
+def test_a_trace_of_windows_over_the_batch_knows_the_images(host: Comfy, pair: Pair, packs: ModuleType) -> None:
+    store, traces = host.module("nodes.expert_map.trace_store").STORE, []
+    for model in (pair.moe, packs.context_windows(pair.moe, dim=0, length=2, overlap=0)):
+        traced, handle = host.execute("D2MTraceRouting", model=model).result
+        host.sample(traced, (4, 4, 4), steps=1)
+        traces.append(store._stored[handle.runs[-1]].trace)
+    whole, windows = traces
+    assert [key.image for key in windows.samples] == [0, 1, 2, 3]
+    for key in windows.samples:
+        found, expected = windows.choices(0, key), whole.choices(0, key)
+        assert all(np.array_equal(found[ffn].experts_TK, expected[ffn].experts_TK) for ffn in whole.layers)
 
 
 def test_wrappers_hand_arguments_on_as_they_came(host: Comfy, pair: Pair) -> None:
