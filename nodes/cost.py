@@ -34,6 +34,7 @@ from .prompt_graph import PromptGraph, result_digests
 from .prompt_server import RequestError, executing_items, prompt_server, with_json_errors
 
 _MAX_SIDE = 16_384  # pixels
+_MAX_BLOCKS = 10_000  # of a group
 _MAX_TEXT_TOKENS = 100_000
 _MAX_CAPACITY = 1000.0
 _SHOWN = 200  # characters of a file's own words
@@ -207,6 +208,8 @@ def _requested_blocks(text: str) -> int | list[int] | None:
     """Parse active_blocks as the node Active blocks does. Raises ValueError."""
     try:
         numbers = [int(part) for part in text.split(",")] if text.strip() else []
+        if any(not 0 <= number <= _MAX_BLOCKS for number in numbers):
+            raise ValueError
     except ValueError:
         raise ValueError(f"active_blocks is {text[:40]!r}; expected a number, or one for each group: 1,0,2.") from None
     return None if not numbers else numbers[0] if "," not in text else numbers

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..model.flux_moe import require_flux_moe
 from ..model.settings import OPTIONS_KEY
-from .evaluation_settings import ControlRecord, attach_wrappers, static_settings, without_controlled
+from .evaluation_settings import add_control, attach_wrappers, static_settings, without_controlled
 from .live_values import LIVE
 
 
@@ -56,12 +56,12 @@ class ControlNode(io.ComfyNode):
         """
         config = require_flux_moe(model, cls.title).moe_config
         node = cls.hidden.unique_id
-        control = ControlRecord(node=None if node is None else str(node), kind=cls.node_id, values=values)
         clone = model.clone()
         options = clone.model_options.get("transformer_options", {})
         others = without_controlled(options.get(OPTIONS_KEY, {}))
-        controls = (*others.get("controls", ()), control)
-        settings = {**others, **static_settings(controls, config), "controls": controls}
+        name = None if node is None else str(node)
+        controls = add_control(others.get("controls", ()), name, cls.node_id, values, config)
+        settings = {**others, **static_settings(controls), "controls": controls}
         clone.model_options["transformer_options"] = {**options, OPTIONS_KEY: settings}
         attach_wrappers(clone)
         return io.NodeOutput(clone)

@@ -37,6 +37,7 @@ class ControlRecord(TypedDict):
     node: str | None  # execution id
     kind: str  # node id, a key of CONTROL_KINDS
     values: Mapping[str, Any]  # by widget
+    settings: Settings  # of the chain up to this control, as far as they do not depend on the evaluation
 
 
 def attach_wrappers(model: Any) -> None:
@@ -50,11 +51,21 @@ def attach_wrappers(model: Any) -> None:
     options["wrappers"] = {**wrappers, kind: {**wrappers.get(kind, {}), _WRAPPER_KEY: [prepare_sampling]}}
 
 
-def static_settings(controls: Sequence[ControlRecord], config: FluxMoEConfig) -> Settings:
-    """Return the settings that do not depend on the evaluation. Raises ValueError for a control that does not fit."""
-    settings: Settings = {}
-    for control in controls:
-        settings = CONTROL_KINDS[control["kind"]].apply(settings, control["values"], config, None)
+def add_control(
+    controls: Sequence[ControlRecord], node: str | None, kind: str, values: Mapping[str, Any], config: FluxMoEConfig
+) -> tuple[ControlRecord, ...]:
+    """Return the chain with one more control. Raises ValueError for a control that does not fit.
+
+    Only the new control is applied, to what the chain had made so far: the time of a long chain would be quadratic.
+    """
+    earlier: Settings = controls[-1]["settings"] if controls else {}
+    settings = CONTROL_KINDS[kind].apply(earlier, values, config, None)
+    return (*controls, ControlRecord(node=node, kind=kind, values=values, settings=settings))
+
+
+def static_settings(controls: Sequence[ControlRecord]) -> Settings:
+    """Return the settings that do not depend on the evaluation, as the model reads them."""
+    settings: Settings = controls[-1]["settings"] if controls else {}
     return settings | _mask_tensors(settings, None)
 
 

@@ -48,7 +48,7 @@ def parse_log(text: str) -> list[RunLog]:
     if isinstance(data, list) and data and isinstance(data[0], dict) and "evaluation" in data[0]:
         data = [{"evaluations": data}]
     if not isinstance(data, list):
-        raise ValueError(f"The log is {type(data).__name__}; expected a list of runs. {_EXPECTED}.")
+        raise ValueError(f"The log is {repr(data)[:_SHOWN]}; expected a list of runs. {_EXPECTED}.")
     return [_check_run(run, number) for number, run in enumerate(data, 1)]
 
 
@@ -130,6 +130,8 @@ def image_path(image: str) -> Path:
         folder_paths.get_output_directory(),
         folder_paths.get_temp_directory(),
     )
+    if not isinstance(image, str):
+        raise ValueError(f"image is {repr(image)[:_SHOWN]}; expected the name of an image in ComfyUI's input folder.")
     try:
         path = Path(folder_paths.get_annotated_filepath(image)).resolve()
         exists = any(path.is_relative_to(Path(folder).resolve()) for folder in folders) and path.is_file()
@@ -151,7 +153,10 @@ def log_text(image: str | None, log: str) -> str:
         with Image.open(path) as opened:
             text = opened.info.get(LOG_KEY) or _log_in_exif(opened)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise MessageError(f"{image} cannot be read as an image ({error}). {_EXPECTED}.") from None
+        reason = (
+            getattr(error, "strerror", None) or "it is none, or damaged"
+        )  # Pillow's own texts speak of its decoders
+        raise MessageError(f"{image} cannot be read as an image ({reason}). {_EXPECTED}.") from None
     if not isinstance(text, str):
         raise MessageError(
             f"{image} has no FLUX-MoE log in its metadata: it was not sampled with FLUX-MoE controls, or another program "
@@ -223,9 +228,9 @@ class Replay(ControlNode):
         revision = super().fingerprint_inputs()
         try:
             path = image_path(image) if image and not (log or "").strip() else None
-        except ValueError:
-            path = None
-        return [revision, path and hashlib.sha256(path.read_bytes()).hexdigest()]
+            return [revision, path and hashlib.sha256(path.read_bytes()).hexdigest()]
+        except (ValueError, OSError):
+            return [revision, None]
 
     @classmethod
     def execute(cls, model: Any, image: str | None = None, run: int = 0, log: str = "") -> io.NodeOutput:

@@ -259,7 +259,12 @@ def test_a_body_is_not_read_beyond_its_limit(host: Comfy, announced: int | None)
 def test_what_is_no_image_is_said(host: Comfy, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("folder_paths.get_input_directory", lambda: str(tmp_path))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
-    for image, message in (("broken.png", "cannot be read as an image"), ("a" * 300, "no image"), ("\0", "no image")):
+    for image, message in (
+        ("broken.png", "cannot be read as an image .it is none, or damaged"),
+        (5, "image is 5; expected the name"),
+        ("a" * 300, "no image"),
+        ("\0", "no image"),
+    ):
         with pytest.raises(ValueError, match=message):
             host.control("D2MReplay", pair.moe, image=image)
 
@@ -369,7 +374,7 @@ def entry(**settings: Any) -> list:
     [
         ("{", "The log is not JSON"),
         ("[" * 100_000, "The log is not JSON"),
-        ("3", "The log is int; expected a list of runs"),
+        ("3", "The log is 3; expected a list of runs"),
         ("[]", "The log has no evaluations"),
         ("", "no image and no log"),
         ('[{"node": "3"}]', "Run 1 of the log has no evaluations"),
