@@ -36,17 +36,17 @@ CHUNK_BYTES_GPU = 32 * 2**20
 class Dispatch:
     """Dispatch of tokens to experts: assignments sorted by chunk of tokens, then by expert, then by token.
 
-    Row a is token token_A[a] at expert expert_A[a] with weight gate_A[a]. row_TK has the row of a token's k-th choice.
-    Where tokens differ in their number of experts it is flat, [A], and token t's rows begin at
-    row_TK[first_T[t]]. Chunk c begins at row chunk_rows[c] (the last entry is A); in it expert e's rows end at
-    ends_CE[c, e]. `fused`: Triton kernels compute both halves, and the first of them applies the gates.
+    Row a is token token_A[a] at expert expert_A[a] with weight gate_A[a]; it is assignment slot_A[a] in the order of
+    tokens. Where tokens differ in their number of experts, token t's assignments begin at first_T[t]; otherwise it is
+    None. Chunk c begins at row chunk_rows[c] (the last entry is A); in it expert e's rows end at ends_CE[c, e]. `fused`:
+    Triton kernels compute both halves, and the first of them applies the gates.
     """
 
     tokens: int
     token_A: Tensor
     expert_A: Tensor
     gate_A: Tensor
-    row_TK: Tensor
+    slot_A: Tensor
     first_T: Tensor | None
     ends_CE: Tensor
     chunk_tokens: int
@@ -65,11 +65,9 @@ class Dispatch:
             yield tokens, slice(self.chunk_rows[chunk], self.chunk_rows[chunk + 1]), ends_E
 
     def links(self, tokens: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return token_A, row_TK and first_T of a chunk, relative to its first token and its first row."""
-        token_A = self.token_A[rows] - tokens.start
-        if self.first_T is None:
-            return token_A, self.row_TK[tokens] - rows.start, None
-        return token_A, self.row_TK[rows] - rows.start, self.first_T[tokens] - rows.start
+        """Return token_A, slot_A and first_T of a chunk, relative to its first token and its first row."""
+        first_T = None if self.first_T is None else self.first_T[tokens] - rows.start
+        return self.token_A[rows] - tokens.start, self.slot_A[rows] - rows.start, first_T
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,7 +99,6 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     chunks = 1 if tokens <= chunk_tokens else -(-tokens // chunk_tokens)
     chunk_tokens = max(1, -(-tokens // chunks))
 
-    row_A = torch.arange(rows, device=routing.logits_TE.device)
     token_A, expert_A = routing.token_A, routing.expert_A
     if top_k is not None:
         first_T = None
@@ -110,18 +107,22 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
         first_T = torch.searchsorted(token_A, torch.arange(tokens, device=token_A.device))
         chunk_rows = [0] if chunks == 1 else first_T[::chunk_tokens].tolist()
 
-    key_A, order_A = (token_A // chunk_tokens * experts + expert_A).sort(stable=True)
-    ends = torch.searchsorted(key_A, torch.arange(chunks * experts, device=key_A.device), right=True)
-    ends_CE = ends.view(chunks, experts)
-    if chunks > 1:
-        ends_CE = ends_CE - F.pad(ends_CE[:-1, -1:], (0, 0, 1, 0))
-    back_A = torch.empty_like(order_A).scatter(0, order_A, row_A)
+    if routing.rows is not None and chunks == 1:
+        sorted_token_A, order_A, ends_E = routing.rows
+        ends_CE = ends_E[None]
+    else:
+        key_A, order_A = (token_A // chunk_tokens * experts + expert_A).sort(stable=True)
+        ends = torch.searchsorted(key_A, torch.arange(chunks * experts, device=key_A.device), right=True)
+        ends_CE = ends.view(chunks, experts)
+        if chunks > 1:
+            ends_CE = ends_CE - F.pad(ends_CE[:-1, -1:], (0, 0, 1, 0))
+        sorted_token_A = token_A.index_select(0, order_A)
     return Dispatch(
         tokens=tokens,
-        token_A=token_A.index_select(0, order_A),
+        token_A=sorted_token_A,
         expert_A=expert_A.index_select(0, order_A),
         gate_A=routing.gate_A.index_select(0, order_A),
-        row_TK=back_A if top_k is None else back_A.view(tokens, top_k),
+        slot_A=order_A,
         first_T=first_T,
         ends_CE=ends_CE.to(torch.int32),
         chunk_tokens=chunk_tokens,
@@ -145,7 +146,10 @@ def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bia
     for tokens, rows, ends_E in plan.chunks():
         # Gather from the chunk, so that the gradient is summed chunk by chunk as well. The rows of H values have no name:
         # those of one chunk would live on while the next one's are gathered.
-        pre_AF = grouped_mm(_TakeRows.apply(x_TH[tokens], *plan.links(tokens, rows)), up_EFH.transpose(1, 2), ends_E)
+        token_A, slot_A, first_T = plan.links(tokens, rows)
+        pre_AF = grouped_mm(
+            _TakeRows.apply(x_TH[tokens], token_A, slot_A, first_T), up_EFH.transpose(1, 2), ends_E
+        )  # fmt: skip
         pre_AF = pre_AF + up_bias_EF.to(pre_AF.dtype).index_select(0, plan.expert_A[rows])
         hidden.append(F.gelu(pre_AF, approximate="tanh"))
     return _joined(hidden)
@@ -163,7 +167,13 @@ def expert_down(hidden_AF: Tensor, plan: Dispatch | EveryExpert, down_HEF: Tenso
     y = []
     for tokens, rows, ends_E in plan.chunks():
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
-        y.append(_SumRows.apply(grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E), *plan.links(tokens, rows)))
+        token_A, slot_A, first_T = plan.links(tokens, rows)
+        count = tokens.stop - tokens.start
+        y.append(
+            _SumRows.apply(
+                grouped_mm(weighted_AF, down_HEF.permute(1, 2, 0), ends_E), token_A, slot_A, first_T, count
+            )
+        )  # fmt: skip
     return _joined(y)
 
 
@@ -184,8 +194,8 @@ def _fused_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) 
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, plan.gate_A, up_EFH, up_bias_EF))
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
-        token_A, row_TK, first_T = plan.links(tokens, rows)
-        gate_A, slot_A = plan.gate_A[rows], _inverse(row_TK)
+        token_A, slot_A, first_T = plan.links(tokens, rows)
+        gate_A = plan.gate_A[rows]
         chunk_AF, _ = up_rows(x_TH[tokens], token_A, slot_A, first_T, gate_A, ends_E, up_EFH, up_bias_EF, keep)
         hidden.append(chunk_AF)
     return _joined(hidden)
@@ -198,20 +208,10 @@ def _fused_down(weighted_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor
     weighted_AF, down_HEF = _autocast(weighted_AF, down_HEF)
     y = []
     for tokens, rows, ends_E in plan.chunks():
-        token_A, row_TK, first_T = plan.links(tokens, rows)
-        y.append(
-            sum_rows(
-                down_rows(weighted_AF[rows], _inverse(row_TK), ends_E, down_HEF),
-                token_A, row_TK.flatten(), first_T, tokens.stop - tokens.start,
-            )
-        )  # fmt: skip
+        token_A, slot_A, first_T = plan.links(tokens, rows)
+        count = tokens.stop - tokens.start
+        y.append(sum_rows(down_rows(weighted_AF[rows], slot_A, ends_E, down_HEF), token_A, slot_A, first_T, count))
     return _joined(y)
-
-
-def _inverse(row_TK: Tensor) -> Tensor:
-    """Slot of each row, int64 [A]: where it stands in the order of tokens."""
-    row_A = row_TK.flatten()
-    return torch.empty_like(row_A).scatter(0, row_A, torch.arange(row_A.shape[0], device=row_A.device))
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -222,41 +222,49 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
+def _inverse(slot_A: Tensor) -> Tensor:
+    """Return the row of each slot, int64 [A]."""
+    return torch.empty_like(slot_A).scatter(0, slot_A, torch.arange(slot_A.shape[0], device=slot_A.device))
+
+
 class _TakeRows(torch.autograd.Function):
     """x_AH = x_TH[token_A]. The gradient is `_SumRows`: summed in float32, in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
-        ctx.save_for_backward(token_A, row_TK, first_T)
+    def forward(ctx: Any, x_TH: Tensor, token_A: Tensor, slot_A: Tensor, first_T: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_A, slot_A, first_T)
+        ctx.tokens = x_TH.shape[0]
         return x_TH.index_select(0, token_A)
 
     @staticmethod
     def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_rows(grad_AH, *ctx.saved_tensors), None, None, None
+        return _sum_rows(grad_AH, *ctx.saved_tensors, ctx.tokens), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
-    """y_TH = sum over a token's rows of y_AH[row_TK]. The gradient is `_TakeRows`."""
+    """y_TH = sum of each token's rows of y_AH. The gradient is `_TakeRows`."""
 
     @staticmethod
-    def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y_AH: Tensor, token_A: Tensor, slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
         ctx.save_for_backward(token_A)
-        return _sum_rows(y_AH, token_A, row_TK, first_T)
+        return _sum_rows(y_AH, token_A, slot_A, first_T, tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None, None]:
         (token_A,) = ctx.saved_tensors
-        return grad_TH.index_select(0, token_A), None, None, None
+        return grad_TH.index_select(0, token_A), None, None, None, None
 
 
-def _sum_rows(y_AH: Tensor, token_A: Tensor, row_TK: Tensor, first_T: Tensor | None) -> Tensor:
+def _sum_rows(y_AH: Tensor, token_A: Tensor, slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
     if y_AH.shape[0] == 0:  # no token of the chunk has an expert
-        return y_AH.new_zeros((row_TK if first_T is None else first_T).shape[0], y_AH.shape[1])
+        return y_AH.new_zeros(tokens, y_AH.shape[1])
+    if first_T is not None and not (y_AH.is_cpu or y_AH.is_cuda):
+        return _add_rows(y_AH, token_A, tokens)
+    row_A = _inverse(slot_A)
+    row_TK = row_A if first_T is not None else row_A.view(tokens, -1)
     if y_AH.is_cpu or y_AH.is_cuda:  # gather and sum in one pass
         return F.embedding_bag(row_TK, y_AH, first_T, mode="sum")
-    if first_T is None:
-        return y_AH.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).sum(dim=1)
-    return _add_rows(y_AH, token_A, first_T.shape[0])
+    return y_AH.index_select(0, row_A).unflatten(0, row_TK.shape).sum(dim=1)
 
 
 def _add_rows(y_AH: Tensor, token_A: Tensor, tokens: int) -> Tensor:

@@ -307,16 +307,16 @@ down_rows.register_autograd(_down_backward, setup_context=_save_down)
 
 
 @torch.library.custom_op("d2m::sum_rows", mutates_args=())
-def sum_rows(y_AH: Tensor, token_A: Tensor, row_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
+def sum_rows(y_AH: Tensor, token_A: Tensor, slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
     """[T, H]: the sum of each token's rows, which lie in the order of tokens; in float32, rounded once.
 
-    Slot a is row row_A[a] of those sorted by expert, whose tokens are token_A; both are for the gradient.
+    Slot slot_A[a] is of token token_A[a]; both are for the gradient.
     """
     return _sum_token_rows(y_AH, first_T, tokens)
 
 
 @sum_rows.register_fake
-def _(y_AH: Tensor, token_A: Tensor, row_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
+def _(y_AH: Tensor, token_A: Tensor, slot_A: Tensor, first_T: Tensor | None, tokens: int) -> Tensor:
     return y_AH.new_empty(tokens, y_AH.shape[1])
 
 
@@ -325,8 +325,9 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sum_backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-    token_A, row_A = ctx.saved_tensors
-    return grad_TH.index_select(0, token_A[row_A]), None, None, None, None
+    token_A, slot_A = ctx.saved_tensors
+    token_by_slot_A = torch.empty_like(token_A).scatter(0, slot_A, token_A)
+    return grad_TH.index_select(0, token_by_slot_A), None, None, None, None
 
 
 sum_rows.register_autograd(_sum_backward, setup_context=_save_sum)

@@ -248,6 +248,7 @@ def route_tokens(
     bias_ptr,
     logits_ptr,
     rank_ptr,
+    expert_ptr,
     gate_ptr,
     count_ptr,
     T,
@@ -266,7 +267,8 @@ def route_tokens(
     """Eq. 3 for BLOCK_T tokens: scores in float32, the top_k of them, gates, and how many tokens chose each expert.
 
     rank[t, e] is 0 for a token's best expert, 1 for its second, ..., -1 where e is not chosen; equal scores go to the
-    lower expert. gate[t, e] is 0 where e is not chosen. count[block, e] is what the sort by expert starts from.
+    lower expert. expert[t, rank] and gate[t, rank] are the choice, best first. count[block, e] is what the sort by
+    expert starts from. A score that is no number counts as the lowest, so that every token has top_k experts.
     """
     block = tl.program_id(0)
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -290,7 +292,7 @@ def route_tokens(
     used = token_used[:, None] & real[None, :]
     tl.store(logits_ptr + place, score, mask=used)
 
-    left = tl.where(real[None, :], score, float("-inf"))
+    left = tl.where(real[None, :] & (score == score), score, float("-inf"))
     highest = tl.max(left, 1)
     rank = tl.full((BLOCK_T, EXPERTS_PADDED), -1, dtype=tl.int32)
     for k in range(0, top_k):
@@ -307,19 +309,19 @@ def route_tokens(
         gate = scale * power / tl.where(total > 0, total, 1.0)[:, None]
     else:
         gate = tl.where(chosen, 1.0, 0.0)
+    slot = token.to(tl.int64)[:, None] * top_k + rank
     tl.store(rank_ptr + place, rank.to(tl.int8), mask=used)
-    tl.store(gate_ptr + place, gate, mask=used)
+    tl.store(expert_ptr + slot, tl.broadcast_to(expert[None, :], (BLOCK_T, EXPERTS_PADDED)).to(tl.int64), mask=chosen)
+    tl.store(gate_ptr + slot, gate, mask=chosen)
     tl.store(count_ptr + block * EXPERTS + expert, tl.sum(chosen.to(tl.int32), 0), mask=real)
 
 
 @triton.jit
 def place_rows(
     rank_ptr,
-    gate_ptr,
     end_ptr,
     token_ptr,
     slot_ptr,
-    sorted_gate_ptr,
     T,
     blocks,
     top_k,
@@ -341,8 +343,6 @@ def place_rows(
     here = chosen.to(tl.int32)
     end = tl.load(end_ptr + expert * blocks + block, mask=expert < EXPERTS, other=0)
     row = (end - tl.sum(here, 0))[None, :] + tl.cumsum(here, 0) - here
-    gate = tl.load(gate_ptr + place, mask=used, other=0.0)
-    wide_token = tl.broadcast_to(token[:, None], (BLOCK_T, EXPERTS_PADDED))
-    tl.store(token_ptr + row, wide_token.to(tl.int64), mask=chosen)
-    tl.store(slot_ptr + row, (wide_token * top_k + rank).to(tl.int64), mask=chosen)
-    tl.store(sorted_gate_ptr + row, gate, mask=chosen)
+    wide_token = tl.broadcast_to(token[:, None], (BLOCK_T, EXPERTS_PADDED)).to(tl.int64)
+    tl.store(token_ptr + row, wide_token, mask=chosen)
+    tl.store(slot_ptr + row, wide_token * top_k + rank, mask=chosen)

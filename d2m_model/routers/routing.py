@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ class Gate:
     scale: float
 
 
+class SortedRows(NamedTuple):
+    """Assignments sorted by expert, then by token. Row a is assignment slot_A[a], of token token_A[a], both int64 [A].
+
+    Expert e's rows end at ends_E[e], int32 [E].
+    """
+
+    token_A: Tensor
+    slot_A: Tensor
+    ends_E: Tensor
+
+
 @dataclass(kw_only=True, slots=True)
 class Routing:
     """Assignments of tokens to experts, sorted by token.
@@ -32,6 +43,7 @@ class Routing:
     gate_A             float32 [A], weight of the expert's output for the token
     logits_TE          float32 [T, E], of the router's softmax
     per_token          K, if every token has as many experts; a token's experts then stand best first
+    rows               the assignments sorted by expert, where the router has sorted them already
     gate_unit          gates of mode `normalised` are this number times a share from 0 to 1; None: times alpha, which is
                        softmax(logits), and a factor that traces leave out
     """
@@ -42,9 +54,17 @@ class Routing:
     logits_TE: Tensor
     per_token: int | None = None
     gate_unit: float | None = None
+    rows: SortedRows | None = None
 
     @classmethod
-    def even(cls, experts_TK: Tensor, gates_TK: Tensor, logits_TE: Tensor, gate_unit: float | None = None) -> Routing:
+    def even(
+        cls,
+        experts_TK: Tensor,
+        gates_TK: Tensor,
+        logits_TE: Tensor,
+        gate_unit: float | None = None,
+        rows: SortedRows | None = None,
+    ) -> Routing:
         """Routing that gives every token K experts, best first."""
         per_token = experts_TK.shape[1]
         assignments = torch.arange(experts_TK.numel(), device=experts_TK.device)
@@ -55,6 +75,7 @@ class Routing:
             logits_TE=logits_TE,
             per_token=per_token,
             gate_unit=gate_unit,
+            rows=rows,
         )
 
     @property
@@ -89,6 +110,7 @@ class Routing:
             expert_A=self.expert_A.to(device),
             gate_A=self.gate_A.to(device),
             logits_TE=self.logits_TE.to(device),
+            rows=None if self.rows is None else SortedRows(*(tensor.to(device) for tensor in self.rows)),
         )
 
     def _even(self) -> int:

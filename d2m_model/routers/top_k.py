@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routing import Gate, Routing, float32_linear
+from ..kernels.choice import has_kernels
+from .routing import Gate, Routing, SortedRows, float32_linear
 from .token_router import BIAS, WEIGHT, RouterTensors, TokenRouter
 
 
@@ -74,6 +75,9 @@ def route_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, *, top_k
     device. Raises ValueError for a top_k outside 0 ... E.
     """
     check_top_k(top_k, weight_EH.shape[0])
+    learns = torch.is_grad_enabled() and (x_TH.requires_grad or weight_EH.requires_grad)
+    if has_kernels(x_TH) and not learns:
+        return _route_in_kernels(x_TH, weight_EH, bias_E, top_k, gate)
     logits_TE = float32_linear(x_TH, weight_EH, bias_E)
     # A stable sort, because torch.topk promises no order among ties. Logits order as their softmax does.
     experts_TK = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
@@ -83,6 +87,15 @@ def route_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, *, top_k
         # Renormalising a softmax over the chosen is the softmax of their logits.
         gates_TK = gate.scale * logits_TE.gather(-1, experts_TK).softmax(dim=-1)
     return Routing.even(experts_TK, gates_TK, logits_TE, gate_unit=gate.scale)
+
+
+def _route_in_kernels(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, gate: Gate) -> Routing:
+    from ..kernels.routing import route_and_sort
+
+    normalised = gate.mode == "normalised"
+    choice = route_and_sort(x_TH, weight_EH, bias_E, top_k=top_k, normalised=normalised, scale=gate.scale)
+    rows = SortedRows(choice.token_A, choice.slot_A, choice.ends_E)
+    return Routing.even(choice.experts_TK, choice.gates_TK, choice.logits_TE, gate_unit=gate.scale, rows=rows)
 
 
 def chosen_top_k(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:

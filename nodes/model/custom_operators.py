@@ -79,7 +79,7 @@ class Handed(NamedTuple):
     gate_R: Tensor
     token_R: Tensor
     expert_R: Tensor
-    row_R: Tensor
+    slot_R: Tensor
     first_T: Tensor
     ends_TE: Tensor
     host_N: Tensor
@@ -147,7 +147,7 @@ def _up(
         gate_R=_room(plan.gate_A, rows),
         token_R=_room(plan.token_A, rows),
         expert_R=_room(plan.expert_A, rows),
-        row_R=_room(plan.row_TK.flatten(), rows),
+        slot_R=_room(plan.slot_A, rows),
         first_T=plan.token_A.new_empty(tokens) if plan.first_T is None else plan.first_T,
         ends_TE=_room(plan.ends_CE, tokens),
         host_N=_room(torch.tensor([*sizes, *plan.chunk_rows]), tokens + 4),
@@ -172,7 +172,7 @@ def _up_shapes(
         gate_R=x_TH.new_empty(rows, dtype=torch.float32),
         token_R=x_TH.new_empty(rows, dtype=torch.int64),
         expert_R=x_TH.new_empty(rows, dtype=torch.int64),
-        row_R=x_TH.new_empty(rows, dtype=torch.int64),
+        slot_R=x_TH.new_empty(rows, dtype=torch.int64),
         first_T=x_TH.new_empty(tokens, dtype=torch.int64),
         ends_TE=x_TH.new_empty(tokens, experts, dtype=torch.int32),
         host_N=x_TH.new_empty(tokens + 4, dtype=torch.int64, device="cpu"),
@@ -184,7 +184,7 @@ def _down(
     gate_R: Tensor,
     token_R: Tensor,
     expert_R: Tensor,
-    row_R: Tensor,
+    slot_R: Tensor,
     first_T: Tensor,
     ends_TE: Tensor,
     host_N: Tensor,
@@ -193,13 +193,13 @@ def _down(
 ) -> Tensor:
     sizes, (tokens, experts) = PlanSizes(*host_N[: len(PlanSizes._fields)].tolist()), ends_TE.shape
     rows, uneven = sizes.rows, sizes.per_token == _UNEVEN
-    gate_A, token_A, expert_A, row_A = gate_R[:rows], token_R[:rows], expert_R[:rows], row_R[:rows]
+    gate_A, token_A, expert_A, slot_A = gate_R[:rows], token_R[:rows], expert_R[:rows], slot_R[:rows]
     plan = Dispatch(
         tokens=tokens,
         token_A=token_A,
         expert_A=expert_A,
         gate_A=gate_A,
-        row_TK=row_A if uneven else row_A.view(tokens, sizes.per_token),
+        slot_A=slot_A,
         first_T=first_T if uneven else None,
         ends_CE=ends_TE[: sizes.chunks],
         chunk_tokens=-(-tokens // sizes.chunks),
@@ -219,7 +219,7 @@ def _down_shapes(
     gate_R: Tensor,
     token_R: Tensor,
     expert_R: Tensor,
-    row_R: Tensor,
+    slot_R: Tensor,
     first_T: Tensor,
     ends_TE: Tensor,
     host_N: Tensor,

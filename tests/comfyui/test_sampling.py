@@ -41,28 +41,41 @@ def test_all_experts_paint_what_the_teacher_paints_with_a_negative_prompt(host: 
     assert distance(host.sample(pair.teacher, (2, 16, 16)), expected) >= 1e-2
 
 
-def test_all_experts_go_through_the_grouped_path(host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shortcut: every token is routed to every expert in every FFN."""
-    blocks, seen = host.module("nodes.model.blocks"), []
+def test_all_experts_in_sorted_rows_paint_what_the_teacher_paints(
+    host: Comfy, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where few experts are chosen; so tiny a model computes every expert at once otherwise."""
+    experts, seen = host.module("d2m_model.experts"), []
 
     def counted(hidden: Tensor, plan: SimpleNamespace, down: Tensor) -> Tensor:
-        seen.append(tuple(plan.row_TK.shape))
+        seen.append((plan.tokens, len(plan.token_A)))
         return expert_down(hidden, plan, down)
 
+    blocks = host.module("nodes.model.blocks")
     expert_down = blocks.expert_down
+    monkeypatch.setattr(experts, "computes_every_expert", lambda *_: False)
     monkeypatch.setattr(blocks, "expert_down", counted)
-    host.sample(host.top_k(pair.moe, ALL), steps=1)
+    found = host.sample(host.top_k(pair.moe, ALL), steps=1)
     image, text = 8 * 8, 7
-    single = [(image + text, ALL)] * files.DIMS.single_blocks
-    assert seen == [(image, ALL), (text, ALL), *single]
+    every_ffn = [image, text, *[image + text] * files.DIMS.single_blocks]
+    assert seen == [(tokens, tokens * ALL) for tokens in every_ffn]
+    assert distance(found, host.sample(pair.teacher, steps=1)) <= 1e-5
 
 
-@pytest.mark.parametrize("size", SIZES[:2])
+@pytest.mark.parametrize(("size", "every_expert"), [(SIZES[0], False), (SIZES[1], True)])
 @pytest.mark.parametrize("top_k", [0, 1, 2, ALL - 1])
 @pytest.mark.parametrize("gate", ["sum", "normalised"])
 def test_chosen_experts_follow_the_paper(
-    host: Comfy, pair: Pair, without_pack: None, top_k: int, gate: str, size: tuple[int, int, int]
+    host: Comfy,
+    pair: Pair,
+    without_pack: None,
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+    gate: str,
+    size: tuple[int, int, int],
+    every_expert: bool,
 ) -> None:
+    monkeypatch.setattr(host.module("d2m_model.experts"), "computes_every_expert", lambda *_: every_expert)
     reference = host.load(pair.moe_file)
     route_literally(reference.model.diffusion_model, pair.split, top_k, gate)
     found = host.sample(host.top_k(pair.moe, top_k, gate), size)

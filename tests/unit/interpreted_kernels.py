@@ -20,6 +20,7 @@ from d2m_model.config import Gate
 from d2m_model.experts import expert_down, expert_up, plan_dispatch
 from d2m_model.kernels.fused import down_rows, sum_rows, up_rows
 from d2m_model.kernels.routing import route_and_sort
+from d2m_model.routers import top_k as router_seam
 from d2m_model.routers.top_k import route_top_k
 
 _patch_lang_tensor = interpreter._patch_lang_tensor
@@ -80,9 +81,8 @@ def expert_case(
     def fused(x_TH: Tensor, up_NH: Tensor, bias_N: Tensor, down_HN: Tensor, gate_A: Tensor, keep: bool) -> Tensor:
         up_EFH, bias_EF, down_HEF = expert_views(up_NH, bias_N, down_HN, experts)
         hidden_AF, _ = up_rows(x_TH, token_A[order_A], order_A, first_T, gate_A[order_A], ends_E, up_EFH, bias_EF, keep)
-        back_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(pairs)))
         rows_AH = down_rows(hidden_AF, order_A, ends_E, down_HEF)
-        return sum_rows(rows_AH, token_A[order_A], back_A, first_T, tokens)
+        return sum_rows(rows_AH, token_A[order_A], order_A, first_T, tokens)
 
     names, values = ("x", "up", "bias", "down", "gate"), (x_TH, up_NH, bias_N, down_HN, gate_A)
     exact = [value.clone().requires_grad_() for value in values]
@@ -102,29 +102,48 @@ def expert_case(
 
 
 def routing_case(tokens: int, experts: int, top_k: int, mode: str, *, ties: bool, masked: bool) -> dict[str, float]:
-    """Differences from route_top_k and plan_dispatch; what is chosen and where it stands must be the same."""
+    """Differences between the router with kernels and without; what is chosen and where it stands must be the same."""
     torch.manual_seed(1)
     x_TH, weight_EH, bias_E = torch.randn(tokens, 80), torch.randn(experts, 80), torch.randn(experts)
     if ties:
         x_TH, weight_EH, bias_E = x_TH.round(), torch.zeros(experts, 80), torch.zeros(experts)
         weight_EH[:, 0] = 1
-    mask_E = torch.rand(experts) if masked else None
-    found = route_and_sort(
-        x_TH, weight_EH, bias_E, top_k=top_k, normalised=mode == "normalised", scale=2.0, mask_E=mask_E
-    )
-    routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=Gate(mode=mode, scale=2.0))  # type: ignore[arg-type]
-    if mask_E is not None:
-        routing = routing.weighed(mask_E)
-    plan = plan_dispatch(routing, x_TH, chunk_tokens=max(1, tokens))
-    rows = torch.arange(found.slot_A.numel())
-    back_A = torch.empty_like(rows).scatter(0, found.slot_A, rows)
+    gate = Gate(mode=mode, scale=2.0)  # type: ignore[arg-type]
+    routings, plans = [], []
+    for fused in (False, True):
+        with (
+            mock.patch.object(router_seam, "has_kernels", return_value=fused),
+            mock.patch.object(kernels_seam, "has_kernels", return_value=fused),
+        ):
+            routing = route_top_k(x_TH, weight_EH, bias_E, top_k=top_k, gate=gate)
+            if masked:
+                routing = routing.weighed(torch.linspace(0, 1, experts))
+            routings.append(routing)
+            plans.append(plan_dispatch(routing, x_TH, chunk_tokens=max(1, tokens)))
+    (expected, found), (expected_plan, found_plan) = routings, plans
+    assert (expected.rows is None, found.rows is None) == (True, False)
     return {
-        "tokens": float((found.token_A != plan.token_A).sum()),
-        "slots": float((back_A != plan.row_TK.flatten()).sum()),
-        "ends": float((found.ends_E != plan.ends_CE[0]).sum()),
-        "gates": relative(found.gate_A, plan.gate_A.double()),
-        "gates of all experts": relative(found.gates_TE, routing.gates_TE.double()),
-        "logits": relative(found.logits_TE, routing.logits_TE.double()),
+        "experts": float((found.experts_TK != expected.experts_TK).sum()),
+        "tokens": float((found_plan.token_A != expected_plan.token_A).sum()),
+        "slots": float((found_plan.slot_A != expected_plan.slot_A).sum()),
+        "ends": float((found_plan.ends_CE != expected_plan.ends_CE).sum()),
+        "sorted gates": relative(found_plan.gate_A, expected_plan.gate_A.double()),
+        "gates": relative(found.gates_TK, expected.gates_TK.double()),
+        "logits": relative(found.logits_TE, expected.logits_TE.double()),
+    }
+
+
+def nan_case() -> dict[str, float]:
+    """A token that is no number still gets as many experts as the others, all of them different, and spoils no other."""
+    x_TH, weight_EH = torch.randn(5, 80), torch.randn(12, 80)
+    x_TH[2] = float("nan")
+    found = route_and_sort(x_TH, weight_EH, None, top_k=3, normalised=True, scale=1.0)
+    others = [0, 1, 3, 4]
+    expected = route_top_k(x_TH[others], weight_EH, None, top_k=3, gate=Gate(mode="normalised", scale=1.0))
+    return {
+        "choice of the token": float(found.experts_TK[2].unique().numel() != 3),
+        "choice of the others": float((found.experts_TK[others] != expected.experts_TK).sum()),
+        "rows": float(found.ends_E[-1] != 15),
     }
 
 
@@ -170,6 +189,7 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
     yield "route: all, normalised", routing_case(40, 12, 12, "normalised", ties=False, masked=True)
     yield "route: three with ties", routing_case(33, 5, 3, "normalised", ties=True, masked=False)
     yield "route: none", routing_case(10, 12, 0, "sum", ties=False, masked=False)
+    yield "route: not a number", nan_case()
     yield "route: no tokens", routing_case(0, 12, 2, "sum", ties=False, masked=False)
 
 

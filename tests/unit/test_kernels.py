@@ -82,8 +82,12 @@ def test_the_choice_says_why_a_card_keeps_to_torch(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("case", ROUTES)
 def test_routing_and_sort_are_those_of_the_torch_router(errors: dict[str, dict[str, float]], case: str) -> None:
     found = errors[f"route: {case}"]
-    assert len(found) == 6
+    assert len(found) == 7
     assert {name: error for name, error in found.items() if not error <= 1e-6} == {}
+
+
+def test_a_token_that_is_not_a_number_is_routed_somewhere(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["route: not a number"] == {"choice of the token": 0, "choice of the others": 0, "rows": 0}
 
 
 def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], blocks: TileSizes, capability: int) -> Any:
@@ -130,7 +134,7 @@ def weight_gradient_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dic
 
 def route_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
     types = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "logits_ptr": "*fp32", "rank_ptr": "*i8"}
-    types |= {"gate_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32"}
+    types |= {"expert_ptr": "*i64", "gate_ptr": "*fp32", "count_ptr": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(("T", "H", "top_k", "x_stride", "weight_stride"), "i32")
     constants = {"EXPERTS": 12, "EXPERTS_PADDED": 16, "BIAS": True, "NORMALISED": True}
     return programs.route_tokens, types, constants | {"BLOCK_T": blocks.rows, "BLOCK_H": blocks.depth}
