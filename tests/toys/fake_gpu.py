@@ -32,8 +32,10 @@ HOST_WAITS = {
         "Rows for every token at every expert would need E / K times the memory."
     ),
     ("d2m_model/experts.py", "item"): (
-        "Tokens with unlike numbers of experts, in several chunks: the host must know at which rows the chunks begin. Also "
-        "every product where neither the Triton kernels nor torch's fused grouped product run: its loop goes by experts."
+        "Tokens with unlike numbers of experts, in several chunks: the host must know at which rows the chunks begin."
+    ),
+    ("d2m_model/kernels/grouped_mm.py", "item"): (
+        "A product where neither the Triton kernels nor torch's fused grouped product run: its loop goes by experts."
     ),
     ("nodes/controls/evaluation_settings.py", "item"): (
         "Schedules, live values and logs go by sigma, which samplers keep on the device: one wait for each evaluation."

@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
-from d2m_model.experts import Dispatch, expert_down, expert_up, grouped_mm, mean_compensation, plan_dispatch
+from d2m_model.experts import Dispatch, expert_down, expert_up, mean_compensation, plan_dispatch
+from d2m_model.kernels import grouped_mm as grouped_product
+from d2m_model.kernels.grouped_mm import grouped_mm
 from d2m_model.layout import expert_views
 from d2m_model.routers import Routing
 from d2m_model.routers.top_k import route_top_k
@@ -35,7 +37,7 @@ def implementation(name: str) -> Iterator[None]:
     if name == "native":
         yield
     else:
-        with mock.patch.object(experts, "_native_on", return_value=False):
+        with mock.patch.object(grouped_product, "_native_on", return_value=False):
             yield
 
 
@@ -357,7 +359,7 @@ def test_grouped_product_and_its_gradients_on_strided_views(name: str, dtype: to
         b = b_EDN.detach().requires_grad_()
         a = torch.randn(16, b.shape[1], generator=generator).to(dtype).requires_grad_()
         grad = torch.randn(16, b.shape[2], generator=generator).to(dtype)
-        assert experts._native(a.detach(), b.detach()) == (dtype in NATIVE)
+        assert grouped_product._native(a.detach(), b.detach()) == (dtype in NATIVE)
         with implementation(name):
             grouped_mm(a, b, torch.tensor(ends, dtype=torch.int32)).backward(grad)
             y = grouped_mm(a, b, torch.tensor(ends, dtype=torch.int32))
@@ -389,24 +391,24 @@ def test_an_expert_without_rows_has_no_gradient_though_a_kernel_leaves_it_unwrit
 
 def test_operands_that_native_kernels_do_not_take_go_to_the_loop() -> None:
     a, b = torch.randn(8, 16), torch.randn(2, 16, 8)
-    assert experts._native(a, b)
-    assert not experts._native(a.double(), b.double())  # dtype
-    assert not experts._native(a[:0], b)  # no rows
-    assert not experts._native(a[:, :15], b[:, :, :7].contiguous())  # rows of 28 bytes
-    assert not experts._native(torch.randn(8, 17)[:, 1:], b)  # begins 4 bytes off
-    assert not experts._native(torch.randn(8, 32)[:, ::2], b)  # no stride is 1
+    assert grouped_product._native(a, b)
+    assert not grouped_product._native(a.double(), b.double())  # dtype
+    assert not grouped_product._native(a[:0], b)  # no rows
+    assert not grouped_product._native(a[:, :15], b[:, :, :7].contiguous())  # rows of 28 bytes
+    assert not grouped_product._native(torch.randn(8, 17)[:, 1:], b)  # begins 4 bytes off
+    assert not grouped_product._native(torch.randn(8, 32)[:, ::2], b)  # no stride is 1
 
 
 def test_a_torch_without_grouped_mm_has_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, ends = torch.randn(16, 16), torch.randn(2, 16, 8), torch.tensor([5, 16], dtype=torch.int32)
     expected = grouped_mm(a, b, ends)
-    experts._native_on.cache_clear()
+    grouped_product._native_on.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.delattr(torch, "_grouped_mm")
             torch.testing.assert_close(grouped_mm(a, b, ends), expected)
     finally:
-        experts._native_on.cache_clear()
+        grouped_product._native_on.cache_clear()
 
 
 def test_under_autocast_float32_weights_are_computed_in_bfloat16() -> None:

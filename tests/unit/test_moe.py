@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,8 @@ from torch._subclasses import FakeTensorMode
 
 from d2m_model import experts
 from d2m_model.config import FFNLayout, Gate
+from d2m_model.kernels import grouped_mm as grouped_product
+from d2m_model.kernels.choice import computes_every_expert
 from d2m_model.moe import FusedFFN, MoEFFN, moe_ffn
 from d2m_model.routers.token_router import BIAS, WEIGHT
 from d2m_model.routers.top_k import route_top_k
@@ -28,6 +32,21 @@ LAYOUT = FFNLayout(shared=16, experts=6, width=8)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error (norms) of a gradient against float64's.
 GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+WAYS = ("every expert", "torch's product", "loop")
+
+
+@contextmanager
+def computed(way: str) -> Iterator[None]:
+    """The ways to compute the experts: all of them at once, or rows sorted by expert, in torch's product or in a loop."""
+    native = grouped_product._native_on if way == "torch's product" else lambda device, dtype: False
+    every = computes_every_expert if way == "every expert" else lambda *_: False
+    with (
+        mock.patch.object(grouped_product, "_native_on", native),
+        mock.patch.object(experts, "computes_every_expert", every),
+    ):
+        yield
 
 
 def random_ffn(
@@ -86,7 +105,7 @@ def exact(ffn: list[Tensor | None], layout: FFNLayout, gate: Gate, top_k: int, x
     gate=st.sampled_from([SUM, NORMALISED]),
     bias=st.booleans(),
     mean=st.booleans(),
-    native=st.booleans(),
+    way=st.sampled_from(WAYS),
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
@@ -98,14 +117,14 @@ def test_result_is_the_equations(
     gate: Gate,
     bias: bool,
     mean: bool,
-    native: bool,
+    way: str,
     seed: int,
     data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.integers(0, layout.experts))
     ffn = tensors(random_ffn(hidden, layout, dtype, seed, bias=bias, mean=mean))
     x = random_x(tokens, hidden, dtype=dtype, seed=seed + 1)
-    with mock.patch.object(experts, "_native_on", experts._native_on if native else lambda device, dtype: False):
+    with computed(way):
         y = moe_ffn(x, *ffn, layout=layout, gate=gate, top_k=top_k)
     assert (y.dtype, y.shape) == (dtype, x.shape)
     expected = exact(ffn, layout, gate, top_k, x)
@@ -167,14 +186,14 @@ def test_top_k_beyond_the_experts_is_refused() -> None:
 # Gradients
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate", [SUM, NORMALISED])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "top_k"), [(23, 2), (23, 6), (1, 2), (23, 0)])
-def test_gradients_are_the_equations(dtype: torch.dtype, gate: Gate, tokens: int, top_k: int, native: bool) -> None:
+def test_gradients_are_the_equations(dtype: torch.dtype, gate: Gate, tokens: int, top_k: int, way: str) -> None:
     inputs = leaves(random_x(tokens, 16, dtype=dtype), *tensors(random_ffn(16, LAYOUT, dtype, 0)))
     inputs64 = leaves(*inputs, dtype=torch.float64)
-    with mock.patch.object(experts, "_native_on", experts._native_on if native else lambda device, dtype: False):
+    with computed(way):
         y = moe_ffn(*inputs, layout=LAYOUT, gate=gate, top_k=top_k)
         direction = random_x(tokens, 16, dtype=dtype, seed=1)
         y.backward(direction)
