@@ -229,7 +229,8 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_rows(grad_AH, *ctx.saved_tensors, ctx.tokens), None, None, None
+        token_A, slot_A, first_T = ctx.saved_tensors
+        return _sum_rows(grad_AH, token_A, slot_A, first_T, ctx.tokens), None, None, None
 
 
 class _SumRows(torch.autograd.Function):

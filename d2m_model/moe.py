@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import FFNLayout
 from .experts import expert_down, expert_up, mean_compensation, plan_experts
 from .layout import expert_views
-from .routers import TOP_K_ROUTER, Gate, RouterCompanion, RouterTensors, Routing, TokenRouter
+from .routers import TOP_K_ROUTER, Gate, RouterCompanion, RouterTensors, Routing, TokenRouter, TrainingCompanion
 from .routers.linear import RouterLinear, copied_linear, copied_parameter
 from .routers.token_router import BIAS, WEIGHT
 from .routers.top_k import route_top_k
@@ -163,7 +163,7 @@ class MoEFFN(nn.Module):
     def route(self, x_TH: Tensor) -> Routing:
         """Choose experts for x_TH [T, H]. In training a companion that routes does it, and remembers its choice."""
         tensors, companion = self._router_tensors(), self.companion
-        if self.training and companion is not None and companion.routes:
+        if self.training and isinstance(companion, TrainingCompanion):
             return companion.route(x_TH, tensors, self.gate, remember=not recomputed())
         return self.token_router.route(x_TH, tensors, gate=self.gate, value=self.router_value)
 

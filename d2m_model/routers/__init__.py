@@ -9,7 +9,7 @@ from functools import cache
 from ..fields import expect, fields_of
 from .capacity import CapacityRouter
 from .routing import Gate, GateMode, Routing
-from .token_router import RouterCompanion, RouterTensors, TokenRouter
+from .token_router import RouterCompanion, RouterTensors, TokenRouter, TrainingCompanion
 from .top_k import TopKRouter
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Routing",
     "TokenRouter",
     "TopKRouter",
+    "TrainingCompanion",
     "kind_with_setting",
     "router_from_entries",
     "router_from_text",

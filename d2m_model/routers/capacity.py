@@ -25,7 +25,7 @@ from .capacity_routing import (
 )
 from .linear import RouterLinear, copied_linear
 from .routing import Gate, Routing
-from .token_router import BIAS, WEIGHT, RouterCompanion, RouterTensors, TokenRouter
+from .token_router import BIAS, WEIGHT, RouterTensors, TokenRouter, TrainingCompanion
 
 PREDICTOR_WIDTH = 128  # DiffMoE's is as wide as the hidden size: at 3072 that is 9.4 million parameters for each FFN
 
@@ -139,14 +139,13 @@ class CapacityRouter(TokenRouter):
         return {"agrees": float(2 * both / either.clamp_min(1)), "experts": float(chosen_TE.sum() / len(chosen_TE))}
 
 
-class CapacityPredictor(RouterCompanion):
+class CapacityPredictor(TrainingCompanion):
     """Parameters (`in_layer`, `out_layer`) and buffers (`threshold` [E], `scale` [1]) of a capacity router beside W_g.
 
     `capacity` is the mean number of experts of a token in training. `pooled` is what the last pool was routed to, until
     `take_update`.
     """
 
-    routes: ClassVar[bool] = True
     loss_name: ClassVar[str] = "predictor"
     threshold: Tensor
     scale: Tensor

@@ -24,15 +24,7 @@ WEIGHT, BIAS = "router.weight", "router.bias"  # W_g and its bias
 
 
 class RouterCompanion(nn.Module, ABC):
-    """Parameters that the router of one FFN has beside W_g, and what training remembers between forward and step.
-
-    A companion that `routes` takes the place of TokenRouter.route in training. If it `learns`, a training step calls
-    `loss` after the forward pass, `take_update` after the backward pass, and `update` at its end, on every rank alike.
-    """
-
-    routes: ClassVar[bool] = False
-    loss_name: ClassVar[str] = "router"  # key of the loss in logs
-    pool_P: Tensor | None = None  # `pool_of` the batch's tokens that are no padding; None: all tokens
+    """Parameters that the router of one FFN has beside W_g."""
 
     @abstractmethod
     def forward(self) -> dict[str, Tensor]:
@@ -42,31 +34,42 @@ class RouterCompanion(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Set initial values: those of a model that is not loaded from a file."""
 
+
+class TrainingCompanion(RouterCompanion):
+    """Companion that routes in training, in the place of TokenRouter.route, and remembers what its own loss needs.
+
+    While it `learns`, a training step calls `loss` after the forward pass, `take_update` after the backward pass, and
+    `update` at its end, on every rank alike.
+    """
+
+    loss_name: ClassVar[str]  # key of the loss in logs
+    pool_P: Tensor | None = None  # `pool_of` the batch's tokens that are no padding; None: all tokens
+
     @property
     def device(self) -> torch.device:
         """Device of the buffers, where pools belong."""
         return next(self.buffers()).device
 
     @property
+    @abstractmethod
     def learns(self) -> bool:
         """True while the parameters are being trained."""
-        return False
 
+    @abstractmethod
     def route(self, x_TH: Tensor, tensors: RouterTensors, gate: Gate, *, remember: bool) -> Routing:
         """Route the tokens in training. `remember` is False in a forward pass that a checkpoint runs again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self) -> Tensor | None:
         """Loss of the remembered forward pass; None if there was none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_update(self) -> Tensor:
         """New value of the buffer that follows the forward passes, from the remembered one, which is then forgotten."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, values: Tensor) -> None:
         """Set that buffer to the mean of the step's microbatches and ranks."""
-        raise NotImplementedError
 
 
 def pool_of(keep_T: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from d2m_model.blocks import FFN
 from d2m_model.config import FluxMoEConfig
 from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
 from d2m_model.moe import MoEFFN
-from d2m_model.routers import RouterCompanion
+from d2m_model.routers import TrainingCompanion
 from d2m_model.routers.token_router import pool_of
 
 from ..run_config import RunConfig
@@ -83,7 +83,7 @@ class RouterTraining:
         """Keep padding text tokens out of the pool of a capacity router. All FFNs of a stream share a mask."""
         pools: dict[str, Tensor | None] = {}
         for name, moe in self.core.moe_ffns().items():
-            if moe.companion is None or not moe.companion.routes:
+            if not isinstance(moe.companion, TrainingCompanion):
                 continue
             stream = FFN.parse(name).stream
             if stream not in pools:
@@ -137,10 +137,10 @@ class RouterTraining:
             if thresholds := self.thresholds.pop(name, []):
                 companion.update(self.average(torch.stack(thresholds).mean(0)))
 
-    def _companions(self) -> Iterator[tuple[str, RouterCompanion]]:
+    def _companions(self) -> Iterator[tuple[str, TrainingCompanion]]:
         """Yield the companions of routers that are being trained, by FFN."""
         for name, moe in self.core.moe_ffns().items():
-            if self.plan.experts_on and moe.companion is not None and moe.companion.learns:
+            if self.plan.experts_on and isinstance(moe.companion, TrainingCompanion) and moe.companion.learns:
                 yield name, moe.companion
 
     def _token_balance(self, tokens: PaddedTokens, device: torch.device) -> Tensor:
