@@ -24,6 +24,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
     "analyze": ("analyze", "draw what blocks and experts do: the paper's Figs. 3, 6 and 8"),
 }
+_INTERRUPTED = 128 + 2  # exit status after Ctrl-C
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXTRA = (
     "diffusers",
@@ -41,7 +42,10 @@ _EXTRA = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Return its exit status: 2, with one line on standard error, for an error that the user can correct."""
+    """Run a command. Return its exit status.
+
+    That is 2, with one line on standard error, for an error that the user can correct, and 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m d2m_train", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -66,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRA:
             raise
         message = f"{error.name} is not installed. Install the trainer's packages: pip install 'dense2moe-flux[train]'"
+    except KeyboardInterrupt:
+        print("Interrupted. A run goes on with resume=latest.", file=sys.stderr)
+        return _INTERRUPTED
     else:
         return status
     print(f"error: {message}", file=sys.stderr)

@@ -21,6 +21,7 @@ from d2m_model.conversion.router_init import RouterInit
 from d2m_model.routers import KINDS
 
 from . import UserError
+from .text_file import read_text
 
 Stage = Literal["convert", "shared", "experts", "blocks", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -298,16 +299,37 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = _parsed(text)
+    except ValueError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: {data!r}; expected fields such as teacher, student and data.")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key that comes twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    """Parse YAML. Raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
@@ -329,8 +351,8 @@ def _set(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"{override!r}: {section} has no fields of its own.")
     try:
-        data[field] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        data[field] = _parsed(value)
+    except ValueError as error:
         raise UserError(f"{override!r}: the value is not YAML: {error}") from None
 
 

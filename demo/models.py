@@ -56,5 +56,7 @@ def convert_teacher(base: Path) -> None:
     """Convert the teacher to OUT/CONVERTED and put it into ComfyUI's model folder under `base`."""
     OUT.mkdir(parents=True, exist_ok=True)
     converted = OUT / CONVERTED
-    run_trainer("convert", "--teacher", ASSETS / TEACHER, "--out", converted, "--preset", "L", "--data", "emoji")
+    run_trainer(
+        "convert", "--teacher", ASSETS / TEACHER, "--out", converted, "--overwrite", "--preset", "L", "--data", "emoji"
+    )
     add_diffusion_model(base, converted, CONVERTED)

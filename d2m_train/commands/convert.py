@@ -13,13 +13,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from d2m_model.conversion.convert import refuse_same_file
 from d2m_model.conversion.options import OPTIONS, method_arguments, needing_data, with_defaults
+from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..conversion.run import run_conversion
 from ..conversion.settings import ConversionSettings
 from ..data import open_data
 from ..data.latents import LATENTS_FORMAT
+from .output import add_out_arguments, check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="a dense FLUX.1: a .safetensors in BFL's or diffusers' keys, an index of shards, or a diffusers folder",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="G", help="the FLUX-MoE file to write")
+    add_out_arguments(parser, "the FLUX-MoE file to write")
     _add_option(parser, "preset")
     _add_option(parser, "groups", type=_groups, metavar="preset|auto|LIST")
     _add_option(parser, "active", metavar="N")
@@ -133,5 +136,8 @@ def settings_from(args: argparse.Namespace) -> ConversionSettings:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
+    with open_teacher(args.teacher) as teacher:
+        refuse_same_file(teacher.files, args.out)
+    check_out(args)
     run_conversion(settings, None if args.data is None else open_data(args.data))
     return 0

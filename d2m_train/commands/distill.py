@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 RUN_FILE, SOURCES_FILE = "run.yaml", "sources.json"
-_SIGTERM_STATUS = 128 + 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def distill(run: RunConfig) -> int:
-    """Run all stages that the run names and the student has. Return exit status 0, or 143 after SIGTERM."""
+    """Run all stages that the run names and the student has. Return exit status 0, or 128 + the signal that stopped it."""
     ranks = Ranks(run)
     try:
         with locked_folder(run.output_dir) if ranks.main else nullcontext():
             Distill(run, ranks).run_all()
     except Stopped:
-        return _SIGTERM_STATUS
+        return 128 + ranks.stop_signal
     finally:
         ranks.close()
     return 0
@@ -161,7 +160,7 @@ class Distill:
             if run.restart is not None:
                 for stage in STAGES[STAGES.index(run.restart) :]:
                     shutil.rmtree(run.output_dir / stage, ignore_errors=True)
-            check_same_sources(identity, run.output_dir / SOURCES_FILE)
+            check_same_sources(identity, data, run.output_dir / SOURCES_FILE)
         self.ranks.wait()
 
     def _teacher_file(self) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from ..evaluation.prompts import (
     sampling_shift,
 )
 from ..evaluation.scores import LEVEL, Clip, Scores, interval, score_images
+from ..fingerprint import fingerprint
 from ..progress import progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE, or a dense FLUX")
-    parser.add_argument("--out", type=Path, metavar="OUT", help="default: runs/evaluation/<name of FILE>")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="default: a folder of FILE in runs/evaluation")
     parser.add_argument("--teacher", type=Path, metavar="F", help="the dense FLUX to measure the distance to")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="another file, for a paired comparison")
     parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a local CLIP model with its processor")
@@ -52,11 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_counts(args, "seeds", "every", "steps", "batch", "text_tokens")
-    out = args.out or Path("runs/evaluation") / args.file.stem
+    out = args.out or default_folder(args.file)
     report = evaluate(args, out)
     print(score_table(report))
     print(f"{out / 'report.json'}: written.")
     return 0
+
+
+def default_folder(file: Path) -> Path:
+    """Return the folder of a file's evaluation: every run's file is called student.safetensors, so its path tells."""
+    path = file.absolute()
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+    return Path("runs/evaluation") / f"{path.parent.name}-{path.stem}-{digest}"
 
 
 def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def _made(
     return {
         "file": file.name,
         "bytes": stat and stat.st_size,
-        "modified": stat and stat.st_mtime_ns,
+        "fingerprint": fingerprint([file]) if file.is_file() else None,
         "top_k": sparsity.top_k,
         "active_blocks": sparsity.active_blocks,
         "capacity_factor": sparsity.capacity_factor,

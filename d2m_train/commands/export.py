@@ -6,10 +6,13 @@ Weights are cast. Routers, means, thresholds and neuron orders keep their types,
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import torch
+from safetensors import SafetensorError
 
 from d2m_model.checkpoint import CONFIG_KEY, check_opened
 from d2m_model.conversion.convert import file_metadata, refuse_same_file
@@ -19,17 +22,19 @@ from d2m_model.tensor_writer import TensorWriter
 
 from .. import UserError
 from ..run_config import Dtype
+from .output import add_out_arguments, check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a FLUX-MoE, such as a stage's student.safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="G", help="the file to write, or the folder")
+    add_out_arguments(parser, "the file to write, or the folder")
     parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--diffusers", action="store_true", help="write a diffusers folder instead of a file")
 
 
 def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
+    check_out(args)
     if args.diffusers:
         export_to_diffusers(args.file, args.out, dtype)
     else:
@@ -56,10 +61,22 @@ def export_file(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def export_to_diffusers(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a folder for FluxMoETransformer2DModel.from_pretrained."""
+    """Write a folder for FluxMoETransformer2DModel.from_pretrained, which replaces a folder of that name.
+
+    It takes its name when it is whole: a full disk leaves what was there.
+    """
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 
     if folder.is_file():
         raise UserError(f"{folder} is a file; --diffusers writes a folder.")
     model = FluxMoETransformer2DModel.from_flux_moe(source, dtype)
-    model.save_pretrained(folder)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        model.save_pretrained(part)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.rename(part, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

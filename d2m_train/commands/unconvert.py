@@ -13,14 +13,16 @@ from pathlib import Path
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 
 from ..progress import progress_bar
+from .output import add_out_arguments, check_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a FLUX-MoE file")
-    parser.add_argument("--out", type=Path, required=True, metavar="G", help="the dense file to write")
+    add_out_arguments(parser, "the dense file to write")
 
 
 def run(args: argparse.Namespace) -> int:
+    check_out(args)
     size = args.file.stat().st_size if args.file.is_file() else None
     with progress_bar(total=size, desc="Un-converting", unit="B", unit_scale=True) as bar:
         config = unconvert_file(args.file, args.out, bar.update)

@@ -24,6 +24,7 @@ from d2m_model.tensor_file import CheckpointError
 
 from .. import UserError
 from ..data.batch import DataSource
+from ..fingerprint import fingerprint
 from ..progress import progress_bar
 from .calibrate import CalibrationBatches, calibrate_on_batches
 from .report import Report, summarise, write_report
@@ -128,9 +129,6 @@ def _calibration(
         taylor=settings.taylor,
         seed=settings.recipe.seed,
     )
-    identity = [
-        f"{file.absolute()}, {file.stat().st_size} bytes, modified {file.stat().st_mtime_ns}" for file in teacher.files
-    ]
     with progress_bar(total=settings.batches, desc="Calibration", unit="batch") as bar:
 
         def progress(loss: float) -> None:
@@ -144,6 +142,6 @@ def _calibration(
             data,
             calibration,
             settings.calibration_folder,
-            "; ".join(identity),
+            fingerprint(teacher.files),
             progress,
         )

@@ -50,10 +50,14 @@ class Texts(NamedTuple):
 
 
 class DataSource(Protocol):
-    """A source of samples. `name` is written to the file's provenance; `identity` changes whenever the data do."""
+    """A source of samples. `name` is written to the file's provenance."""
 
     name: str
-    identity: str
+
+    @property
+    def identity(self) -> str:
+        """What the data are, by content: it changes whenever they do."""
+        ...
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:
         """Encode this rank's share of what `batch` reads, so that training needs no encoders; can be interrupted.

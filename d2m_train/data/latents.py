@@ -12,6 +12,7 @@ from torch import Tensor
 from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
+from ..fingerprint import fingerprint
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
 from .encoded import Encoded
 from .encoders import no_text_encoders
@@ -40,7 +41,7 @@ class LatentFile:
         self.name = path.name
         self.guidance, self.encoded = guidance, encoded
         self.file = TensorFile(path)
-        self.identity = f"{path.absolute()}, {self.file.size} bytes, modified {path.stat().st_mtime_ns}"
+        self.identity = fingerprint([path])
         shapes = self.file.shapes
         axes = {"latents": 4, "context": 3, "pooled": 2} | {
             name: 1 for name in ("guidance", "text_tokens") if name in shapes

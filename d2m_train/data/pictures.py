@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from PIL import Image
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 Buckets = list[tuple[Size, list[int]]]  # image sizes, and the places of their samples
 
 _INDEX_VERSION = 1  # of the index
+_NAMED = 5  # changed samples in a message
 PART = 64  # samples that are inspected together and share an entry of the index
 
 
@@ -76,13 +78,41 @@ class PictureSource:
         if len(samples) == 0:
             raise self._nothing_usable(samples.left_out)
         self.share = held_out
-        self.identity = content_key(samples.identity, self.resolutions, enlarge, encoded.identity, held_out)
         self.left_out: LeftOut = {}  # names by reason; complete after the first batch
-        self._index = f"index/{content_key(_INDEX_VERSION, samples.identity)}"
+        self.listing = content_key(_INDEX_VERSION, samples.identity)
+        self._index = f"index/{self.listing}"
         self._rank: int | None = None  # None: not prepared yet
         self._buckets: dict[bool, Buckets] | None = None  # of samples that are held out, and of the others
         self._order = lru_cache(maxsize=4)(self._new_order)
         self._part = lru_cache(maxsize=256)(self._read_part)
+
+    @cached_property
+    def identity(self) -> str:
+        """Identity of the samples' contents, in their order. Samples that have not been inspected are inspected now."""
+        digest = hashlib.sha256()
+        for place in range(len(self.samples)):
+            record = self._record(place)
+            if self._size(record) is not None:
+                digest.update(f"{record.image} {record.caption!r}\n".encode())
+        return content_key(digest.hexdigest(), self.resolutions, self.enlarge, self.encoded.identity, self.share)
+
+    def changes_since(self, listing: str) -> str:
+        """Describe how the samples differ from those of an earlier listing of these data, as far as the store knows it."""
+        store, before = self.encoded.store, 0
+        known: set[tuple[str, str]] = set()
+        for number in itertools.count():
+            part = store.read_json(f"index/{listing}/{number:06}")
+            if not isinstance(part, list):
+                break
+            before += len(part)
+            known.update((fields["image"], fields["caption"]) for fields in part)
+        changed = []
+        for place in range(len(self.samples)):
+            record = self._record(place)
+            if (record.image, record.caption) not in known:
+                changed.append(self.samples.name(place))
+        names = ", ".join(changed[:_NAMED]) + (", …" if len(changed) > _NAMED else "")
+        return f"There were {before:,} samples and are {len(self.samples):,}; new or changed: {names or 'none'}."
 
     # Preparing
 
@@ -172,6 +202,9 @@ class PictureSource:
             self._store_part(number, records)
         return records
 
+    def _record(self, place: int) -> SampleRecord:
+        return self._part(place // PART)[place % PART]
+
     def _listed(self) -> dict[bool, Buckets]:
         """Return the samples of every bucket, by image size: of those that are held out, and of the others."""
         if self._buckets is None:
@@ -180,7 +213,7 @@ class PictureSource:
             usable: list[tuple[int, Size, str]] = []
             problems: LeftOut = {}
             for place in range(len(self.samples)):
-                record = self._part(place // PART)[place % PART]
+                record = self._record(place)
                 size = self._size(record)
                 if size is None:
                     problems.setdefault(record.problem or TOO_SMALL, []).append(self.samples.name(place))
@@ -231,7 +264,7 @@ class PictureSource:
         image_size, places = self._side(held_out)[bucket]
         latents, captions = [], []
         for place in (places[number] for number in chosen):
-            record = self._part(place // PART)[place % PART]
+            record = self._record(place)
             give = partial(self._pixels, place, record, image_size)
             latents.append(self.encoded.latents(record.image, image_size, self.samples.name(place), give))
             captions.append(record.caption)

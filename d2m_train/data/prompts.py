@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from d2m_model.foreign import read_json
+
 from .. import UserError
+from ..text_file import read_text
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, prompt_batch
 from .encoded import Encoded
 from .held_out import choose_held_out, split_text
 from .order import sample_order
-from .samples import describe_left_out
+from .samples import LeftOut, describe_left_out
 from .store import content_key
 
 log = logging.getLogger(__name__)
@@ -87,28 +90,40 @@ class PromptSource:
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the prompts, and the numbers of lines without one; empty lines are skipped."""
+    """Return the prompts, and the numbers of lines without one."""
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: expected {_FILE_FORMAT}.")
+    entries, left_out = read_prompt_lines(path)
+    return [entry["prompt"] for _, entry in entries], left_out
+
+
+def read_prompt_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], LeftOut]:
+    """Return (place, object with `prompt`) for each line, and the numbers of lines without one.
+
+    Empty lines are skipped; places count the others from 0.
+
+    In a .jsonl a line is such an object, in any other file it is the prompt. Raises UserError for a file that cannot be
+    read.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
-    prompts, bad = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompt = line.strip() if path.suffix == ".txt" else _json_prompt(line)
-        if prompt:
-            prompts.append(prompt)
-        else:
+        lines = read_text(path).split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    entries, bad = [], []
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for place, (number, line) in enumerate(filled):
+        entry = _json_entry(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+        if entry is None:
             bad.append(f"line {number}")
-    return prompts, {_NO_PROMPT: bad} if bad else {}
+        else:
+            entries.append((place, entry))
+    return entries, {_NO_PROMPT: bad} if bad else {}
 
 
-def _json_prompt(line: str) -> str | None:
+def _json_entry(line: str) -> dict[str, Any] | None:
     try:
-        prompt = json.loads(line)["prompt"]
-        return prompt.strip() if isinstance(prompt, str) else None
-    except (ValueError, KeyError, TypeError):
+        entry = read_json(line)
+    except ValueError:
         return None
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    return {**entry, "prompt": prompt.strip()} if isinstance(prompt, str) and prompt.strip() else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from ..text_file import decode_text
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 CAPTION_NAMES = ("caption", "text", "prompt", "description")  # names of columns and fields, the likeliest first
 _NAMED = 3  # samples named in a message, for each reason
@@ -57,8 +59,8 @@ def pair_files(images: Sequence[tuple[str, str, Any]], captions: Mapping[str, tu
 def caption_text(data: bytes) -> str:
     """Decode a caption file. Raises UnusableSample if it has no text."""
     try:
-        text = data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
+        text = decode_text(data).strip()
+    except ValueError:
         raise UnusableSample(UNREADABLE) from None
     if not text:
         raise UnusableSample(EMPTY_CAPTION)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import re
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
+
+from d2m_model.foreign import read_json
 
 from .. import UserError
 from .samples import (
@@ -76,7 +77,7 @@ class ShardSamples:
 
     def _json_caption(self, data: bytes) -> str:
         try:
-            fields = json.loads(data)
+            fields = read_json(data)
             caption = next((fields[field] for field in self._fields if isinstance(fields.get(field), str)), "")
         except (ValueError, AttributeError):
             raise UnusableSample(UNREADABLE) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import UserError
-from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UnusableSample
+from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UNREADABLE, UnusableSample
 from .store import content_key
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ class TableSamples:
 
     def read(self, place: int) -> tuple[bytes, str]:
         file, row = self._place(place)
-        image, caption = self._tables[file].read(row, (self.image, self.caption))
+        try:
+            image, caption = self._tables[file].read(row, (self.image, self.caption))
+        except UnicodeDecodeError:
+            raise UnusableSample(UNREADABLE) from None
         if caption is None:
             raise UnusableSample(IMAGE_ALONE)
         if not caption.strip():

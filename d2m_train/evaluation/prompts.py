@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,10 @@ from .. import UserError
 from ..data.batch import Batch, prompt_batch, tokens_to_latents
 from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders, picture_metadata, prompt_pictures
 from ..data.encoders import FluxAutoencoder, FluxTextEncoders, ImageAutoencoder, TextEncoders
+from ..data.prompts import read_prompt_lines
+from ..data.samples import describe_left_out
+
+log = logging.getLogger(__name__)
 
 _EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
 
@@ -36,33 +40,20 @@ def read_prompts(data: str, every: int = 1) -> list[Prompt]:
     """Read prompts, or every n-th of them.
 
     `data` is `emoji` for the demo's 500 fixed prompts, a .jsonl with an object with `prompt` on each line, as GenEval's
-    evaluation_metadata, or another file with a prompt on each line. Raises UserError for a file that cannot be read or
-    has no prompts.
+    evaluation_metadata, or another file with a prompt on each line. Lines without a prompt are left out, and counted in
+    the log. Raises UserError for a file that cannot be read or has no prompts.
     """
     if data == "emoji":
         return [_emoji_prompt(index, picture) for index, picture in enumerate(prompt_pictures())][::every]
     path = Path(data)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"{path}: cannot be read ({reason}); expected emoji, or a file of prompts.") from None
-    prompts = [_prompt_of(path, number, line) for number, line in enumerate(line for line in lines if line.strip())]
-    if not prompts:
-        raise UserError(f"{path}: has no prompts; expected one per line.")
-    return prompts[::every]
-
-
-def _prompt_of(path: Path, number: int, line: str) -> Prompt:
-    if path.suffix != ".jsonl":
-        return Prompt(index=number, text=line.strip(), metadata={"prompt": line.strip()})
-    try:
-        metadata = json.loads(line)
-        return Prompt(index=number, text=str(metadata["prompt"]), metadata=metadata)
-    except (json.JSONDecodeError, KeyError, TypeError):
+    entries, left_out = read_prompt_lines(path)
+    if not entries:
         raise UserError(
-            f"{path}: line {number + 1} is {line[:60]!r}; expected an object with a field `prompt`."
-        ) from None
+            f"{path}: has no prompts; expected emoji, or a file with one per line. Found {describe_left_out(left_out)}."
+        )
+    if left_out:
+        log.warning("%s: left out %s.", path, describe_left_out(left_out))
+    return [Prompt(index=place, text=entry["prompt"], metadata=entry) for place, entry in entries][::every]
 
 
 def _emoji_prompt(index: int, picture: Any) -> Prompt:

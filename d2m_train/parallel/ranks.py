@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class PreparedStudent:
 
 # The other ranks wait while the main one converts or encodes, which takes hours for a 12 B model.
 _TIMEOUT = timedelta(hours=12)
+
+
+_ONE_STOP = 5  # seconds within which launcher and scheduler send the same signal, each of them
 
 
 class Ranks:
@@ -81,6 +85,7 @@ class Ranks:
         self.main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         self._stop_asked = threading.Event()
+        self.stop_signal: int = signal.SIGTERM  # that this rank got, if it got one
 
     @property
     def strategy(self) -> str:
@@ -233,14 +238,25 @@ class Ranks:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Let SIGTERM or a first Ctrl-C ask for a stop at the next step; a second Ctrl-C interrupts at once."""
+        """Let SIGTERM, SIGHUP or a first Ctrl-C ask for a stop at the next step; a second one ends the process at once."""
+        asked_at = 0.0
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self._stop_asked.is_set():
-                raise KeyboardInterrupt
+            nonlocal asked_at
+            if self._stop_asked.is_set():
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                if time.monotonic() - asked_at > _ONE_STOP:
+                    raise SystemExit(128 + number)
+                return
+            asked_at, self.stop_signal = time.monotonic(), number
             self._stop_asked.set()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:  # ignored under nohup
+            wanted.append(hang_up)
+        before = {number: signal.signal(number, ask) for number in wanted}
         try:
             yield
         finally:

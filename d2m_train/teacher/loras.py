@@ -19,6 +19,7 @@ from d2m_model.tensor_file import TensorFile
 from d2m_model.tensor_writer import write_tensors
 
 from .. import UserError
+from ..fingerprint import fingerprint
 from ..run_config import Lora, TeacherSection
 
 _ROWS = 4096  # rows of a weight fused at a time
@@ -63,16 +64,12 @@ def fused_file(section: TeacherSection, path: Path, report: Callable[[str], obje
 
 
 def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
-    def state(file: Path) -> str:
-        about = file.stat()
-        return f"{file.absolute()}, {about.st_size} bytes, modified {about.st_mtime_ns}"
-
     def lora_state(lora: Lora) -> dict[str, Any]:
         weights, config = lora_files(lora.path)
-        peft = {} if config is None else {"peft_config": state(config)}
-        return {"file": state(weights), "strength": lora.strength} | peft
+        peft = {} if config is None else {"peft_config": fingerprint([config])}
+        return {"file": fingerprint([weights]), "strength": lora.strength} | peft
 
-    return {"teacher": [state(file) for file in teacher.files], "loras": [lora_state(lora) for lora in loras]}
+    return {"teacher": fingerprint(teacher.files), "loras": [lora_state(lora) for lora in loras]}
 
 
 def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:

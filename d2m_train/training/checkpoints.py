@@ -46,6 +46,7 @@ class Checkpoints:
         self, folder: Path, identity: Mapping[str, Any], *, keep: int, main: bool, wait: Callable[[], object]
     ) -> None:
         self.folder, self.identity, self.keep, self.main, self.wait = folder, dict(identity), keep, main, wait
+        self.hints: dict[str, Callable[[Any], str]] = {}  # by key of `identity`: advice, given the stored value
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -108,8 +109,10 @@ class Checkpoints:
         )
         if differs:
             listed = "; ".join(f"{key} was {stored.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)
+            hints = "".join(f" {self.hints[key](stored.get(key))}" for key in differs if key in self.hints)
             raise UserError(
                 f"{path} is of another run: {listed}. Give what it was made with, or another output_dir for a new run."
+                f"{hints}"
             )
         return manifest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from d2m_model.blocks import blocks_of
 from d2m_model.tensor_file import TensorFile
@@ -21,6 +22,8 @@ from .loop import TrainingLoop
 from .stage_run import StageRun
 from .student_file import fill_student, meta_student
 from .trainee import Trainee
+
+_MICROBATCHES = "microbatches of a step"  # in a checkpoint's identity
 
 
 def train_end_to_end(stage_run: StageRun) -> None:
@@ -42,7 +45,8 @@ def train_end_to_end(stage_run: StageRun) -> None:
         )
     # How many microbatches a step has must stay the same; how ranks and accumulation share them may change.
     microbatches = run.training.accumulation * ranks.count
-    checkpoints = stage_run.checkpoints(stage_run.checkpoint_folder, **{"microbatches of a step": microbatches})
+    checkpoints = stage_run.checkpoints(stage_run.checkpoint_folder, **{_MICROBATCHES: microbatches})
+    checkpoints.hints[_MICROBATCHES] = partial(_microbatches_hint, processes=ranks.count)
     loop = TrainingLoop(stage_run, trainee, EndToEnd(stage_run, trainee, plan), checkpoints)
     start = loop.resume()
     if start:
@@ -52,6 +56,13 @@ def train_end_to_end(stage_run: StageRun) -> None:
     _write(stage_run, trainee, plan)
     del core, trainee, loop  # before the caches are emptied
     ranks.release()
+
+
+def _microbatches_hint(stored: int, *, processes: int) -> str:
+    """Say with which options a run of so many microbatches a step goes on."""
+    if stored % processes == 0:
+        return f"On {processes} processes, type training.accumulation={stored // processes}."
+    return f"Run it on a number of processes that divides {stored}, with training.accumulation={stored} / that number."
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

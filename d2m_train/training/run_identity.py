@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,14 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..data.batch import DataSource
+from ..data.pictures import PictureSource
+from ..fingerprint import fingerprint
 from ..run_config import STAGES, RunConfig, Stage
 
 # Fields that a run may change when it resumes: where it, its teacher and its data are (teacher and data are compared by
 # content), what it logs and keeps, which stages it runs, and how a global batch is gathered (end_to_end.py compares the number
 # of microbatches).
+_LISTING = "data.listing"  # among the sources of a run: under which key the cache has the records of its samples
 _FREE = (
     "output_dir",
     "resume",
@@ -39,14 +40,14 @@ _FREE = (
     "training.gradient_checkpointing",
     "training.compile",
 )
-_SLICES, _SLICE = 8192, 1 << 12  # number and bytes: all of a 32 MB file, and a page every 3 MB of a 24 GB file
 
 
 def run_identity(run: RunConfig, teacher: Path, data: DataSource) -> dict[str, Any]:
     """Return a flat mapping of JSON values: all fields that training depends on, and digests of teacher and data."""
     with open_teacher(teacher) as opened:
-        fingerprint = _fingerprint(opened.files)
-    return {**_bound(run.model_dump(mode="json")), "teacher.fingerprint": fingerprint, "data.identity": data.identity}
+        teacher_identity = fingerprint(opened.files)
+    fields = _bound(run.model_dump(mode="json"))
+    return {**fields, "teacher.fingerprint": teacher_identity, "data.identity": data.identity}
 
 
 def stage_identity(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
@@ -55,21 +56,10 @@ def stage_identity(identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if not key.startswith("stage.") or key.startswith(own)}
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
-    """Digest the sizes of files and slices spread over them."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for number in range(min(_SLICES, -(-size // _SLICE))):
-                file.seek(max(number * _SLICE, (size - _SLICE) * number // (_SLICES - 1)))
-                digest.update(file.read(_SLICE))
-    return digest.hexdigest()[:32]
-
-
 def check_same_run(run: RunConfig, stored: Path) -> None:
     """Raise UserError, with the differences, if output_dir holds a run that this one does not continue."""
+    if not _begun(stored.parent):
+        return  # nothing depends on what a first start had, which failed
     if run.resume != "latest" and run.restart is None:
         raise UserError(
             f"{stored.parent} holds a run already. Go on with it by resume=latest, or name another output_dir."
@@ -93,11 +83,16 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
         )
 
 
-def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
+def _begun(folder: Path) -> bool:
+    """Return whether a stage has written anything: a calibration, a checkpoint or a student."""
+    return any(path.is_file() for stage in STAGES for path in (folder / stage).rglob("*"))
+
+
+def check_same_sources(identity: dict[str, Any], data: DataSource, stored: Path) -> None:
     """Store the identity of teacher and data for later stages. Raises UserError if they differ from those stored before."""
     now = {key: identity[key] for key in ("teacher.fingerprint", "data.identity")}
     try:
-        before = json.loads(stored.read_text()) if stored.exists() else now
+        before = json.loads(stored.read_text()) if stored.exists() and _begun(stored.parent) else now
     except (OSError, ValueError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     if differs := [
@@ -105,10 +100,19 @@ def check_same_sources(identity: dict[str, Any], stored: Path) -> None:
     ]:
         raise UserError(
             f"{stored.parent} was begun with another teacher or other data: {'; '.join(differs)}. "
-            "Give those, or another output_dir for a new run."
+            f"Give those, or another output_dir for a new run.{_data_changes(data, before)}"
         )
+    if isinstance(data, PictureSource):
+        now[_LISTING] = data.listing
     with atomic_file(stored) as part:
         part.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def _data_changes(data: DataSource, before: dict[str, Any]) -> str:
+    """Name the samples that differ, where that is known."""
+    if not isinstance(data, PictureSource) or not isinstance(before.get(_LISTING), str):
+        return ""
+    return f" {data.changes_since(before[_LISTING])}"
 
 
 def _bound(fields: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from d2m_train.data.encoders import FluxAutoencoder, FluxTextEncoders
 from d2m_train.data.pictures import PictureSource
 from d2m_train.data.prompts import PromptSource
 from d2m_train.run_config import DataSection
+from d2m_train.training.run_identity import check_same_sources
 from tests.toys.pictures import SIZES, caption, png, save_images
 from tests.toys.pipeline import CONTEXT, POOLED, SCALE, SHIFT, save_pipeline
 
@@ -244,6 +245,31 @@ def test_the_encoders_are_let_go_after_preparing(run: Path, pipeline: Path) -> N
 # Identity
 
 
+def test_a_copy_with_other_times_is_the_same_data(run: Path, pipeline: Path) -> None:
+    first = pictures_of(run, pipeline)
+    copied = Path(shutil.copytree(run / "images", run / "copied"))
+    for file in copied.iterdir():
+        os.utime(file, (1, 1))
+    (copied / "readme.txt").write_text("about these pictures")
+    (copied / "list.csv").touch()
+    again = pictures_of(run, pipeline, path=copied)
+    assert again.listing != first.listing
+    assert again.identity == first.identity
+
+
+def test_what_has_changed_since_is_named(run: Path, pipeline: Path, tmp_path: Path) -> None:
+    first = pictures_of(run, pipeline)
+    sources = tmp_path / "sources.json"
+    check_same_sources({"teacher.fingerprint": "t", "data.identity": first.identity}, first, sources)
+    (run / "shared").mkdir()
+    (run / "shared" / "log.jsonl").touch()
+    edited = first.samples.name(1)
+    (run / "images" / edited).with_suffix(".txt").write_text("another caption")
+    second = pictures_of(run, pipeline)
+    with pytest.raises(UserError, match=rf"There were \d+ samples and are \d+; new or changed: {edited}\."):
+        check_same_sources({"teacher.fingerprint": "t", "data.identity": second.identity}, second, sources)
+
+
 def test_other_data_have_another_identity(run: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     first = opened(run, pipeline).identity
     others = [
@@ -255,7 +281,7 @@ def test_other_data_have_another_identity(run: Path, pipeline: Path, tmp_path_fa
     assert (
         opened(run, elsewhere).identity == opened(run / "other cache", pipeline, path=run / "images").identity == first
     )
-    os.utime(run / "images" / "03.txt", (1, 1))
+    (run / "images" / "03.txt").write_text("another caption")
     assert len({first, *others, opened(run, pipeline).identity}) == 5
 
 

@@ -16,7 +16,15 @@ from pyarrow import parquet
 
 from d2m_train import UserError
 from d2m_train.data.folder import FolderSamples
-from d2m_train.data.samples import BROKEN_IMAGE, CAPTION_ALONE, EMPTY_CAPTION, IMAGE_ALONE, Samples, UnusableSample
+from d2m_train.data.samples import (
+    BROKEN_IMAGE,
+    CAPTION_ALONE,
+    EMPTY_CAPTION,
+    IMAGE_ALONE,
+    UNREADABLE,
+    Samples,
+    UnusableSample,
+)
 from d2m_train.data.shards import ShardSamples, expand_braces
 from d2m_train.data.store import Store
 from d2m_train.data.tables import TableSamples
@@ -50,6 +58,8 @@ def test_folders_are_read_with_their_folders(tmp_path: Path) -> None:
         "empty.txt": " \n",
         "latin.png": A,
         "latin.txt": b"B\xe4r",
+        "binary.png": A,
+        "binary.txt": b"\x00\x01",
         "alone.png": A,
         "words.txt": "no image",
         "notes.md": "passed over",
@@ -62,8 +72,9 @@ def test_folders_are_read_with_their_folders(tmp_path: Path) -> None:
     samples = FolderSamples(tmp_path)
     assert everything(samples) == [
         ("b.PNG", A, "two words"),
+        ("binary.png", "left out", "unreadable file"),
         ("empty.png", "left out", "empty caption"),
-        ("latin.png", "left out", "unreadable file"),
+        ("latin.png", A, "Bär"),
         ("deep/er/a.v2.jpg", B, "ein Bär"),
         ("deep/er/a.v2.webp", A, "ein Bär"),
     ]
@@ -204,6 +215,12 @@ def test_parquet_files_of_a_folder(tmp_path: Path) -> None:
         ("2.parquet#2", "left out", IMAGE_ALONE),
     ]
     assert TableSamples(tmp_path).identity == samples.identity
+
+
+def test_a_row_that_is_not_utf_8_is_left_out(tmp_path: Path) -> None:
+    bad = pyarrow.array([b"one", b"B\xe4r"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"image": [A, B], "text": bad}), tmp_path / "a.parquet")
+    assert everything(TableSamples(tmp_path)) == [("a.parquet#0", A, "one"), ("a.parquet#1", "left out", UNREADABLE)]
 
 
 def test_columns_are_found_by_type_or_named(tmp_path: Path) -> None:

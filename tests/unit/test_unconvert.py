@@ -153,10 +153,14 @@ def test_the_command_says_whether_it_is_the_teacher(tmp_path: Path, capsys: pyte
     assert main(["unconvert", str(moe), "--out", str(out)]) == 0
     assert f"those of Small FLUX (sha256 {config.teacher.sha256}), bit for bit" in capsys.readouterr().out
     convert(tmp_path / "teacher.safetensors", moe, refit=True)
-    assert main(["unconvert", str(moe), "--out", str(out)]) == 0
+    before = out.read_bytes()
+    assert main(["unconvert", str(moe), "--out", str(out)]) == 2
+    assert "exists already. Give --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main(["unconvert", str(moe), "--out", str(out), "--overwrite"]) == 0
     assert "not the weights of Small FLUX: its weights were changed after the split" in capsys.readouterr().out
     convert(tmp_path / "teacher.safetensors", moe, compress=True)
-    assert main(["unconvert", str(moe), "--out", str(out)]) == 0
+    assert main(["unconvert", str(moe), "--out", str(out), "--overwrite"]) == 0
     assert "not the weights of Small FLUX: its modulations were compressed to rank 11" in capsys.readouterr().out
     assert main(["inspect", str(out)]) == 0
     said = capsys.readouterr().out
