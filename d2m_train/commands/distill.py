@@ -37,6 +37,7 @@ from ..training.loop import Stopped
 from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
 from ..training.run_lock import locked_folder
 from ..training.stage_run import StageRun
+from .check_ahead import check_ahead
 from .export import export_file
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Distill:
         if run.training.blockwise:
             check_blockwise(run, self.ranks)
             train = train_blockwise
+        self.ranks.say(f"{self.ranks.count} {'process' if self.ranks.count == 1 else 'processes'}.")
         if self.ranks.main:
             prepare_folder(run)
         self.ranks.wait()
@@ -146,8 +148,10 @@ class Distill:
             self._export()
 
     def _check_teacher(self, path: Path) -> None:
-        """Check the teacher before data are prepared: all of its values, unless the student is made of it already."""
+        """Check run and teacher before data are prepared. Its values count until the student is made of them."""
         with open_teacher(path) as teacher:
+            if self.ranks.main:
+                check_ahead(self.run, teacher.dims)
             if self.ranks.main and not converted_file(self.run).exists():
                 teacher.check_values()
 
