@@ -42,15 +42,6 @@ def choose_bucket(width: int, height: int, resolutions: tuple[int, ...], enlarge
     return None
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Convert to RGB, rotated as its EXIF data say, on a white background."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def fit_to_size(image: Image.Image, size: Size) -> Image.Image:
     """Resize and crop around the centre to `size`."""
     return ImageOps.fit(image, size, Image.Resampling.LANCZOS)

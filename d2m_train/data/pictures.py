@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import logging
 from collections import Counter
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from .. import UserError
 from .batch import GUIDANCE, Batch, Progress, Texts, draw_guidance, latent_batch
-from .buckets import Size, choose_bucket, fit_to_size, pixels, upright
+from .buckets import Size, choose_bucket, fit_to_size, pixels
 from .encoded import Encoded
 from .held_out import choose_held_out, split_text
 from .order import BucketOrder
+from .picture_file import UnreadablePicture, read_picture
 from .samples import (
     BROKEN_IMAGE,
     TOO_SMALL,
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Buckets = list[tuple[Size, list[int]]]  # image sizes, and the places of their samples
 
-_INDEX_VERSION = 1  # of the index
+_INDEX_VERSION = 2  # of the index
 _NAMED = 5  # changed samples in a message
 PART = 64  # samples that are inspected together and share an entry of the index
 
@@ -48,6 +48,7 @@ class SampleRecord:
     """Result of inspecting a sample: its content, or why it is left out."""
 
     problem: str | None = None
+    reason: str = ""  # of the problem, in Pillow's words
     image: str = ""  # hash of the file
     width: int = 0  # pixels, upright
     height: int = 0
@@ -159,9 +160,9 @@ class PictureSource:
         except OSError:
             return SampleRecord(problem=UNREADABLE), None
         try:
-            image = upright(Image.open(io.BytesIO(data)))
-        except Exception:  # Pillow's plugins raise errors of any type
-            return SampleRecord(problem=BROKEN_IMAGE), None
+            image = read_picture(data)
+        except UnreadablePicture as reason:
+            return SampleRecord(problem=BROKEN_IMAGE, reason=str(reason)), None
         record = SampleRecord(image=_hash(data), width=image.width, height=image.height, caption=caption)
         size = self._size(record)
         return record, None if size is None else fit_to_size(image, size)
@@ -175,7 +176,7 @@ class PictureSource:
             raise UserError(f"{name} of {self.name} is not there any more ({error}).") from None
         if _hash(data) != record.image:
             raise UserError(f"{name} of {self.name} has another content than when it was listed.")
-        return pixels(fit_to_size(upright(Image.open(io.BytesIO(data))), size))
+        return pixels(fit_to_size(read_picture(data), size))
 
     def _size(self, record: SampleRecord) -> Size | None:
         if record.problem is not None:
@@ -216,7 +217,8 @@ class PictureSource:
                 record = self._record(place)
                 size = self._size(record)
                 if size is None:
-                    problems.setdefault(record.problem or TOO_SMALL, []).append(self.samples.name(place))
+                    name = self.samples.name(place) + (f": {record.reason}" if record.reason else "")
+                    problems.setdefault(record.problem or TOO_SMALL, []).append(name)
                 else:
                     usable.append((place, size, record.image))
             self.left_out = merge_left_out((self.samples.left_out, problems))

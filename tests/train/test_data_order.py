@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2m_train.data.buckets import buckets, choose_bucket, fit_to_size, pixels, upright
+from d2m_train.data.buckets import buckets, choose_bucket, fit_to_size, pixels
 from d2m_train.data.order import BucketOrder, sample_order
+from d2m_train.data.picture_file import upright
 
 # Order
 
