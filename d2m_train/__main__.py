@@ -7,11 +7,13 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from d2m_model.checkpoint import CheckpointError
 from d2m_model.fields import ConfigError
 
 from . import UserError
+from .text_file import expand_home
 
 _COMMANDS = {
     "convert": ("convert", "convert a dense FLUX to a FLUX-MoE"),
@@ -57,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     chosen = parser.parse_args(arguments)
+    for name, value in vars(chosen).items():
+        if isinstance(value, Path):  # a shell leaves the ~ of --out=~/file
+            setattr(chosen, name, expand_home(value))
     try:
         status: int = chosen.run(chosen)
     except (UserError, CheckpointError, ConfigError) as error:

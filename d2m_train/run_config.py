@@ -6,6 +6,7 @@ Unknown names are errors that suggest the closest field. The resolved file is sa
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,7 +22,7 @@ from d2m_model.conversion.router_init import RouterInit
 from d2m_model.routers import KINDS
 
 from . import UserError
-from .text_file import read_text
+from .text_file import expand_home, read_text
 
 Stage = Literal["convert", "shared", "experts", "blocks", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -30,6 +31,7 @@ Count = Annotated[int, Field(ge=1)]
 _Resolution = Annotated[int, Field(ge=16, multiple_of=16)]
 _Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+FilePath = Annotated[Path, AfterValidator(expand_home)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KnownFlux = Literal["flux1-dev", "flux1-schnell", "flux1-lite", "flux1-mini", "emoji"]
 
@@ -39,12 +41,12 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    path: Path
+    path: FilePath
     strength: float = 1.0
 
 
 class TeacherSection(Section):
-    path: Path
+    path: FilePath
     dtype: Dtype = "bfloat16"
     quantise: Literal["fp8", "int8", "nf4"] | None = None
     """Quantisation of the blocks' linear layers while the teacher runs; the student is made from the file's weights."""
@@ -92,7 +94,7 @@ class StudentSection(Section):
     selection: Selection = _option("selection")
     dtype: Dtype = "float32"
     """Dtype of the trained weights; mixed precision is training.mixed_precision."""
-    start: Path | None = None
+    start: FilePath | None = None
     """A FLUX-MoE file to start from instead of a conversion, for example to distil a blockwise run's result end to end.
     Preset, groups and routers are then that file's."""
     frozen_dtype: Dtype | None = None
@@ -115,7 +117,7 @@ class ConvertSection(Section):
 
 class DataSection(Section):
     source: Literal["emoji", "folder", "webdataset", "parquet", "prompts", "latents"]
-    path: Path | None = None
+    path: FilePath | None = None
     """A folder of images with .txt captions; shards; a parquet file; a file of prompts; precomputed latents."""
     image_column: str | None = None
     caption_column: str | None = None
@@ -124,17 +126,17 @@ class DataSection(Section):
     """Side in pixels of a square of the same area; each resolution has buckets of aspect ratios."""
     enlarge: Annotated[float, Field(ge=1)] = 1.25
     """Maximum factor by which images are enlarged; those too small for the smallest resolution are left out."""
-    cache: Path | None = None
+    cache: FilePath | None = None
     """Folder for latents and text embeddings (default: output_dir/cache)."""
-    text_encoders: str | None = None
+    text_encoders: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     """A local folder or hub name of a diffusers FLUX pipeline, or `emoji` for the demo's prompt encoder."""
     text_tokens: Count = 512
     """T5's sequence length; longer captions are cut."""
-    vae: str | None = None
+    vae: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     """The same pipeline or another, a folder with only the autoencoder, or `emoji`."""
     encoder_dtype: Dtype = "bfloat16"
     """Dtype of text encoders and autoencoder, and of the text embeddings in the cache."""
-    held_out: Annotated[float, Field(ge=0, lt=1)] | Path = 0.02
+    held_out: Annotated[float, Field(ge=0, lt=1)] | FilePath = 0.02
     """Share of the samples that validation uses and training does not, chosen by content, or the path of other data."""
     pool: Count | None = None
     """Number of emoji pictures that are encoded once and reused, instead of new ones for every batch."""
@@ -233,13 +235,13 @@ class EyesSection(Section):
 
 
 class ExportSection(Section):
-    file: Path = Path("student.safetensors")
+    file: FilePath = Path("student.safetensors")
     """Path within output_dir, or an absolute path."""
     dtype: Dtype = "bfloat16"
 
 
 class RunConfig(Section):
-    output_dir: Path
+    output_dir: FilePath
     seed: int = 0
     resume: Literal["latest", "never"] = "never"
     """`latest`: continue the run in output_dir where it stopped, or start it."""

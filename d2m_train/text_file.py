@@ -1,4 +1,4 @@
-"""Text files as people have them: captions, prompts and run files, whichever program wrote them."""
+"""Text files and paths as people have them: captions, prompts and run files, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def read_text(path: Path) -> str:
         return decode_text(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: cannot be read as text: {error}.") from None
+
+
+def expand_home(path: Path) -> Path:
+    """Return a path with its `~` or `~user` expanded, if there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path

@@ -56,7 +56,7 @@ class DataSource(Protocol):
 
     @property
     def identity(self) -> str:
-        """What the data are, by content: it changes whenever they do."""
+        """Identity of the contents of the data: it changes whenever they do."""
         ...
 
     def prepare(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> None:

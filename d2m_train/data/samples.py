@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from d2m_model.foreign import printable
 
 from ..text_file import decode_text
 
@@ -14,6 +18,7 @@ _NAMED = 3  # samples named in a message, for each reason
 # Reasons for leaving a sample out.
 IMAGE_ALONE, CAPTION_ALONE, EMPTY_CAPTION = "image without a caption", "caption without an image", "empty caption"
 BROKEN_IMAGE, UNREADABLE, TOO_SMALL = "broken image", "unreadable file", "image that is too small"
+NO_FILE, FOLDER_UNREADABLE = "link to nowhere, or pipe or device", "unreadable folder"
 
 LeftOut = dict[str, list[str]]  # names by reason
 
@@ -72,7 +77,8 @@ def describe_left_out(left_out: LeftOut) -> str:
     parts = []
     for reason, names in left_out.items():
         more = ", …" if len(names) > _NAMED else ""
-        parts.append(f"{len(names):,} × {reason} ({', '.join(names[:_NAMED])}{more})")
+        shown = ", ".join(printable(name) for name in names[:_NAMED])  # old names may be in no known encoding
+        parts.append(f"{len(names):,} × {reason} ({shown}{more})")
     return ", ".join(parts) or "nothing"
 
 
@@ -82,3 +88,10 @@ def merge_left_out(left_outs: Iterable[LeftOut]) -> LeftOut:
         for reason, names in left_out.items():
             together.setdefault(reason, []).extend(names)
     return together
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """Return the files of a pattern, by name. Folders that exist are no patterns, whatever characters they have."""
+    fixed = next((folder for folder in pattern.parents if folder.is_dir()), Path())
+    rest = pattern.relative_to(fixed)
+    return sorted(map(Path, glob.glob(str(Path(glob.escape(str(fixed))) / rest), recursive=True)))

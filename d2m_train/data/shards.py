@@ -23,6 +23,7 @@ from .samples import (
     UNREADABLE,
     UnusableSample,
     caption_text,
+    matching_files,
     merge_left_out,
     pair_files,
 )
@@ -132,13 +133,15 @@ def _shards(path: Path) -> list[Path]:
     """List the files of a folder or pattern, sorted. Raises UserError if there are none, or a range has gaps."""
     if path.is_dir():
         shards = sorted(path.rglob("*.tar"))
+    elif path.is_file():
+        shards = [path]
     else:
         shards = []
         for pattern in expand_braces(str(path)):
-            if glob.has_magic(pattern):
-                shards += sorted(map(Path, glob.glob(pattern, recursive=True)))
-            elif Path(pattern).is_file():
+            if Path(pattern).is_file():
                 shards.append(Path(pattern))
+            elif glob.has_magic(pattern):
+                shards += matching_files(Path(pattern))
             else:
                 raise UserError(f"{pattern}: there is no such file (of {path}).")
     if not shards:

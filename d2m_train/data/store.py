@@ -113,7 +113,8 @@ class Store:
 
 def content_key(*parts: object) -> str:
     """Return a key: the hash of the parts' texts."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:40]
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:40]  # names of files may not be UTF-8
 
 
 def _json_checksum(value: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import UserError
-from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UNREADABLE, UnusableSample
+from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UNREADABLE, UnusableSample, matching_files
 from .store import content_key
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def _files(path: Path) -> list[Path]:
         files = sorted(path.rglob("*.parquet")) or sorted(
             file for file in path.rglob("*.arrow") if not file.name.startswith("cache-")
         )
-    elif glob.has_magic(str(path)):
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
     elif path.is_file():
         files = [path]
+    elif glob.has_magic(str(path)):
+        files = matching_files(path)
     else:
         raise UserError(f"{path}: there is no such file or folder.")
     if not files:

@@ -21,9 +21,11 @@ from d2m_train.data.samples import (
     CAPTION_ALONE,
     EMPTY_CAPTION,
     IMAGE_ALONE,
+    NO_FILE,
     UNREADABLE,
     Samples,
     UnusableSample,
+    describe_left_out,
 )
 from d2m_train.data.shards import ShardSamples, expand_braces
 from d2m_train.data.store import Store
@@ -79,6 +81,35 @@ def test_folders_are_read_with_their_folders(tmp_path: Path) -> None:
         ("deep/er/a.v2.webp", A, "ein Bär"),
     ]
     assert samples.left_out == {IMAGE_ALONE: ["alone.png"], CAPTION_ALONE: ["words.txt"]}
+
+
+def test_links_special_files_and_old_names_do_not_end_a_run(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "deep").mkdir(parents=True)
+    (root / "deep" / "back").symlink_to(root)
+    (root / "@eaDir").mkdir()
+    for name in ("a.png", "deep/b.png", "@eaDir/thumb.png"):
+        (root / name).write_bytes(A)
+        (root / name).with_suffix(".txt").write_text("words")
+    (root / "gone.png").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.png")
+    old = os.fsencode(root) + b"/B\xe4r.png"
+    with open(old, "wb") as file:
+        file.write(A)
+    samples = FolderSamples(root)
+    assert [name for name, *_ in everything(samples)] == ["a.png", "deep/b.png"]
+    assert samples.left_out[NO_FILE] == ["gone.png", "pipe.png"]
+    assert "Bär" not in (said := describe_left_out(samples.left_out))
+    assert r"B\udce4r.png" in said
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "data [1]"
+    save_table(folder / "part[2].parquet", image=[A], text=["one"])
+    save_shard(folder / "s[3].tar", {"0.png": A, "0.txt": "one"})
+    assert len(TableSamples(folder / "part[2].parquet")) == len(TableSamples(folder / "*.parquet")) == 1
+    store = Store(tmp_path / "cache")
+    assert len(ShardSamples(folder / "s[3].tar", store)) == len(ShardSamples(folder / "s*.tar", store)) == 1
 
 
 def test_a_folder_is_another_when_a_file_is(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from d2m_train import UserError
+from d2m_train.__main__ import main
 from d2m_train.data.prompts import read_prompt_lines
 from d2m_train.run_config import load_run
-from d2m_train.text_file import decode_text, read_text
+from d2m_train.text_file import decode_text, expand_home, read_text
 
 TEXT = "ein größeres Café"
 
@@ -75,3 +76,20 @@ def test_a_run_file_may_be_utf_16_and_merge_its_own_parts(tmp_path: Path) -> Non
     (tmp_path / "run.yaml").write_bytes(text.encode("utf-16"))
     with pytest.raises(UserError, match="base is not a field"):  # the file itself was read
         load_run(tmp_path / "run.yaml")
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = """
+    output_dir: ~/out
+    teacher: {path: ~/flux, loras: [{path: ~/lora}]}
+    student: {preset: L}
+    data: {source: folder, path: ~/images, cache: ~/cache, held_out: ~/other, text_encoders: ~/flux, vae: somebody/flux}
+    """
+    (tmp_path / "run.yaml").write_text(text)
+    run = load_run(tmp_path / "run.yaml")
+    assert "~" not in run.to_yaml()
+    assert run.data.held_out == tmp_path / "other"
+    assert run.data.vae == "somebody/flux"
+    assert main(["inspect", "~/none.safetensors"]) == 2
+    assert expand_home(Path("~nobody-of-this-name/x")) == Path("~nobody-of-this-name/x")
