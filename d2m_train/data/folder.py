@@ -1,4 +1,4 @@
-"""Image folders: image files, and captions in .txt files of the same name beside them."""
+"""Image folders: image files, and captions beside them: in .txt or .caption files of the same name, or a metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from d2m_model.foreign import read_json
+
 from .. import UserError
-from .samples import FOLDER_UNREADABLE, IMAGE_SUFFIXES, NO_FILE, LeftOut, caption_text, merge_left_out, pair_files
+from ..text_file import read_text
+from .samples import (
+    CAPTION_NAMES,
+    FOLDER_UNREADABLE,
+    IMAGE_SUFFIXES,
+    NO_CAPTION,
+    NO_FILE,
+    LeftOut,
+    UnusableSample,
+    caption_of_fields,
+    caption_text,
+    merge_left_out,
+    pair_files,
+)
 from .store import content_key
 
+_CAPTIONS = (".txt", ".caption")  # the first wins
+_METADATA = "metadata.jsonl"
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # not the user's
 
 
@@ -21,25 +38,31 @@ class FolderSamples:
         if not path.is_dir():
             raise UserError(f"{path}: {'a file' if path.exists() else 'there is no such folder'}; expected a folder.")
         self.expected = (
-            f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) below {path}, each with a .txt of the same name beside it"
+            f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) below {path}, each with a .txt of the same name beside it "
+            f"(or a .caption, or its line in a {_METADATA})"
         )
-        images, captions, seen = [], {}, []
+        images, seen = [], []
+        captions: dict[str, tuple[str, Path | str]] = {}
+        listed: dict[str, tuple[str, Path | str]] = {}
         problems: LeftOut = {}
         for file in _files(path, problems):
             name = file.relative_to(path).as_posix()
             key, suffix = os.path.splitext(name)
-            if suffix.lower() not in {*IMAGE_SUFFIXES, ".txt"}:
+            if suffix.lower() not in {*IMAGE_SUFFIXES, *_CAPTIONS} and file.name != _METADATA:
                 continue
             status = _status(file)
             if status is None:
                 problems.setdefault(NO_FILE, []).append(name)
                 continue
-            if suffix.lower() == ".txt":
-                captions[key] = (name, file)
+            if file.name == _METADATA:
+                listed |= _listed_captions(file, file.parent.relative_to(path), problems)
+            elif suffix.lower() in _CAPTIONS:
+                if key not in captions or suffix.lower() == _CAPTIONS[0]:
+                    captions[key] = (name, file)
             else:
                 images.append((key, name, file))
             seen.append((name, status.st_size, status.st_mtime_ns))
-        self._samples, left_out = pair_files(images, captions)
+        self._samples, left_out = pair_files(images, listed | captions)
         self.left_out = merge_left_out((problems, left_out))
         self.identity = content_key(*seen)
 
@@ -51,7 +74,25 @@ class FolderSamples:
 
     def read(self, place: int) -> tuple[bytes, str]:
         _, image, caption = self._samples[place]
-        return image.read_bytes(), caption_text(caption.read_bytes())
+        return image.read_bytes(), caption if isinstance(caption, str) else caption_text(caption.read_bytes())
+
+
+def _listed_captions(file: Path, folder: Path, problems: LeftOut) -> dict[str, tuple[str, Path | str]]:
+    """Return the captions of a metadata.jsonl, as `datasets` reads it, by key. Bad lines are added to `problems`."""
+    captions: dict[str, tuple[str, Path | str]] = {}
+    name = (folder / file.name).as_posix()
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = read_json(line)
+            image = (folder / fields["file_name"]).as_posix()
+            caption = caption_of_fields(fields, CAPTION_NAMES, image)
+        except (ValueError, KeyError, TypeError, UnusableSample):
+            problems.setdefault(NO_CAPTION, []).append(f"{name} line {number}")
+            continue
+        captions[os.path.splitext(image)[0]] = (f"{name} line {number}", caption)
+    return captions
 
 
 def _status(file: Path) -> os.stat_result | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ _NAMED = 3  # samples named in a message, for each reason
 # Reasons for leaving a sample out.
 IMAGE_ALONE, CAPTION_ALONE, EMPTY_CAPTION = "image without a caption", "caption without an image", "empty caption"
 BROKEN_IMAGE, UNREADABLE, TOO_SMALL = "broken image", "unreadable file", "image that is too small"
+NO_CAPTION = "line without image and caption"
+NO_ROLE = "member that is no image and no caption"
 NO_FILE, FOLDER_UNREADABLE = "link to nowhere, or pipe or device", "unreadable folder"
 
 LeftOut = dict[str, list[str]]  # names by reason
@@ -70,6 +73,27 @@ def caption_text(data: bytes) -> str:
     if not text:
         raise UnusableSample(EMPTY_CAPTION)
     return text
+
+
+def caption_of_fields(fields: Any, names: Sequence[str], sample: str) -> str:
+    """Return the caption in the first of these fields that has one. Of a list, one is drawn, always the same for a sample.
+
+    Raises UnusableSample if there is none.
+    """
+    values = [fields.get(name) for name in names] if isinstance(fields, dict) else []
+    for value in values:
+        if caption := drawn_caption(value, sample):
+            return caption
+    raise UnusableSample(EMPTY_CAPTION if values else UNREADABLE)
+
+
+def drawn_caption(value: Any, sample: str) -> str:
+    """Return a caption, or one of a list of captions, stripped; empty if there is none."""
+    texts = value if isinstance(value, list) else [value]
+    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not captions:
+        return ""
+    return captions[int(hashlib.sha256(sample.encode(errors="surrogatepass")).hexdigest()[:8], 16) % len(captions)]
 
 
 def describe_left_out(left_out: LeftOut) -> str:

@@ -18,16 +18,19 @@ from d2m_model.foreign import read_json
 from .. import UserError
 from .samples import (
     CAPTION_NAMES,
-    EMPTY_CAPTION,
     IMAGE_SUFFIXES,
+    NO_ROLE,
     UNREADABLE,
     UnusableSample,
+    caption_of_fields,
     caption_text,
     matching_files,
     merge_left_out,
     pair_files,
 )
 from .store import Store, content_key
+
+_INDEX_VERSION = 2  # of the members' index
 
 
 class _Span(NamedTuple):
@@ -55,13 +58,13 @@ class ShardSamples:
         for shard in shards:
             status = shard.stat()
             seen.append((shard.name, status.st_size, status.st_mtime_ns))
-            images, captions = _indexed(shard, content_key(shard.absolute(), *seen[-1]), store)
+            images, captions, others = _indexed(shard, content_key(shard.absolute(), *seen[-1]), store)
             complete, left_out = pair_files(
                 [(key, f"{shard.name}/{key}", span) for key, span in images.items()],
                 {key: (f"{shard.name}/{key}", span) for key, span in captions.items()},
             )
             self._samples += complete
-            alone.append(left_out)
+            alone += [left_out, {NO_ROLE: [f"{shard.name}/{name}" for name in others]} if others else {}]
         self.left_out = merge_left_out(alone)
         self.identity = content_key(*seen)
 
@@ -74,17 +77,13 @@ class ShardSamples:
     def read(self, place: int) -> tuple[bytes, str]:
         _, image, caption = self._samples[place]
         text = _bytes(caption)
-        return _bytes(image), self._json_caption(text) if caption.suffix == ".json" else caption_text(text)
-
-    def _json_caption(self, data: bytes) -> str:
+        if caption.suffix != ".json":
+            return _bytes(image), caption_text(text)
         try:
-            fields = read_json(data)
-            caption = next((fields[field] for field in self._fields if isinstance(fields.get(field), str)), "")
-        except (ValueError, AttributeError):
+            fields = read_json(text)
+        except ValueError:
             raise UnusableSample(UNREADABLE) from None
-        if not caption.strip():
-            raise UnusableSample(EMPTY_CAPTION)
-        return str(caption).strip()
+        return _bytes(image), caption_of_fields(fields, self._fields, self.name(place))
 
 
 def _bytes(span: _Span) -> bytes:
@@ -93,20 +92,21 @@ def _bytes(span: _Span) -> bytes:
         return file.read(span.size)
 
 
-def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, _Span], dict[str, _Span]]:
-    """Return a shard's images and captions by key, from the store if it has been indexed before."""
-    name = f"shards/{key}"
+def _indexed(shard: Path, key: str, store: Store) -> tuple[dict[str, _Span], dict[str, _Span], list[str]]:
+    """Return a shard's images and captions by key, and its other members, from the store if it has been indexed before."""
+    name = f"shards/{_INDEX_VERSION}/{key}"
     members = store.read_json(name)
     if members is None:
         members = _members(shard)
         store.write_json(name, members)
-    images, captions = ({key: _Span(str(shard), *span) for key, span in part.items()} for part in members)
-    return images, captions
+    images, captions = ({key: _Span(str(shard), *span) for key, span in part.items()} for part in members[:2])
+    return images, captions, members[2]
 
 
-def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tuple[int, int, str]]]:
+def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tuple[int, int, str]], list[str]]:
     images: dict[str, tuple[int, int, str]] = {}
     captions: dict[str, tuple[int, int, str]] = {}
+    others: list[str] = []
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -119,14 +119,16 @@ def _members(shard: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, tu
                 span = (member.offset_data, member.size, suffix)
                 if suffix in IMAGE_SUFFIXES:
                     images.setdefault(key, span)
-                elif suffix == ".txt" or (suffix == ".json" and key not in captions):
+                elif suffix in (".txt", ".caption") or (suffix == ".json" and key not in captions):
                     captions[key] = span
+                elif suffix != ".json":
+                    others.append(member.name)
     except (tarfile.TarError, OSError, EOFError) as error:
         packed = shard.suffix in (".gz", ".tgz", ".zst", ".bz2", ".xz")
         raise UserError(
             f"{shard}: {'a packed tar; unpack it to a plain one' if packed else f'not a complete tar file ({error})'}."
         ) from None
-    return images, captions
+    return images, captions, others
 
 
 def _shards(path: Path) -> list[Path]:

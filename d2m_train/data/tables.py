@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import UserError
-from .samples import BROKEN_IMAGE, CAPTION_NAMES, EMPTY_CAPTION, IMAGE_ALONE, UNREADABLE, UnusableSample, matching_files
+from .samples import (
+    BROKEN_IMAGE,
+    CAPTION_NAMES,
+    EMPTY_CAPTION,
+    IMAGE_ALONE,
+    UNREADABLE,
+    UnusableSample,
+    drawn_caption,
+    matching_files,
+)
 from .store import content_key
 
 if TYPE_CHECKING:
@@ -28,7 +37,7 @@ class TableSamples:
         tables = [_ParquetTable(file) if file.suffix == ".parquet" else _ArrowTable(file) for file in files]
         schema = tables[0].schema
         for file, table in zip(files, tables, strict=True):
-            if table.schema.names != schema.names:
+            if set(table.schema.names) != set(schema.names):
                 raise UserError(
                     f"{file} has columns {', '.join(table.schema.names)}; {files[0]}: {', '.join(schema.names)}."
                 )
@@ -56,7 +65,8 @@ class TableSamples:
             raise UnusableSample(UNREADABLE) from None
         if caption is None:
             raise UnusableSample(IMAGE_ALONE)
-        if not caption.strip():
+        caption = drawn_caption(caption, self.name(place))
+        if not caption:
             raise UnusableSample(EMPTY_CAPTION)
         if isinstance(image, dict):  # the format of `datasets`
             path = image.get("path")
@@ -65,7 +75,7 @@ class TableSamples:
                 image = (self._files[file].parent / path).read_bytes()
         if not image:
             raise UnusableSample(BROKEN_IMAGE)
-        return image, caption.strip()
+        return image, caption
 
     def _place(self, place: int) -> tuple[int, int]:
         file = bisect_right(self._ends, place)
@@ -164,13 +174,15 @@ def _holds_images(kind: pyarrow.DataType) -> bool:
 
     if types.is_struct(kind):
         return "bytes" in {kind.field(place).name for place in range(kind.num_fields)}
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:
     from pyarrow import types
 
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type  # of a list of captions, one is drawn
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _first_line(error: Exception) -> str:

@@ -83,6 +83,29 @@ def test_folders_are_read_with_their_folders(tmp_path: Path) -> None:
     assert samples.left_out == {IMAGE_ALONE: ["alone.png"], CAPTION_ALONE: ["words.txt"]}
 
 
+def test_captions_stand_where_people_have_them(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "b.png", "c.png", "deep/d.png", "deep/e.png", "deep/f.png"):
+        (tmp_path / name).write_bytes(A)
+    (tmp_path / "a.caption").write_text("of its own")
+    (tmp_path / "b.caption").write_text("passed over")
+    (tmp_path / "b.txt").write_text("of the .txt")
+    lines = [{"file_name": "deep/d.png", "text": "of the list"}, {"file_name": "a.png", "text": "passed over"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
+    several = {"file_name": "e.png", "captions": 1, "caption": ["one", "two", "three", " "]}
+    (tmp_path / "deep" / "metadata.jsonl").write_text(json.dumps(several))
+    samples = FolderSamples(tmp_path)
+    found = {name: caption for name, _, caption in everything(samples)}
+    drawn = found.pop("deep/e.png")
+    assert found == {"a.png": "of its own", "b.png": "of the .txt", "deep/d.png": "of the list"}
+    assert drawn in ("one", "two", "three")
+    assert drawn == everything(FolderSamples(tmp_path))[-1][2]
+    assert samples.left_out == {
+        "line without image and caption": ["metadata.jsonl line 3"],
+        IMAGE_ALONE: ["c.png", "deep/f.png"],
+    }
+
+
 def test_links_special_files_and_old_names_do_not_end_a_run(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "deep").mkdir(parents=True)
@@ -174,7 +197,11 @@ def test_shards_are_read_by_folder_or_pattern(shards: Path, tmp_path: Path, patt
         ("s-01.tar/2", "left out", "unreadable file"),
         ("s-01.tar/3", "left out", "empty caption"),
     ]
-    assert samples.left_out == {IMAGE_ALONE: ["s-01.tar/5"], CAPTION_ALONE: ["s-01.tar/4"]}
+    assert samples.left_out == {
+        IMAGE_ALONE: ["s-01.tar/5"],
+        CAPTION_ALONE: ["s-01.tar/4"],
+        "member that is no image and no caption": ["s-00.tar/x/1.v.png"],
+    }
 
 
 def test_another_field_of_a_shards_json_may_be_the_caption(tmp_path: Path) -> None:
@@ -252,6 +279,20 @@ def test_a_row_that_is_not_utf_8_is_left_out(tmp_path: Path) -> None:
     bad = pyarrow.array([b"one", b"B\xe4r"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"image": [A, B], "text": bad}), tmp_path / "a.parquet")
     assert everything(TableSamples(tmp_path)) == [("a.parquet#0", A, "one"), ("a.parquet#1", "left out", UNREADABLE)]
+
+
+def test_columns_come_in_any_order_and_in_every_type_of_text(tmp_path: Path) -> None:
+    save_table(tmp_path / "1.parquet", image=[A], text=["one"])
+    save_table(tmp_path / "2.parquet", text=["two"], image=[B])
+    assert everything(TableSamples(tmp_path)) == [("1.parquet#0", A, "one"), ("2.parquet#0", B, "two")]
+    one = pyarrow.array(["one"])
+    for number, texts in enumerate(
+        [one.dictionary_encode(), one.cast(pyarrow.large_string()), pyarrow.array([["one"]])]
+    ):
+        file = save_table(
+            tmp_path / f"type{number}.parquet", image=pyarrow.array([A], pyarrow.large_binary()), text=texts
+        )
+        assert everything(TableSamples(file)) == [(f"type{number}.parquet#0", A, "one")]
 
 
 def test_columns_are_found_by_type_or_named(tmp_path: Path) -> None:
