@@ -23,15 +23,21 @@ from .foreign import MessageError
 from .keys import dense_shapes, diffusers_sources, swap_halves
 from .tensor_file import is_finite
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_transformer_")
+_PREFIXES = (
+    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    *("lora_transformer_", "lora_unet_", "lycoris_"),
+)
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "text_encoders.")
 _ROLES = {
-    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight", ".down.weight"),
-    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight", ".up.weight"),
+    "down": (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", ".down.weight", ".lora_A"),
+    "up": (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", ".up.weight", ".lora_B"),
     "alpha": (".alpha",),
     "bias": (".lora_B.bias",),
+    "diff": (".diff",),
+    "diff_b": (".diff_b",),
     "norm": (".query_norm.scale", ".key_norm.scale"),
 }
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$")  # PEFT's, such as lora_A.default.weight
 _MAX_PATTERN = 200  # characters of a key of alpha_pattern
 _OTHER_KINDS = re.compile(r"lora_magnitude_vector|dora_scale|\.lokr_|\.hada_|\.oft_")
 
@@ -44,7 +50,7 @@ class LoraError(MessageError):
 class LoraChange:
     """Added to a tensor of a dense FLUX.1, by BFL name, from row `first` on: scale times up [O, R] times down [R, I].
 
-    For a bias `down` is None and `up` is [O].
+    For a bias `down` is None and `up` is [O]; for a change that is stored whole `down` is None and `up` is [O, I].
     """
 
     name: str
@@ -160,11 +166,21 @@ def _changes(
     name: str, pair: _Pair, layer: _Layer, shapes: Mapping[str, tuple[int, ...]], peft_config: Mapping[str, Any]
 ) -> Iterator[LoraChange]:
     """Changes of one layer's weight and bias."""
+    weight = f"{layer.module}.weight"
+    for role, name_of_tensor, shape in (
+        ("diff", weight, (layer.rows, *shapes[weight][1:])),
+        ("diff_b", f"{layer.module}.bias", (layer.rows,)),
+    ):
+        if role in pair.tensors:
+            whole = _checked(pair, role, shape, name_of_tensor, shapes)
+            whole = swap_halves(whole) if layer.swap else whole
+            yield LoraChange(name=name_of_tensor, first=layer.first, scale=1.0, up=whole, down=None)
+    if not {"up", "down", "bias", "alpha"} & pair.tensors.keys():
+        return
     for role, other in (("down", "up"), ("up", "down")):
         if role not in pair.tensors:
             key = pair.keys.get(other) or next(iter(pair.keys.values()))
             raise LoraError(f"{key} is half of a pair: its {role} projection is missing.")
-    weight = f"{layer.module}.weight"
     rank = pair.tensors["down"].shape[0] if pair.tensors["down"].ndim else 0
     if rank == 0:
         raise LoraError(f"{pair.keys['down']} is {list(pair.tensors['down'].shape)}, of rank 0; the file is damaged.")
@@ -216,7 +232,8 @@ def _layers(dims: FluxDims) -> dict[str, _Layer]:
                 layers[f"{name}.processor.qkv_lora{number}"] = layers[f"{name}.{stream}_attn.qkv"]
                 layers[f"{name}.processor.proj_lora{number}"] = layers[f"{name}.{stream}_attn.proj"]
         else:
-            layers[f"{name}.processor.qkv_lora"] = _Layer(module=f"{name}.linear1", first=0, rows=3 * hidden)
+            qkv = _Layer(module=f"{name}.linear1", first=0, rows=3 * hidden)
+            layers[f"{name}.processor.qkv_lora"] = layers[f"{name}.linear1_qkv"] = qkv
             layers[f"{name}.processor.proj_lora"] = layers[f"{name}.linear2"]
     return layers
 
@@ -241,8 +258,8 @@ def _pairs(
 
 def _readings(key: str) -> Iterator[tuple[str, str]]:
     """(module, role) pairs that a key may stand for."""
-    bare = key
-    for prefix in (*_PREFIXES, "lora_unet_"):
+    bare = _ADAPTER_NAME.sub(r"\1\2", key)
+    while prefix := next((prefix for prefix in _PREFIXES if bare.startswith(prefix)), None):  # some are there twice
         bare = bare.removeprefix(prefix)
     for role, suffixes in _ROLES.items():
         for suffix in suffixes:

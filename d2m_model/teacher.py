@@ -28,7 +28,7 @@ _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # in ComfyUI's comfy_quant
 _MAX_DESCRIPTION = 10_000  # bytes of a comfy_quant
 _CHUNK = 1 << 22  # elements dequantised at a time
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\b.*\.safetensors$")
+_SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\b.*\.safetensors$")  # of several; one of one is a whole model
 _STANDARD = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")  # diffusers'
 _SCALES = ("weight_scale", "scale_weight")  # ComfyUI's present name and its former one
 _MARKER = "scaled_fp8"

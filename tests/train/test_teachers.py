@@ -123,6 +123,19 @@ SPELLINGS: dict[str, Callable[[float | None], dict[str, Tensor]]] = {
     "kohya, diffusers' names": kohya_of_diffusers_names,
     "ComfyUI": lambda alpha: bfl_spelling("diffusion_model.", "lora_A", "lora_B", alpha),
     "BFL": lambda alpha: bfl_spelling("", "lora_A", "lora_B", alpha),
+    "PEFT with the adapter's name": lambda alpha: {
+        f"base_model.model.{key.removeprefix('transformer.')}".replace(".weight", ".my-style.weight"): tensor
+        for key, tensor in diffusers_spelling(alpha).items()
+    },
+    "prefixes twice": lambda alpha: bfl_spelling("diffusion_model.diffusion_model.", "lora_A", "lora_B", alpha),
+    "lycoris": lambda alpha: bfl_spelling("lycoris_", "lora_down", "lora_up", alpha, dots="_"),
+    "without .weight": lambda alpha: {
+        key.removesuffix(".weight"): tensor for key, tensor in bfl_spelling("", "lora_A", "lora_B", alpha).items()
+    },
+    "stored whole": lambda alpha: {
+        f"diffusion_model.{name}.diff": (1 if alpha is None else alpha / RANK) * up @ down
+        for name, (up, down) in UPS.items()
+    },
     "fal": lambda alpha: bfl_spelling("base_model.model.", "lora_A", "lora_B", alpha),
 }
 

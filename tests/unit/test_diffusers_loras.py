@@ -146,6 +146,21 @@ def test_without_the_permutation_it_would_be_another_lora(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "compressed"])
+def test_a_change_that_is_stored_whole_is_that_of_its_product(kind: str, pair: Pair, compressed: Pair) -> None:
+    tensors = lora()
+    whole = {
+        name.replace("lora_A.weight", "diff"): tensors[name.replace("lora_A", "lora_B")] @ down
+        for name, down in tensors.items()
+        if "lora_A" in name
+    }
+    models = [FluxMoETransformer2DModel.from_flux_moe((pair if kind == "plain" else compressed).moe) for _ in range(2)]
+    models[0].load_lora_adapter(tensors)
+    models[1].load_lora_adapter(whole)
+    torch.testing.assert_close(velocity(models[1]), velocity(models[0]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_several_loras_add_up_with_their_weights(
     pair: Pair, model: FluxMoETransformer2DModel, bits: dict[str, Tensor]
 ) -> None:

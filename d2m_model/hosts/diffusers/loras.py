@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adaln import lost_low_rank_change, map_change, pseudo_inverse
+from ...blocks import is_modulation
 from ...config import FluxMoEConfig
 from ...layout import neuron_axis
 from ...lora_file import LoraChange
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LowRank:
-    """A scaled change of one dense tensor: up [O, R] times down [R, I] for a weight, `up` [O] alone for a bias."""
+    """A scaled change of one dense tensor: up [O, R] times down [R, I], or `up` alone, as large as the tensor."""
 
     up: Tensor
     down: Tensor | None
@@ -42,13 +43,15 @@ class LowRank:
         index[first : first + len(order)] = first + order.cpu().long()
         if axis == 0:
             return LowRank(up=self.up[index], down=self.down)
-        assert self.down is not None
+        if self.down is None:
+            return LowRank(up=self.up[:, index], down=None)
         return LowRank(up=self.up, down=self.down[:, index])
 
     def part(self, axis: int, start: int, size: int) -> LowRank:
         if axis == 0:
             return LowRank(up=self.up.narrow(0, start, size), down=self.down)
-        assert self.down is not None
+        if self.down is None:
+            return LowRank(up=self.up.narrow(1, start, size), down=None)
         return LowRank(up=self.up, down=self.down.narrow(1, start, size))
 
     def dense(self, device: torch.device) -> Tensor:
@@ -82,6 +85,13 @@ def changes_of_model(
     for dense in lora:
         up = dense.up.detach().to("cpu", torch.float32) * dense.scale
         down = None if dense.down is None else dense.down.detach().to("cpu", torch.float32)
+        if (
+            down is None
+            and up.ndim == 2
+            and inverse_HA is not None
+            and is_modulation(dense.name.removesuffix(".weight"))
+        ):
+            down = torch.eye(up.shape[1])  # a product, as compressed modulations take it
         change, parts = LowRank(up=up, down=down), slices[dense.name]
         if (ffn := owner.get(parts[-1].name)) is not None:
             order = tensors[f"{ffn_module(ffn)}.neuron_order"]
