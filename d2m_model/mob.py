@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, H hidden size, M blocks of a group, S samples of a bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -144,19 +144,6 @@ def select_rows(value: Value, samples: SampleSubset) -> Value:
 def scatter_rows(stream_BTH: Tensor, rows_STH: Tensor, samples: SampleSubset) -> Tensor:
     """Return stream_BTH with the rows of `samples` replaced by rows_STH: a new tensor, or rows_STH for the whole batch."""
     return rows_STH if samples.index_S is None else stream_BTH.index_copy(0, samples.index_S, rows_STH)
-
-
-def run_on(
-    samples: SampleSubset, block: Callable[..., tuple[Tensor, ...]], streams: tuple[Tensor, ...], **conditions: Any
-) -> tuple[Tensor, ...]:
-    """Run block(*streams, **conditions) on `samples` alone; return the streams [B, T, H], unchanged for other samples.
-
-    `block` returns as many streams as it takes. It gets each condition (vec, pe, mask, ...) from `select_rows`.
-    """
-    if samples.count == 0:
-        return streams
-    outputs = block(*select_rows(streams, samples), **select_rows(conditions, samples))
-    return tuple(scatter_rows(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
 
 
 # Training: every block on every sample

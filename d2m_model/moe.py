@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from .config import FFNLayout
 from .experts import expert_down, expert_up, mean_compensation, plan_experts
 from .layout import expert_views
-from .routers import TOP_K_ROUTER, Gate, RouterCompanion, RouterTensors, Routing, TokenRouter, TrainingCompanion
+from .routers import (
+    TOP_K_ROUTER,
+    Gate,
+    RouterCompanion,
+    RouterTensors,
+    Routing,
+    TokenRouter,
+    TrainingCompanion,
+    router_from_text,
+    router_to_text,
+)
 from .routers.linear import RouterLinear, copied_linear, copied_parameter
 from .routers.token_router import BIAS, WEIGHT
 from .routers.top_k import route_top_k
@@ -42,6 +52,41 @@ def routed_experts(
     if expert_mean_EH is not None:
         y_TH = y_TH + mean_compensation(routing, expert_mean_EH, y_TH.dtype)
     return y_TH
+
+
+# Inside a graph of torch.compile. A graph that reads the router's value is made again for each value, and after eight
+# graphs torch stops compiling. So the value is a tensor on the host, which only this operator reads. Without gradients.
+@torch.library.custom_op(
+    "d2m::routed_experts",
+    mutates_args=(),
+    schema=(
+        "(Tensor x_TH, str router, str[] names, Tensor[] tensors, Tensor value, str gate_mode, float gate_scale, "
+        "Tensor up_EFH, Tensor up_bias_EF, Tensor down_HEF, Tensor? expert_mean_EH, int? chunk_tokens) -> Tensor"
+    ),
+)
+def _routed_in_graph(
+    x_TH: Tensor,
+    router: str,
+    names: list[str],
+    tensors: list[Tensor],
+    value: Tensor,
+    gate_mode: str,
+    gate_scale: float,
+    up_EFH: Tensor,
+    up_bias_EF: Tensor,
+    down_HEF: Tensor,
+    expert_mean_EH: Tensor | None,
+    chunk_tokens: int | None,
+) -> Tensor:
+    gate = Gate(mode="normalised" if gate_mode == "normalised" else "sum", scale=gate_scale)
+    by_name = dict(zip(names, tensors, strict=True))
+    routing = router_from_text(router).route(x_TH, by_name, gate=gate, value=float(value))
+    return routed_experts(x_TH, routing, up_EFH, up_bias_EF, down_HEF, expert_mean_EH, chunk_tokens)
+
+
+@_routed_in_graph.register_fake
+def _(x_TH: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x_TH, memory_format=torch.contiguous_format)
 
 
 def shared_expert(x: Tensor, up_SH: Tensor, up_bias_S: Tensor, down_HS: Tensor, down_bias_H: Tensor) -> Tensor:
@@ -139,7 +184,10 @@ class MoEFFN(nn.Module):
         """`top_k` and `router` are the configuration's."""
         super().__init__()
         self.layout, self.gate = layout, gate
-        self.token_router, self.router_value = router, router.own_value(top_k)
+        self.token_router, self.router_text = router, router_to_text(router)
+        with torch.inference_mode(False):
+            self.value_in_graph = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.router_value = router.own_value(top_k)
         self.experts_on, self.routing = True, None
         shared = slice(0, layout.shared)
         up_EFH, up_bias_EF, down_HEF = expert_views(fused.up_weight_NH, fused.up_bias_N, fused.down_weight_HN, layout)
@@ -153,6 +201,15 @@ class MoEFFN(nn.Module):
         self.expert_mean = None if mean is None else copied_parameter(mean)
         if router.companion_name is not None:
             self.add_module(router.companion_name, router.companion(fused.router))
+
+    @property
+    def router_value(self) -> float:
+        return self._router_value
+
+    @router_value.setter
+    def router_value(self, value: float) -> None:
+        self._router_value = value
+        self.value_in_graph.fill_(value)
 
     @property
     def companion(self) -> RouterCompanion | None:
@@ -173,16 +230,27 @@ class MoEFFN(nn.Module):
         tensors = {WEIGHT: weight_EH} if bias_E is None else {WEIGHT: weight_EH, BIAS: bias_E}
         return tensors if self.companion is None else tensors | self.companion()
 
+    def _in_graph(self, device: str) -> bool:
+        """Return whether this is the trace of a graph for inference, which is to serve every value of the router."""
+        inference = not self.training and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device)
+        return inference and torch.compiler.is_compiling()
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the FFN to x [..., H]."""
         x_TH = x.reshape(-1, x.shape[-1])
         y_TH: Tensor = self.shared_down(F.gelu(self.shared_up(x_TH), approximate="tanh"))
         routing = None
         if self.experts_on:
-            routing = self.route(x_TH)
-            down_HEF = self.routed_down.transpose(0, 1)
-            weights = (self.routed_up, self.routed_up_bias, down_HEF, self.expert_mean)
-            y_TH = y_TH + routed_experts(x_TH, routing, *weights, self.chunk_tokens)
+            weights = (self.routed_up, self.routed_up_bias, self.routed_down.transpose(0, 1), self.expert_mean)
+            if self._in_graph(x.device.type):
+                tensors, gate = self._router_tensors(), self.gate
+                y_TH = y_TH + _routed_in_graph(
+                    x_TH, self.router_text, list(tensors), list(tensors.values()), self.value_in_graph,
+                    gate.mode, gate.scale, *weights, self.chunk_tokens,
+                )  # fmt: skip
+            else:
+                routing = self.route(x_TH)
+                y_TH = y_TH + routed_experts(x_TH, routing, *weights, self.chunk_tokens)
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None
         return y_TH.view(x.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,8 +24,8 @@ from d2m_model.mob import (
     random_block_routers,
     ridge_block_routers,
     route_blocks,
-    run_on,
     samples_per_block,
+    scatter_rows,
     select_rows,
 )
 
@@ -47,6 +48,16 @@ def literal_choice(logits_M: list[float], active: int, selection: Selection) -> 
         return set(sorted(range(blocks), key=lambda i: (-logits_M[i], i))[:active])
     first = min(range(blocks - active + 1), key=lambda q: (-sum(logits_M[q : q + active]), q))
     return set(range(first, first + active))
+
+
+def run_on(
+    samples: SampleSubset, block: Callable[..., tuple[Tensor, ...]], streams: tuple[Tensor, ...], **conditions: Any
+) -> tuple[Tensor, ...]:
+    """Run a block on `samples` alone, as the hosts do."""
+    if samples.count == 0:
+        return streams
+    outputs = block(*select_rows(streams, samples), **select_rows(conditions, samples))
+    return tuple(scatter_rows(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
 
 
 def chosen(routing: BlockRouting) -> list[set[int]]:

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
 
-from ...mob import masked, mean_tokens, run_on
+from ...mob import SampleSubset, masked, mean_tokens, scatter_rows, select_rows
 from .modules import GroupMember, GroupRoutings
 
 ROUTINGS = "d2m_routings"
+
+Streams = tuple[Tensor, Tensor]  # text and image
 
 
 class RoutedTransformerBlock(FluxTransformerBlock):
@@ -73,17 +76,50 @@ def _run_where_chosen(
         # per sample if the batch were as large as the number of tokens.
         return dense(image, text, temb, image_rotary_emb=rotary, joint_attention_kwargs=attention)
 
-    member = block.member
+    member, streams = block.member, (text_BLH, image_BTH)
     if member is None or routings is None:
-        return run(text_BLH, image_BTH, temb=temb_BH, attention=attention)
-    streams = (text_BLH, image_BTH)
+        return run(*streams, temb=temb_BH, attention=attention)
+    if not block.training:
+        return _run_on_samples(member, routings, run, streams, temb=temb_BH, attention=attention)
+    _route(member, routings, streams, temb_BH)
+    outputs = run(*streams, temb=temb_BH, attention=attention)
+    text, image = masked(routings.by_group[member.group], member.position, streams, outputs)
+    return text, image
+
+
+def _route(member: GroupMember, routings: GroupRoutings, streams: Streams, temb_BH: Tensor) -> None:
+    """Choose the group's blocks, if this is its first."""
     if member.position == 0:
+        text_BLH, image_BTH = streams
         routings.route(member.group, mean_tokens(image_BTH, text_BLH), temb_BH)
-    if block.training:
-        outputs = run(*streams, temb=temb_BH, attention=attention)
-        text, image = masked(routings.by_group[member.group], member.position, streams, outputs)
-    else:
-        text, image = run_on(routings.samples(member), run, streams, temb=temb_BH, attention=attention)
+
+
+# Under torch.compile: the host must know which samples run a block, so a graph breaks here, and the block is a graph of
+# its own. Choosing and selecting stay outside of graphs, which would be made again for every choice.
+
+
+@torch.compiler.disable(recursive=False)
+def _run_on_samples(
+    member: GroupMember, routings: GroupRoutings, run: Callable[..., Streams], streams: Streams, **conditions: Any
+) -> Streams:
+    samples, selected, conditions = _enter(member, routings, streams, conditions)
+    return streams if samples.count == 0 else _leave(samples, streams, run(*selected, **conditions))
+
+
+@torch.compiler.disable
+def _enter(
+    member: GroupMember, routings: GroupRoutings, streams: Streams, conditions: dict[str, Any]
+) -> tuple[SampleSubset, Streams, dict[str, Any]]:
+    _route(member, routings, streams, conditions["temb"])
+    samples = routings.samples(member)
+    if samples.count == 0:
+        return samples, streams, conditions
+    return samples, select_rows(streams, samples), select_rows(conditions, samples)
+
+
+@torch.compiler.disable
+def _leave(samples: SampleSubset, streams: Streams, outputs: Streams) -> Streams:
+    text, image = (scatter_rows(stream, new, samples) for stream, new in zip(streams, outputs, strict=True))
     return text, image
 
 
