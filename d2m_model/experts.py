@@ -130,17 +130,20 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
     )
 
 
-def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
+def expert_up(
+    x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bias_EF: Tensor, scale: Tensor | None = None
+) -> Tensor:
     """Return gelu_tanh(W1 x + b1) of every token at its experts: [A, F], in the plan's order (Eq. 1).
 
-    [T, E F], with the gates already applied, if the plan computes every expert.
+    [T, E F], with the gates already applied, if the plan computes every expert. W1 may be float8 if Triton kernels
+    compute it (`plan.fused`); `scale`, one float32 number, then multiplies it.
     """
     if isinstance(plan, EveryExpert):
         hidden_TN = F.gelu(F.linear(x_TH, up_EFH.flatten(0, 1), up_bias_EF.flatten()), approximate="tanh")
         hidden_TEF = hidden_TN.unflatten(1, up_bias_EF.shape)
         return (hidden_TEF * plan.gates_TE.to(hidden_TEF.dtype).unsqueeze(2)).flatten(1)
     if plan.fused:
-        return _fused_up(x_TH, plan, up_EFH, up_bias_EF)
+        return _fused_up(x_TH, plan, up_EFH, up_bias_EF, scale)
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
         # Gather from the chunk, so that the gradient is summed chunk by chunk as well. The rows of H values have no name:
@@ -154,15 +157,18 @@ def expert_up(x_TH: Tensor, plan: Dispatch | EveryExpert, up_EFH: Tensor, up_bia
     return _joined(hidden)
 
 
-def expert_down(hidden_AF: Tensor, plan: Dispatch | EveryExpert, down_HEF: Tensor) -> Tensor:
+def expert_down(
+    hidden_AF: Tensor, plan: Dispatch | EveryExpert, down_HEF: Tensor, scale: Tensor | None = None
+) -> Tensor:
     """Return the sum over each token's experts of g_i W2_i hidden: [T, H] (Eq. 2, second term); zeros without experts.
 
-    Gates multiply the narrow hidden activation. A token's rows are summed in float32 and rounded once.
+    Gates multiply the narrow hidden activation. A token's rows are summed in float32 and rounded once. `scale` is for W2
+    in float8, as in `expert_up`.
     """
     if isinstance(plan, EveryExpert):
         return F.linear(hidden_AF, down_HEF.flatten(1))
     if plan.fused:
-        return _fused_down(hidden_AF, plan, down_HEF)
+        return _fused_down(hidden_AF, plan, down_HEF, scale)
     y = []
     for tokens, rows, ends_E in plan.chunks():
         weighted_AF = hidden_AF[rows] * plan.gate_A[rows, None].to(hidden_AF.dtype)
@@ -185,31 +191,39 @@ def mean_compensation(routing: Routing, expert_mean_EH: Tensor, dtype: torch.dty
     return (1 - routing.gates_TE).to(dtype) @ expert_mean_EH.to(dtype)
 
 
-def _fused_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor) -> Tensor:
+def _fused_up(x_TH: Tensor, plan: Dispatch, up_EFH: Tensor, up_bias_EF: Tensor, scale: Tensor | None) -> Tensor:
     """gate * gelu_tanh(W1 x + b1), by kernels/fused.py."""
     from .kernels.fused import up_rows
 
-    x_TH, up_EFH, up_bias_EF = cast_for_autocast(x_TH, up_EFH, up_bias_EF)
+    if scale is None:
+        x_TH, up_EFH, up_bias_EF = cast_for_autocast(x_TH, up_EFH, up_bias_EF)
+    scale_EF = None if scale is None else scale.expand(up_bias_EF.shape)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, plan.gate_A, up_EFH, up_bias_EF))
     hidden = []
     for tokens, rows, ends_E in plan.chunks():
         token_A, slot_A, first_T = plan.links(tokens, rows)
         gate_A = plan.gate_A[rows]
-        chunk_AF, _ = up_rows(x_TH[tokens], token_A, slot_A, first_T, gate_A, ends_E, up_EFH, up_bias_EF, keep)
+        chunk_AF, _ = up_rows(
+            x_TH[tokens], token_A, slot_A, first_T, gate_A, ends_E, up_EFH, up_bias_EF, keep, scale_EF
+        )
         hidden.append(chunk_AF)
     return _joined(hidden)
 
 
-def _fused_down(weighted_AF: Tensor, plan: Dispatch, down_HEF: Tensor) -> Tensor:
+def _fused_down(weighted_AF: Tensor, plan: Dispatch, down_HEF: Tensor, scale: Tensor | None) -> Tensor:
     """Sum over a token's experts of W2 times the weighted hidden activation, by kernels/fused.py."""
     from .kernels.fused import down_rows, sum_rows
 
-    weighted_AF, down_HEF = cast_for_autocast(weighted_AF, down_HEF)
+    if scale is None:
+        weighted_AF, down_HEF = cast_for_autocast(weighted_AF, down_HEF)
+    scale_H = None if scale is None else scale.expand(down_HEF.shape[0])
     y = []
     for tokens, rows, ends_E in plan.chunks():
         token_A, slot_A, first_T = plan.links(tokens, rows)
         count = tokens.stop - tokens.start
-        y.append(sum_rows(down_rows(weighted_AF[rows], slot_A, ends_E, down_HEF), token_A, slot_A, first_T, count))
+        y.append(
+            sum_rows(down_rows(weighted_AF[rows], slot_A, ends_E, down_HEF, scale_H), token_A, slot_A, first_T, count)
+        )
     return _joined(y)
 
 

@@ -15,7 +15,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .programs import GELU_GATE, PLAIN, gated_gelu_backward, grouped_product, grouped_weight_gradient, sum_token_rows
+from .programs import (
+    E4M3,
+    E5M2,
+    GELU_GATE,
+    PLAIN,
+    WIDE,
+    gated_gelu_backward,
+    grouped_product,
+    grouped_weight_gradient,
+    sum_token_rows,
+)
 
 
 class TileSizes(NamedTuple):
@@ -44,6 +54,9 @@ GRADIENT_BLOCKS = TileSizes(
 )  # rows: of a step; depth: rows of the result
 
 
+_FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+
+
 def _product(
     a: Tensor,
     in_row_A: Tensor | None,
@@ -53,6 +66,7 @@ def _product(
     ends_E: Tensor,
     *,
     rows: int,
+    scale_EN: Tensor | None = None,
     out_row_A: Tensor | None = None,
     bias_EF: Tensor | None = None,
     gate_A: Tensor | None = None,
@@ -61,6 +75,11 @@ def _product(
     """(result [A, N], product + bias before the GELU if `keep`). b is read as [e, k, n] by `b_strides`."""
     if a.stride(-1) != 1:
         a = a.contiguous()
+    number_format = _FORMATS.get(b.dtype, WIDE)
+    if (number_format is WIDE) != (scale_EN is None):
+        raise ValueError(f"The experts' weights are {b.dtype}; expected a scale for float8, and none otherwise.")
+    if number_format is not WIDE:
+        b = b.view(torch.uint8)
     experts = ends_E.shape[0]
     out = a.new_empty(rows, columns)
     before = a.new_empty(rows if keep else 0, columns)
@@ -72,6 +91,7 @@ def _product(
         a,
         a if in_row_A is None else in_row_A,
         b,
+        ends_E if scale_EN is None else scale_EN,
         b if bias_EF is None else bias_EF,
         ends_E if gate_A is None else gate_A,
         before,
@@ -82,12 +102,14 @@ def _product(
         columns,
         a.stride(0),
         *b_strides,
+        *((0, 0) if scale_EN is None else scale_EN.stride()),
         *((0, 0) if bias_EF is None else bias_EF.stride()),
         out.stride(0),
         EXPERTS=experts,
         EXPERTS_PADDED=triton.next_power_of_2(experts),
         GATHER=in_row_A is not None,
         SCATTER=out_row_A is not None,
+        FORMAT=number_format.value,
         EPILOGUE=(PLAIN if bias_EF is None else GELU_GATE).value,
         KEEP=keep,
         BLOCK_A=blocks.rows,
@@ -164,18 +186,21 @@ def up_rows(
     up_EFH: Tensor,
     up_bias_EF: Tensor,
     keep: bool,
+    scale_EF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gate gelu_tanh(W1 x + b1) [A, F], W1 x + b1 [A, F] if `keep`, for the backward pass; otherwise no rows).
 
     Row a is of token token_A[a]; among the rows in the order of tokens its place is slot_A[a], and token t's begin at
     first_T[t] (None: all tokens have as many). Expert e's rows end at ends_E[e], int32. x, W1 and b1 have one dtype,
-    gate_A is float32.
+    gate_A is float32. W1 may be float8 instead, with scale_EF, float32, by which its rows are multiplied; it then has no
+    gradients.
     """
     strides = (up_EFH.stride(0), up_EFH.stride(2), up_EFH.stride(1))
     rows, width = token_A.shape[0], up_EFH.shape[1]
     return _product(
-        x_TH, token_A, up_EFH, strides, width, ends_E, rows=rows, bias_EF=up_bias_EF, gate_A=gate_A, keep=keep
-    )
+        x_TH, token_A, up_EFH, strides, width, ends_E, rows=rows, scale_EN=scale_EF, bias_EF=up_bias_EF, gate_A=gate_A,
+        keep=keep,
+    )  # fmt: skip
 
 
 @up_rows.register_fake
@@ -189,6 +214,7 @@ def _(
     up_EFH: Tensor,
     up_bias_EF: Tensor,
     keep: bool,
+    scale_EF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, width = token_A.shape[0], up_EFH.shape[1]
     return x_TH.new_empty(rows, width), x_TH.new_empty(rows if keep else 0, width)
@@ -242,15 +268,17 @@ def _(
 
 
 def _save_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TH, token_A, slot_A, first_T, gate_A, ends_E, up_EFH, _, keep = inputs
-    if not keep:
-        raise RuntimeError("up_rows was called without `keep`; its gradients need it.")
+    x_TH, token_A, slot_A, first_T, gate_A, ends_E, up_EFH, _, keep, scale_EF = inputs
+    if not keep or scale_EF is not None:
+        raise RuntimeError(
+            "up_rows was called without `keep`, or in float8; its gradients need the first and not the other."
+        )
     ctx.save_for_backward(output[1], x_TH, token_A, slot_A, first_T, gate_A, ends_E, up_EFH)
 
 
 def _up_backward(ctx: Any, grad_AF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_gate, grad_up, grad_bias = _up_rows_backward(grad_AF, *ctx.saved_tensors)
-    return grad_x, None, None, None, grad_gate, None, grad_up, grad_bias, None
+    return grad_x, None, None, None, grad_gate, None, grad_up, grad_bias, None, None
 
 
 up_rows.register_autograd(_up_backward, setup_context=_save_up)
@@ -260,16 +288,24 @@ up_rows.register_autograd(_up_backward, setup_context=_save_up)
 
 
 @torch.library.custom_op("d2m::down_rows", mutates_args=())
-def down_rows(hidden_AF: Tensor, slot_A: Tensor, ends_E: Tensor, down_HEF: Tensor) -> Tensor:
-    """W2 hidden of every row, [A, H], each written to its place slot_A[a] among the rows in the order of tokens."""
+def down_rows(
+    hidden_AF: Tensor, slot_A: Tensor, ends_E: Tensor, down_HEF: Tensor, scale_H: Tensor | None = None
+) -> Tensor:
+    """W2 hidden of every row, [A, H], each written to its place slot_A[a] among the rows in the order of tokens.
+
+    scale_H is for W2 in float8, as in `up_rows`.
+    """
+    scale_EH = None if scale_H is None else scale_H.expand(ends_E.shape[0], -1)
     strides = (down_HEF.stride(1), down_HEF.stride(2), down_HEF.stride(0))
     rows = hidden_AF.shape[0]
-    out, _ = _product(hidden_AF, None, down_HEF, strides, down_HEF.shape[0], ends_E, rows=rows, out_row_A=slot_A)
+    out, _ = _product(
+        hidden_AF, None, down_HEF, strides, down_HEF.shape[0], ends_E, rows=rows, scale_EN=scale_EH, out_row_A=slot_A
+    )
     return out
 
 
 @down_rows.register_fake
-def _(hidden_AF: Tensor, slot_A: Tensor, ends_E: Tensor, down_HEF: Tensor) -> Tensor:
+def _(hidden_AF: Tensor, slot_A: Tensor, ends_E: Tensor, down_HEF: Tensor, scale_H: Tensor | None = None) -> Tensor:
     return hidden_AF.new_empty(hidden_AF.shape[0], down_HEF.shape[0])
 
 
@@ -291,13 +327,16 @@ def _(grad_AH: Tensor, hidden_AF: Tensor, slot_A: Tensor, ends_E: Tensor, down_H
     return hidden_AF.new_empty(hidden_AF.shape), hidden_AF.new_empty(experts, hidden_size, width)
 
 
-def _save_down(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, scale_H = inputs
+    if scale_H is not None:
+        raise RuntimeError("down_rows was called with weights in float8, which have no gradients.")
+    ctx.save_for_backward(*tensors)
 
 
 def _down_backward(ctx: Any, grad_AH: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden_AF, grad_down_EHF = _down_rows_backward(grad_AH, *ctx.saved_tensors)
-    return grad_hidden_AF, None, None, grad_down_EHF.transpose(0, 1)
+    return grad_hidden_AF, None, None, grad_down_EHF.transpose(0, 1), None
 
 
 down_rows.register_autograd(_down_backward, setup_context=_save_down)

@@ -16,6 +16,11 @@ import triton.language as tl
 PLAIN = tl.constexpr(0)
 GELU_GATE = tl.constexpr(1)
 
+# Formats of stored weights of `grouped_product`
+WIDE = tl.constexpr(0)  # the dtype of the other operand
+E4M3 = tl.constexpr(1)
+E5M2 = tl.constexpr(2)
+
 
 @triton.jit
 def gelu_tanh(x):
@@ -31,6 +36,18 @@ def gelu_tanh_derivative(x):
     slope = 0.7978845608028654 * (1 + 0.134145 * x * x)
     half = tl.sigmoid(2 * inner)
     return half + 2 * x * half * (1 - half) * slope
+
+
+@triton.jit
+def widened(bits, FORMAT: tl.constexpr):
+    """The values of float8 numbers, given as bytes, in float16: those of E4M3 divided by 256. Exact, but for E4M3's NaN.
+
+    By their bits, because Triton converts E4M3 only from compute capability 8.9 on. E4M3 has float16's layout with four
+    bits of exponent in the place of five, and a bias of 7 in the place of 15; E5M2 is the upper half of a float16.
+    """
+    bits = bits.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7) if FORMAT == E4M3 else bits << 8
+    return half.to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -55,6 +72,7 @@ def grouped_product(
     a_ptr,
     in_row_ptr,
     b_ptr,
+    scale_ptr,
     bias_ptr,
     gate_ptr,
     before_ptr,
@@ -67,6 +85,8 @@ def grouped_product(
     b_stride_e,
     b_stride_k,
     b_stride_n,
+    scale_stride_e,
+    scale_stride_n,
     bias_stride_e,
     bias_stride_n,
     out_stride,
@@ -74,6 +94,7 @@ def grouped_product(
     EXPERTS_PADDED: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
+    FORMAT: tl.constexpr,
     EPILOGUE: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -82,7 +103,8 @@ def grouped_product(
 ):
     """out[r] = epilogue(a[row r] @ b[e]) for the rows r of every expert e.
 
-    GATHER: row r of a is in_row[r]. SCATTER: row r of the result is written to out_row[r]. Epilogue GELU_GATE:
+    GATHER: row r of a is in_row[r]. SCATTER: row r of the result is written to out_row[r]. FORMAT: b is float8, given as
+    bytes; its values are multiplied by scale[e, column], float32. Epilogue GELU_GATE:
     gate[r] * gelu_tanh(product + bias[e]); with KEEP the product + bias is written to `before` [A, N] as well.
     """
     pid = tl.program_id(0)
@@ -105,11 +127,16 @@ def grouped_product(
     for start in range(0, K, BLOCK_K):
         depth_used = start + depth < K
         a_tile = tl.load(a, mask=row_used[:, None] & depth_used[None, :], other=0.0)
-        b_tile = tl.load(b, mask=depth_used[:, None] & column_used[None, :], other=0.0)
+        b_tile = tl.load(b, mask=depth_used[:, None] & column_used[None, :], other=0)
+        if FORMAT != WIDE:
+            b_tile = widened(b_tile, FORMAT).to(a_tile.dtype)
         total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
         a += BLOCK_K
         b += BLOCK_K * b_stride_k
     used = row_used[:, None] & column_used[None, :]
+    if FORMAT != WIDE:
+        scale = tl.load(scale_ptr + expert * scale_stride_e + column * scale_stride_n, mask=column_used, other=0.0)
+        total *= (scale * 256 if FORMAT == E4M3 else scale)[None, :]
     if EPILOGUE == GELU_GATE:
         bias = tl.load(bias_ptr + expert * bias_stride_e + column * bias_stride_n, mask=column_used, other=0.0)
         total += bias.to(tl.float32)[None, :]

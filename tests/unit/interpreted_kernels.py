@@ -101,6 +101,32 @@ def expert_case(
     return errors | {"output without gradients": relative(without_gradients_TH, expected_TH.detach())}
 
 
+def float8_case(dtype: torch.dtype) -> dict[str, float]:
+    """Errors against weights that were converted before, with every finite float8 number among them."""
+    torch.manual_seed(3)
+    experts, hidden, width, tokens = 3, 40, 24, 37
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()]
+
+    def weight(*shape: int) -> Tensor:
+        drawn = numbers[torch.randint(len(numbers), (shape[0] * shape[1] * shape[2],))]
+        drawn[: len(numbers)] = numbers[: len(drawn)]
+        return drawn.view(shape).to(dtype)
+
+    up_EFH, down_HEF = weight(experts, width, hidden), weight(hidden, experts, width)
+    scales = [1 / float(up_EFH.float().norm()), 1 / float(down_HEF.float().norm())]
+    x_TH, bias_EF = torch.randn(tokens, hidden), torch.randn(experts, width)
+    routing = route_top_k(x_TH, torch.randn(experts, hidden), None, top_k=2, gate=Gate(mode="normalised", scale=2.0))
+    with mock.patch.object(kernels_seam, "has_kernels", return_value=True):
+        plan = plan_dispatch(routing, x_TH)
+    up_scale, down_scale = (torch.tensor(scale) for scale in scales)
+    found_AF = expert_up(x_TH, plan, up_EFH, bias_EF, up_scale)
+    expected_AF = expert_up(x_TH, plan, up_EFH.float() * up_scale, bias_EF)
+    found_TH = expert_down(expected_AF, plan, down_HEF, down_scale)
+    expected_TH = expert_down(expected_AF, plan, down_HEF.float() * down_scale)
+    return {"up": relative(found_AF, expected_AF.double()), "down": relative(found_TH, expected_TH.double())}
+
+
 def routing_case(tokens: int, experts: int, top_k: int, mode: str, *, ties: bool, masked: bool) -> dict[str, float]:
     """Differences between the router with kernels and without; what is chosen and where it stands must be the same."""
     torch.manual_seed(1)
@@ -185,6 +211,8 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
     yield "half precision", expert_case(20, 40, 3, 24, lambda t: 2, half, uneven=False)
     yield "through experts.py", seam_case(100)
     yield "through experts.py, in chunks", seam_case(20)
+    yield "e4m3", float8_case(torch.float8_e4m3fn)
+    yield "e5m2", float8_case(torch.float8_e5m2)
     yield "route: two, sum", routing_case(70, 12, 2, "sum", ties=False, masked=False)
     yield "route: all, normalised", routing_case(40, 12, 12, "normalised", ties=False, masked=True)
     yield "route: three with ties", routing_case(33, 5, 3, "normalised", ties=True, masked=False)

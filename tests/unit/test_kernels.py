@@ -72,6 +72,14 @@ def test_the_seam_gives_the_same_with_kernels_as_without(errors: dict[str, dict[
     assert {name: error for name, error in errors[case].items() if not error <= 1e-6} == {}
 
 
+@pytest.mark.parametrize("number_format", ["e4m3", "e5m2"])
+def test_weights_in_float8_are_multiplied_as_they_are_stored(
+    errors: dict[str, dict[str, float]], number_format: str
+) -> None:
+    assert len(errors[number_format]) == 2
+    assert {name: error for name, error in errors[number_format].items() if not error <= 1e-6} == {}
+
+
 def test_the_choice_says_why_a_card_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal((8, 0), torch.bfloat16) is None
     assert refusal((12, 0), torch.float16) is None
@@ -113,17 +121,23 @@ def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], blo
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def up_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    numbers = ("K", "N", "a_stride", "b_stride_e", "b_stride_n", "bias_stride_e", "out_stride")
-    pointers = {f"{name}_ptr": "*bf16" for name in ("a", "b", "bias", "before", "out")}
+def up_program(blocks: TileSizes, weights: str = "*bf16") -> tuple[Any, dict[str, str], dict[str, Any]]:
+    numbers = ("K", "N", "a_stride", "b_stride_e", "b_stride_n", "scale_stride_e", "bias_stride_e", "out_stride")
+    pointers = {f"{name}_ptr": "*bf16" for name in ("a", "bias", "before", "out")}
+    pointers |= {"b_ptr": weights, "scale_ptr": "*fp32"}
     pointers |= {"in_row_ptr": "*i64", "out_row_ptr": "*i32", "gate_ptr": "*fp32", "ends_ptr": "*i32"}
     constants = {"EXPERTS": 12, "EXPERTS_PADDED": 16, "GATHER": True, "SCATTER": False, "EPILOGUE": 1, "KEEP": False}
+    constants |= {"FORMAT": 0 if weights == "*bf16" else 1, "scale_stride_n": 0}
     constants |= {"BLOCK_A": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.depth}
     return (
         programs.grouped_product,
         pointers | dict.fromkeys(numbers, "i32"),
         constants | {"b_stride_k": 1, "bias_stride_n": 1},
     )
+
+
+def float8_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    return up_program(blocks, "*u8")
 
 
 def weight_gradient_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any]]:
@@ -146,6 +160,7 @@ def route_program(blocks: TileSizes) -> tuple[Any, dict[str, str], dict[str, Any
 PROGRAMS = {
     "up, crowded experts": (up_program, product_blocks(9216, 12, 2)),
     "up, few rows": (up_program, product_blocks(100, 12, 2)),
+    "up, float8": (float8_program, product_blocks(9216, 12, 2)),
     "weight gradient": (weight_gradient_program, GRADIENT_BLOCKS),
     "routing": (route_program, TileSizes(rows=32, columns=0, depth=64, warps=4, stages=3)),
 }
@@ -155,7 +170,7 @@ PROGRAMS = {
 @pytest.mark.parametrize(
     ("name", "capability"),
     [(name, card) for name in ("up, crowded experts", "weight gradient") for card in SHARED_MEMORY]
-    + [("up, few rows", 80), ("routing", 80)],
+    + [(name, 80) for name in ("up, few rows", "up, float8", "routing")],
 )
 def test_every_card_gets_a_kernel_that_fits_and_spills_nothing(name: str, capability: int, tmp_path: Path) -> None:
     program, blocks = PROGRAMS[name]
