@@ -34,11 +34,11 @@ from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defa
 from ...d2m_model.routers import KINDS
 from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember_model
+from ..model.unloading import unload_patches
 from .calibration import TOKENS_PER_FFN, CalibrationSamples, calibrate_on_prompts, sampling_patches, split_prompts
 from .dense_teacher import open_dense, refuse_others
 from .load_node import load_flux_moe
 from .save_node import baking_note, weight_patches
-from .unloading import unload_patches
 
 _NAME = "Convert FLUX to MoE"
 _FITTED, _RANDOM = "fitted to the prompts", "random"

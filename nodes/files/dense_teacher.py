@@ -27,9 +27,9 @@ from ...d2m_model.keys import bfl_spelling, dense_shapes
 from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
 from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of, is_finite
 from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
+from ..model.unloading import patched_weight, unload_patches
 from .injections import refuse_injections, require_flux, warn_of_foreign
 from .save_node import weight_patches
-from .unloading import patched_weight, unload_patches
 
 _VARIANTS = ("txt_norm.",)  # modules of ComfyUI's Flux that FLUX.1 does not have
 _FLOAT8_LAYOUTS = "TensorCoreFP8"  # prefix of ComfyUI's names for float8 layouts with a scale
@@ -154,7 +154,7 @@ class LoadedTeacher:
     """A teacher in memory (see d2m_model.conversion.interfaces.TeacherTensors).
 
     float8 is returned as bfloat16, other types as the MODEL has them: on a CPU float32, where the file has bfloat16. The
-    MODEL has to be unloaded (unloading.unload_patches) before `tensor` is called. Raises CheckpointError if it is not a
+    MODEL has to be unloaded (model/unloading.py) before `tensor` is called. Raises CheckpointError if it is not a
     dense FLUX.1.
     """
 

@@ -9,8 +9,7 @@ from typing import Any
 from comfy.ldm.flux.model import Flux
 
 from ...d2m_model.blocks import Block
-from ..model.flux_moe import TRANSFORMER_PREFIX
-from .unloading import unload_patches
+from ..model.unloading import unload_patches
 
 _BYPASS = "bypass_lora"  # ComfyUI's name for the injection of Load LoRA (Bypass)
 _MOST_NAMES = 3  # in a message
@@ -38,7 +37,7 @@ def require_flux(model: Any, node: str) -> None:
 
     A module that stands in for it while a MODEL is loaded (an object patch, as of compiling nodes) is taken out.
     """
-    if TRANSFORMER_PREFIX.removesuffix(".") in model.object_patches_backup:
+    if "diffusion_model" in model.object_patches_backup:
         unload_patches(model)
     replacement = type(model.model.diffusion_model)
     if not issubclass(replacement, Flux):

@@ -44,8 +44,8 @@ from ..controls.schedule import Schedule
 from ..controls.widget_text import parse_mask, parse_schedule
 from ..model.flux_moe import TRANSFORMER_PREFIX, require_flux_moe
 from ..model.settings import active_blocks, router_value, settings_of
+from ..model.unloading import patched_weight, unload_patches
 from .injections import refuse_injections, require_flux, warn_of_foreign
-from .unloading import patched_weight, unload_patches
 
 _NAME = "Save FLUX-MoE"
 _PREFIX = "diffusion_models/FLUX-MoE"

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ...d2m_model.blocks import Block
 from ...d2m_model.foreign import printable
-from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoE, FluxMoEModel, transformer_in
+from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoE, FluxMoEModel
+from ..model.unloading import restore_transformer
 from .modulations import ModulationMap
 from .patches import PermutedPatch
 from .shapes import WeightShape, fits, format_shape, shape_of_change
@@ -39,7 +40,7 @@ class MoEWeights:
     """Facts that a LoRA needs of a FLUX-MoE's weights, by their names in the MODEL."""
 
     def __init__(self, model: FluxMoEModel) -> None:
-        flux = transformer_in(model.diffusion_model)
+        flux = model.diffusion_model
         if not isinstance(flux, FluxMoE):
             replacement = type(model.diffusion_model)
             raise ValueError(
@@ -158,6 +159,8 @@ def wrap_key_map(original: Callable[..., dict]) -> Callable[..., dict]:
 
     @functools.wraps(original)
     def model_lora_keys_unet(model: Any, key_map: dict | None = None) -> dict:
+        if isinstance(model, FluxMoEModel):
+            restore_transformer(model)
         # ComfyUI's default is one dict for all calls, which would hand our keys to the next model.
         key_map = original(model, {} if key_map is None else key_map)
         if isinstance(model, FluxMoEModel):

@@ -109,7 +109,7 @@ def wrap_add_patches(original: Callable[..., Any], index: int) -> Callable[..., 
 
 def register() -> None:
     """Wrap ComfyUI's methods, unless they are wrapped already."""
-    wraps = {
+    wraps: dict[str, Callable[[Callable], Callable]] = {
         "get_key_patches": wrap_get_key_patches,
         "add_patches": functools.partial(wrap_add_patches, index=0),
         "add_hook_patches": functools.partial(wrap_add_patches, index=1),

@@ -148,7 +148,7 @@ class FluxMoEWithGroups(FluxMoE):
             return super()._forward(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
 
 
-def transformer_in(module: nn.Module) -> nn.Module | None:
+def transformer_in(module: nn.Module) -> Any:
     """Return the transformer of a FLUX-MoE in the module of another pack that wraps it; None if it does not hold it."""
     return next((part for part in module.modules() if CONFIG_KEY in part._buffers), None)
 

@@ -70,10 +70,8 @@ def pair(host: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(dense, split, dense_file, moe_file, host.load(dense_file), host.load(moe_file))
 
 
-def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -> Any:
-    """A clone with a LoRA on every linear layer of the blocks, named as kohya's tools name them."""
-    import comfy.sd
-
+def lora_for(model: Any, seed: int = 1, rank: int = 4) -> dict[str, Tensor]:
+    """A LoRA on every linear layer of the blocks, named as kohya's tools name them."""
     generator, lora = torch.Generator().manual_seed(seed), {}
     for name, weight in model.model.diffusion_model.named_parameters():
         if not name.startswith(BLOCKS) or weight.ndim != 2 or "router" in name or ".capacity." in name:
@@ -82,6 +80,14 @@ def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -
         key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
         lora[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator) * width**-0.5
         lora[f"{key}.lora_up.weight"] = torch.randn(out, rank, generator=generator) * 0.3
+    return lora
+
+
+def with_lora(model: Any, strength: float = 0.8, seed: int = 1, rank: int = 4) -> Any:
+    """A clone with `lora_for` this model."""
+    import comfy.sd
+
+    lora = lora_for(model, seed, rank)
     return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
 
 

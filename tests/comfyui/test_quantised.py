@@ -252,6 +252,7 @@ def test_routers_stored_in_float8_still_choose(host: Comfy, pair: Pair, tmp_path
     cast = {name: tensor.to(fp8) if tensor.is_floating_point() else tensor for name, tensor in pair.split.items()}
     up = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in cast.items()}
     found, expected = (
-        load(host, write("", tensors, tmp_path / f"{name}.safetensors")) for name, tensors in (("cast", cast), ("up", up))
+        load(host, write("", tensors, tmp_path / f"{name}.safetensors"))
+        for name, tensors in (("cast", cast), ("up", up))
     )
     assert torch.equal(host.sample(found, steps=1), host.sample(expected, steps=1))

@@ -18,6 +18,16 @@ def unload_patches(patcher: Any) -> None:
         patcher.detach()
 
 
+def restore_transformer(model: Any) -> None:
+    """Unload a comfy BaseModel if a MODEL of it is loaded with another module in place of the transformer.
+
+    Compiling nodes exchange it so (as an object patch), and the names of the weights with it.
+    """
+    for patcher in comfy.model_management.loaded_models():
+        if patcher.model is model and "diffusion_model" in patcher.object_patches_backup:
+            unload_patches(patcher)
+
+
 def patched_weight(patcher: Any, key: str) -> Any:
     """Return a weight with the patches of this MODEL, as ComfyUI would use it, and leave the MODEL as it is.
 
