@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GPU = torch.device("cuda")
+GPU = torch.device("cuda:1")  # not the current device, so that a tensor made without its device is an error
 BLOCK = 512  # bytes: the unit of torch's allocator
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("d2m_model", "nodes")

@@ -15,6 +15,9 @@ from d2m_model.config import FluxMoEConfig, Gate, paper_layout
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, flux_moe_tensors
 from d2m_model.hosts.diffusers.tensors import load_tensors
 from d2m_model.moe import FusedFFN, MoEFFN
+from d2m_model.routers import Routing
+from d2m_model.trace import Evaluation, Pass, Run
+from d2m_model.trace_record import SampleKey
 from tests.toys.fake_gpu import GPU, HOST_WAITS, HostWaits, LiveMemory
 from tests.toys.students import student_config
 
@@ -114,3 +117,27 @@ def test_the_host_waits_for_what_is_listed_only(
     expected = {blocks, predicted} if capacity else {blocks}
     assert recorded.waits == (set() if training else expected)
     assert recorded.waits <= set(HOST_WAITS)
+
+
+def test_a_trace_waits_for_its_copy_on_the_gpu_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream in which the event is recorded is that of the buffer's GPU, which is not the current one."""
+    recorded = []
+
+    class Event:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def record(self, stream: object) -> None:
+            recorded.append((self.device, stream))
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    config = student_config()
+    ffn, layout = next(iter(config.ffns.items()))
+    with FakeTensorMode():
+        evaluation = Evaluation(torch.empty(1, device=GPU), passes=[Pass([SampleKey("positive", 0, 0)], 7, 0)])
+        logits_TE = torch.empty(16, layout.experts, device=GPU)
+        routing = Routing.even(logits_TE.argsort()[:, :2], logits_TE[:, :2], logits_TE, gate_unit=1.0)
+        evaluation.passes[0].recorder.experts(ffn, routing, 1, config.gate)
+        Run(config, (4, 4), limit=1 << 20).end(evaluation)
+    assert recorded == [(GPU, ("stream of", GPU))]
