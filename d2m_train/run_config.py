@@ -243,8 +243,9 @@ class ExportSection(Section):
 class RunConfig(Section):
     output_dir: FilePath
     seed: int = 0
-    resume: Literal["latest", "never"] = "never"
-    """`latest`: continue the run in output_dir where it stopped, or start it."""
+    resume: Literal["latest", "changed", "never"] = "never"
+    """`latest`: continue the run in output_dir where it stopped, or start it. `changed`: do so with other steps or learning
+    rates of its stages."""
     restart: Stage | None = None
     """Repeat this stage of the run in output_dir, and those after it."""
     stages: tuple[Stage, ...] = STAGES

@@ -32,6 +32,7 @@ from ..parallel.ranks import Ranks
 from ..run_config import STAGES, RunConfig, Stage, load_run
 from ..teacher.frozen import open_frozen_teacher
 from ..teacher.loras import fused_file
+from ..training.changed_steps import reopen_stage
 from ..training.end_to_end import train_end_to_end
 from ..training.loop import Stopped
 from ..training.run_identity import check_same_run, check_same_sources, run_identity, stage_identity
@@ -101,6 +102,8 @@ class Distill:
         train = train_end_to_end
         if run.training.blockwise:
             check_blockwise(run, self.ranks)
+            if run.resume == "changed":
+                raise UserError("resume=changed is for stages that are trained end to end, not training.blockwise.")
             train = train_blockwise
         self.ranks.say(f"{self.ranks.count} {'process' if self.ranks.count == 1 else 'processes'}.")
         if self.ranks.main:
@@ -120,7 +123,7 @@ class Distill:
         teacher: FluxTransformer2DModel | None = None
         for stage in self._training():
             done = run.output_dir / stage / "student.safetensors"
-            if done.exists():
+            if done.exists() and not self._reopened(stage):
                 self.ranks.say(f"{stage}: {done} is there already.")
                 continue
             source = latest_student(run, stage, trainable_stages(self._config()))
@@ -146,6 +149,11 @@ class Distill:
                 )
         if "export" in run.stages:
             self._export()
+
+    def _reopened(self, stage: Stage) -> bool:
+        """Return whether a finished stage goes on, on every rank as on the main one."""
+        reopened = self.ranks.main_value(int(self.ranks.main and reopen_stage(self.run, stage)))
+        return bool(reopened)
 
     def _check_teacher(self, path: Path) -> None:
         """Check run and teacher before data are prepared. Its values count until the student is made of them."""

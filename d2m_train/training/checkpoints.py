@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -47,6 +47,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.identity, self.keep, self.main, self.wait = folder, dict(identity), keep, main, wait
         self.hints: dict[str, Callable[[Any], str]] = {}  # by key of `identity`: advice, given the stored value
+        self.free: Container[str] = ()  # keys of `identity` that may have changed
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -55,6 +56,9 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06}"
+
+    def manifest_file(self, step: int) -> Path:
+        return self.path(step) / _MANIFEST
 
     def save(self, step: int, state: dict[str, Any], extra: Mapping[str, Any]) -> None:
         """Write `state` (tensors, sharded or not) and `extra` (JSON), then delete all but the last `keep` checkpoints.
@@ -105,7 +109,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: {_MANIFEST} cannot be read ({error}); {_older(path)}") from None
         differs = sorted(
-            key for key in {**stored, **self.identity} if stored.get(key, None) != self.identity.get(key, None)
+            key
+            for key in {**stored, **self.identity}
+            if stored.get(key, None) != self.identity.get(key, None) and key not in self.free
         )
         if differs:
             listed = "; ".join(f"{key} was {stored.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)

@@ -10,6 +10,7 @@ from functools import partial
 from d2m_model.blocks import blocks_of
 from d2m_model.tensor_file import TensorFile
 
+from .. import UserError
 from ..data.batch import Batch
 from ..distillation.losses import StepLosses
 from ..distillation.router_losses import RouterTraining
@@ -18,6 +19,7 @@ from ..distillation.step import Distillation
 from ..monitor.stage_log import StageLog
 from ..monitor.student_monitor import StudentMonitor
 from ..parallel.parameters import full_tensor, local_share
+from .changed_steps import changeable, schedule_text, stored_identity
 from .loop import TrainingLoop
 from .stage_run import StageRun
 from .student_file import fill_student, meta_student
@@ -48,7 +50,15 @@ def train_end_to_end(stage_run: StageRun) -> None:
     checkpoints = stage_run.checkpoints(stage_run.checkpoint_folder, **{_MICROBATCHES: microbatches})
     checkpoints.hints[_MICROBATCHES] = partial(_microbatches_hint, processes=ranks.count)
     loop = TrainingLoop(stage_run, trainee, EndToEnd(stage_run, trainee, plan), checkpoints)
+    if run.resume == "changed":
+        checkpoints.free = changeable(stage)
     start = loop.resume()
+    if start > steps:
+        raise UserError(f"stage.{stage}.steps is {steps}, but {start} are done already; expected {start} or more.")
+    if start and (
+        text := schedule_text(stage, stored_identity(checkpoints, start), stage_run.section, run.training, start)
+    ):
+        ranks.say(text)
     if start:
         ranks.say(f"{stage}: going on at {checkpoints.path(start).name} of {steps} steps.")
     with stage_run.open_log(steps=steps, start=start) as log:

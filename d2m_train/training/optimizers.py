@@ -55,6 +55,14 @@ def new_optimizer(
     return optimizer, schedule
 
 
+def scheduled_rate(step: int, stage: StageSection, training: TrainingSection) -> float:
+    """Return the learning rate after `step` steps of a stage."""
+    _, schedule = new_optimizer(
+        [nn.Parameter(torch.zeros(1))], stage, training.model_copy(update={"optimizer": "adamw"})
+    )
+    return float(stage.learning_rate * schedule.lr_lambdas[0](step))
+
+
 class WeightAverage:
     """A running average (EMA) of the trained weights; the decay grows to `decay`, so that the first steps fade fast.
 

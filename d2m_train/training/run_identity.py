@@ -16,6 +16,7 @@ from ..data.batch import DataSource
 from ..data.pictures import PictureSource
 from ..fingerprint import fingerprint
 from ..run_config import STAGES, RunConfig, Stage
+from .changed_steps import changeable
 
 # Fields that a run may change when it resumes: where it, its teacher and its data are (teacher and data are compared by
 # content), what it logs and keeps, which stages it runs, and how a global batch is gathered (end_to_end.py compares the number
@@ -60,7 +61,7 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
     """Raise UserError, with the differences, if output_dir holds a run that this one does not continue."""
     if not _begun(stored.parent):
         return  # nothing depends on what a first start had, which failed
-    if run.resume != "latest" and run.restart is None:
+    if run.resume == "never" and run.restart is None:
         raise UserError(
             f"{stored.parent} holds a run already. Go on with it by resume=latest, or name another output_dir."
         )
@@ -69,17 +70,21 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     now = _bound(run.model_dump(mode="json"))
+    free = [key for stage in STAGES for key in changeable(stage)]
     restarted = STAGES[STAGES.index(run.restart) :] if run.restart else ()
     begun = tuple(f"stage.{stage}." for stage in STAGES if stage not in restarted and (stored.parent / stage).is_dir())
     differs = [
         f"{key} was {before.get(key)!r}, is {now[key]!r}"
         for key in now
-        if before.get(key) != now[key] and (not key.startswith("stage.") or key.startswith(begun))
+        if before.get(key) != now[key]
+        and (not key.startswith("stage.") or key.startswith(begun))
+        and not (run.resume == "changed" and key in free)
     ]
     if differs:
+        asked = any(difference.startswith(tuple(free)) for difference in differs)
         raise UserError(
-            f"{stored.parent} holds another run: {'; '.join(differs)}. "
-            "Give what it was made with, or another output_dir for a new run."
+            f"{stored.parent} holds another run: {'; '.join(differs)}. Give what it was made with, or another output_dir "
+            f"for a new run.{' Steps and learning rates may change with resume=changed.' if asked else ''}"
         )
 
 

@@ -253,6 +253,25 @@ def test_another_run_does_not_go_on_in_this_folder(
     assert "resume=latest" in error_of(main([*again, "resume=never"]), capsys)
 
 
+def test_more_steps_and_another_learning_rate_go_on_when_asked(
+    begun: Callable[..., list[str]], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("stage.shared.steps=6", "stage.experts.steps=0", "stage.shared.learning_rate=5e-4")
+    again = [*begun("blocks"), *steps, "stages=[shared]"]
+    out = Path(again[-5].removeprefix("output_dir="))
+    assert "may change with resume=changed" in error_of(main(again), capsys)
+    assert "add restart=experts" in error_of(main([*again, "resume=changed"]), capsys)
+    assert main([*again, "resume=changed", "stages=[shared,experts]", "restart=experts"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "shared: 6 steps instead of 4, learning rate 0.0005 instead of 0.001. The cosine schedule is now that" in said
+    )
+    assert steps_logged(out, "shared") == [1, 2, 3, 4, 5, 6]
+    assert changed(weights(finished, "shared"), weights(out, "shared"))
+    assert main([*again, "resume=latest"]) == 0
+    assert "expected 6 or more" in error_of(main([*again, "resume=changed", "stage.shared.steps=5"]), capsys)
+
+
 def test_another_teacher_is_refused_on_resume(
     begun: Callable[..., list[str]], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
