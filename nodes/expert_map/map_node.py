@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...d2m_model.blocks import FFN, Block
 from ...d2m_model.trace_record import NO_EXPERT, SampleKey, Trace
+from ..model.flux_moe import require_link
 from .map_image import Panel, draw_panels
 from .trace_node import TraceType
 from .trace_store import STORE, TraceHandle
@@ -166,6 +167,9 @@ def _requested_run(handle: TraceHandle, image: Tensor | None, latent: dict[str, 
 
     Raises ValueError if there is none: if neither is connected, nothing makes this node wait for the sampler.
     """
+    require_link(handle, TraceHandle, _TITLE, prefix.removesuffix("_") or "trace")
+    require_link(image, (Tensor, type(None)), _TITLE, f"{prefix}image")
+    require_link(latent, (dict, type(None)), _TITLE, f"{prefix}latent")
     if image is None and latent is None:
         raise ValueError(
             f"{_TITLE} has to wait for the sampler: connect {prefix}image (the image that was sampled with the traced "

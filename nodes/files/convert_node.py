@@ -34,6 +34,7 @@ from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defa
 from ...d2m_model.routers import KINDS
 from ...d2m_model.tensor_file import FLOAT8
 from ..cost import remember_model
+from ..model.flux_moe import require_link
 from ..model.unloading import unload_patches
 from .calibration import TOKENS_PER_FFN, CalibrationSamples, calibrate_on_prompts, sampling_patches, split_prompts
 from .dense_teacher import open_dense, refuse_others
@@ -354,6 +355,7 @@ class ConvertFlux(io.ComfyNode):
             calibrated=calibration is not None,
         )
         refuse_others(model, _NAME)
+        require_link(calibration, (list, type(None)), _NAME, "calibration")
         settings = CalibrationSamples(samples=samples, steps=steps, size=size // 16 * 16, seed=seed)
         folder = Path(folder_paths.get_temp_directory())
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import comfy.model_base
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from ...d2m_model.conversion.convert import UNHASHED, UNKNOWN_LICENCE, describe_
 from ...d2m_model.keys import bfl_spelling, dense_shapes
 from ...d2m_model.teacher import DenseTeacher, dequantise_float8, open_teacher
 from ...d2m_model.tensor_file import FLOAT8, Shape, bytes_of, is_finite
-from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel
+from ..model.flux_moe import TRANSFORMER_PREFIX, FluxMoEModel, require_link
 from ..model.unloading import patched_weight, unload_patches
 from .injections import refuse_injections, require_flux, warn_of_foreign
 from .save_node import weight_patches
@@ -37,6 +38,7 @@ _FLOAT8_LAYOUTS = "TensorCoreFP8"  # prefix of ComfyUI's names for float8 layout
 
 def refuse_others(model: Any, node: str) -> None:
     """Raise ValueError unless this MODEL has a dense FLUX.1, with all changes in weights whose neurons can be reordered."""
+    require_link(model, ModelPatcher, node, "model")
     base = model.model
     if isinstance(base, FluxMoEModel):
         raise ValueError(f"{node}: this MODEL is a FLUX-MoE already. Connect a dense FLUX.")

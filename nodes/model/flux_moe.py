@@ -17,6 +17,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...d2m_model.blocks import FFN, Block, blocks_of
@@ -260,8 +261,15 @@ class FluxMoEModel(comfy.model_base.Flux):
 TRANSFORMER_PREFIX = "diffusion_model."  # of the transformer's tensors in a MODEL
 
 
+def require_link(value: Any, kind: type | tuple[type, ...], node: str, name: str) -> None:
+    """Raise ValueError if an input that only another node can give is something else: a prompt's JSON may have anything."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{node}: {name} is {repr(value)[:100]}. Connect the output of another node.")
+
+
 def require_flux_moe(model: Any, node: str) -> FluxMoEModel:
     """Return the FLUX-MoE in the ModelPatcher `model`. Raises ValueError, naming the node, for another model."""
+    require_link(model, ModelPatcher, node, "model")
     base_model = model.model
     if not isinstance(base_model, FluxMoEModel):
         raise ValueError(

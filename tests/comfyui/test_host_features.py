@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
+from tests.comfyui.converting import GIVEN
 from tests.toys import files
 from tests.toys.compare import distance
 
@@ -73,3 +75,24 @@ def test_registering_twice_changes_nothing(host: Comfy) -> None:
     assert entries == comfy.supported_models.models
     assert load_lora is comfy.lora.load_lora
     assert [entry.__name__ for entry in entries[:3]] == ["FluxMoEInpaint", "FluxMoEDev", "FluxMoESchnell"]
+
+
+@pytest.mark.parametrize(
+    ("node_id", "inputs", "name"),
+    [
+        ("D2MTopK", {"model": 5, "top_k": 2, "gate": "sum"}, "model"),
+        ("D2MTraceRouting", {"model": "x"}, "model"),
+        ("D2MSaveFluxMoE", {"model": None, "filename_prefix": "x"}, "model"),
+        ("D2MConvertFlux", {**GIVEN, "model": {}}, "model"),
+        (
+            "D2MExpertMap",
+            {"trace": 5, "step": 0, "block": 0, "prompt": "x", "opacity": 1.0, "numbers": False, "legend": False},
+            "trace",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_stands_in_place_of_a_link_is_said(host: Comfy, node_id: str, inputs: dict[str, Any], name: str) -> None:
+    """ComfyUI passes on whatever a prompt's JSON has there."""
+    with pytest.raises(ValueError, match=rf"{name} is .*\. Connect the output of another node"):
+        host.run(node_id, **inputs)
