@@ -36,8 +36,8 @@ from ...d2m_model.mob import (
     scatter_rows,
     select_rows,
 )
-from .blocks import router_linear, router_weights
 from .settings import CHOSEN_KEY, CallSettings, FileSettings, active_blocks, complete_options, settings_of
+from .weights import router_linear, router_weights
 
 # By group: the samples of each of its blocks; None if the group has chosen more than once.
 GroupChoices = dict[int, list[SampleSubset] | None]

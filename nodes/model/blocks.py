@@ -15,12 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management
-import comfy.ops
 import torch
-import torch.nn.functional as F
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
-from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...d2m_model.config import FFNLayout
@@ -29,51 +25,7 @@ from ...d2m_model.routers import Routing
 from .call_arguments import CallArguments
 from .custom_operators import Handed, down_in_graph, up_in_graph
 from .settings import CallSettings, FileSettings, GraphSettings
-
-# Weights
-
-
-def cast(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Cast weight and bias of `linear` for x as ComfyUI does: patched, moved and dequantised once.
-
-    Returns weight, bias, and the token for comfy.ops.uncast_bias_weight after their last use. Until then nothing else may
-    be cast (see `router_weights`).
-    """
-    weight, bias, token = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
-    smoothing = getattr(linear, "pre_quant_scale", None)  # scales the layer's input, and therefore the weight's columns
-    if smoothing is not None:
-        weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
-    return weight, bias, token
-
-
-def router_linear(weight: Tensor, bias: bool, device: torch.device | None) -> nn.Linear:
-    """Make an empty layer for `weight`, in the file's dtype, so that choices do not depend on the model's dtype.
-
-    It is not a layer of the model's own operations, which might quantise it.
-    """
-    layer: nn.Linear = comfy.ops.manual_cast.Linear(
-        weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype, device=device
-    )
-    return layer
-
-
-def router_weights(router: nn.Linear, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a router's layer on `device`, in their own dtype, for as long as they are needed.
-
-    ComfyUI casts offloaded layers into one buffer per offload stream, where the next casts overwrite them. A router needs
-    several layers at once, so their casts are copied, which at their size costs little.
-    """
-    dtype = router.weight.dtype
-    weight, bias, token = comfy.ops.cast_bias_weight(
-        router, dtype=dtype, bias_dtype=dtype, device=device, offloadable=True
-    )
-    if weight is not router.weight:
-        weight, bias = weight.clone(), None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(router, weight, bias, token)
-    return weight, bias
-
+from .weights import CastLinear, cast_linear, router_linear, router_weights
 
 # Routed FFNs
 
@@ -187,20 +139,18 @@ class ExpertLayer(nn.Module):
         x_TH = x_BTH.flatten(0, -2)
         routing = self.route(x_BTH, settings)
         plan = plan_experts(routing, x_TH, self.layout.width)
-        weight, bias, token = cast(linear, x_BTH)
-        y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
-        experts = (self.layout.experts, self.layout.width)
-        hidden_AF = expert_up(x_TH, plan, weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts))
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        cast = cast_linear(linear, x_BTH, keep_float8=_takes_float8(plan))
+        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=slice(rows))
+        hidden_AF = expert_up(x_TH, plan, *self._up_experts(cast, rows), cast.scale)
+        cast.release()
         return y_BTN, Routed(routing, plan, hidden_AF)
 
     def _down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
         columns = x_BTN.shape[-1]
-        weight, bias, token = cast(linear, x_BTN)
-        y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
-        experts = (self.layout.experts, self.layout.width)
-        y_TH = expert_down(routed.hidden_AF, routed.plan, weight[:, columns:].unflatten(1, experts))
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        cast = cast_linear(linear, x_BTN, keep_float8=_takes_float8(routed.plan))
+        y_BTH = cast.product(x_BTN, cast.bias, columns=slice(columns))
+        y_TH = expert_down(routed.hidden_AF, routed.plan, self._down_experts(cast, columns), cast.scale)
+        cast.release()
         if self.expert_mean is not None:
             y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
         return y_BTH + y_TH.view_as(y_BTH)
@@ -209,24 +159,35 @@ class ExpertLayer(nn.Module):
         self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: GraphSettings
     ) -> tuple[Tensor, Handed]:
         tensors = self.router_tensors(x_BTH.device)
-        weight, bias, token = cast(linear, x_BTH)
-        y_BTN = F.linear(x_BTH, weight[:rows], bias[:rows])
-        experts = (self.layout.experts, self.layout.width)
-        up_EFH, up_bias_EF = weight[rows:].unflatten(0, experts), bias[rows:].unflatten(0, experts)
-        x_TH = x_BTH.flatten(0, -2)
-        handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, up_EFH, up_bias_EF)
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        cast = cast_linear(linear, x_BTH)
+        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=slice(rows))
+        x_TH, experts = x_BTH.flatten(0, -2), self._up_experts(cast, rows)
+        handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, *experts)
+        cast.release()
         return y_BTN, handed
 
     def _down_in_graph(self, linear: nn.Module, x_BTN: Tensor, handed: Handed) -> Tensor:
         columns = x_BTN.shape[-1]
-        weight, bias, token = cast(linear, x_BTN)
-        y_BTH = F.linear(x_BTN, weight[:, :columns], bias)
-        experts = (self.layout.experts, self.layout.width)
+        cast = cast_linear(linear, x_BTN)
+        y_BTH = cast.product(x_BTN, cast.bias, columns=slice(columns))
         mean_EH = None if self.expert_mean is None else self.expert_mean.to(x_BTN.device)
-        y_TH = down_in_graph(handed, weight[:, columns:].unflatten(1, experts), mean_EH)
-        comfy.ops.uncast_bias_weight(linear, weight, bias, token)
+        y_TH = down_in_graph(handed, self._down_experts(cast, columns), mean_EH)
+        cast.release()
         return y_BTH + y_TH.view_as(y_BTH)
+
+    def _up_experts(self, cast: CastLinear, first_row: int) -> tuple[Tensor, Tensor]:
+        """Return W1 [E, F, H] and its bias [E, F] of the experts, as views."""
+        experts = (self.layout.experts, self.layout.width)
+        return cast.weight[first_row:].unflatten(0, experts), cast.bias[first_row:].unflatten(0, experts)
+
+    def _down_experts(self, cast: CastLinear, first_column: int) -> Tensor:
+        """Return W2 [H, E, F] of the experts, as a view."""
+        return cast.weight[:, first_column:].unflatten(1, (self.layout.experts, self.layout.width))
+
+
+def _takes_float8(plan: Dispatch | EveryExpert) -> bool:
+    """Return whether the experts' products take weights in float8 as they are stored."""
+    return isinstance(plan, Dispatch) and plan.fused and not torch.is_grad_enabled()
 
 
 class ExpertFFN(ExpertLayer, nn.Sequential):

@@ -256,3 +256,55 @@ def test_routers_stored_in_float8_still_choose(host: Comfy, pair: Pair, tmp_path
         for name, tensors in (("cast", cast), ("up", up))
     )
     assert torch.equal(host.sample(found, steps=1), host.sample(expected, steps=1))
+
+
+FLOAT8 = ("scaled_fp8", "listed in the header", "float8_e4m3fn", "float8_e5m2")
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_experts_take_float8_as_it_is_stored_where_kernels_do(
+    host: Comfy, quantised: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The seam of the Triton kernels, which need a GPU: here their part is done by torch, on converted weights."""
+    file, dense = quantised(kind)
+    blocks, kept = host.module("nodes.model.blocks"), []
+
+    def wide(weight: Tensor, scale: Tensor | None) -> Tensor:
+        kept.append((weight.dtype.itemsize, scale is not None and scale.dtype == torch.float32))
+        return weight if scale is None else weight.float() * scale
+
+    up, down = blocks.expert_up, blocks.expert_down
+    monkeypatch.setattr(host.module("d2m_model.experts"), "computes_every_expert", lambda *_: False)
+    monkeypatch.setattr(blocks, "_takes_float8", lambda plan: True)
+    monkeypatch.setattr(blocks, "expert_up", lambda x, plan, w, bias, scale: up(x, plan, wide(w, scale), bias))
+    monkeypatch.setattr(blocks, "expert_down", lambda hidden, plan, w, scale: down(hidden, plan, wide(w, scale)))
+    moe = host.top_k(load(host, file), ALL)
+    assert distance(host.sample(moe, steps=1), host.sample(dense, steps=1)) <= 1e-5
+    assert set(kept) == {(1, True)}
+    kept.clear()
+    patched = with_lora(moe)
+    host.unload()
+    patched.load(DEVICE, lowvram_model_memory=1)  # patched as it is used: such weights are wide
+    host.evaluate(patched)
+    patched.detach()
+    assert (4, False) in kept
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_the_shared_part_is_computed_in_float8_as_comfyuis_own_layer_does(
+    host: Comfy, quantised: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    weights = host.module("nodes.model.weights")
+    layer = load(host, quantised(kind)[0]).model.diffusion_model.single_blocks[0].linear1
+    monkeypatch.setattr(layer, "_full_precision_mm", False)  # as on a GPU that multiplies float8
+    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        cast = weights.cast_linear(layer, x, keep_float8=True)
+        found = cast.product(x, cast.bias[:32], rows=slice(32))
+        cast.release()
+        expected = type(layer).forward(layer, x)[..., :32]
+        monkeypatch.setattr(layer, "_full_precision_mm", True)
+        rough = type(layer).forward(layer, x)[..., :32]
+    assert cast.weight.dtype.itemsize == 1
+    assert distance(found, expected) <= 1e-6
+    assert 1e-3 <= distance(rough, expected) <= 0.1  # the input was quantised too
