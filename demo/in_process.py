@@ -1,4 +1,4 @@
-"""ComfyUI in this Python process, on the CPU and without a server: tests and benchmarks call its nodes directly."""
+"""ComfyUI in this Python process, mostly on the CPU and without a server: tests and benchmarks call its nodes directly."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONTEXT_TOKENS = 7
 class Comfy:
     """The ComfyUI in use, imported; at most one in a process. Models, input and output lie in `base`."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *, cpu: bool = True) -> None:
         # Ahead of the project's root, which has a package called nodes as well.
         sys.path.insert(0, str(host_in_use().path))
         from comfy.cli_args import args
 
-        args.cpu = True
+        args.cpu = cpu
         args.base_directory = str(base)
         # ComfyUI's own choice for a CPU depends on the free memory.
         args.use_pytorch_cross_attention = True

@@ -22,7 +22,7 @@ from tests.comfyui import grouped
 from tests.comfyui.conftest import with_lora
 from tests.comfyui.grouped import DEVICE, GROUPS
 from tests.comfyui.serving import EMOJI, TINY_CONDITIONING, node
-from tests.toys import files
+from tests.toys import files, gpu_programs
 
 KINDS: dict[str, dict[str, Any]] = {
     "experts": {},
@@ -152,6 +152,10 @@ def test_no_cast_is_used_after_its_buffer_was_taken(
     moe.detach()
     assert buffers.casts
     assert torch.equal(found, expected)
+
+
+def test_comfyuis_own_streams_bring_in_routers_unharmed() -> None:
+    gpu_programs.run(gpu_programs.offloaded_routers)
 
 
 # A server that runs for long

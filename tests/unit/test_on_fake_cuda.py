@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,30 +9,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2m_model import experts
 from d2m_model.checkpoint import CONFIG_KEY, expected_tensors
-from d2m_model.config import FluxMoEConfig, Gate, paper_layout
-from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, flux_moe_tensors
-from d2m_model.hosts.diffusers.tensors import load_tensors
+from d2m_model.config import Gate, paper_layout
+from d2m_model.hosts.diffusers import flux_moe_tensors
 from d2m_model.moe import FusedFFN, MoEFFN
 from d2m_model.routers import Routing
 from d2m_model.trace import Evaluation, Pass, Run
 from d2m_model.trace_record import SampleKey
+from tests.toys import gpu_programs
 from tests.toys.fake_gpu import GPU, HOST_WAITS, HostWaits, LiveMemory
-from tests.toys.students import student_config
+from tests.toys.students import inputs_on, stored_tensors, student_config, student_on
 
 HIDDEN_SIZE, TOKENS = 3072, 4608  # FLUX.1's, at 1024 x 1024 pixels
-
-
-def stored_tensors(config: FluxMoEConfig) -> Callable[[str], Tensor]:
-    """Return a function that gives the tensors of a student's file, which are on the CPU."""
-    shapes = expected_tensors(config)
-    return lambda name: torch.empty(shapes[name], dtype=torch.int32 if name.endswith("neuron_order") else torch.float32)
-
-
-def on_gpu(config: FluxMoEConfig) -> FluxMoETransformer2DModel:
-    with torch.device("meta"):
-        model = FluxMoETransformer2DModel(config)
-    load_tensors(model, config, (), stored_tensors(config), torch.float32, GPU)
-    return model
 
 
 def test_a_student_trained_in_part_on_a_gpu_can_be_written() -> None:
@@ -42,7 +27,7 @@ def test_a_student_trained_in_part_on_a_gpu_can_be_written() -> None:
     shapes = expected_tensors(config)
     stored = stored_tensors(config)
     with FakeTensorMode():
-        model = on_gpu(config)
+        model = student_on(GPU, config)
         # Stage `shared`: the routed weights, which share their tensors in the file with the shared ones, are frozen.
         frozen = {name for name, _ in model.named_parameters() if ".shared_" not in name}
         assert 0 < len(frozen) < len(dict(model.named_parameters()))
@@ -98,20 +83,10 @@ def test_the_host_waits_for_what_is_listed_only(
 ) -> None:
     monkeypatch.setattr(experts, "computes_every_expert", lambda *sizes: False)
     config = student_config(capacity=capacity)
-    batch, pixels, tokens, dims = 2, 16, 7, config.dims
     with FakeTensorMode(), torch.no_grad():
-        model = on_gpu(config).train(training)
-        inputs = {
-            "hidden_states": torch.empty(batch, pixels, dims.in_channels, device=GPU),
-            "encoder_hidden_states": torch.empty(batch, tokens, dims.context_size, device=GPU),
-            "pooled_projections": torch.empty(batch, dims.vector_size, device=GPU),
-            "timestep": torch.empty(batch, device=GPU),
-            "guidance": torch.empty(batch, device=GPU),
-            "img_ids": torch.empty(pixels, 3, device=GPU),
-            "txt_ids": torch.empty(tokens, 3, device=GPU),
-        }
+        model = student_on(GPU, config).train(training)
         with HostWaits() as recorded:
-            output = model(**inputs).sample
+            output = model(**inputs_on(GPU)).sample
     assert output.device.type == GPU.type
     blocks, predicted = ("d2m_model/mob.py", "item"), ("d2m_model/routers/capacity_routing.py", "nonzero")
     expected = {blocks, predicted} if capacity else {blocks}
@@ -141,3 +116,8 @@ def test_a_trace_waits_for_its_copy_on_the_gpu_that_makes_it(monkeypatch: pytest
         evaluation.passes[0].recorder.experts(ffn, routing, 1, config.gate)
         Run(config, (4, 4), limit=1 << 20).end(evaluation)
     assert recorded == [(GPU, ("stream of", GPU))]
+
+
+@pytest.mark.slow
+def test_a_training_step_gives_gradients_on_the_gpu_without_a_wait() -> None:
+    gpu_programs.run(gpu_programs.training_step)
