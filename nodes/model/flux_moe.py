@@ -241,7 +241,7 @@ class FluxMoEModel(comfy.model_base.Flux):
         settings = settings_of(options)
         if flux is not None:
             check_blocks(flux, config)
-            flux.keep_buffers_on(x.device)
+            FluxMoE.keep_buffers_on(flux, x.device)  # packs may have exchanged its class, which leaves its blocks
         if flux is not self.diffusion_model or may_compile(flux):
             options[GRAPH_KEY] = graph_settings(config, settings, x.device)
         if config.groups:  # used if another pack replaces the transformer's _forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from types import MethodType, ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.grouped import Grouped, active
+from tests.comfyui.test_live import Desk, at_step, desk, graph_of, of_log  # noqa: F401 (fixtures)
 from tests.toys import files
 from tests.toys.compare import distance
 
@@ -187,3 +189,34 @@ def test_wrappers_hand_arguments_on_as_they_came(host: Comfy, pair: Pair) -> Non
     assert behind[WrappersMP.PREDICT_NOISE] == {"x", "timestep", "model_options", "seed"}
     assert "transformer_options" in behind[WrappersMP.APPLY_MODEL]
     assert len(handle.runs) == 2
+
+
+def test_live_values_log_and_replay_hold_where_options_are_missing(
+    host: Comfy,
+    pair: Pair,
+    own_loop: Patch,
+    desk: Desk,  # noqa: F811
+    at_step: Callable,  # noqa: F811
+) -> None:
+    model = host.control("D2MTopK", pair.moe, node="k", top_k=2, gate="sum")
+    images, logs = [], []
+    for patch in (own_loop, lambda model: model):
+        move = at_step({0: lambda: desk.live.apply(["k"], {"top_k": 9}, None)})
+        with desk.executing(f"prompt {len(images)}", graph_of(k="D2MTopK")) as log:
+            images.append(host.sample(patch(model), SIZE, steps=3, callback=move))
+        logs.append(log)
+    assert of_log(logs[0], "top_k") == of_log(logs[1], "top_k") == [2, 9, 9]
+    assert distance(images[0], images[1]) <= 1e-6
+    replayed = host.control("D2MReplay", pair.moe, log=json.dumps(logs[0]))
+    assert distance(host.sample(own_loop(replayed), SIZE, steps=3), images[0]) <= 1e-6
+
+
+def test_an_exchanged_class_of_the_transformer_keeps_the_settings(
+    host: Comfy, pair: Pair, grouped: Grouped, packs: ModuleType
+) -> None:
+    from comfy.ldm.flux.model import Flux
+
+    for model in (host.top_k(pair.moe, 3), active(host, grouped.moe, [1, 3])):
+        expected = host.sample(model, SIZE, steps=1)
+        with packs.exchanged_class(model.model.diffusion_model, Flux):
+            assert distance(host.sample(model, SIZE, steps=1), expected) <= 1e-6
