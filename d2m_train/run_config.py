@@ -220,7 +220,7 @@ class CheckpointsSection(Section):
 class EyesSection(Section):
     log_every: Count = 10
     routers_every: Count = 100
-    """Steps over which load, entropy, balance and dead experts are measured."""
+    """Steps between two measurements of load, entropy, balance and dead experts, each of which is of up to ten steps."""
     validate_every: Count = 250
     validation_batches: Count = 2
     """Held-out batches, each evaluated at all noise levels."""

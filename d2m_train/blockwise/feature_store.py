@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from d2m_model.blocks import blocks_of
 
 from ..data.batch import DataSource
+from ..data.copying import copy_to_device
 from ..data.store import DamagedEntry, Store
 from ..flow.held_out import held_out_seed
 from ..flow.noise import noisy_batch
@@ -77,6 +78,7 @@ class FeatureStore:
         self.batches, self.held_out = entry_counts(run)
         self._store = Store(folder)
         parameter = next(teacher.x_embedder.parameters())
+        self._device = parameter.device
         self._place = {"device": parameter.device, "dtype": parameter.dtype}
         self._depths: list[set[int]] = [self._entries_in(self._kind(depth)) for depth in range(len(self.blocks) + 1)]
         self._sound: set[tuple[str, int]] = set()  # written or checked by this process
@@ -102,10 +104,10 @@ class FeatureStore:
         if stored is None:
             self._embedded(index)
             return self.conditions(index)
-        ids = torch.cat([stored["text_ids"], stored["image_ids"]]).to(self._place["device"])
+        ids = torch.cat([stored["text_ids"], stored["image_ids"]])
         return Conditions(
             temb_BH=stored["temb"],
-            rotary=self.teacher.pos_embed(ids),
+            rotary=self.teacher.pos_embed(copy_to_device(ids, self._device)),
             image_ids_T3=stored["image_ids"],
             words_BL=stored["words"].bool(),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from d2m_model.hosts.diffusers.modules import GroupRoutings
 from d2m_model.hosts.diffusers.tensor_map import ffn_module
 from d2m_model.moe import MoEFFN
 
+from ..data.copying import copy_to_device
 from ..data.order import sample_order
 from ..distillation.losses import StepLosses, feature_losses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import StagePlan
 from ..flow.velocity import evaluating
-from ..monitor.router_statistics import RouterStatistics
+from ..monitor.router_statistics import RouterStatistics, counts_step
 from ..monitor.stage_log import StageLog
 from ..training.stage_run import StageRun
 from ..training.trainee import Trainee
@@ -154,7 +155,7 @@ class PartObjective:
         self.called = trainee.called
         self.routers = RouterTraining(core=trainee.core, plan=plan, run=stage_run.run)
         self.statistics = RouterStatistics(trainee.core)
-        self.place: dict[str, Any] = {"device": stage_run.ranks.device, "dtype": stage_run.dtype}
+        self.place = (stage_run.ranks.device, stage_run.dtype)
 
     def begin(self, start: int, log: StageLog) -> None:
         """Log the error of the untrained part."""
@@ -179,8 +180,9 @@ class PartObjective:
         features = torch.stack(list(relative.values())).mean()
         return self.routers.step_losses(weights.feature * features, {"features": features}, microbatch.conditions)
 
-    def record(self, microbatch: StoredMicrobatch) -> None:
-        self.statistics.add(microbatch.conditions)
+    def record(self, microbatch: StoredMicrobatch, step: int) -> None:
+        if counts_step(step, self.steps, self.run.eyes.routers_every):
+            self.statistics.add(microbatch.conditions)
 
     def due(self, step: int) -> bool:
         return step % self.run.eyes.routers_every == 0 and step < self.steps
@@ -214,10 +216,13 @@ class PartObjective:
 
     def _features(self, depth: int, index: int) -> Features:
         stored = self.store.features(depth, index)
-        return Features(image_BTH=stored.image_BTH.to(**self.place), text_BLH=stored.text_BLH.to(**self.place))
+        return Features(
+            image_BTH=copy_to_device(stored.image_BTH, *self.place),
+            text_BLH=copy_to_device(stored.text_BLH, *self.place),
+        )
 
     def _forward(self, given: Features, conditions: Conditions) -> Features:
         image_BTH, text_BLH = self.called(
-            given.image_BTH, given.text_BLH, conditions.temb_BH.to(**self.place), conditions.rotary
+            given.image_BTH, given.text_BLH, copy_to_device(conditions.temb_BH, *self.place), conditions.rotary
         )
         return Features(image_BTH=image_BTH, text_BLH=text_BLH)

@@ -6,7 +6,7 @@ Shapes: B batch, T image tokens, C channels of a token, L text tokens, D context
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +33,18 @@ class Batch:
     image_ids_T3: Tensor
     text_ids_L3: Tensor
     words_BL: Tensor  # bool: False for padding, which calibration leaves out where possible
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with its inputs changed, all but `words_BL`, which the host reads."""
+        return replace(
+            self,
+            tokens_BTC=None if self.tokens_BTC is None else change(self.tokens_BTC),
+            context_BLD=change(self.context_BLD),
+            pooled_BV=change(self.pooled_BV),
+            guidance_B=change(self.guidance_B),
+            image_ids_T3=change(self.image_ids_T3),
+            text_ids_L3=change(self.text_ids_L3),
+        )
 
     def images(self) -> Tensor:
         """Return tokens_BTC. Raises UserError if the batch has prompts only."""

@@ -19,6 +19,7 @@ from d2m_model.moe import MoEFFN
 from d2m_model.routers import TrainingCompanion
 from d2m_model.routers.token_router import pool_of
 
+from ..data.copying import copy_to_device
 from ..run_config import RunConfig
 from .losses import StepLosses, balance_loss
 from .stages import StagePlan
@@ -87,8 +88,8 @@ class RouterTraining:
                 continue
             stream = FFN.parse(name).stream
             if stream not in pools:
-                kept_BT = kept_tokens(name, tokens)
-                pools[stream] = None if bool(kept_BT.all()) else pool_of(kept_BT.to(moe.companion.device))
+                kept_BT = kept_tokens(name, tokens)  # on the host, where counting them waits for nothing
+                pools[stream] = None if bool(kept_BT.all()) else copy_to_device(pool_of(kept_BT), moe.companion.device)
             moe.companion.pool_P = pools[stream]
 
     def step_losses(self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens) -> StepLosses:
@@ -146,11 +147,12 @@ class RouterTraining:
     def _token_balance(self, tokens: PaddedTokens, device: torch.device) -> Tensor:
         """The mean of GShard's balance loss over layers. Padding text tokens count only if losses.text_padding says so."""
         losses = []
+        masks = PaddingMasks(tokens, device)
         for name, moe in self.core.moe_ffns().items():
             routing = moe.routing
             if routing is None or routing.per_token is None or not moe.router.weight.requires_grad:
                 continue
-            kept_BT = kept_tokens(name, tokens).to(device)
+            kept_BT = masks.kept(name)
             if self.run.losses.text_padding:
                 kept_BT = torch.ones_like(kept_BT)
             samples = len(kept_BT)
@@ -162,6 +164,20 @@ class RouterTraining:
                 )
             )
         return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
+
+
+class PaddingMasks:
+    """The masks of `kept_tokens` on a device. All FFNs of a stream share one, which is copied when it is first asked for."""
+
+    def __init__(self, tokens: PaddedTokens, device: torch.device) -> None:
+        self._tokens, self._device = tokens, device
+        self._by_stream: dict[str, Tensor] = {}
+
+    def kept(self, ffn: str) -> Tensor:
+        stream = FFN.parse(ffn).stream
+        if stream not in self._by_stream:
+            self._by_stream[stream] = copy_to_device(kept_tokens(ffn, self._tokens), self._device)
+        return self._by_stream[stream]
 
 
 def kept_tokens(ffn: str, tokens: PaddedTokens) -> Tensor:

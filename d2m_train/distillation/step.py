@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.batch import Batch
-from ..flow.noise import NoisyBatch, noisy_batch
+from ..flow.noise import NoisyBatch
 from ..flow.velocity import velocity
 from .features import block_outputs, stream_names
 from .losses import StepLosses, distillation_losses
@@ -35,14 +35,13 @@ class Distillation(RouterTraining):
     teacher: FluxTransformer2DModel
     student: Any
 
-    def losses(self, batch: Batch, index: int) -> StepLosses:
-        """Losses of batch `index`, which also seeds its noise. Only the routers' records change."""
-        noisy = noisy_batch(batch, self.run.timesteps, self.run.seed, index, self.teacher)
+    def losses(self, batch: Batch, noisy: NoisyBatch) -> StepLosses:
+        """Losses of a batch at its noise. Only the routers' records change."""
         self.set_pools(batch)
         return self.compare(batch, noisy)
 
     def compare(self, batch: Batch, noisy: NoisyBatch) -> StepLosses:
-        """Losses at given noise. A capacity router's pools must have been set."""
+        """The same for a student whose capacity routers have their pools."""
         guided = self.teacher.config.guidance_embeds
         inputs = (batch, noisy.tokens_BTC, noisy.t_B, batch.guidance_B)
         with torch.no_grad(), block_outputs(self.teacher, [f.teacher for f in self.plan.features]) as teacher_outputs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from d2m_model.conversion.split import generator_for
 
 from ..data.batch import Batch
+from ..data.copying import copy_to_device
 from ..run_config import TimestepsSection
 from .velocity import noised, velocity
 
@@ -35,6 +37,11 @@ class NoisyBatch:
     tokens_BTC: Tensor
     t_B: Tensor
     target_BTC: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> NoisyBatch:
+        """Return the inputs changed."""
+        target_BTC = None if self.target_BTC is None else change(self.target_BTC)
+        return NoisyBatch(tokens_BTC=change(self.tokens_BTC), t_B=change(self.t_B), target_BTC=target_BTC)
 
 
 def time_shift(tokens: int, section: TimestepsSection) -> float:
@@ -83,7 +90,7 @@ def noisy_batch(
         )
     levels = grid(section.grid_steps, time_shift(tokens, section))
     walked = int(torch.randint(section.grid_steps, (), generator=generator))
-    noisy_BTC = trajectory(teacher, batch, noise_BTC, levels[: walked + 1])
+    noisy_BTC = trajectory(teacher, batch, copy_to_device(noise_BTC, batch.pooled_BV.device), levels[: walked + 1])
     return NoisyBatch(tokens_BTC=noisy_BTC, t_B=levels[walked].expand(count), target_BTC=None)
 
 
@@ -104,7 +111,7 @@ def trajectory(
     noisy_BTC = noise_BTC
     guided = model.config.guidance_embeds if guided is None else guided
     for now, following in itertools.pairwise(levels.tolist()):
-        t_B = torch.full((len(noise_BTC),), now)
+        t_B = torch.full((len(noise_BTC),), now, device=noise_BTC.device)
         flow_BTC = velocity(model, batch, noisy_BTC, t_B, batch.guidance_B, guided)
         noisy_BTC = noisy_BTC + (following - now) * flow_BTC.float().to(noisy_BTC.device)
     return noisy_BTC

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..data.copying import copy_to_device
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -26,15 +27,15 @@ def velocity(
     `embedded`: whether the model takes guidance. Inputs are moved to the model's device and dtype.
     """
     parameter = next(model.parameters())
-    options = {"device": parameter.device, "dtype": parameter.dtype}
+    place = (parameter.device, parameter.dtype)
     velocity_BTC: Tensor = model(
-        hidden_states=noisy_BTC.to(**options),
-        encoder_hidden_states=batch.context_BLD.to(**options),
-        pooled_projections=batch.pooled_BV.to(**options),
-        timestep=t_B.to(**options),
-        guidance=guidance_B.to(**options) if embedded else None,
-        img_ids=batch.image_ids_T3.to(parameter.device),
-        txt_ids=batch.text_ids_L3.to(parameter.device),
+        hidden_states=copy_to_device(noisy_BTC, *place),
+        encoder_hidden_states=copy_to_device(batch.context_BLD, *place),
+        pooled_projections=copy_to_device(batch.pooled_BV, *place),
+        timestep=copy_to_device(t_B, *place),
+        guidance=copy_to_device(guidance_B, *place) if embedded else None,
+        img_ids=copy_to_device(batch.image_ids_T3, parameter.device),
+        txt_ids=copy_to_device(batch.text_ids_L3, parameter.device),
         return_dict=False,
     )[0]
     return velocity_BTC

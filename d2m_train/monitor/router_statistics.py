@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from d2m_model.blocks import FFN
 from d2m_model.mob import BlockRouting
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
 
 from ..distillation.losses import balance_loss
-from ..distillation.router_losses import PaddedTokens, RoutedModel, kept_tokens
+from ..distillation.router_losses import PaddedTokens, PaddingMasks, RoutedModel
 from .stage_log import StageLog
 
 _PARTS = (
@@ -51,9 +50,17 @@ class RouterSummary:
     blocks: list[list[float]]
 
 
+def counts_step(step: int, steps: int, every: int) -> bool:
+    """Return whether a step's choices are counted: ten steps of the `every` between two reports, and the last of all.
+
+    Counting all would take a dozen small kernels for each layer of every microbatch.
+    """
+    return step % max(1, every // 10) == 0 or step == steps
+
+
 @dataclass(slots=True)
 class RouterStatistics:
-    """Statistics of a student in training: `add` after each forward pass, `report` at the end of an interval, on every rank."""
+    """Statistics of a student in training: `add` after a forward pass, `report` at the end of an interval, on every rank."""
 
     model: RoutedModel
     _sums: dict[str, Tensor] = field(default_factory=dict)
@@ -62,14 +69,13 @@ class RouterStatistics:
     @torch.no_grad()
     def add(self, batch: PaddedTokens | None = None) -> None:
         """Add the choices of the last forward pass. `batch` is the one it ran on, which tells padding; None: no padding."""
-        kept: dict[str, Tensor] = {}
+        masks: PaddingMasks | None = None
         for name, moe in self.model.moe_ffns().items():
             if moe.routing is None:
                 continue
-            stream = FFN.parse(name).stream
-            if batch is not None and stream not in kept:
-                kept[stream] = kept_tokens(name, batch).to(moe.routing.logits_TE.device)
-            self._add(name, layer_sums(moe.routing, kept.get(stream)))
+            if batch is not None and masks is None:
+                masks = PaddingMasks(batch, moe.routing.logits_TE.device)
+            self._add(name, layer_sums(moe.routing, None if masks is None else masks.kept(name)))
         for number, group in enumerate(self.model.block_groups):
             if isinstance(group.routing, BlockRouting):
                 self._add(f"block_groups.{number}", group_sums(group.routing))

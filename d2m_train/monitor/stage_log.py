@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from d2m_model.atomic import atomic_file
@@ -175,7 +176,7 @@ class StageLog:
         if self._count == 0:
             return
         now = time.monotonic()
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        means = {name: value / self._count for name, value in _read(self._sums).items()}
         rate = self._tokens / max(now - self._since, 1e-9)
         shown = {name.removeprefix("loss/"): f"{value:.4g}" for name, value in means.items() if name != "grad_norm"}
         self._bar.set_postfix(shown | {"tokens/s": f"{rate:.3g}"}, refresh=False)
@@ -190,6 +191,13 @@ class StageLog:
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
         } | self._part
         self._log.write(json.dumps(plain) + "\n")
+
+
+def _read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Read numbers and scalars on a device: those in one copy, for which the host waits once."""
+    scalars = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    read = torch.stack([scalar.float() for scalar in scalars.values()]).tolist() if scalars else []
+    return {**values, **dict(zip(scalars, read, strict=True))}
 
 
 def read_stage_log(file: Path) -> list[dict[str, Any]]:

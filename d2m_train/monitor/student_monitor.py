@@ -6,7 +6,7 @@ from ..data.batch import Batch, DataSource
 from ..distillation.step import Distillation
 from ..flow.sampling import new_sample_grid
 from ..parallel.ranks import Ranks
-from .router_statistics import RouterStatistics
+from .router_statistics import RouterStatistics, counts_step
 from .stage_log import StageLog
 from .validation import Validation
 
@@ -31,9 +31,10 @@ class StudentMonitor:
         """True if all blocks of a group must run: ranks gather sharded blocks together, whichever samples chose them."""
         return self.ranks.count > 1
 
-    def record(self, batch: Batch) -> None:
+    def record(self, batch: Batch, step: int) -> None:
         """Count what the routers chose. Called after each microbatch's forward pass, while they keep it."""
-        self.statistics.add(batch)
+        if counts_step(step, self.steps, self.distillation.run.eyes.routers_every):
+            self.statistics.add(batch)
 
     def due(self, step: int) -> bool:
         """Tell whether `measure` has anything to do."""

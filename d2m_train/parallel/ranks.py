@@ -181,13 +181,15 @@ class Ranks:
         """The gradient scaler of fp16, which skips steps with infinite gradients by itself; None otherwise."""
         return self.accelerator.scaler
 
-    def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> float:
-        """Scale the gradients to at most this norm, and return the norm that they had. DeepSpeed scales them in its step."""
+    def clip(self, parameters: Sequence[nn.Parameter], maximum: float | None) -> Tensor:
+        """Scale the gradients to at most this norm, and return the norm that they had, on the device.
+
+        DeepSpeed scales them in its step.
+        """
         if self.zero is not None:
             return self.zero.gradient_norm()
         clip = nn.utils.clip_grad_norm_ if self.sharded else self.accelerator.clip_grad_norm_
-        norm = clip(parameters, float("inf") if maximum is None else maximum)
-        return float("nan") if norm is None else float(full_tensor(norm))
+        return full_tensor(clip(parameters, float("inf") if maximum is None else maximum))
 
     def release(self) -> None:
         """Free what `prepare` has wrapped."""
@@ -266,6 +268,10 @@ class Ranks:
     def stop_asked(self) -> bool:
         """Return whether any rank has been asked to stop."""
         return self.any(self._stop_asked.is_set())
+
+    def stop_request(self) -> Tensor:
+        """Return 1 if this rank has been asked to stop, else 0: a scalar on the device, for an exchange with others."""
+        return torch.full((), float(self._stop_asked.is_set()), device=self.device)
 
     def close(self) -> None:
         """End the process group, at the end of the run."""

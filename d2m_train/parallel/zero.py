@@ -69,14 +69,14 @@ class Zero:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """Return the norm of the gradients, after the last backward pass and before the step, which clips them."""
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for parameter in self.trained.values():
             if (gradient := self._gradient(parameter)) is not None:
                 total += gradient.double().square().sum().to(total.device)
         torch.distributed.all_reduce(total)
-        return float(total.sqrt())
+        return total.sqrt()
 
     def _gradient(self, parameter: Any) -> Tensor | None:
         """Return the gradient of this rank's slice of a parameter; None if it has none."""

@@ -12,10 +12,12 @@ from d2m_model.tensor_file import TensorFile
 
 from .. import UserError
 from ..data.batch import Batch
+from ..data.copying import copy_to_device, pinned
 from ..distillation.losses import StepLosses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import StagePlan
 from ..distillation.step import Distillation
+from ..flow.noise import NoisyBatch, noisy_batch
 from ..monitor.stage_log import StageLog
 from ..monitor.student_monitor import StudentMonitor
 from ..parallel.parameters import full_tensor, local_share
@@ -77,10 +79,14 @@ def _microbatches_hint(stored: int, *, processes: int) -> str:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class NumberedBatch:
-    """A batch with its number in the run, which seeds its noise."""
+    """A batch with its number in the run, which seeds its noise.
+
+    `noisy`: the batch at that noise; None for prompts without images, whose noisy inputs the teacher makes on its device.
+    """
 
     batch: Batch
     number: int
+    noisy: NoisyBatch | None
 
     @property
     def tokens(self) -> int:
@@ -117,10 +123,16 @@ class EndToEnd:
         return self.batches.of_step(step)
 
     def losses(self, microbatch: NumberedBatch) -> StepLosses:
-        return self.distillation.losses(microbatch.batch, microbatch.number)
+        run, copy = self.stage_run.run, partial(copy_to_device, device=self.stage_run.ranks.device)
+        batch = microbatch.batch.each(copy)
+        if microbatch.noisy is not None:
+            noisy = microbatch.noisy.each(copy)
+        else:
+            noisy = noisy_batch(batch, run.timesteps, run.seed, microbatch.number, self.stage_run.teacher)
+        return self.distillation.losses(batch, noisy)
 
-    def record(self, microbatch: NumberedBatch) -> None:
-        self.monitor.record(microbatch.batch)
+    def record(self, microbatch: NumberedBatch, step: int) -> None:
+        self.monitor.record(microbatch.batch, step)
 
     def due(self, step: int) -> bool:
         return self.monitor.due(step)
@@ -130,27 +142,31 @@ class EndToEnd:
 
 
 class _Batches:
-    """This rank's microbatches. On a GPU the next one is made while one is trained on."""
+    """This rank's microbatches. On a GPU the next one is made, in pinned memory, while one is trained on."""
 
     def __init__(self, stage_run: StageRun) -> None:
-        self.run, self.data, self.ranks = stage_run.run, stage_run.data, stage_run.ranks
+        self.run, self.data, self.ranks, self.teacher = (
+            stage_run.run,
+            stage_run.data,
+            stage_run.ranks,
+            stage_run.teacher,
+        )
         self.end = self._number(stage_run.section.steps * self.run.training.accumulation)
         # A CPU trains with all its cores already.
         self.executor = None if self.ranks.device.type == "cpu" else ThreadPoolExecutor(1, "batches")
-        self.coming: tuple[int, Future[Batch]] | None = None
+        self.coming: tuple[int, Future[NumberedBatch]] | None = None
 
     def of_step(self, step: int) -> Iterator[NumberedBatch]:
         """Yield the microbatches of a step, counted from 1."""
         accumulation = self.run.training.accumulation
         for index in range((step - 1) * accumulation, step * accumulation):
-            number = self._number(index)
-            yield NumberedBatch(batch=self._take(number), number=number)
+            yield self._take(self._number(index))
 
     def _number(self, index: int) -> int:
         """The number in the run of this rank's microbatch `index`."""
         return index * self.ranks.count + self.ranks.rank
 
-    def _take(self, number: int) -> Batch:
+    def _take(self, number: int) -> NumberedBatch:
         if self.executor is None:
             return self._make(number)
         coming, self.coming = self.coming, None
@@ -160,8 +176,13 @@ class _Batches:
             self.coming = following, self.executor.submit(self._make, following)
         return batch
 
-    def _make(self, number: int) -> Batch:
-        return self.data.batch(number, self.run.training.batch_size, self.run.seed)
+    def _make(self, number: int) -> NumberedBatch:
+        batch = self.data.batch(number, self.run.training.batch_size, self.run.seed)
+        noisy = None
+        if batch.tokens_BTC is not None:
+            noisy = noisy_batch(batch, self.run.timesteps, self.run.seed, number, self.teacher)
+        pin = partial(pinned, device=self.ranks.device)
+        return NumberedBatch(batch=batch.each(pin), number=number, noisy=noisy and noisy.each(pin))
 
 
 def _write(stage_run: StageRun, trainee: Trainee, plan: StagePlan) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -60,8 +61,8 @@ class Objective(Protocol[MicrobatchT]):
     def losses(self, microbatch: MicrobatchT) -> StepLosses:
         """Run the forward pass, with a graph. It may run again on the same microbatch, to find a value that is not finite."""
 
-    def record(self, microbatch: MicrobatchT) -> None:
-        """Count what the routers chose in the forward pass of `losses`."""
+    def record(self, microbatch: MicrobatchT, step: int) -> None:
+        """Count what the routers chose in the forward pass of `losses`, if this step's choices are counted."""
 
     def due(self, step: int) -> bool:
         """Tell whether `measure` has anything to do."""
@@ -70,8 +71,25 @@ class Objective(Protocol[MicrobatchT]):
         """Measure the student after a step. It has its averaged weights meanwhile, where the run keeps an average."""
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StepResult:
+    """Mean losses (on the device) and number of tokens of one step over all ranks, and what the host has read of it:
+
+    norm  the norm of the gradients
+    stop  whether any rank has been asked to stop
+    """
+
+    losses: dict[str, Tensor]
+    tokens: int
+    norm: float
+    stop: bool
+
+
 class TrainingLoop(Generic[MicrobatchT]):
-    """The steps of a student towards an objective, with accumulation, checkpoints, resuming and logging."""
+    """The steps of a student towards an objective, with accumulation, checkpoints, resuming and logging.
+
+    The host waits for the device once a step, ahead of the optimizer: so it is never more than a step ahead of it.
+    """
 
     def __init__(
         self, stage_run: StageRun, trainee: Trainee, objective: Objective[MicrobatchT], checkpoints: Checkpoints
@@ -98,42 +116,59 @@ class TrainingLoop(Generic[MicrobatchT]):
         """Train from step `start` + 1 to the last. Raises Stopped after SIGTERM, UserError for a value that is not finite."""
         self.objective.begin(start, log)
         for step in range(start + 1, self.steps + 1):
-            losses, norm, tokens = self._step(step)
-            rate = float(self.trainee.schedule.get_last_lr()[0])
-            log.step(self.objective.steps_before + step, losses, tokens=tokens, learning_rate=rate, grad_norm=norm)
+            result = self._step(step)
+            log.step(
+                self.objective.steps_before + step,
+                result.losses,
+                tokens=result.tokens,
+                learning_rate=float(self.trainee.schedule.get_last_lr()[0]),
+                grad_norm=result.norm,
+            )
             self.trainee.update(step)
             self.objective.routers.end_step()
             with log.paused():
-                self._save(step, log)
+                self._save(step, log, result.stop)
                 if self.objective.due(step):
                     with self.trainee.averaged():
                         self.objective.measure(step, log)
 
-    def _step(self, step: int) -> tuple[dict[str, Tensor], float, int]:
-        """Run forward and backward of one optimizer step. Return mean losses, gradient norm and tokens, over all ranks."""
+    def _step(self, step: int) -> StepResult:
+        """Run forward and backward of one optimizer step. Raises UserError for a loss or gradient that is not finite."""
+        microbatches: list[MicrobatchT] = []
         parts: list[dict[str, Tensor]] = []
-        tokens, norm = 0, float("nan")
+        norm = torch.full((), math.nan, device=self.ranks.device)
         for microbatch in self.objective.microbatches(step):
             with self.ranks.accumulate(self.trainee.called):
                 losses = self.objective.losses(microbatch)
-                self.objective.record(microbatch)
-                if self.ranks.any(not bool(losses.total.isfinite())):
-                    raise self._not_finite(microbatch, step)
+                self.objective.record(microbatch, step)
                 self.ranks.backward(losses.total)
                 self.objective.routers.after_backward()
                 if self.ranks.synchronising:
                     norm = self.ranks.clip(list(self.trainee.trained.values()), self.run.training.max_grad_norm)
-                    if not math.isfinite(norm) and self.ranks.scaler is None:  # fp16's scaler skips such steps
-                        raise self._not_finite(microbatch, step)
+            microbatches.append(microbatch)
             parts.append(losses.parts)
-            tokens += self.ranks.count * microbatch.tokens
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return self.ranks.averages(means), norm, tokens
+        signals = {f"microbatch {number}": ~part["total"].isfinite() for number, part in enumerate(parts)}
+        signals["stop"] = self.ranks.stop_request()
+        shared = self.ranks.averages({**means, **signals})
+        # The host's one wait.
+        gradient_norm, *read = torch.stack([norm.float(), *(shared[name].float() for name in signals)]).tolist()
+        *failed, stop = (value > 0 for value in read)
+        if not any(failed) and not math.isfinite(gradient_norm) and self.ranks.scaler is None:
+            failed[-1] = True  # fp16's scaler skips such steps
+        if any(failed):
+            raise self._not_finite(microbatches[failed.index(True)], step)
+        return StepResult(
+            losses={name: shared[name] for name in means},
+            tokens=self.ranks.count * sum(microbatch.tokens for microbatch in microbatches),
+            norm=gradient_norm,
+            stop=stop,
+        )
 
-    def _save(self, step: int, log: StageLog) -> None:
+    def _save(self, step: int, log: StageLog, stop: bool) -> None:
         """Save where a checkpoint is due or the run is to stop."""
         last, logged = step == self.steps, self.objective.steps_before + step
-        stop = self.ranks.stop_asked() and not last
+        stop = stop and not last
         due = self.objective.saves_last_step if last else step % self.run.checkpoints.every == 0
         if due or stop:
             self.state.save(self.checkpoints, step)
