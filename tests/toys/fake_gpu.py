@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 GPU = torch.device("cuda:1")  # not the current device, so that a tensor made without its device is an error
 BLOCK = 512  # bytes: the unit of torch's allocator
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("d2m_model", "nodes")
+CODE = ("d2m_model", "d2m_train", "nodes")
 
-# Every operator for which the host waits while a FLUX-MoE runs, by file and name, with the reason.
+# Every operator for which the host waits while a FLUX-MoE runs or is trained, by file and name, with the reason.
 HOST_WAITS = {
     ("d2m_model/mob.py", "item"): (
         "The host must know which blocks no sample runs, to skip them. A group's choice depends on the blocks before it, so "
@@ -40,6 +40,11 @@ HOST_WAITS = {
     ("nodes/controls/evaluation_settings.py", "item"): (
         "Schedules, live values and logs go by sigma, which samplers keep on the device: one wait for each evaluation."
     ),
+    ("d2m_train/training/loop.py", "item"): (
+        "Losses and gradients that are not finite, and a request to stop, read together once an optimizer step: a step with "
+        "such values must not change the weights. So the host is at most a step ahead of the device."
+    ),
+    ("d2m_train/monitor/stage_log.py", "item"): "The means of an interval, read together every eyes.log_every steps.",
 }
 
 
