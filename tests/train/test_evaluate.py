@@ -213,11 +213,11 @@ def test_mistakes_are_said_before_anything_is_sampled(
     out = ("--out", tmp_path / "out")
     listed, broken, empty = tmp_path / "list.txt", tmp_path / "broken.jsonl", tmp_path / "empty.txt"
     listed.write_text("fox\n\ncat\n")
-    broken.write_text('{"prompt": "fox"}\n{"text": "cat"}\n')
+    broken.write_text('{"text": "cat"}\n')
     empty.write_text("\n")
     assert "needs --text-encoders" in fails(capsys, TEACHER, "--data", listed, *out)
     emoji = ("--text-encoders", "emoji")
-    assert 'line 2 is \'{"text": "cat"}\'' in fails(capsys, TEACHER, "--data", broken, *emoji, *out)
+    assert "1 × line without a prompt (line 1)" in fails(capsys, TEACHER, "--data", broken, *emoji, *out)
     assert "has no prompts" in fails(capsys, TEACHER, "--data", empty, *emoji, *out)
     assert "cannot be read" in fails(capsys, TEACHER, "--data", tmp_path / "none.txt", *emoji, *out)
     assert "--size is 100x128" in fails(capsys, TEACHER, *FEW, "--size", "100x128", *out)
