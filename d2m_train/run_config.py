@@ -306,7 +306,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     try:
-        data = _parsed(text)
+        data = parse_yaml(text)
     except ValueError as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
@@ -325,7 +325,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parsed(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Parse YAML. Raises ValueError."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -354,7 +354,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"{override!r}: {section} has no fields of its own.")
     try:
-        data[field] = _parsed(value)
+        data[field] = parse_yaml(value)
     except ValueError as error:
         raise UserError(f"{override!r}: the value is not YAML: {error}") from None
 

@@ -83,7 +83,7 @@ class Store:
         try:
             stored = json.loads((self.folder / f"{name}.json").read_bytes())
             return stored["value"] if stored[_CHECKSUM] == _json_checksum(stored["value"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write_json(self, name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2m_model.atomic import atomic_file
+from d2m_model.foreign import read_json
 
 from .. import UserError
 from ..flow.noise import channels_of
@@ -40,7 +41,10 @@ class ImageFolder:
         self.folder, self.prompts, self.seeds, self.keep_latents = folder, prompts, seeds, keep_latents
         self.made, self.marker = made, folder / "sampled.json"
         if self.marker.exists():
-            stored = json.loads(self.marker.read_text())
+            try:
+                stored = dict(read_json(self.marker.read_bytes()))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{self.marker}: cannot be read ({error}); delete {folder}, or name another.") from None
             differs = [
                 f"{key} {stored.get(key)!r}, now {value!r}" for key, value in made.items() if stored.get(key) != value
             ]

@@ -74,7 +74,10 @@ def _identity(teacher: DenseTeacher, loras: Sequence[Lora]) -> dict[str, Any]:
 
 def _check_made_of(path: Path, identity: Mapping[str, Any]) -> None:
     with TensorFile(path) as file:
-        stored = json.loads(file.metadata.get(_IDENTITY, "{}"))
+        try:
+            stored = dict(read_json(file.metadata.get(_IDENTITY, "{}")))
+        except (ValueError, TypeError):
+            stored = {}
     if stored != identity:
         differs = [key for key in identity if stored.get(key) != identity[key]]
         problem = f"was made from other {' and '.join(differs)}" if stored else "is not a fused teacher"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,4 +64,4 @@ def schedule_text(
 
 def stored_identity(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
     """Return the identity with which a checkpoint was saved."""
-    return dict(json.loads(checkpoints.manifest_file(step).read_text())["identity"])
+    return dict(checkpoints.manifest(step)["identity"])

@@ -22,6 +22,7 @@ from torch.distributed import is_initialized
 from torch.distributed.checkpoint.api import CheckpointException
 
 from d2m_model.atomic import sync_folder
+from d2m_model.foreign import read_json
 
 from .. import UserError
 from .checkpoint_reader import CheckpointPlanner, CheckpointReader
@@ -56,9 +57,6 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06}"
-
-    def manifest_file(self, step: int) -> Path:
-        return self.path(step) / _MANIFEST
 
     def save(self, step: int, state: dict[str, Any], extra: Mapping[str, Any]) -> None:
         """Write `state` (tensors, sharded or not) and `extra` (JSON), then delete all but the last `keep` checkpoints.
@@ -104,14 +102,14 @@ class Checkpoints:
         """Read a checkpoint's manifest. Raises UserError if the checkpoint is of another run, and names what differs."""
         path = self.path(step)
         try:
-            manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
-            stored = manifest["identity"]
-        except (OSError, ValueError, KeyError) as error:
+            manifest: dict[str, Any] = read_json((path / _MANIFEST).read_bytes())
+            stored = dict(manifest["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: {_MANIFEST} cannot be read ({error}); {_older(path)}") from None
         differs = sorted(
             key
             for key in {**stored, **self.identity}
-            if stored.get(key, None) != self.identity.get(key, None) and key not in self.free
+            if stored.get(key) != self.identity.get(key, None) and key not in self.free
         )
         if differs:
             listed = "; ".join(f"{key} was {stored.get(key)!r}, is {self.identity.get(key)!r}" for key in differs)

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from d2m_model.atomic import atomic_file
+from d2m_model.foreign import read_json
 from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..data.batch import DataSource
 from ..data.pictures import PictureSource
 from ..fingerprint import fingerprint
-from ..run_config import STAGES, RunConfig, Stage
+from ..run_config import STAGES, RunConfig, Stage, parse_yaml
+from ..text_file import read_text
 from .changed_steps import changeable
 
 # Fields that a run may change when it resumes: where it, its teacher and its data are (teacher and data are compared by
@@ -66,8 +66,8 @@ def check_same_run(run: RunConfig, stored: Path) -> None:
             f"{stored.parent} holds a run already. Go on with it by resume=latest, or name another output_dir."
         )
     try:
-        before = _bound(yaml.safe_load(stored.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        before = _bound(parse_yaml(read_text(stored)))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     now = _bound(run.model_dump(mode="json"))
     free = [key for stage in STAGES for key in changeable(stage)]
@@ -97,7 +97,9 @@ def check_same_sources(identity: dict[str, Any], data: DataSource, stored: Path)
     """Store the identity of teacher and data for later stages. Raises UserError if they differ from those stored before."""
     now = {key: identity[key] for key in ("teacher.fingerprint", "data.identity")}
     try:
-        before = json.loads(stored.read_text()) if stored.exists() and _begun(stored.parent) else now
+        before = read_json(stored.read_bytes()) if stored.exists() and _begun(stored.parent) else now
+        if not isinstance(before, dict):
+            raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{stored}: cannot be read ({error}); name another output_dir.") from None
     if differs := [
