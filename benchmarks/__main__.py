@@ -2,7 +2,7 @@
 
 import sys
 
-from . import convert, moe_ffn, trace
+from . import convert, moe_ffn, trace, whole_model
 
 if __name__ == "__main__":
-    sys.exit(moe_ffn.main([]) or trace.main([]) or convert.main([]))
+    sys.exit(moe_ffn.main([]) or whole_model.main([]) or trace.main([]) or convert.main([]))

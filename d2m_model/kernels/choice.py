@@ -11,7 +11,7 @@ import torch
 SWITCH = "D2M_KERNELS"  # environment variable: `off` keeps to torch's own operators
 OLDEST_CAPABILITY = (8, 0)
 
-# What sorted rows cost beyond their products. Fitted to a CPU core with AVX-512 (benchmarks/experts.py): gathering and
+# What sorted rows cost beyond their products. Fitted to a CPU core with AVX-512: gathering and
 # adding up rows costs as much as so many neurons of each expert; sorting, and starting two products for each expert, as
 # much as so many FLOPs.
 _MOVED_NEURONS = 48
