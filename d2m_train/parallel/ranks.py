@@ -59,6 +59,11 @@ class Ranks:
             raise UserError(f"accelerate's configuration asks for FSDP {version}; expected fsdp_version: 2.")
         if self.sharded and run.training.mixed_precision == "fp16":
             raise UserError("training.mixed_precision is fp16, which FSDP2 does not support here; expected bf16 or no.")
+        if self.sharded and run.student.dtype != "float32":
+            raise UserError(
+                f"student.dtype is {run.student.dtype}; expected float32 with FSDP2, which needs one dtype of all that a block "
+                "trains, and routers and U are float32. student.frozen_dtype=bfloat16 halves the weights that are not trained."
+            )
         if run.training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise UserError(
                 "training.mixed_precision is fp16, which needs a GPU, and there is none; expected bf16 or no."

@@ -232,6 +232,15 @@ def test_fsdp2_gathers_no_more_at_once_than_planned(trained: str, monkeypatch: p
     assert planned["gathered blocks"] <= live.peak <= planned["gathered blocks"] + planned["gradients"]
 
 
+def test_fsdp2_is_refused_weights_of_another_dtype_than_the_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail in the first forward pass, hours into the run: all that one block trains must have one dtype."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    student = {"preset": "L", "dtype": "bfloat16"}
+    with pytest.raises(UserError, match=r"student\.dtype is bfloat16; expected float32 with FSDP2"):
+        Ranks(RunConfig.model_validate({**MINIMAL, "student": student}))
+
+
 def test_a_student_is_loaded_in_the_memory_that_it_keeps(tmp_path: Path) -> None:
     """Frozen weights are never in the dtype of trained ones, nor is the file in memory."""
     stored = {name: tensor.contiguous() for name, tensor in files.split(files.dense_flux(DIMS), DIMS).items()}
