@@ -89,8 +89,8 @@ def measure_size(
     variants: dict[str, Callable[[], object]] = {"dense": evaluation(dense, side, batch, device)}
     for top_k in top_ks:
         variants[f"moe {top_k}"] = evaluation(host.top_k(moe, top_k), side, batch, device)
-    for top_k in (None, *top_ks):
-        variants[f"ffn {top_k}"] = ffn_products(dims, layout, top_k, tokens, batch, device)
+    for part in (None, *top_ks):
+        variants[f"ffn {part}"] = ffn_products(dims, layout, part, tokens, batch, device)
     seconds = seconds_side_by_side(variants, device, rounds)
 
     def flops(top_k: int | None) -> float:
