@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup packages host browser demo distil comfy check lint format clean bench lock
+.PHONY: help setup packages host browser demo distil comfy check lint format clean bench bench-gpu lock
 .PHONY: test test-unit test-train test-web test-host test-browser test-hosts
 
 PYTHON = python3
@@ -83,6 +83,9 @@ format: packages ## let ruff put the code in order
 
 bench: setup ## measure speed, as ratios within one run
 	@$(RUN) benchmarks
+
+bench-gpu: setup ## is it right on this GPU, and how fast: benchmarks/results/device-NAME.json
+	@$(RUN) benchmarks.gpu
 
 lock: setup ## pin the newest packages in constraints.txt
 	@$(RUN) tools.lock

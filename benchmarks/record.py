@@ -86,10 +86,10 @@ def commit() -> str:
     return described.stdout.strip()
 
 
-def write_result(name: str, device: torch.device, measurements: list[dict[str, Any]]) -> Path:
-    """Write benchmarks/results/NAME-DEVICE.json, in place of the last result, which git keeps. Return the file."""
+def write_result(name: str, device: torch.device, measurements: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """Write `path`, or benchmarks/results/NAME-DEVICE.json in place of the last result, which git keeps. Return the file."""
     _RESULTS.mkdir(exist_ok=True)
-    path = _RESULTS / f"{name}-{device.type}.json"
+    path = path or _RESULTS / f"{name}-{device.type}.json"
     record = {"commit": commit(), "machine": machine(device), "measurements": measurements}
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

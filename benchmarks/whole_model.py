@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 2, 4, 8, 12], metavar="K")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args(arguments)
     about = machine(args.device)
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         f"  {measured['limit']:8.3f}  {measured['of_limit']:8.1%}"
                     )
     if not args.no_write:
-        print(f"\n{write_result('whole_model', args.device, measurements)}")
+        print(f"\n{write_result('whole_model', args.device, measurements, args.out)}")
     return 0
 
 
