@@ -140,7 +140,7 @@ class ExpertLayer(nn.Module):
         routing = self.route(x_BTH, settings)
         plan = plan_experts(routing, x_TH, self.layout.width)
         cast = cast_linear(linear, x_BTH, keep_float8=_takes_float8(plan))
-        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=slice(rows))
+        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=rows)
         hidden_AF = expert_up(x_TH, plan, *self._up_experts(cast, rows), cast.scale)
         cast.release()
         return y_BTN, Routed(routing, plan, hidden_AF)
@@ -148,7 +148,7 @@ class ExpertLayer(nn.Module):
     def _down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
         columns = x_BTN.shape[-1]
         cast = cast_linear(linear, x_BTN, keep_float8=_takes_float8(routed.plan))
-        y_BTH = cast.product(x_BTN, cast.bias, columns=slice(columns))
+        y_BTH = cast.product(x_BTN, cast.bias, columns=columns)
         y_TH = expert_down(routed.hidden_AF, routed.plan, self._down_experts(cast, columns), cast.scale)
         cast.release()
         if self.expert_mean is not None:
@@ -160,7 +160,7 @@ class ExpertLayer(nn.Module):
     ) -> tuple[Tensor, Handed]:
         tensors = self.router_tensors(x_BTH.device)
         cast = cast_linear(linear, x_BTH)
-        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=slice(rows))
+        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=rows)
         x_TH, experts = x_BTH.flatten(0, -2), self._up_experts(cast, rows)
         handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, *experts)
         cast.release()
@@ -169,7 +169,7 @@ class ExpertLayer(nn.Module):
     def _down_in_graph(self, linear: nn.Module, x_BTN: Tensor, handed: Handed) -> Tensor:
         columns = x_BTN.shape[-1]
         cast = cast_linear(linear, x_BTN)
-        y_BTH = cast.product(x_BTN, cast.bias, columns=slice(columns))
+        y_BTH = cast.product(x_BTN, cast.bias, columns=columns)
         mean_EH = None if self.expert_mean is None else self.expert_mean.to(x_BTN.device)
         y_TH = down_in_graph(handed, self._down_experts(cast, columns), mean_EH)
         cast.release()

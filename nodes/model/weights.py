@@ -16,7 +16,6 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_ALL = slice(None)
 
 
 @dataclass(slots=True)
@@ -35,9 +34,12 @@ class CastLinear:
     quantised: Any
     cast: tuple[Tensor, Tensor, Any]
 
-    def product(self, x: Tensor, bias: Tensor, rows: slice = _ALL, columns: slice = _ALL) -> Tensor:
-        """Multiply x [..., I] by a part of the weight, and add `bias`. In float8 as ComfyUI's own layer does it."""
-        weight = self.weight[rows, columns]
+    def product(self, x: Tensor, bias: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
+        """Multiply x [..., I] by the first rows and columns of the weight (None: all), and add `bias`.
+
+        In float8 as ComfyUI's own layer does it.
+        """
+        weight = self.weight[:rows, :columns]
         if self.scale is None:
             return F.linear(x, weight, bias)
         layout, linear = self.quantised._layout_cls, self.linear
