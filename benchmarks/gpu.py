@@ -1,4 +1,4 @@
-"""What this project does on a GPU, in one run of a few minutes: is it right, and how fast is it.
+"""Correctness and speed on a GPU, measured in one run of a few minutes.
 
     python -m benchmarks.gpu                    writes benchmarks/results/device-NAME.json
     python -m benchmarks.gpu --device cpu --hidden 128 --tokens 64 --no-write      rehearses on a CPU
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"commit": commit(), "machine": about}
     sections: dict[str, Callable[[], Any]] = {
         "rates": lambda: measure_rates(args.device, args.rounds),
-        "values": lambda: check_values(args.hidden, args.tokens, args.device),
+        "values": lambda: check_experts(args.hidden, args.tokens, args.device),
         "float8": lambda: check_float8(args.hidden, args.device),
         "ffn": lambda: measure_ways(args.hidden, args.tokens, args.device, args.rounds),
     }
@@ -134,7 +134,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def check_values(hidden: int, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
+def check_experts(hidden: int, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the largest relative errors of results and gradients against float64, by way and dtype."""
     errors: dict[str, dict[str, float]] = {}
     for way in WAYS:

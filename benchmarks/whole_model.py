@@ -87,9 +87,9 @@ def measure_size(
     dense, moe = models
     tokens = cost.Tokens(image=(side // PATCH_PIXELS) ** 2, text=_TEXT_TOKENS)
     layout = paper_layout(dims.hidden_size)
-    variants: dict[str, Callable[[], object]] = {"dense": evaluation(dense, side, batch, device)}
+    variants: dict[str, Callable[[], object]] = {"dense": evaluate_at(dense, side, batch, device)}
     for top_k in top_ks:
-        variants[f"moe {top_k}"] = evaluation(host.top_k(moe, top_k), side, batch, device)
+        variants[f"moe {top_k}"] = evaluate_at(host.top_k(moe, top_k), side, batch, device)
     for part in (None, *top_ks):
         variants[f"ffn {part}"] = ffn_products(dims, layout, part, tokens, batch, device)
     seconds = seconds_side_by_side(variants, device, rounds)
@@ -129,7 +129,7 @@ def ffn_names(dims: FluxDims) -> list[str]:
     return [ffn.name for block in dims.blocks for ffn in block.ffns]
 
 
-def evaluation(model: Any, side: int, batch: int, device: torch.device) -> Callable[[], Tensor]:
+def evaluate_at(model: Any, side: int, batch: int, device: torch.device) -> Callable[[], Tensor]:
     """Return a function that evaluates a MODEL once, at sigma 0.7, and has it on the device."""
     import comfy.model_management
 

@@ -25,7 +25,7 @@ def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, m
     def broken(*_: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(gpu, "check_values", broken)
+    monkeypatch.setattr(gpu, "check_experts", broken)
     monkeypatch.setattr(gpu, "measure_ways", lambda *_: [])
     out = tmp_path / "device.json"
     assert gpu.main(["--device", "cpu", "--hidden", "64", "--no-whole-model", "--out", str(out)]) == 1
