@@ -5,6 +5,9 @@ Shapes: T tokens, H hidden size, R routed neurons, E experts, F expert width; R 
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,20 +53,21 @@ def balanced_assignment(gain_RE: Tensor, expert_R: Tensor) -> Tensor:
     The sizes of the experts stay. For one pair the best exchange is exact: its neurons sorted by the difference of
     their two gains.
     """
-    expert_R = expert_R.clone()
-    experts = gain_RE.shape[1]
+    # In NumPy, whose calls take a tenth of the time of torch's for so few numbers.
+    gain, expert = gain_RE.cpu().numpy(), expert_R.cpu().numpy().copy()
     smallest = 1e-6 * float(gain_RE.abs().mean())  # smaller gains are rounding
     changed = True
     while changed:
         changed = False
-        for a in range(experts):
-            for b in range(a + 1, experts):
-                members = ((expert_R == a) | (expert_R == b)).nonzero().flatten()
-                prefer_a = gain_RE[members, a] - gain_RE[members, b]
-                in_a = expert_R[members] == a
-                best_a = torch.zeros_like(in_a)
-                best_a[prefer_a.sort(descending=True, stable=True).indices[: int(in_a.sum())]] = True
-                if float(prefer_a[best_a].sum() - prefer_a[in_a].sum()) > smallest:
-                    expert_R[members] = torch.where(best_a, a, b)
-                    changed = True
-    return expert_R
+        for a, b in itertools.combinations(range(gain.shape[1]), 2):
+            members = np.flatnonzero((expert == a) | (expert == b))
+            prefer_a = gain[members, a] - gain[members, b]
+            in_a = expert[members] == a
+            best_a = np.zeros_like(in_a)
+            best_a[np.argsort(-prefer_a, kind="stable")[: in_a.sum()]] = True
+            if np.array_equal(best_a, in_a):
+                continue
+            if float(torch.from_numpy(prefer_a[best_a]).sum() - torch.from_numpy(prefer_a[in_a]).sum()) > smallest:
+                expert[members] = np.where(best_a, a, b)
+                changed = True
+    return torch.from_numpy(expert).to(expert_R.device)
