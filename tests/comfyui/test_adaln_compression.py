@@ -141,11 +141,11 @@ def test_compiled_blocks_have_no_graph_breaks(host: Comfy, compressed: Pair) -> 
     common = {"vec": vec, "pe": flux.pe_embedder(torch.zeros(1, 40, 3)), "transformer_options": {}}
     single = flux.single_blocks[0]
     with torch.no_grad():
-        compiled = torch.compile(single, fullgraph=True, backend="aot_eager")(x.clone(), **common)
+        compiled = torch.compile(single, fullgraph=True, backend="eager")(x.clone(), **common)
         assert distance(compiled, single(x.clone(), **common)) <= 1e-6
         img, txt = x[:, :30], x[:, 30:]
         dense = flux.double_blocks[0]
-        found = torch.compile(dense, fullgraph=True, backend="aot_eager")(img=img.clone(), txt=txt.clone(), **common)
+        found = torch.compile(dense, fullgraph=True, backend="eager")(img=img.clone(), txt=txt.clone(), **common)
         expected = dense(img=img.clone(), txt=txt.clone(), **common)
         assert distance(torch.cat(found, 1), torch.cat(expected, 1)) <= 1e-6
     torch.compiler.reset()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +16,12 @@ from tests.comfyui.grouped import (
     DIMS,
     DOUBLES,
     GROUPS,
-    SEED,
     SINGLES,
     Grouped,
     active,
     evaluate,
     inputs,
 )
-from tests.toys import files
 from tests.toys.compare import distance
 
 # ControlNets and patches
@@ -215,35 +211,6 @@ def fresh_compiler() -> Iterator[Any]:
     counters.clear()
     yield counters
     torch.compiler.reset()
-
-
-def test_a_compiled_model_follows_every_setting(host: Comfy, tmp_path: Path, fresh_compiler: Any) -> None:
-    """The choice stands outside of all graphs, which are therefore the same for any number of active blocks."""
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-    dims = replace(files.DIMS, double_blocks=3, single_blocks=1)  # quick to trace
-    tensors = files.split(files.dense_flux(dims), dims, groups=(replace(DOUBLES, first=0),), seed=SEED)
-    moe = host.load(files.save(tensors, tmp_path / "moe.safetensors"))
-    whole = TorchCompileModel.execute(moe, "eager").result[0]  # its own backends need a C++ compiler
-
-    def check(size: int, **settings: Any) -> None:
-        models = [host.with_settings(model, **settings) for model in (moe, whole)]
-        eager, compiled = (host.sample(model, (size, 8, 8), steps=1) for model in models)
-        assert distance(compiled, eager) <= 1e-6
-
-    for size in (1, 4):
-        check(size, active_blocks=3)
-        check(size)
-    graphs, breaks = fresh_compiler["stats"]["unique_graphs"], sum(fresh_compiler["graph_break"].values())
-    assert breaks <= 8
-    for setting in (0, 2, 3, 1, [2]):
-        for size in (1, 4):
-            check(size, active_blocks=setting)
-    assert fresh_compiler["stats"]["unique_graphs"] == graphs
-    assert sum(fresh_compiler["graph_break"].values()) == breaks
-    for settings in ({"top_k": 3}, {"gate": "normalised", "active_blocks": 2}, {}):
-        check(1, **settings)
-    assert fresh_compiler["stats"]["unique_graphs"] <= graphs + 2 * 3  # dense block's, MoE blocks' of both kinds
 
 
 def test_blocks_compiled_one_by_one_follow_every_setting(host: Comfy, grouped: Grouped, fresh_compiler: Any) -> None:

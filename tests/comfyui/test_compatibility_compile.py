@@ -146,7 +146,7 @@ def test_other_sizes_and_batches_are_no_more_graphs_than_of_a_dense_flux(
     found = []
     for model in (stock, moe):
         whole, before = compiled(model), counters["stats"]["unique_graphs"]
-        for size, top_k in ((SMALL, 2), ((1, 16, 8), 0), ((4, 8, 8), ALL)):
+        for size, top_k in ((SMALL, 2), ((4, 16, 8), ALL)):
             agree(host, model, whole, size, **({} if model is stock else {"top_k": top_k}))
         found.append(counters["stats"]["unique_graphs"] - before)
     assert found[0] == found[1]
@@ -178,7 +178,7 @@ def test_block_groups_make_no_more_graphs_than_their_samples(
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     for size in (SMALL, (4, 8, 8)):
         for active in (0, 1, 2, 3, [1, 2]):
-            for top_k in range(ALL + 1) if size == SMALL else (0, 1, 7, ALL):
+            for top_k in (0, 1, 7, ALL):
                 agree(host, moe, whole, size, active_blocks=active, top_k=top_k)
         agree(host, moe, whole, size, gate="normalised")
         for mask in masks(moe):

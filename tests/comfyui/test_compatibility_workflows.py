@@ -120,7 +120,7 @@ def test_a_batch_is_its_images_one_at_a_time(
     """The images choose different blocks, some of them also for prompt and negative prompt."""
     it, workflow, latent = skipping(channels(name)), WORKFLOWS[name], empty_latent(4)
     differently = 0
-    for blocks in ([1, 2], [2, 3], [1, 4]):
+    for blocks in ([1, 2], [2, 3]):
         moe = active(host, it.moe, blocks)
         watched.clear()
         together = workflow(studio, moe, latent)
