@@ -167,6 +167,8 @@ from pathlib import Path
 import torch
 import comfy.model_management
 
+gc.freeze()  # what is imported by now need not be gone through in every run
+
 class Holds:
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "tell", "testing", True
 
@@ -232,21 +234,21 @@ def run(server: ComfyServer, index: int, top_k: int, active_blocks: int, mask: s
     return told
 
 
-def test_fifty_runs_with_other_settings_hold_no_more_memory(server: tuple[ComfyServer, int]) -> None:
+def test_runs_with_other_settings_hold_no_more_memory(server: tuple[ComfyServer, int]) -> None:
     running, size = server
     found = []
-    for index in range(51):
-        if index % 10 == 0:  # the same each time
+    for index in range(21):
+        if index % 5 == 0:  # the same each time
             settings: tuple[int, int, str, str] = (2, 1, "", "0.0 - 0.5: 4")
         else:
             mask = f"single_blocks.*: {index % 12}=0" if index % 3 else ""
             settings = (index % 13, index % 6, mask, f"0.0 - {index / 60 + 0.1:.2f}: {index % 5}")
         found.append(run(running, index, *settings))
-        if index % 20 == 15:
-            running.post("/free", {"unload_models": True, "free_memory": index > 20})
+        if index % 10 == 7:
+            running.post("/free", {"unload_models": True, "free_memory": index < 10})
     assert {it["models"] for it in found} == {1}
-    assert len({it["mean"] for it in found}) >= 35  # settings do something
-    same = found[10::10]
+    assert len({it["mean"] for it in found}) >= 14  # settings do something
+    same = found[10::5]
     assert len({it["mean"] for it in same}) == 1
     assert len({it["tensors"] for it in same}) == 1
     assert same[-1]["anonymous"] - same[0]["anonymous"] < size / 2
@@ -256,7 +258,7 @@ def test_unloading_gives_the_memory_back(server: tuple[ComfyServer, int]) -> Non
     """/free takes the model from memory, and the next run loads it again: no more of it than before."""
     running, size = server
     found = []
-    for index in range(100, 106):
+    for index in range(100, 104):
         found.append(run(running, index, index % 13, 2, "", "0.0 - 0.5: 4"))
         running.post("/free", {"unload_models": True, "free_memory": True})
     assert {it["models"] for it in found} == {1}
