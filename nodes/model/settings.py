@@ -192,7 +192,7 @@ class FileSettings:
         options = transformer_options or {}
         if not torch.compiler.is_compiling():
             options = complete_options(options)
-        elif GRAPH_KEY in options or OPTIONS_KEY not in options:
+        elif not torch.is_grad_enabled() and (GRAPH_KEY in options or OPTIONS_KEY not in options):
             graph = options.get(GRAPH_KEY, self.graph)
             return CallSettings(value=self.value, gate=self.gates[self.gate], graph=graph)
         settings = settings_of(options)
