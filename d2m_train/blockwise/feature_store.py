@@ -45,6 +45,10 @@ class Features:
     image_BTH: Tensor
     text_BLH: Tensor
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Return the features changed."""
+        return Features(image_BTH=change(self.image_BTH), text_BLH=change(self.text_BLH))
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conditions:

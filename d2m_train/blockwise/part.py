@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from d2m_model.hosts.diffusers.modules import GroupRoutings
 from d2m_model.hosts.diffusers.tensor_map import ffn_module
 from d2m_model.moe import MoEFFN
 
-from ..data.copying import copy_to_device
+from ..data.copying import copy_to_device, pinned
 from ..data.order import sample_order
 from ..distillation.losses import StepLosses, feature_losses
 from ..distillation.router_losses import RouterTraining
@@ -28,6 +29,7 @@ from ..distillation.stages import StagePlan
 from ..flow.velocity import evaluating
 from ..monitor.router_statistics import RouterStatistics, counts_step
 from ..monitor.stage_log import StageLog
+from ..training.one_ahead import OneAhead
 from ..training.stage_run import StageRun
 from ..training.trainee import Trainee
 from .feature_store import Conditions, Features, FeatureStore
@@ -126,9 +128,10 @@ def relative_losses(
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StoredMicrobatch:
-    """An entry of the feature store; its features are read when they are needed."""
+    """An entry of the feature store, and the one that follows it in training; features are read when they are needed."""
 
     index: int
+    following: int | None
     conditions: Conditions
 
     @property
@@ -156,6 +159,7 @@ class PartObjective:
         self.routers = RouterTraining(core=trainee.core, plan=plan, run=stage_run.run)
         self.statistics = RouterStatistics(trainee.core)
         self.place = (stage_run.ranks.device, stage_run.dtype)
+        self.ahead = OneAhead(self._stored, stage_run.ranks.device)
 
     def begin(self, start: int, log: StageLog) -> None:
         """Log the error of the untrained part."""
@@ -167,12 +171,13 @@ class PartObjective:
         """Yield entries of the store: all in random order, then all in another order."""
         accumulation = self.run.training.accumulation
         seed = (self.run.seed, self.number)
-        for index in sample_order(self.store.batches, (step - 1) * accumulation, accumulation, seed):
-            yield StoredMicrobatch(index=index, conditions=self.store.conditions(index))
+        order = sample_order(self.store.batches, (step - 1) * accumulation, accumulation + 1, seed)
+        following = order[1:] if step < self.steps else [*order[1:-1], None]
+        for index, after in zip(order[:-1], following, strict=True):
+            yield StoredMicrobatch(index=index, following=after, conditions=self.store.conditions(index))
 
     def losses(self, microbatch: StoredMicrobatch) -> StepLosses:
-        given = self._features(self.part.start, microbatch.index)
-        target = self._features(self.part.end, microbatch.index)
+        given, target = map(self._on_device, self.ahead.take(microbatch.index, microbatch.following))
         self.routers.set_pools(microbatch.conditions)
         computed = self._forward(given, microbatch.conditions)
         weights = self.run.losses
@@ -205,7 +210,7 @@ class PartObjective:
         change: dict[str, float] = {}
         with evaluating(self.called):
             for index in range(self.store.batches, self.store.batches + self.store.held_out):
-                given, wanted = self._features(self.part.start, index), self._features(self.part.end, index)
+                given, wanted = map(self._on_device, self._stored(index))
                 computed = self._forward(given, self.store.conditions(index))
                 target = compared(self.part.kind, wanted)
                 for sums, other in ((wrong, computed), (change, given)):
@@ -214,12 +219,14 @@ class PartObjective:
         tiny = torch.finfo(torch.float32).tiny
         return math.sqrt(sum(wrong[name] / max(change[name], tiny) for name in wrong) / len(wrong))
 
-    def _features(self, depth: int, index: int) -> Features:
-        stored = self.store.features(depth, index)
-        return Features(
-            image_BTH=copy_to_device(stored.image_BTH, *self.place),
-            text_BLH=copy_to_device(stored.text_BLH, *self.place),
-        )
+    def _stored(self, index: int) -> tuple[Features, Features]:
+        """Read the teacher's features at the start and at the end of the part, into pinned memory on a GPU's host."""
+        given, target = (self.store.features(depth, index) for depth in (self.part.start, self.part.end))
+        pin = partial(pinned, device=self.place[0])
+        return given.each(pin), target.each(pin)
+
+    def _on_device(self, features: Features) -> Features:
+        return features.each(partial(copy_to_device, device=self.place[0], dtype=self.place[1]))
 
     def _forward(self, given: Features, conditions: Conditions) -> Features:
         image_BTH, text_BLH = self.called(

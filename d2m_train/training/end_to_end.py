@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +22,7 @@ from ..monitor.student_monitor import StudentMonitor
 from ..parallel.parameters import full_tensor, local_share
 from .changed_steps import changeable, schedule_text, stored_identity
 from .loop import TrainingLoop
+from .one_ahead import OneAhead
 from .stage_run import StageRun
 from .student_file import fill_student, meta_student
 from .trainee import Trainee
@@ -142,7 +142,7 @@ class EndToEnd:
 
 
 class _Batches:
-    """This rank's microbatches. On a GPU the next one is made, in pinned memory, while one is trained on."""
+    """This rank's microbatches. On a GPU the next one is made, in pinned memory, while one is trained on (one_ahead.py)."""
 
     def __init__(self, stage_run: StageRun) -> None:
         self.run, self.data, self.ranks, self.teacher = (
@@ -152,29 +152,18 @@ class _Batches:
             stage_run.teacher,
         )
         self.end = self._number(stage_run.section.steps * self.run.training.accumulation)
-        # A CPU trains with all its cores already.
-        self.executor = None if self.ranks.device.type == "cpu" else ThreadPoolExecutor(1, "batches")
-        self.coming: tuple[int, Future[NumberedBatch]] | None = None
+        self.ahead = OneAhead(self._make, self.ranks.device)
 
     def of_step(self, step: int) -> Iterator[NumberedBatch]:
         """Yield the microbatches of a step, counted from 1."""
         accumulation = self.run.training.accumulation
         for index in range((step - 1) * accumulation, step * accumulation):
-            yield self._take(self._number(index))
+            number, following = self._number(index), self._number(index + 1)
+            yield self.ahead.take(number, following if following < self.end else None)
 
     def _number(self, index: int) -> int:
         """The number in the run of this rank's microbatch `index`."""
         return index * self.ranks.count + self.ranks.rank
-
-    def _take(self, number: int) -> NumberedBatch:
-        if self.executor is None:
-            return self._make(number)
-        coming, self.coming = self.coming, None
-        batch = coming[1].result() if coming is not None and coming[0] == number else self._make(number)
-        following = number + self.ranks.count
-        if following < self.end:
-            self.coming = following, self.executor.submit(self._make, following)
-        return batch
 
     def _make(self, number: int) -> NumberedBatch:
         batch = self.data.batch(number, self.run.training.batch_size, self.run.seed)

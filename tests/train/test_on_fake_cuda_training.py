@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from d2m_model.checkpoint import expected_tensors
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, untrained_transformer
 from d2m_model.hosts.diffusers.tensors import load_tensors
 from d2m_train import UserError
+from d2m_train.blockwise import part
 from d2m_train.blockwise.feature_store import Conditions, Features
 from d2m_train.blockwise.part import Part, PartBlocks, PartObjective, StoredMicrobatch
 from d2m_train.data import copying
@@ -28,6 +30,7 @@ from d2m_train.monitor.student_monitor import StudentMonitor
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.training.end_to_end import EndToEnd, NumberedBatch
 from d2m_train.training.loop import TrainingLoop
+from d2m_train.training.one_ahead import OneAhead
 from tests.toys.fake_gpu import GPU, HOST_WAITS, HostWaits
 from tests.toys.students import DIMS, student_config
 
@@ -72,7 +75,8 @@ class TrainingWaits(HostWaits):
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainingWaits]:
     recorded = TrainingWaits()
-    monkeypatch.setattr(copying, "pinned", recorded.pin)
+    for module in (copying, part):
+        monkeypatch.setattr(module, "pinned", recorded.pin)
     with FakeTensorMode():
         yield recorded
 
@@ -157,8 +161,8 @@ def test_the_host_waits_once_a_step(stage: Stage, capacity: bool, waits: Trainin
 
 def test_a_blockwise_step_moves_features_as_they_are_stored_and_waits_once(waits: TrainingWaits) -> None:
     core, plan = student_on_gpu("experts", False)
-    part = Part(name="double_blocks.1", kind="double", blocks=(1,), start=1, end=2, group=None)
-    blocks, ranks = PartBlocks(core, part, checkpointing=False), ranks_on(GPU)
+    block = Part(name="double_blocks.1", kind="double", blocks=(1,), start=1, end=2, group=None)
+    blocks, ranks = PartBlocks(core, block, checkpointing=False), ranks_on(GPU)
     trainee: Any = SimpleNamespace(called=blocks, core=blocks, trained={})
     bfloat16, hidden_size = {"dtype": torch.bfloat16}, DIMS.hidden_size
     rotary = (torch.empty(WORDS + PIXELS, 128, device=GPU), torch.empty(WORDS + PIXELS, 128, device=GPU))
@@ -176,13 +180,30 @@ def test_a_blockwise_step_moves_features_as_they_are_stored_and_waits_once(waits
     stage_run: Any = SimpleNamespace(
         run=RUN, stage="experts", ranks=ranks, section=RUN.stage.experts, dtype=torch.float32
     )
-    objective = PartObjective(stage_run, trainee, part, 0, plan, store)
-    objective.microbatches = lambda step: iter([StoredMicrobatch(index=0, conditions=conditions)])  # type: ignore[method-assign]
+    objective = PartObjective(stage_run, trainee, block, 0, plan, store)
+    microbatch = StoredMicrobatch(index=0, following=None, conditions=conditions)
+    objective.microbatches = lambda step: iter([microbatch])  # type: ignore[method-assign]
     with waits:
         loop_of(objective, trainee, ranks)._step(1)
         objective.routers.end_step()
     assert waits.waits == {("d2m_train/training/loop.py", "item")}
     assert waits.copies == 5 + 4, "input, target and conditions; masks of two streams for the loss and for statistics"
+
+
+def test_on_a_gpu_inputs_are_made_one_ahead() -> None:
+    made: dict[int, str] = {}
+
+    def make(number: int) -> int:
+        made[number] = threading.current_thread().name
+        return number
+
+    ahead = OneAhead(make, GPU)
+    assert [ahead.take(number, following) for number, following in ((3, 5), (5, None), (9, None))] == [3, 5, 9]
+    main = threading.current_thread().name
+    assert made[3] == made[9] == main, "the first, and one that was not announced"
+    assert made[5] != main
+    assert OneAhead(make, CPU).take(7, 8) == 7
+    assert 8 not in made
 
 
 class Lines:
