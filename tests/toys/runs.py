@@ -84,7 +84,6 @@ def zero(stage: int) -> dict[str, str]:
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
         "ACCELERATE_GRADIENT_CLIPPING": "1.0",
-        "DS_ACCELERATOR": "cpu",
     }
 
 

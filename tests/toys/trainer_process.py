@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -31,6 +31,8 @@ _FORKS.set_forkserver_preload(
         "torch.utils.tensorboard",
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
+        "diffusers.optimization",
+        "deepspeed",  # on Linux
     ]
 )
 
