@@ -47,9 +47,9 @@ def test_all_experts_in_sorted_rows_paint_what_the_teacher_paints(
     """As where few experts are chosen; so tiny a model computes every expert at once otherwise."""
     experts, seen = host.module("d2m_model.experts"), []
 
-    def counted(hidden: Tensor, plan: SimpleNamespace, down: Tensor) -> Tensor:
+    def counted(hidden: Tensor, plan: SimpleNamespace, *weights: Tensor) -> Tensor:
         seen.append((plan.tokens, len(plan.token_A)))
-        return expert_down(hidden, plan, down)
+        return expert_down(hidden, plan, *weights)
 
     blocks = host.module("nodes.model.blocks")
     expert_down = blocks.expert_down

@@ -216,7 +216,8 @@ def test_groups_and_capacity_are_chosen_and_shown(
 
 def test_options_change_the_file_and_the_seed_repeats_it(teacher: Path, tmp_path: Path) -> None:
     def order_and_router(*options: str) -> tuple[torch.Tensor, torch.Tensor]:
-        main(["convert", "--teacher", str(teacher), "--out", str(tmp_path / "moe.safetensors"), *options])
+        file = tmp_path / "moe.safetensors"
+        assert main(["convert", "--teacher", str(teacher), "--out", str(file), "--overwrite", *options]) == 0
         tensors = load_file(tmp_path / "moe.safetensors")
         return tensors["single_blocks.0.neuron_order"], tensors["single_blocks.0.router.weight"]
 

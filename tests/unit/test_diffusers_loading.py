@@ -79,7 +79,8 @@ def split(tmp_path: Path, *options: str, dtype: torch.dtype = torch.float32) -> 
 
     save_flux(tmp_path / "flux.safetensors", dtype=dtype)
     moe = tmp_path / "moe.safetensors"
-    assert main(["convert", "--teacher", str(tmp_path / "flux.safetensors"), "--out", str(moe), *options]) == 0
+    command = ["convert", "--teacher", str(tmp_path / "flux.safetensors"), "--out", str(moe), "--overwrite"]
+    assert main([*command, *options]) == 0
     return moe
 
 

@@ -43,7 +43,7 @@ def teacher_latents() -> Tensor:
 def converted(folder: Path, *options: str) -> nn.Module:
     """Convert with one calibration for all tests, an eighth of the default's size."""
     file = folder / "moe.safetensors"
-    command = ["convert", "--teacher", str(TEACHER), "--out", str(file), "--data", "emoji"]
+    command = ["convert", "--teacher", str(TEACHER), "--out", str(file), "--data", "emoji", "--overwrite"]
     calibration = ["--batches", "4", "--tokens", "2048", "--calibration", str(folder / "calibration")]
     assert main([*command, *calibration, *options]) == 0
     return FluxMoETransformer2DModel.from_flux_moe(file, torch.float32)
