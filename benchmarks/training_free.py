@@ -102,7 +102,17 @@ _STUDIES = {"experts": _EXPERTS, "blocks": _BLOCKS}
 
 
 def convert_variant(target: Path, calibration: Path, seed: int, options: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "d2m_train", "convert", "--teacher", str(_TEACHER), "--out", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "d2m_train",
+        "convert",
+        "--teacher",
+        str(_TEACHER),
+        "--out",
+        str(target),
+        "--overwrite",
+    ]
     command += ["--data", "emoji", "--calibration", str(calibration), "--seed", str(seed), *options]
     subprocess.run(command, cwd=record.ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
