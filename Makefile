@@ -21,10 +21,9 @@ export PYTHONDONTWRITEBYTECODE =
 
 # Evaluated after set-up: the Python of the environment that belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
-# One process more than there are cores, since the models of the tests are tiny, and browser tests and those of several
-# processes often wait. Tests of a file (or an xdist_group) share a process and its fixtures. The files keep their order:
-# many short ones come last, so that no core waits for a long one.
-SIDE_BY_SIDE = --numprocesses $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() + 1))") --dist loadgroup --no-loadscope-reorder
+# One process a core, since the models of the tests are tiny. Tests of a file (or an xdist_group) share a process and its
+# fixtures. The files keep their order: many short ones come last, so that no core waits for a long one.
+SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 PYTEST = $(RUN) pytest $(SIDE_BY_SIDE)
 
 help: ## this list
