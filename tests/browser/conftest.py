@@ -41,7 +41,7 @@ class Gate:
             seen += 1
             if seen == stop_at:
                 (base / "waiting").touch()
-                deadline = time.monotonic() + 60
+                deadline = time.monotonic() + 300
                 while not (base / "open").exists() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 (base / "open").unlink(missing_ok=True)
