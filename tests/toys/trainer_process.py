@@ -5,6 +5,8 @@ A process started anew spends seven seconds of CPU on importing torch and diffus
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import multiprocessing
 import os
 import resource
@@ -12,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -20,6 +23,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+LONGEST = 400.0  # seconds: the longest run takes 30 on an idle machine
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -83,8 +87,10 @@ class Run:
 
     def poll(self) -> int | None:
         """Return the exit status once a rank has failed or all have ended, else None."""
-        codes = [process.exitcode for process in self._ranks]
-        return next((code for code in codes if code), None) or (0 if None not in codes else None)
+        return _status(self._codes())
+
+    def _codes(self) -> list[int | None]:
+        return [process.exitcode for process in self._ranks]
 
     def send_signal(self, number: signal.Signals) -> None:
         for process in self._ranks:
@@ -92,15 +98,38 @@ class Run:
                 os.kill(process.pid, number)
 
     def wait(self) -> Result:
-        """Wait for the end. Where one rank fails, the others are stopped, as torchrun does."""
-        while (code := self.poll()) is None:
-            connection.wait([process.sentinel for process in self._ranks if process.exitcode is None])
+        """Wait for the end. Where one rank fails, the others are stopped, as torchrun does.
+
+        A run that hangs fails the test, which prints where every thread of every rank stands.
+        """
+        end = time.monotonic() + LONGEST
+        codes = self._codes()
+        while (code := _status(codes)) is None:
+            # Of the same look at all ranks: one that ends meanwhile would leave nothing to wait for.
+            running = [process.sentinel for process, ended in zip(self._ranks, codes, strict=True) if ended is None]
+            if not connection.wait(running, timeout=end - time.monotonic()):
+                raise AssertionError(f"The run has not ended after {LONGEST:.0f} s:\n{self._stacks()}")
+            codes = self._codes()
         self.send_signal(signal.SIGKILL)
         for process in self._ranks:
             process.join()
         output = self._output.read_text(errors="replace")
         self._output.unlink()
         return Result(code, output)
+
+    def _stacks(self) -> str:
+        """Stop the run. Return what it printed, with the stacks of all threads of one rank after another."""
+        for process in self._ranks:
+            if process.exitcode is None and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(2)  # for its stacks to be written, unmixed with the next rank's
+        self.send_signal(signal.SIGKILL)
+        return self._output.read_text(errors="replace")
+
+
+def _status(codes: Sequence[int | None]) -> int | None:
+    """Exit status of a run with these of its ranks (None: still running); None while it runs."""
+    return next((code for code in codes if code), None) or (0 if None not in codes else None)
 
 
 def _rank(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -126,6 +155,8 @@ def _run(arguments: list[str], env: dict[str, str], output: Path, largest_file: 
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.register(signal.SIGUSR1)
+    gc.freeze()  # the modules' objects, over which every collection would go again
     os.environ.update(env)
     os.chdir(ROOT)
     if largest_file is not None:
