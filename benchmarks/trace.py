@@ -30,7 +30,7 @@ from .full_size import flux_of, write_random
 from .record import ROOT, commit, machine, median_ratio, seconds_side_by_side, write_result
 
 _DEVICE = torch.device("cpu")
-_EMOJI = ROOT / "demo" / "assets" / "emoji-flux.safetensors"
+_EMOJI = ROOT / "demo" / "assets" / "diffusion_models" / "emoji-flux.safetensors"
 _STEPS = 2
 _TEXT_TOKENS = 512
 

@@ -34,7 +34,7 @@ from demo.train import fast_on_cpu
 
 from . import record
 
-_TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
+_TEACHER = dataset.EMOJI_TEACHER
 _TOP_K = 2
 _EVERY_K = (0, 1, 2, 3, 4, 6, 12)
 _DEFAULT = "default (preset L)"

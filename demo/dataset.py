@@ -16,6 +16,11 @@ import torch
 from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
+# In folders that the pack adds to ComfyUI's model folders of these names: nodes/demo.py
+EMOJI_TEACHER = ASSETS / "diffusion_models" / "emoji-flux.safetensors"
+EMOJI_FLUX_MOE = ASSETS / "diffusion_models" / "emoji-flux-moe.safetensors"
+EMOJI_AUTOENCODER = ASSETS / "vae" / "emoji-autoencoder.safetensors"
+SEPIA_LORA = ASSETS / "loras" / "emoji-sepia-lora.safetensors"
 IMAGE = 128  # pixels
 ATLAS_CELL, ATLAS_COLUMNS = 96, 20
 SPRITE_SIZES = (80, 83, 86)  # pixels

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.dataset import ASSETS
-from demo.models import COMFYUI, OUT, TEACHER, add_diffusion_model, add_models, run_trainer
+from demo.dataset import EMOJI_TEACHER
+from demo.models import COMFYUI, OUT, add_diffusion_model, run_trainer
 from demo.server import ComfyServer, ServerError
 from demo.strip import TEACHER_ROW, Painter, draw_strip, paint_rows, save_images
 
@@ -51,7 +51,7 @@ def train_preset(preset: str) -> Files:
 
 def compare(files: Files, out: Path) -> dict[str, Any]:
     """Score both files on the same prompts and noise: the report of `python -m d2m_train evaluate`."""
-    options: list[str | Path] = ["--against", files.before, "--teacher", ASSETS / TEACHER, "--data", "emoji"]
+    options: list[str | Path] = ["--against", files.before, "--teacher", EMOJI_TEACHER, "--data", "emoji"]
     run_trainer("evaluate", files.after, *options, "--every", str(EVERY), "--out", out, quiet=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
@@ -77,7 +77,6 @@ def make_distillations() -> None:
     print(f"Distilling presets {' and '.join(SHORTENED)} of the emoji FLUX, scoring and painting them.")
     print(f"{DURATION} Ctrl-C stops it; `make distil` then continues where it was.", flush=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    add_models(COMFYUI)
     painters, reports = [TEACHER_ROW], []
     for number, preset in enumerate(SHORTENED, 1):
         begin = time.monotonic()

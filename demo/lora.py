@@ -1,6 +1,6 @@
 """A LoRA for the emoji FLUX, trained on the dense model like LoRAs of FLUX.1: pictures like old sepia prints.
 
-    python -m demo.lora --out demo/assets/emoji-sepia-lora.safetensors
+    python -m demo.lora --out demo/assets/loras/emoji-sepia-lora.safetensors
 
 diffusers writes it, with its own (PEFT) key names. The example workflow flux-moe-lora and the tests load it.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from d2m_model.hosts.diffusers import load_transformer
 from demo import prompt_encoder
 from demo.autoencoder import TinyAutoencoder
-from demo.dataset import ASSETS, Picture, random_picture, render
+from demo.dataset import ASSETS, EMOJI_AUTOENCODER, EMOJI_TEACHER, SEPIA_LORA, Picture, random_picture, render
 from demo.train import fast_on_cpu, patchify, predict_velocity, timesteps
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -44,9 +44,9 @@ def random_pictures(count: int, seed: int = 0) -> list[Picture]:
 def train_lora(out: Path, *, steps: int, batch: int, learning_rate: float, examples: int) -> None:
     """Train the LoRA on `examples` sepia pictures and write it to `out`."""
     torch.manual_seed(0)
-    transformer = load_transformer(ASSETS / "emoji-flux.safetensors", torch.float32)
+    transformer = load_transformer(EMOJI_TEACHER, torch.float32)
     encoder = prompt_encoder.load_prompt_encoder(ASSETS / "prompt-encoder.safetensors")
-    autoencoder = TinyAutoencoder.load(ASSETS / "autoencoder.safetensors")
+    autoencoder = TinyAutoencoder.load(EMOJI_AUTOENCODER)
     chosen = random_pictures(examples)
     images = torch.stack([sepia(image).view_as(image) for image in map(render, chosen)])
     latents = torch.cat([autoencoder.encode(part) for part in images.split(64)])
@@ -79,7 +79,7 @@ def train_lora(out: Path, *, steps: int, batch: int, learning_rate: float, examp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS / "emoji-sepia-lora.safetensors")
+    parser.add_argument("--out", type=Path, default=SEPIA_LORA)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -1,4 +1,7 @@
-"""The demo's models: their files, the conversion of the teacher, and ComfyUI's folders for them."""
+"""The demo's models: the conversion of the emoji FLUX, and files for the demo's ComfyUI.
+
+python -m demo.models    # converts the emoji FLUX again, to the FLUX-MoE that ships in demo/assets
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,21 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from d2m_model.atomic import atomic_file
-from demo.dataset import ASSETS
+from demo import dataset
 from demo.server import PATIENT_THREADS
 from tools.host import ROOT
 
 OUT = ROOT / "demo" / "out"
 COMFYUI = OUT / "comfyui"  # models, input, output and user data of the demo's ComfyUI
-TEACHER = "emoji-flux.safetensors"
-CONVERTED = "emoji-flux-moe.safetensors"
-AUTOENCODER = "emoji-autoencoder.safetensors"
-LORA = "emoji-sepia-lora.safetensors"
+# Names in ComfyUI, which finds the files in demo/assets by itself: nodes/demo.py
+TEACHER = dataset.EMOJI_TEACHER.name
+CONVERTED = dataset.EMOJI_FLUX_MOE.name
+AUTOENCODER = dataset.EMOJI_AUTOENCODER.name
+LORA = dataset.SEPIA_LORA.name
 
 
 def run_trainer(*arguments: str | Path, quiet: bool = False) -> None:
@@ -33,30 +38,29 @@ def run_trainer(*arguments: str | Path, quiet: bool = False) -> None:
     )
 
 
-def add_models(base: Path) -> None:
-    """Put the teacher, the autoencoder and the LoRA into ComfyUI's model folders under `base`."""
-    for folder, name, asset in (
-        ("diffusion_models", TEACHER, TEACHER),
-        ("vae", AUTOENCODER, "autoencoder.safetensors"),
-        ("loras", LORA, LORA),
-    ):
-        target = base / "models" / folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ASSETS / asset, target)
-
-
 def add_diffusion_model(base: Path, file: Path, name: str) -> None:
-    """Put a FLUX into ComfyUI's model folder under `base`, atomically."""
+    """Put a FLUX into ComfyUI's model folder under `base`, atomically. It comes before the one that ships."""
     target = base / "models" / "diffusion_models" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as part:
         shutil.copyfile(file, part)
 
 
-def convert_teacher(base: Path) -> None:
-    """Convert the teacher to OUT/CONVERTED and put it into ComfyUI's model folder under `base`."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    converted = OUT / CONVERTED
+def convert_teacher(out: Path) -> None:
+    """Convert the emoji FLUX to the file `out`, without training."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     run_trainer(
-        "convert", "--teacher", ASSETS / TEACHER, "--out", converted, "--overwrite", "--preset", "L", "--data", "emoji"
+        "convert", "--teacher", dataset.EMOJI_TEACHER, "--out", out, "--overwrite", "--preset", "L", "--data", "emoji"
     )
-    add_diffusion_model(base, converted, CONVERTED)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder) / CONVERTED
+        convert_teacher(converted)  # writes a report beside the file
+        with atomic_file(dataset.EMOJI_FLUX_MOE) as part:
+            shutil.copyfile(converted, part)
+
+
+if __name__ == "__main__":
+    main()

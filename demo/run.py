@@ -18,8 +18,8 @@ from typing import Any
 
 from d2m_model.checkpoint import check_file
 from d2m_model.cost import DENSE, Conversion, Tokens, flux
-from demo.dataset import ASSETS, IMAGE
-from demo.models import COMFYUI, CONVERTED, OUT, TEACHER, add_models, convert_teacher
+from demo.dataset import EMOJI_TEACHER, IMAGE
+from demo.models import COMFYUI, CONVERTED, OUT, add_diffusion_model, convert_teacher
 from demo.prompt_encoder import PROMPT_TOKENS
 from demo.server import ComfyServer, ServerError
 from demo.strip import TEACHER_ROW, Painter, Row, draw_strip, paint_rows, pixel_distance, save_images
@@ -34,11 +34,11 @@ IMAGE_TOKENS = (IMAGE // 16) ** 2
 def make_demo() -> None:
     """Convert, paint the expert map and the strip, and print what each model costs."""
     begin = time.monotonic()
-    add_models(COMFYUI)
     painters = [TEACHER_ROW, *(Painter(label=f"k = {k}", file=CONVERTED, top_k=k) for k in STRIP_TOP_K)]
     print("Starting ComfyUI, and converting meanwhile ...", flush=True)
     with ComfyServer(COMFYUI, wait=False) as server:
-        convert_teacher(COMFYUI)
+        convert_teacher(OUT / CONVERTED)
+        add_diffusion_model(COMFYUI, OUT / CONVERTED, CONVERTED)
         server.wait_until_up()
         server.run(json.loads(EXPERT_MAP.read_text()))[-1].save(OUT / "expert-map.png")
         print(f"First picture, after {time.monotonic() - begin:.0f} s: {OUT / 'expert-map.png'}", flush=True)
@@ -50,7 +50,7 @@ def make_demo() -> None:
     print_costs(report["top_k"])
     print(f"\nTop-K strip: {OUT / 'topk-strip.png'}")
     print(f"Expert map: {OUT / 'expert-map.png'}; `make comfy` opens it, and the other example workflows")
-    print(f"Teacher: {ASSETS / TEACHER}\nConverted file: {OUT / CONVERTED}; `make distil` trains it")
+    print(f"Teacher: {EMOJI_TEACHER}\nConverted file: {OUT / CONVERTED}; `make distil` trains it")
 
 
 def costs_and_distances(rows: Mapping[str, Row], painters: list[Painter]) -> list[dict[str, Any]]:
@@ -88,8 +88,6 @@ def print_costs(report: list[dict[str, Any]]) -> None:
 
 def serve(port: int) -> None:
     """Leave ComfyUI running with the example workflows among the user's workflows, until Ctrl-C."""
-    add_models(COMFYUI)
-    convert_teacher(COMFYUI)
     workflows = COMFYUI / "user" / "default" / "workflows"
     workflows.mkdir(parents=True, exist_ok=True)
     for workflow in WORKFLOWS.glob("*.json"):

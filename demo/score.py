@@ -1,6 +1,6 @@
 """Score an emoji FLUX on the 500 fixed prompts, and draw a grid of its images.
 
-    python -m demo.score demo/assets/emoji-flux.safetensors --grid grid.png
+    python -m demo.score demo/assets/diffusion_models/emoji-flux.safetensors --grid grid.png
     python -m demo.score --checkpoint runs/flux/flow-2000.pt --guidance 1
 
 Prompts 0-449 name (object, colour) pairs that were seen in training, prompts 450-499 pairs that were held out.
@@ -27,7 +27,7 @@ from demo.train import Student, fast_on_cpu
 
 def decode(latents: Tensor) -> Tensor:
     """Decode latents [N, 16, 16, 16] to images [N, 3, 128, 128] in 0..1."""
-    autoencoder = TinyAutoencoder.load(dataset.ASSETS / "autoencoder.safetensors")
+    autoencoder = TinyAutoencoder.load(dataset.EMOJI_AUTOENCODER)
     return torch.cat([autoencoder.decode(part) for part in latents.split(25)])
 
 

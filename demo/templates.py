@@ -1,6 +1,6 @@
 """Generate the files of the example workflows from demo/template_graphs.py.
 
-    python -m demo.templates            # all of them, in a ComfyUI of its own with the demo's models
+    python -m demo.templates            # all of them, in a ComfyUI of its own
     python -m demo.templates NAME …     # some of them
 
 Writes example_workflows/NAME.json (for the template browser), api/NAME.json (the same workflow for /prompt) and NAME.jpg
@@ -18,7 +18,6 @@ from typing import Any
 
 from PIL import Image
 
-from demo.models import add_models, convert_teacher
 from demo.server import ApiGraph, ComfyServer
 from demo.template_graphs import TEMPLATES, Template
 from tools.host import ROOT
@@ -152,24 +151,18 @@ def write_json(file: Path, value: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *(template.name for template in TEMPLATES)])
-    parser.add_argument("--models", type=Path, help="a ComfyUI base folder that has the demo's models already")
     parser.add_argument("--no-pictures", action="store_true", help="leave the thumbnails as they are")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        base = arguments.models or Path(temporary)
-        if arguments.models is None:
-            convert_teacher(base)
-        add_models(base)
-        with ComfyServer(base) as server:
-            known = server.get("/object_info")
-            for template in TEMPLATES:
-                if arguments.names and template.name not in arguments.names:
-                    continue
-                write_json(_FOLDER / f"{template.name}.json", drawn(template, known))
-                write_json(_FOLDER / "api" / f"{template.name}.json", template.graph)
-                if not arguments.no_pictures:
-                    thumbnail(server.run(template.graph), _FOLDER / f"{template.name}.jpg")
-                print(template.name, flush=True)
+    with tempfile.TemporaryDirectory() as temporary, ComfyServer(Path(temporary)) as server:
+        known = server.get("/object_info")
+        for template in TEMPLATES:
+            if arguments.names and template.name not in arguments.names:
+                continue
+            write_json(_FOLDER / f"{template.name}.json", drawn(template, known))
+            write_json(_FOLDER / "api" / f"{template.name}.json", template.graph)
+            if not arguments.no_pictures:
+                thumbnail(server.run(template.graph), _FOLDER / f"{template.name}.jpg")
+            print(template.name, flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from d2m_model.atomic import atomic_file
-from demo import prompt_encoder
+from demo import dataset, prompt_encoder
 from demo.autoencoder import TinyAutoencoder
 from demo.dataset import CAPTION_TEMPLATES, COLOURS, POSITIONS, Picture, every_training_picture, objects, render
 from demo.muon import Muon
@@ -181,7 +181,7 @@ class Student(nn.Module):
         from d2m_model.hosts.diffusers import load_transformer
 
         self.transformer.load_state_dict(
-            load_transformer(assets / "emoji-flux.safetensors", torch.float32).state_dict()
+            load_transformer(assets / "diffusion_models" / "emoji-flux.safetensors", torch.float32).state_dict()
         )
         self.prompts.load_state_dict(
             prompt_encoder.load_prompt_encoder(assets / "prompt-encoder.safetensors").state_dict()
@@ -305,7 +305,7 @@ def export_assets(out: Path, phase: str, assets: Path) -> None:
         "modelspec.license": "Apache-2.0",
         "modelspec.description": "A small FLUX.1 trained on Noto Color Emoji at 128 x 128; see demo/README.md.",
     }
-    save_file(tensors, assets / "emoji-flux.safetensors", metadata=metadata)
+    save_file(tensors, assets / "diffusion_models" / "emoji-flux.safetensors", metadata=metadata)
     student.prompts.save(assets / "prompt-encoder.safetensors")
 
 
@@ -314,9 +314,7 @@ def main() -> None:
     parser.add_argument("phase", choices=("flow", "guidance", "export"))
     parser.add_argument("--out", type=Path, default=Path("runs/flux"))
     parser.add_argument("--assets", type=Path, default=Path(__file__).parent / "assets")
-    parser.add_argument(
-        "--autoencoder", type=Path, default=Path(__file__).parent / "assets" / "autoencoder.safetensors"
-    )
+    parser.add_argument("--autoencoder", type=Path, default=dataset.EMOJI_AUTOENCODER)
     parser.add_argument("--steps", type=int, help="step at which the learning rate has fallen to zero")
     parser.add_argument("--until", type=int, help="stop after this step (default: --steps)")
     parser.add_argument("--batch", type=int, default=64)

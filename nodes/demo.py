@@ -1,14 +1,23 @@
-"""Emoji FLUX prompt: the prompt encoder of the emoji FLUX (demo/), in place of FLUX.1's text encoders."""
+"""The emoji FLUX (demo/) in ComfyUI: its model files, and the node Emoji FLUX prompt in place of FLUX.1's text encoders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io
 
 from .expert_map.trace_node import PIECES_KEY
 
-_ENCODER = Path(__file__).parent.parent / "demo" / "assets" / "prompt-encoder.safetensors"
+_ASSETS = Path(__file__).parent.parent / "demo" / "assets"
+_ENCODER = _ASSETS / "prompt-encoder.safetensors"
+_MODEL_FOLDERS = ("diffusion_models", "vae", "loras")
+
+
+def register() -> None:
+    """Add the demo's files to ComfyUI's models, after the user's own: a user's file of the same name comes first."""
+    for name in _MODEL_FOLDERS:
+        folder_paths.add_model_folder_path(name, str(_ASSETS / name))
 
 
 class EmojiPrompt(io.ComfyNode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cost
+from . import cost, demo
 from .controls import live_values
 from .controls.active_blocks import ActiveBlocks
 from .controls.expert_mask import ExpertMask
@@ -30,6 +30,7 @@ class Dense2MoE(ComfyExtension):
         live_values.register()
         cost.register()
         routes.register()
+        demo.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -21,7 +21,7 @@ from d2m_model.tensor_file import TensorFile
 from .. import UserError
 from ..teacher.known_flux import EMOJI_FLUX, FLUX_DEV
 
-EMOJI_FILE = Path(__file__).parents[2] / "demo" / "assets" / "emoji-flux.safetensors"
+EMOJI_FILE = Path(__file__).parents[2] / "demo" / "assets" / "diffusion_models" / "emoji-flux.safetensors"
 MEGAPIXEL = Tokens(image=4096, text=512)  # 1024 x 1024 pixels
 _PAPER_TOP_K = 2
 

@@ -57,7 +57,7 @@ class EmojiAutoencoder:
     """The demo's autoencoder, in place of FLUX's."""
 
     def __init__(self, assets: Path | None = None) -> None:
-        file = asset("autoencoder", assets)
+        file = asset("vae/emoji-autoencoder", assets)
         self.identity = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
         self.autoencoder = _demo("autoencoder").TinyAutoencoder.load(file)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from tests.browser.widget_page import WidgetPage
 from tests.comfyui.serving import EMOJI
 from tests.toys import files
 from tools import browser as chromium
-from tools.host import ROOT
 
 RENDERERS = {"canvas": False, "nodes-2": True}
 
@@ -62,10 +60,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     dense = files.dense_flux(EMOJI)
     files.save(dense, models / "teacher.safetensors")
     files.save(files.split(dense, EMOJI), models / "emoji-flux-moe.safetensors")
-    assets = ROOT / "demo" / "assets"
-    shutil.copyfile(assets / "emoji-flux.safetensors", models / "emoji-flux.safetensors")
-    (base / "models" / "vae").mkdir()
-    shutil.copyfile(assets / "autoencoder.safetensors", base / "models" / "vae" / "emoji-autoencoder.safetensors")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "gate.py").write_text(GATE)
     with ComfyServer(base) as running:

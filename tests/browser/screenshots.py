@@ -1,4 +1,4 @@
-"""The README's pictures of ComfyUI: `python -m tests.browser.screenshots`, after `make demo`.
+"""The README's pictures of ComfyUI: `python -m tests.browser.screenshots`.
 
 docs/workflow.jpg: the first example workflow, painted. docs/expert-map.jpg: the expert map of another.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from demo.models import CONVERTED, OUT, add_models
 from demo.server import ComfyServer
 from tests.browser.driver import Comfy
 from tools import browser as chromium
@@ -49,19 +47,15 @@ def screenshot(page: Comfy, workflow: str) -> Image.Image:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        add_models(base)
-        shutil.copyfile(OUT / CONVERTED, base / "models" / "diffusion_models" / CONVERTED)
-        with ComfyServer(base) as server, sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium.needed(), args=["--no-sandbox"])
-            for name, workflow in PICTURES.items():
-                context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
-                page = Comfy(server, context.new_page(), vue=True)
-                page.open()
-                screenshot(page, workflow).save(ROOT / "docs" / f"{name}.jpg", quality=85)
-                context.close()
-            browser.close()
+    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium.needed(), args=["--no-sandbox"])
+        for name, workflow in PICTURES.items():
+            context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+            page = Comfy(server, context.new_page(), vue=True)
+            page.open()
+            screenshot(page, workflow).save(ROOT / "docs" / f"{name}.jpg", quality=85)
+            context.close()
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from demo.server import ApiGraph
 from tests.comfyui import grouped
 from tests.toys import files
 from tests.toys.wrong_files import WRONG, write_wrong
-from tools.host import ROOT
 
 EMOJI = replace(files.DIMS, context_size=128, vector_size=128)  # widths of its prompt encoder's output
 DEEP = replace(EMOJI, double_blocks=7, single_blocks=14)  # room for every preset
@@ -40,12 +38,9 @@ NODE_CLASS_MAPPINGS = {"TinyConditioning": TinyConditioning}
 
 
 def write_base(base: Path, models: bool = True) -> None:
-    """Write a base directory: the emoji autoencoder, TinyConditioning, and a FLUX-MoE or, with `models`, all of them."""
+    """Write a base directory: TinyConditioning, and a FLUX-MoE or, with `models`, all of them."""
     emoji = files.dense_flux(EMOJI)
     files.save(files.split(emoji, EMOJI), base / "models" / "diffusion_models" / "emoji-flux-moe.safetensors")
-    (base / "models" / "vae").mkdir()
-    autoencoder = ROOT / "demo" / "assets" / "autoencoder.safetensors"
-    shutil.copyfile(autoencoder, base / "models" / "vae" / "emoji-autoencoder.safetensors")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "tiny_conditioning.py").write_text(TINY_CONDITIONING)
     if models:

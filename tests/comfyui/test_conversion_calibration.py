@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from d2m_model.checkpoint import check_file
+from demo.dataset import EMOJI_TEACHER
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair
 from tests.comfyui.converting import convert, deep_flux, file_of, made, prompts, temporary_folder  # noqa: F401
 from tests.toys.compare import distance
-from tools.host import ROOT
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_calibrated_it_is_nearer_to_the_dense_model(host: Comfy, monkeypatch: py
             model, noise, 6, 1.0, "euler", "simple", given, given, torch.zeros_like(noise), disable_pbar=True, seed=1
         )
 
-    generator, teacher = torch.Generator(), host.load(ROOT / "demo" / "assets" / "emoji-flux.safetensors")
+    generator, teacher = torch.Generator(), host.load(EMOJI_TEACHER)
     asked = words(
         "cat left on red", "apple in the centre on green", "rocket above on yellow", "house right on white",
         "dog below on blue", "sun in the centre on red", "tree left on yellow", "car right on green",

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from demo.dataset import EMOJI_AUTOENCODER
 from demo.in_process import Comfy
 from tests.toys import files
-from tools.host import ROOT
 
 CONTROL_DIMS = replace(files.DIMS, double_blocks=2, single_blocks=1)
 REDUX = 48  # width of its image tokens
@@ -40,7 +40,7 @@ class Studio:
             (models / "controlnet").mkdir(parents=True, exist_ok=True)
             save_file(tensors(), models / "controlnet" / f"{name}.safetensors")
         (models / "vae").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / "demo" / "assets" / "autoencoder.safetensors", models / "vae" / "tiny.safetensors")
+        shutil.copyfile(EMOJI_AUTOENCODER, models / "vae" / "tiny.safetensors")
         self.vae = self.host.run("VAELoader", vae_name="tiny.safetensors")
         self.image = torch.rand(1, 8 * SIZE[0], 8 * SIZE[1], 3, generator=torch.Generator().manual_seed(11))
         self.mask = (self.image[..., 0] > 0.5).float()

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from d2m_train.__main__ import main
 from d2m_train.evaluation import image_folder
 from d2m_train.evaluation.scores import interval
-from demo.dataset import ASSETS, prompts
+from demo.dataset import ASSETS, EMOJI_TEACHER, prompts
 
-TEACHER = ASSETS / "emoji-flux.safetensors"
+TEACHER = EMOJI_TEACHER
 FEW = ("--data", "emoji", "--every", "125", "--steps", "2")
 GENEVAL = (
     {"tag": "single_object", "include": [{"class": "fox", "count": 1}], "prompt": "fox in the left on blue"},

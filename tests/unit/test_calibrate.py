@@ -82,7 +82,7 @@ def test_the_emoji_dataset_calibrates_too(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"autoencoder\.safetensors is missing"):
         EmojiData(tmp_path)
-    shutil.copy(dataset.ASSETS / "autoencoder.safetensors", tmp_path)
+    shutil.copytree(dataset.EMOJI_AUTOENCODER.parent, tmp_path / "vae")
     PromptEncoder(vocabulary()).save(tmp_path / "prompt-encoder.safetensors")
     first, second = (EmojiData(tmp_path).batch(index, 3, seed=0) for index in range(2))
     assert first.tokens_BTC.shape == (3, 64, 64)

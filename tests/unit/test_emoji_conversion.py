@@ -19,7 +19,7 @@ from demo.sample import sample_latents
 from demo.scorer import latent_distance
 
 pytestmark = pytest.mark.slow
-TEACHER = dataset.ASSETS / "emoji-flux.safetensors"
+TEACHER = dataset.EMOJI_TEACHER
 PAPER = ("--experts", "random", "--router", "random", "--no-mean", "--no-refit")
 
 
