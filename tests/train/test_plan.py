@@ -32,7 +32,7 @@ from d2m_train.plan.run_plan import RunPlan
 from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
-from d2m_train.teacher.known_flux import EMOJI_TEACHER
+from d2m_train.teacher.known_flux import EMOJI_FLUX
 from d2m_train.training.optimizers import WeightAverage, new_optimizer
 from d2m_train.training.parameter_sizes import ParameterSize
 from d2m_train.training.student_file import fill_student, meta_student
@@ -60,7 +60,7 @@ class Real:
     """The stage's real student, of random weights, after one real step."""
 
     def __init__(self, run: RunConfig, stage: Stage) -> None:
-        config: FluxMoEConfig = student_config(run, EMOJI_TEACHER)
+        config: FluxMoEConfig = student_config(run, EMOJI_FLUX)
         self.core = FluxMoETransformer2DModel(config, optional_names(run, config))
         with torch.no_grad():
             for parameter in self.core.parameters():
@@ -77,7 +77,7 @@ class Real:
 
     def _step(self, run: RunConfig) -> int:
         """Forward, losses, backward and update; bytes that saved-tensor hooks see but for the weights."""
-        teacher = untrained_transformer(EMOJI_TEACHER).requires_grad_(False).eval()
+        teacher = untrained_transformer(EMOJI_FLUX).requires_grad_(False).eval()
         student = self.core
         if run.training.mixed_precision != "no":
             from accelerate.utils.operations import convert_outputs_to_fp32
@@ -286,7 +286,7 @@ def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path)
 
     teacher = open_frozen_teacher(run.teacher)
     found = sum(held(parameter.data) for parameter in teacher.parameters())
-    assert teacher_bytes(run, EMOJI_TEACHER)[0] == found
+    assert teacher_bytes(run, EMOJI_FLUX)[0] == found
 
 
 MINIMAL: dict[str, Any] = {

@@ -29,7 +29,7 @@ from d2m_model.keys import dense_shapes
 from d2m_model.routers import TOP_K_ROUTER, CapacityRouter, TokenRouter
 from d2m_train.__main__ import main
 from d2m_train.commands.report import MEGAPIXEL, PRINTED, preset_costs
-from d2m_train.teacher.known_flux import EMOJI_TEACHER, FLUX_DEV
+from d2m_train.teacher.known_flux import EMOJI_FLUX, FLUX_DEV
 
 PRESETS: list[PresetName] = ["L", "M", "S", "XS"]
 
@@ -54,7 +54,7 @@ def converted(
 # Against the tensors
 
 
-@pytest.mark.parametrize("dims", [FLUX_DEV, EMOJI_TEACHER])
+@pytest.mark.parametrize("dims", [FLUX_DEV, EMOJI_FLUX])
 def test_total_of_a_dense_flux_is_what_its_tensors_hold(dims: FluxDims) -> None:
     dense = flux(dims, DENSE, MEGAPIXEL)
     assert dense.total == dense.touched == sum(map(prod, dense_shapes(dims).values()))
