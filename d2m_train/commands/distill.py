@@ -79,14 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(run: RunConfig) -> int:
     """Run all stages that the run names and the student has. Return exit status 0, or 128 + the signal that stopped it."""
-    ranks = Ranks(run)
-    try:
-        with locked_folder(run.output_dir) if ranks.main else nullcontext():
+    with Ranks(run) as ranks, locked_folder(run.output_dir) if ranks.main else nullcontext():
+        try:
             Distill(run, ranks).run_all()
-    except Stopped:
-        return 128 + ranks.stop_signal
-    finally:
-        ranks.close()
+        except Stopped:
+            return 128 + ranks.stop_signal
     return 0
 
 

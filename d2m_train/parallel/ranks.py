@@ -27,6 +27,7 @@ from ..run_config import RunConfig
 from .deepspeed import configuration, deepspeed_requested, without_accelerates_deepspeed
 from .parameters import full_tensor, shard_axis
 from .student_state import StudentState, TorchState
+from .watch import RankWatch
 from .zero import Zero
 
 
@@ -40,15 +41,16 @@ class PreparedStudent:
     state: StudentState
 
 
-# The other ranks wait while the main one converts or encodes, which takes hours for a 12 B model.
+# The other ranks wait while the main one converts or encodes, which takes hours for a 12 B model. A rank that does not work at
+# all is watch.py's matter.
 _TIMEOUT = timedelta(hours=12)
-
+_LOST = ("gloo/transport", "ncclRemoteError")  # in the error of a collective whose other side has ended
 
 _ONE_STOP = 5  # seconds within which launcher and scheduler send the same signal, each of them
 
 
 class Ranks:
-    """This process as one of the run's ranks. All methods are called on every rank alike."""
+    """This process as one of the run's ranks, from `with` to its end. All methods are called on every rank alike."""
 
     def __init__(self, run: RunConfig) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
@@ -91,6 +93,24 @@ class Ranks:
         self.device: torch.device = self.accelerator.device
         self._stop_asked = threading.Event()
         self.stop_signal: int = signal.SIGTERM  # that this rank got, if it got one
+        self._watch = RankWatch(self.rank, self.count, self.wait) if self.count > 1 else None
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the process group. Raises UserError in place of a collective's error where another rank has ended."""
+        if self._watch is None:
+            return
+        if error is None:
+            self.wait()  # the store that the watch reads ends with its process
+        self._watch.close(failed=error is not None)
+        self.accelerator.end_training()
+        if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST):
+            raise UserError(
+                f"Process {self.rank} has lost the connection to another one, which was killed or ended by an error. "
+                "The run goes on from its last checkpoint with resume=latest."
+            ) from error
 
     @property
     def strategy(self) -> str:
@@ -277,8 +297,3 @@ class Ranks:
     def stop_request(self) -> Tensor:
         """Return 1 if this rank has been asked to stop, else 0: a scalar on the device, for an exchange with others."""
         return torch.full((), float(self._stop_asked.is_set()), device=self.device)
-
-    def close(self) -> None:
-        """End the process group, at the end of the run."""
-        if self.count > 1:
-            self.accelerator.end_training()

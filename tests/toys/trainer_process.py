@@ -87,29 +87,26 @@ class Run:
 
     def poll(self) -> int | None:
         """Return the exit status once a rank has failed or all have ended, else None."""
-        return _status(self._codes())
+        return _status([process.exitcode for process in self._ranks])
 
-    def _codes(self) -> list[int | None]:
-        return [process.exitcode for process in self._ranks]
-
-    def send_signal(self, number: signal.Signals) -> None:
-        for process in self._ranks:
+    def send_signal(self, number: signal.Signals, rank: int | None = None) -> None:
+        """Send it to one rank, or to all."""
+        for process in self._ranks if rank is None else [self._ranks[rank]]:
             if process.pid is not None and process.exitcode is None:
                 os.kill(process.pid, number)
 
-    def wait(self) -> Result:
-        """Wait for the end. Where one rank fails, the others are stopped, as torchrun does.
+    def wait(self, without: int | None = None) -> Result:
+        """Wait for the end. Where one rank fails, the others are stopped, as torchrun does; rank `without` may fail.
 
         A run that hangs fails the test, which prints where every thread of every rank stands.
         """
+        ranks = [process for rank, process in enumerate(self._ranks) if rank != without]
         end = time.monotonic() + LONGEST
-        codes = self._codes()
-        while (code := _status(codes)) is None:
+        while (code := _status(codes := [process.exitcode for process in ranks])) is None:
             # Of the same look at all ranks: one that ends meanwhile would leave nothing to wait for.
-            running = [process.sentinel for process, ended in zip(self._ranks, codes, strict=True) if ended is None]
+            running = [process.sentinel for process, ended in zip(ranks, codes, strict=True) if ended is None]
             if not connection.wait(running, timeout=end - time.monotonic()):
                 raise AssertionError(f"The run has not ended after {LONGEST:.0f} s:\n{self._stacks()}")
-            codes = self._codes()
         self.send_signal(signal.SIGKILL)
         for process in self._ranks:
             process.join()
