@@ -6,9 +6,10 @@ import argparse
 import errno
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from d2m_model import VERSION
 from d2m_model.checkpoint import CheckpointError
 from d2m_model.fields import ConfigError
 
@@ -25,6 +26,25 @@ _COMMANDS = {
     "export": ("export", "write a FLUX-MoE in another precision, or for diffusers"),
     "evaluate": ("evaluate", "sample prompts with a FLUX and score the images"),
     "analyze": ("analyze", "draw what blocks and experts do: the paper's Figs. 3, 6 and 8"),
+}
+EXAMPLES = {
+    "convert": (
+        "convert --teacher flux1-dev.safetensors --out flux-moe-L.safetensors --data latents.safetensors",
+        "convert --teacher flux1-dev.safetensors --out flux-moe-L.safetensors --split-only",
+    ),
+    "unconvert": ("unconvert flux-moe-L.safetensors --out dense-again.safetensors",),
+    "inspect": ("inspect flux-moe-L.safetensors",),
+    "report": ("report --preset all",),
+    "cache": ("cache run.yaml",),
+    "distill": (
+        "distill configs/emoji-smoke.yaml",
+        "distill --fields",
+        "distill run.yaml configs/hardware/1x80gb.yaml --dry-run --gpu-memory 80GB",
+        "distill run.yaml resume=latest training.batch_size=2 output_dir=/runs/second",
+    ),
+    "export": ("export runs/first/experts/student.safetensors --out student-fp16.safetensors --dtype float16",),
+    "evaluate": ("evaluate student.safetensors --teacher flux1-dev.safetensors --data prompts.txt",),
+    "analyze": ("analyze student.safetensors --what experts --data prompts.txt",),
 }
 _INTERRUPTED = 128 + 2  # exit status after Ctrl-C
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,10 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 2, with one line on standard error, for an error that the user can correct, and 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m d2m_train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m d2m_train",
+        description=__doc__,
+        epilog=_examples(first for first, *_ in EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dense2moe-flux {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module_name, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.epilog = _examples(EXAMPLES[name])
         if name in arguments[:1]:  # other commands are not imported
             module = importlib.import_module(f".commands.{module_name}", __package__)
             command.description = module.__doc__
@@ -82,6 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _examples(lines: Iterable[str]) -> str:
+    return "\n".join(["Examples:", *(f"  python -m d2m_train {line}" for line in lines)])
 
 
 if __name__ == "__main__":

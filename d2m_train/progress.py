@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -21,6 +22,24 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
         return tqdm(iterable, dynamic_ncols=True, **options)
     lines: Any = _Lines(sys.stderr)
     return tqdm(iterable, file=lines, mininterval=_LOG_INTERVAL, miniters=1, bar_format=_LOG_LINE, **options)
+
+
+@contextmanager
+def sample_progress(description: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that is called with the number of finished samples and the total, and shows them from then on."""
+    bar: tqdm | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = progress_bar(desc=description, total=total, unit="sample", disable=not shown)
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 class _Lines:

@@ -1,18 +1,13 @@
-"""Configuration of a run: the fields of its YAML file, their defaults, and overrides by dotted name.
-
-Unknown names are errors that suggest the closest field. The resolved file is saved with the run.
-"""
+"""Configuration of a run: the fields of its YAML file and their defaults. The resolved file is saved with the run."""
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from d2m_model.config import PresetName, Selection
 from d2m_model.conversion.block_routers import BlockRouterInit
@@ -21,8 +16,7 @@ from d2m_model.conversion.options import OPTIONS, Baseline, FFNKind, Importance
 from d2m_model.conversion.router_init import RouterInit
 from d2m_model.routers import KINDS
 
-from . import UserError
-from .text_file import expand_home, read_text
+from .text_file import expand_home
 
 Stage = Literal["convert", "shared", "experts", "blocks", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -33,6 +27,15 @@ _Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 FilePath = Annotated[Path, AfterValidator(expand_home)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+_Item = TypeVar("_Item")
+
+
+def _listed(value: Any) -> Any:
+    """Take one value for a list of it."""
+    return value if value is None or isinstance(value, list | tuple) else (value,)
+
+
+Several = Annotated[tuple[_Item, ...], BeforeValidator(_listed)]
 KnownFlux = Literal["flux1-dev", "flux1-schnell", "flux1-lite", "flux1-mini", "emoji"]
 
 
@@ -52,7 +55,7 @@ class TeacherSection(Section):
     """Quantisation of the blocks' linear layers while the teacher runs; the student is made from the file's weights."""
     offload: Literal["none", "cpu", "stream"] = "none"
     """Location of blocks while they do not run. `cpu`: the host's memory; `stream`: the file. Not together with quantise."""
-    loras: tuple[Lora, ...] = ()
+    loras: Several[Lora] = ()
     """LoRAs that are fused into the teacher, so that the student learns to imitate both."""
     dims: KnownFlux | None = None
     """Dimensions of the teacher, for --dry-run on a machine without its file (Krea and Kontext have those of flux1-dev)."""
@@ -122,7 +125,7 @@ class DataSection(Section):
     image_column: str | None = None
     caption_column: str | None = None
     """Column of a parquet file, or field of a shard's .json; by default found by name and type."""
-    resolutions: Annotated[tuple[_Resolution, ...], Field(min_length=1)] = (1024,)
+    resolutions: Annotated[Several[_Resolution], Field(min_length=1)] = (1024,)
     """Side in pixels of a square of the same area; each resolution has buckets of aspect ratios."""
     enlarge: Annotated[float, Field(ge=1)] = 1.25
     """Maximum factor by which images are enlarged; those too small for the smallest resolution are left out."""
@@ -180,7 +183,7 @@ class LossesSection(Section):
 class StageSection(Section):
     steps: Annotated[int, Field(ge=0)] = 1000
     learning_rate: _Rate = 1e-4
-    trainable: tuple[str, ...] | None = None
+    trainable: Several[str] | None = None
     """Patterns of the names of trainable parameters (fnmatch), instead of the stage's own."""
 
 
@@ -228,7 +231,7 @@ class EyesSection(Section):
     sample_every: Count = 500
     samples: Annotated[int, Field(ge=0)] = 8
     """Images in a grid; from the source's own samples if there are no prompts."""
-    prompts: tuple[str, ...] = ()
+    prompts: Several[str] = ()
     sample_steps: Count = 20
     sample_guidance: Weight = 3.5
     wandb: bool = False
@@ -248,7 +251,7 @@ class RunConfig(Section):
     rates of its stages."""
     restart: Stage | None = None
     """Repeat this stage of the run in output_dir, and those after it."""
-    stages: tuple[Stage, ...] = STAGES
+    stages: Several[Stage] = STAGES
     teacher: TeacherSection
     student: StudentSection
     data: DataSection
@@ -280,106 +283,3 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Return all fields as YAML, so that a run does not depend on later defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load the run of a YAML file.
-
-    `overrides` change its fields in turn: further YAML files, which are merged over it, or `dotted.name=value` (values
-    are YAML). Raises UserError naming the file or override, the field, its value and what was expected.
-    """
-    data = _read(path)
-    for override in overrides:
-        if "=" not in override and override.endswith((".yaml", ".yml")):
-            _merge(data, _read(Path(override)))
-        else:
-            _set(data, override)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _explained(error))) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    try:
-        data = parse_yaml(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: {data!r}; expected fields such as teacher, student and data.")
-    return data
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that comes twice, of which YAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML. Raises ValueError."""
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, TypeError, OverflowError) as error:
-        raise ValueError(str(error)) from None
-
-
-def _merge(data: dict[str, Any], over: dict[str, Any]) -> None:
-    for name, value in over.items():
-        below = data.get(name)
-        if isinstance(value, dict) and isinstance(below, dict):
-            _merge(below, value)
-        else:
-            data[name] = value
-
-
-def _set(data: dict[str, Any], override: str) -> None:
-    name, equals, value = override.partition("=")
-    if not equals or not name:
-        raise UserError(f"{override!r} is not an override; expected name=value, like training.batch_size=4.")
-    *sections, field = name.split(".")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise UserError(f"{override!r}: {section} has no fields of its own.")
-    try:
-        data[field] = parse_yaml(value)
-    except ValueError as error:
-        raise UserError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _explained(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
-        where = ".".join(names) or "the run"
-        if problem["type"] == "extra_forbidden":
-            yield f"{where} is not a field{_suggestion(names)}."
-        elif problem["type"] == "missing":
-            yield f"{where} is missing."
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            found = "" if problem["type"] == "value_error" else f" is {problem['input']!r}"
-            yield f"{where}{found}: {message[:1].lower()}{message[1:]}."
-
-
-def _suggestion(names: Sequence[str]) -> str:
-    """Suggest the closest field name, or else list all."""
-    section: Any = RunConfig
-    for name in names[:-1]:
-        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, BaseModel) else None
-        section = None if field is None else field.annotation
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        return ""
-    near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (fields: {', '.join(section.model_fields)})"

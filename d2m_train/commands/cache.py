@@ -17,8 +17,8 @@ from .. import UserError
 from ..data import open_source
 from ..data.pictures import PictureSource
 from ..data.samples import describe_left_out
-from ..progress import progress_bar
-from ..run_config import load_run
+from ..progress import sample_progress
+from ..run_file import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +37,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     config = load_run(args.file, args.overrides)
     source = open_source(config.data, config.output_dir, guidance=config.guidance, device=args.device or _device())
-    with progress_bar(desc="Cache", unit="sample", disable=args.rank != 0) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with sample_progress("Cache", shown=args.rank == 0) as progress:
         source.prepare(args.rank, args.world, progress)
     if isinstance(source, PictureSource) and args.world == 1:
         for (width, height), count in source.buckets():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,9 @@ from ..data import open_source
 from ..data.batch import DataSource, check_fits
 from ..distillation.stages import TRAINING, trainable_stages
 from ..parallel.ranks import Ranks
-from ..run_config import STAGES, RunConfig, Stage, load_run
+from ..progress import sample_progress
+from ..run_config import STAGES, RunConfig, Stage
+from ..run_file import fields_text, load_run
 from ..teacher.frozen import open_frozen_teacher
 from ..teacher.loras import fused_file
 from ..training.changed_steps import reopen_stage
@@ -58,11 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: parameters, FLOPs, memory, disk, tokens; train nothing"
     )
+    parser.add_argument("--fields", action=_Fields, help="list the fields of a RUN.yaml, and exit")
     parser.add_argument("--gpu-memory", metavar="24GB", help="with --dry-run: say whether the run fits")
     parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: number of GPUs")
     parser.add_argument(
         "--strategy", choices=("ddp", "fsdp2", "zero2", "zero3"), help="with --dry-run: how GPUs share the work"
     )
+
+
+class _Fields(argparse.Action):
+    """Prints all fields of a run and exits, without the arguments that a run needs, as --help does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(fields_text())
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,7 +124,8 @@ class Distill:
         path = self._teacher_file()
         self._check_teacher(path)
         data = open_source(run.data, run.output_dir, guidance=run.guidance, device=self.ranks.device)
-        data.prepare(self.ranks.rank, self.ranks.count)
+        with sample_progress("Cache", shown=self.ranks.main) as progress:
+            data.prepare(self.ranks.rank, self.ranks.count, progress)
         self.ranks.wait()
         if self.ranks.main:
             self.ranks.say(f"{data.name}: {data.split_text()}")

@@ -33,6 +33,7 @@ class Batch:
     image_ids_T3: Tensor
     text_ids_L3: Tensor
     words_BL: Tensor  # bool: False for padding, which calibration leaves out where possible
+    captions: tuple[str, ...] = ()  # as text, where the source knows them
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with its inputs changed, all but `words_BL`, which the host reads."""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -125,15 +125,16 @@ class PictureSource:
         try:
             with ThreadPoolExecutor() as pool:
                 for number in range(rank, len(parts), world):
-                    self._prepare_part(number, parts[number], pool)
-                    done += len(parts[number])
-                    if progress is not None:
-                        progress(done, total)
+                    for _ in self._prepare_part(number, parts[number], pool):
+                        done += 1
+                        if progress is not None:
+                            progress(done, total)
         finally:
             self.encoded.release()
         self._rank = rank
 
-    def _prepare_part(self, number: int, places: range, pool: ThreadPoolExecutor) -> None:
+    def _prepare_part(self, number: int, places: range, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """Inspect and encode some samples; yield after each."""
         looked: list[tuple[SampleRecord, Image.Image | None]]
         records = self._stored_part(number, len(places))
         if records is not None:
@@ -142,14 +143,13 @@ class PictureSource:
             looked = list(pool.map(self._look, places))  # decoded images are kept for encoding
             self._store_part(number, [record for record, _ in looked])
         for place, (record, image) in zip(places, looked, strict=True):
-            size = self._size(record)
-            if size is None:
-                continue
-            if not self.encoded.has_latents(record.image, size):
-                give = partial(self._pixels, place, record, size) if image is None else partial(pixels, image)
-                self.encoded.latents(record.image, size, self.samples.name(place), give)
-            if not self.encoded.has_text(record.caption):
-                self.encoded.texts([record.caption])
+            if (size := self._size(record)) is not None:
+                if not self.encoded.has_latents(record.image, size):
+                    give = partial(self._pixels, place, record, size) if image is None else partial(pixels, image)
+                    self.encoded.latents(record.image, size, self.samples.name(place), give)
+                if not self.encoded.has_text(record.caption):
+                    self.encoded.texts([record.caption])
+            yield
 
     def _look(self, place: int) -> tuple[SampleRecord, Image.Image | None]:
         """Inspect a sample: return its record, and the image at its bucket's size."""
@@ -272,7 +272,9 @@ class PictureSource:
             captions.append(record.caption)
         texts = self.encode_prompts(captions)
         guidance_B = draw_guidance(self.guidance, index, size, seed)
-        return latent_batch(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
+        batch = latent_batch(torch.stack(latents), texts.context_BLD, texts.pooled_BV, guidance_B, texts.words_BL)
+        batch.captions = tuple(captions)
+        return batch
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """Decode to images [B, 3, P, P] in 0..1; None without an autoencoder."""

@@ -14,7 +14,8 @@ from .. import UserError
 from ..data.batch import DataSource
 from ..data.pictures import PictureSource
 from ..fingerprint import fingerprint
-from ..run_config import STAGES, RunConfig, Stage, parse_yaml
+from ..run_config import STAGES, RunConfig, Stage
+from ..run_file import parse_yaml
 from ..text_file import read_text
 from .changed_steps import changeable
 

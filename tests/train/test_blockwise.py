@@ -33,7 +33,8 @@ from d2m_train.blockwise.stage import check_blockwise, split_into_parts
 from d2m_train.data.store import Store
 from d2m_train.distillation.stages import plan_stage, trainable_names
 from d2m_train.monitor.stage_log import StageLog
-from d2m_train.run_config import StageSection, load_run
+from d2m_train.run_config import StageSection
+from d2m_train.run_file import load_run
 from tests.toys import files
 from tests.toys.blockwise_runs import (
     DIMS,

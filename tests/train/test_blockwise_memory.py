@@ -16,7 +16,8 @@ from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
 from d2m_train.blockwise.part import Part
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.plan.estimate import plan_run
-from d2m_train.run_config import StageSection, load_run
+from d2m_train.run_config import StageSection
+from d2m_train.run_file import load_run
 from tests.toys import files
 from tests.toys.blockwise_runs import DIMS, STEPS, TRAINING, grouped, prepare
 from tests.toys.runs import ROOT, environment

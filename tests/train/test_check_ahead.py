@@ -12,7 +12,7 @@ from d2m_model.fields import ConfigError
 from d2m_train import UserError
 from d2m_train.commands import check_ahead
 from d2m_train.commands.distill import prepare_folder
-from d2m_train.run_config import load_run
+from d2m_train.run_file import load_run
 from tests.toys.runs import DIMS, run_file
 
 

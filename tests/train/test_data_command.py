@@ -8,7 +8,7 @@ import pytest
 
 from d2m_train.__main__ import main
 from d2m_train.data import open_source
-from d2m_train.run_config import load_run
+from d2m_train.run_file import load_run
 from tests.toys.pictures import SIZES, save_images
 
 RUN = """

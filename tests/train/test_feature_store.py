@@ -14,7 +14,8 @@ from d2m_train.data.store import Store
 from d2m_train.distillation.features import block_outputs
 from d2m_train.flow.noise import noisy_batch
 from d2m_train.flow.velocity import velocity
-from d2m_train.run_config import RunConfig, load_run
+from d2m_train.run_config import RunConfig
+from d2m_train.run_file import load_run
 from d2m_train.teacher.frozen import open_frozen_teacher
 from tests.toys.blockwise_runs import grouped, prepare
 

@@ -17,7 +17,7 @@ from d2m_model import VERSION
 from d2m_model.checkpoint import check_file, optional_tensors
 from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.routers import CapacityRouter
-from d2m_train.__main__ import main
+from d2m_train.__main__ import _COMMANDS, EXAMPLES, main
 from tests.toys import files
 from tests.toys.teachers import DIMS, dense_flux, save_flux
 
@@ -35,6 +35,27 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
+
+
+def test_the_version_is_the_packs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dense2moe-flux {VERSION}\n"
+
+
+def test_every_command_has_examples_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert EXAMPLES.keys() == _COMMANDS.keys()
+    for name, examples in EXAMPLES.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown = capsys.readouterr().out
+        monkeypatch.setattr(f"d2m_train.commands.{name}.run", lambda args: 0)
+        for example in examples:
+            assert f"  python -m d2m_train {example}\n" in shown
+            if example != "distill --fields":
+                assert main(example.split()) == 0, example
 
 
 def test_convert_then_inspect(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

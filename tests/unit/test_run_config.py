@@ -10,8 +10,10 @@ import yaml
 
 from d2m_model.conversion.options import Importance
 from d2m_train import UserError
+from d2m_train.__main__ import main
 from d2m_train.conversion.settings import settings_from_run
-from d2m_train.run_config import STAGES, load_run
+from d2m_train.run_config import STAGES
+from d2m_train.run_file import load_run
 
 MINIMAL = """
 output_dir: runs/x
@@ -80,8 +82,14 @@ def test_the_saved_run_says_everything_and_loads_again(file: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.batchsize=2", "training.batchsize is not a field; did you mean batch_size?"),
+        ("training.batchsize=2", "training.batchsize is not a field; did you mean training.batch_size?"),
         ("trainig.batch_size=2", "trainig is not a field; did you mean training?"),
+        ("batch_size=2", "batch_size is not a field; did you mean convert.batch_size or training.batch_size?"),
+        ("stage.shred.steps=1", "stage.shred is not a field; did you mean stage.shared?"),
+        ("training.ema.x=1", "training.ema is {'x': 1}: input should be a valid number"),
+        ("teacher.loras={pth: a}", "teacher.loras.0.path is missing"),
+        ("student.adaln_rank=some", "student.adaln_rank is 'some': input should be 'preset' or 'none'"),
+        ("data.resolutions=[1000]", "data.resolutions.0 is 1000: input should be a multiple of 16"),
         ("student.xyzzy=1", "student.xyzzy is not a field (fields: preset, baseline, router"),
         ("training.batch_size=0", "training.batch_size is 0: input should be greater than or equal to 1"),
         ("training.batch_size=many", "training.batch_size is 'many': input should be a valid integer"),
@@ -97,10 +105,44 @@ def test_mistakes_are_named(file: Path, override: str, expected: str) -> None:
     assert expected in complaint(file, None, override)
 
 
+def test_an_override_below_a_value_names_the_whole_field(file: Path) -> None:
+    said = complaint(file, MINIMAL + "training: {batch_size: 2}\n", "training.batch_size.x=1")
+    assert "training.batch_size has no fields of its own" in said
+
+
+def test_one_value_stands_for_a_list_of_it(file: Path) -> None:
+    run = load_run(
+        file, ["stages=experts", "data.resolutions=512", "stage.experts.trainable='*'", "eyes.prompts=a cat, a hat"]
+    )
+    assert (run.stages, run.data.resolutions) == (("experts",), (512,))
+    assert (run.stage.experts.trainable, run.stage.shared.trainable) == (("*",), None)
+    assert run.eyes.prompts == ("a cat, a hat",)
+    assert load_run(file, ["teacher.loras={path: a, strength: 2}"]).teacher.loras[0].strength == 2
+
+
+def test_all_fields_are_listed_with_values_defaults_and_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--fields"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert "training.ema: number | null; default null" in lines
+    assert (
+        "stages: list of convert | shared | experts | blocks | export; default [convert, shared, experts, blocks, export]"
+        in lines
+    )
+    assert "stage.experts.learning_rate: number; default 0.0001" in lines
+    assert "teacher.path: path; required" in lines
+    place = lines.index("training.batch_size: whole number; default 1")
+    assert (
+        lines[place + 1]
+        == "    Samples per device and pass; the global batch is this times accumulation times processes."
+    )
+
+
 def test_every_mistake_is_told_at_once(file: Path) -> None:
     said = complaint(file, MINIMAL.replace("preset: L", "presett: L"))
     assert "student.preset is missing" in said
-    assert "student.presett is not a field; did you mean preset?" in said
+    assert "student.presett is not a field; did you mean student.preset?" in said
 
 
 def test_a_file_that_is_none_is_said_so(file: Path, tmp_path: Path) -> None:

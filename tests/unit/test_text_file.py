@@ -10,7 +10,7 @@ import pytest
 from d2m_train import UserError
 from d2m_train.__main__ import main
 from d2m_train.data.prompts import read_prompt_lines
-from d2m_train.run_config import load_run
+from d2m_train.run_file import load_run
 from d2m_train.text_file import decode_text, expand_home, read_text
 
 TEXT = "ein größeres Café"
