@@ -128,7 +128,9 @@ class EmojiData:
         captions = [picture.caption(int(template)) for picture, template in zip(pictures, templates, strict=True)]
         context, pooled, words = self.encode_prompts(captions)
         guidance = torch.from_numpy(generator.uniform(*self.guidance, size))
-        return latent_batch(latents, context, pooled, guidance, words)
+        batch = latent_batch(latents, context, pooled, guidance, words)
+        batch.captions = tuple(captions)
+        return batch
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """Decode to images [B, 3, 128, 128] in 0..1."""

@@ -78,7 +78,10 @@ class PromptSource:
         prompts = self._sides[held_out] or self.prompts
         chosen = [prompts[place] for place in sample_order(len(prompts), index * size, size, (seed,))]
         side = int(np.random.default_rng((seed, index, 2)).choice(self.resolutions))
-        return prompt_batch(self.encode_prompts(chosen), draw_guidance(self.guidance, index, size, seed), (side, side))
+        guidance_B = draw_guidance(self.guidance, index, size, seed)
+        batch = prompt_batch(self.encode_prompts(chosen), guidance_B, (side, side))
+        batch.captions = tuple(chosen)
+        return batch
 
     def decode(self, tokens_BTC: Tensor, image_ids_T3: Tensor) -> Tensor | None:
         """Decode to images [B, 3, P, P] in 0..1; None without an autoencoder."""

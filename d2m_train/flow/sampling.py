@@ -81,6 +81,7 @@ def slice_batch(batch: Batch, some: slice) -> Batch:
         pooled_BV=batch.pooled_BV[some],
         guidance_B=batch.guidance_B[some],
         words_BL=batch.words_BL[some],
+        captions=batch.captions[some],
     )
 
 
@@ -111,7 +112,7 @@ class SampleGrid:
             tokens_BTC = sample(student, self.batch, self.noise_BTC, steps=self.steps, mu=self.mu, guided=self.guided)
         images = self.data.decode(tokens_BTC, self.batch.image_ids_T3)
         assert images is not None  # the teacher's were decoded
-        return draw_grid({"teacher": self.teacher, "student": images})
+        return draw_grid({"teacher": self.teacher, "student": images}, self.batch.captions)
 
 
 @torch.no_grad()
@@ -128,6 +129,7 @@ def new_sample_grid(
         texts = data.encode_prompts(section.prompts)
         height, width = (int(example.image_ids_T3[:, axis].max()) + 1 for axis in (1, 2))
         example = prompt_batch(texts, torch.zeros(len(section.prompts)), (16 * width, 16 * height))
+        example.captions = tuple(section.prompts)
     batch = replace(example, tokens_BTC=None, guidance_B=torch.full((len(example.pooled_BV),), section.sample_guidance))
     noise_BTC = noise_for(range(len(batch.pooled_BV)), batch.image_ids_T3, channels_of(teacher))
     steps = timesteps.grid_steps if timesteps.sampling == "teacher_grid" else section.sample_steps
@@ -157,20 +159,21 @@ def pil_image(image: Tensor) -> Image:
 
 
 def draw_grid(rows: dict[str, Tensor], captions: Sequence[str] = ()) -> Image:
-    """Draw a row of images [B, 3, P, P] per name, with the name to its left and captions above the columns."""
+    """Draw a row of images [B, 3, P, P] per name, with the name to its left and captions below the columns."""
     from PIL import Image, ImageDraw, ImageFont
 
     rows = {name: _shrunk(images) for name, images in rows.items()}
     first = next(iter(rows.values()))
     count, (height, width) = len(first), first.shape[-2:]
-    top = 3 * 14 + _GAP if captions else _GAP
-    picture = Image.new("RGB", (_LABEL + count * (width + _GAP), top + len(rows) * (height + _GAP)), "white")
+    bottom = _GAP + len(rows) * (height + _GAP)
+    size = (_LABEL + count * (width + _GAP), bottom + (3 * 14 if captions else 0))
+    picture = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
     for column, caption in enumerate(captions):
         text = "\n".join(_wrapped(caption, font.getlength, width)[:3])
-        draw.multiline_text((_LABEL + column * (width + _GAP), 1), text, fill="black", font=font, spacing=2)
+        draw.multiline_text((_LABEL + column * (width + _GAP), bottom), text, fill="black", font=font, spacing=2)
     for row, (name, images) in enumerate(rows.items()):
-        y = top + row * (height + _GAP)
+        y = _GAP + row * (height + _GAP)
         draw.text((4, y + height // 2 - 6), name, fill="black", font=font)
         for column, image in enumerate(images):
             picture.paste(pil_image(image), (_LABEL + column * (width + _GAP), y))

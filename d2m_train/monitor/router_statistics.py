@@ -31,6 +31,9 @@ _PARTS = (
     "balance_with_padding",
 )  # of a layer's sums, after the load
 
+# Assignments for each expert, on average, before one without any counts as dead: routed at random, one in 10**9 would get none.
+_ENOUGH = 20
+
 _NAMED_LAYERS = 3  # with dead experts, in a warning; its line in the log has all
 
 
@@ -40,13 +43,11 @@ class RouterSummary:
 
     scalars  `<ffn>/<measure>` of each layer, and `<measure>`, the mean over layers
     load     for each FFN, the fraction of assignments that each expert got
-    dead     for each FFN that has some, the experts without a token
     blocks   for each group, how often each block ran
     """
 
     scalars: dict[str, float]
     load: dict[str, list[float]]
-    dead: dict[str, list[int]]
     blocks: list[list[float]]
 
 
@@ -64,7 +65,8 @@ class RouterStatistics:
 
     model: RoutedModel
     _sums: dict[str, Tensor] = field(default_factory=dict)
-    _warned: dict[str, list[int]] = field(default_factory=dict)
+    _loads: dict[str, Tensor] = field(default_factory=dict)  # of each FFN, since its experts were last judged
+    _dead: dict[str, list[int]] = field(default_factory=dict)
 
     @torch.no_grad()
     def add(self, batch: PaddedTokens | None = None) -> None:
@@ -83,30 +85,47 @@ class RouterStatistics:
     def report(self, log: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Log the statistics since the last report. `reduce` sums or averages a tensor over ranks.
 
-        Experts that got no token cause a warning when they first appear, and again only when they change.
+        Experts that got no token cause a warning when they first appear, and again only when they change. They are judged
+        once there were enough tokens, over several reports if need be.
         """
         if not self._sums:
             return
-        statistics = summary(self._reduced(reduce), self.model.moe_ffns())
+        sums, ffns = self._reduced(reduce), self.model.moe_ffns()
+        statistics = summary(sums, ffns)
         self._sums.clear()
-        log.scalars(step, statistics.scalars, "router")
+        log.scalars(step, statistics.scalars, "router", uncharted=tuple(f"{name}/" for name in ffns))
         if statistics.load:
             log.event(
                 "expert_load", step=step, load={n: [round(v, 5) for v in of] for n, of in statistics.load.items()}
             )
-        new = {name: experts for name, experts in statistics.dead.items() if self._warned.get(name) != experts}
-        if new:
+        if new := self._newly_dead({name: sums[name][: -len(_PARTS)] for name in statistics.load}):
             some = list(new)[:_NAMED_LAYERS]
             named = "; ".join(f"{name}: {', '.join(map(str, new[name]))}" for name in some)
             more = f"; and in {len(new) - _NAMED_LAYERS} more layers, see the log" if len(new) > _NAMED_LAYERS else ""
             log.event(
                 "warning",
                 step=step,
-                message=f"dead experts, no token since the last report ({named}{more}). Where it lasts, raise losses.balance "
+                message=f"dead experts, no token since the last count ({named}{more}). Where it lasts, raise losses.balance "
                 "in stage experts.",
                 dead=new,
             )
-        self._warned = statistics.dead
+
+    def _newly_dead(self, loads: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Return the experts of each FFN that got no token, where those are others than before.
+
+        `loads`: assignments of each FFN's experts since the last report.
+        """
+        new: dict[str, list[int]] = {}
+        for name, load_E in loads.items():
+            load_E = load_E + self._loads.pop(name, 0)
+            if float(load_E.sum()) < _ENOUGH * len(load_E):
+                self._loads[name] = load_E
+                continue
+            dead = torch.nonzero(load_E == 0).flatten().tolist()
+            if dead and dead != self._dead.get(name):
+                new[name] = dead
+            self._dead[name] = dead
+        return new
 
     def _add(self, name: str, sums: Tensor) -> None:
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
@@ -148,7 +167,7 @@ def group_sums(routing: BlockRouting) -> Tensor:
 
 def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSummary:
     """Compute statistics from the sums of an interval, keyed by FFN name or `block_groups.g`."""
-    statistics = RouterSummary(scalars={}, load={}, dead={}, blocks=[])
+    statistics = RouterSummary(scalars={}, load={}, blocks=[])
     layers: dict[str, dict[str, float]] = {}
     for name, values in sums.items():
         if name not in ffns:
@@ -162,13 +181,10 @@ def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSum
         load, parts = values[: -len(_PARTS)], dict(zip(_PARTS, values[-len(_PARTS) :].tolist(), strict=True))
         share = (load / load.sum().clamp_min(1e-12)).tolist()
         statistics.load[name] = share
-        dead = [expert for expert, got in enumerate(load.tolist()) if got == 0]
-        if dead:
-            statistics.dead[name] = dead
         layers[name] = {
             "load_entropy": entropy(share),
             "largest_load": max(share),
-            "dead_experts": float(len(dead)),
+            "dead_experts": float((load == 0).sum()),
             "experts_per_token": float(load.sum()) / max(1.0, parts["tokens"]),
             "probability_entropy": parts["probability_entropy"] / max(1.0, parts["tokens"]),
         }

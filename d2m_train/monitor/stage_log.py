@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from ..run_config import EyesSection
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch.utils.tensorboard import SummaryWriter
 
 _LOG = "log.jsonl"
 _SHOWN = ("resumed", "stopped", "warning")  # events that are printed on the terminal too
@@ -47,15 +48,18 @@ class StageLog:
         start: int,
         main: bool,
         run_name: str,
+        describe: Callable[[SummaryWriter], None] = lambda writer: None,
     ) -> None:
         """`folder` is the stage's, `tensorboard` the run's; the stage has a subfolder there.
 
-        `start`: the step that the stage resumes from, 0 for a new one. Raises UserError if W&B is wanted but not installed.
+        `start`: the step that the stage resumes from, 0 for a new one. `describe` writes what TensorBoard shows beside the
+        measurements. Raises UserError if W&B is wanted but not installed.
         """
         self.folder, self.section, self.steps, self.main = folder, section, steps, main
         self._stage = stage
         self._step, self._sums, self._tokens, self._count = start, defaultdict[str, float | Tensor](float), 0, 0
         self._begun = self._since = time.monotonic()
+        self._last: dict[str, float] = {}
         self._part: dict[str, str] = {}
         self._wandb: Any = None
         if not main:
@@ -65,10 +69,13 @@ class StageLog:
         self._wandb = _open_wandb(folder, stage, run_name) if section.wandb else None
         folder.mkdir(parents=True, exist_ok=True)
         reached = _cut(folder / _LOG, start)
+        for line in read_stage_log(folder / _LOG):
+            self._last |= {name: value for name, value in line.items() if isinstance(value, float)}
         self._log = (folder / _LOG).open("a", buffering=1)
         # TensorBoard drops what an earlier attempt wrote from this step on.
         purge = None if reached is None else start + 1 if start else 0
         self._writer = SummaryWriter(str(tensorboard / stage), purge_step=purge)
+        describe(self._writer)
         self._bar = progress_bar(desc=stage, total=steps, initial=start, unit="step")
         if reached is not None:
             self.event("resumed", reached=reached)
@@ -113,16 +120,33 @@ class StageLog:
         if step % self.section.log_every == 0 or step == self.steps:
             self._end_interval()
 
-    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        """Log measurements of one step to TensorBoard, log.jsonl and W&B as `prefix/name`."""
+    def scalars(
+        self, step: int, values: Mapping[str, float], prefix: str = "", *, uncharted: tuple[str, ...] = ()
+    ) -> None:
+        """Log measurements of one step to TensorBoard, log.jsonl and W&B as `prefix/name`.
+
+        Names that begin with one of `uncharted` are left out of TensorBoard, which would have a chart for each.
+        """
         if not self.main:
             return
         named = {f"{prefix}/{name}" if prefix else name: float(value) for name, value in values.items()}
-        for name, value in named.items():
-            self._writer.add_scalar(name, value, step)
+        self._last |= named
+        for name in values:
+            if not name.startswith(uncharted):
+                whole = f"{prefix}/{name}" if prefix else name
+                self._writer.add_scalar(whole, named[whole], step)
         self._write({"step": step, **named})
         if self._wandb is not None:
             self._wandb.log({"step": step, **named})
+
+    def last(self, name: str) -> float | None:
+        """Return the last value of a measurement; None if there is none, and off rank 0."""
+        return self._last.get(name)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.main:
+            self._bar.write(f"{self._stage}, {text}", file=sys.stderr)
 
     def image(self, step: int, name: str, image: Image) -> Path:
         """Log an image to <stage>/<name>/step-000500.png, TensorBoard and W&B, and return the file."""
@@ -160,6 +184,19 @@ class StageLog:
             yield
         finally:
             self._since += time.monotonic() - began
+
+    @contextmanager
+    def set_up(self) -> Iterator[None]:
+        """Leave the time within the `with` out of tokens per second and of the bar's time left."""
+        began = time.monotonic()
+        try:
+            with self.paused():
+                yield
+        finally:
+            if self.main and not self._bar.disable:
+                took = time.monotonic() - began
+                self._bar.start_t += took
+                self._bar.last_print_t += took
 
     def close(self) -> None:
         """Write the rest of an interval and close everything. May be called twice."""

@@ -8,7 +8,7 @@ from ..flow.sampling import new_sample_grid
 from ..parallel.ranks import Ranks
 from .router_statistics import RouterStatistics, counts_step
 from .stage_log import StageLog
-from .validation import Validation
+from .validation import VALIDATION_LOSS, Validation
 
 
 class StudentMonitor:
@@ -43,13 +43,20 @@ class StudentMonitor:
         return step == self.steps or any(step % interval == 0 for interval in every)
 
     def measure(self, step: int, log: StageLog) -> None:
-        """Take the measurements that are due after a step; after the last one, all of them."""
+        """Take the measurements that are due after a step; all of them before the first (step 0) and after the last."""
         section, last = self.distillation.run.eyes, step == self.steps
         if step % section.routers_every == 0 or last:
             self.statistics.report(log, step, self.ranks.average)
         if step % section.validate_every == 0 or last:
-            log.scalars(step, self.validation(self.distillation.student, self.every_block))
+            self._validate(step, log)
         if self.grid is not None and (step % section.sample_every == 0 or last):
             picture = self.grid.draw(self.distillation.student, self.every_block)
             if picture is not None:
                 log.image(step, "samples", picture)
+
+    def _validate(self, step: int, log: StageLog) -> None:
+        before = log.last(VALIDATION_LOSS)
+        losses = self.validation(self.distillation.student, self.every_block)
+        log.scalars(step, losses)
+        change = f"{before:.3g} → " if before is not None else ""
+        log.say(f"step {step}: validation {change}{losses[VALIDATION_LOSS]:.3g}")

@@ -20,6 +20,8 @@ from ..run_config import EyesSection, TimestepsSection
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
+VALIDATION_LOSS = "validation/loss"
+
 
 class Validation:
     """Measures `validation/loss` (Eq. 7 on held-out batches), `validation/t0.1` … (one stratum of noise levels each) and
@@ -50,7 +52,7 @@ class Validation:
                 student_BTC = velocity(student, batch, held_out.noisy_BTC, t_B, batch.guidance_B, self.guided)
                 student_BTC = student_BTC.float().cpu()
                 loss = float(output_loss(held_out.teacher_BTC, student_BTC))
-                losses["validation/loss"].append(loss)
+                losses[VALIDATION_LOSS].append(loss)
                 losses[f"validation/{held_out.stratum}"].append(loss)
                 if held_out.target_BTC is not None:
                     losses["validation/data"].append(float(output_loss(held_out.target_BTC, student_BTC)))

@@ -68,7 +68,10 @@ class Objective(Protocol[MicrobatchT]):
         """Tell whether `measure` has anything to do."""
 
     def measure(self, step: int, log: StageLog) -> None:
-        """Measure the student after a step. It has its averaged weights meanwhile, where the run keeps an average."""
+        """Measure the student after a step, and before the first as of step 0.
+
+        It has its averaged weights meanwhile, where the run keeps an average.
+        """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -114,7 +117,11 @@ class TrainingLoop(Generic[MicrobatchT]):
 
     def run_steps(self, start: int, log: StageLog) -> None:
         """Train from step `start` + 1 to the last. Raises Stopped after SIGTERM, UserError for a value that is not finite."""
-        self.objective.begin(start, log)
+        with log.set_up():
+            self.objective.begin(start, log)
+            if start == 0 and self.steps > 0:
+                with self.trainee.averaged():
+                    self.objective.measure(0, log)
         for step in range(start + 1, self.steps + 1):
             result = self._step(step)
             log.step(

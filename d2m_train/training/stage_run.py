@@ -10,6 +10,7 @@ import torch
 
 from ..data.batch import DataSource
 from ..monitor.stage_log import StageLog
+from ..monitor.tensorboard import describe_stage
 from ..parallel.ranks import Ranks
 from ..run_config import RunConfig, Stage, StageSection
 from .checkpoints import Checkpoints
@@ -74,4 +75,5 @@ class StageRun:
             start=start,
             main=self.ranks.main,
             run_name=self.run.output_dir.name,
+            describe=lambda writer: describe_stage(writer, self.run, self.stage, self.ranks.count),
         )

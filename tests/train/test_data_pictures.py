@@ -82,7 +82,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def same(a: Batch, b: Batch) -> bool:
     return all(
-        (mine is None and its is None) or torch.equal(mine, its)
+        torch.equal(mine, its) if isinstance(mine, torch.Tensor) else mine == its
         for mine, its in ((getattr(a, name), getattr(b, name)) for name in Batch.__slots__)
     )
 

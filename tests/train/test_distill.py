@@ -45,6 +45,7 @@ def finished(inputs: Path) -> Path:
     command = [sys.executable, "-m", "d2m_train", "distill", str(run_file(inputs, student={"preset": "S"}))]
     done = subprocess.run([*command, "training.ema=0.9"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    (inputs / "said.txt").write_text(done.stdout + done.stderr)
     return inputs / "out"
 
 
@@ -146,7 +147,12 @@ def test_every_step_is_logged_with_its_losses_and_what_the_routers_did(finished:
     steps = [line for line in lines if "loss/total" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert {"loss/output", "loss/features", "loss/balance", "learning_rate", "tokens_per_second"} <= steps[0].keys()
-    assert any("validation/loss" in line for line in lines)
+    validated = [line for line in lines if "validation/loss" in line]
+    assert [line["step"] for line in validated] == [0, 4], "before the first step, too"
+    before, after = (f"{line['validation/loss']:.3g}" for line in validated)
+    said = (finished.parent / "said.txt").read_text()
+    assert f"experts, step 0: validation {before}\n" in said
+    assert f"experts, step 4: validation {before} → {after}\n" in said
     blocks = [line for line in read_stage_log(finished / "blocks" / "log.jsonl") if "loss/total" in line]
     assert "loss/block_balance" in blocks[0]
     assert list((finished / "tensorboard" / "shared").iterdir())

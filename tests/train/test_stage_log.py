@@ -20,13 +20,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from d2m_train import UserError
 from d2m_train.monitor.stage_log import StageLog, read_stage_log
-from d2m_train.run_config import EyesSection
+from d2m_train.monitor.tensorboard import describe_stage
+from d2m_train.run_config import EyesSection, RunConfig
+
+MINIMAL = {
+    "output_dir": "out",
+    "teacher": {"path": "teacher.safetensors"},
+    "student": {"preset": "L"},
+    "data": {"source": "emoji"},
+}
 
 
-def open_eyes(folder: Path, *, start: int = 0, steps: int = 10, main: bool = True, **section: Any) -> StageLog:
+def open_eyes(folder: Path, *, start: int = 0, steps: int = 10, main: bool = True,
+              describe: Any = lambda writer: None, **section: Any) -> StageLog:  # fmt: skip
     eyes = EyesSection(log_every=4, **section)
     return StageLog(folder / "shared", folder / "tensorboard", eyes, stage="shared", steps=steps, start=start, main=main,
-                run_name="a run")  # fmt: skip
+                run_name="a run", describe=describe)  # fmt: skip
 
 
 def take(eyes: StageLog, steps: range) -> None:
@@ -140,6 +149,47 @@ def test_the_bar_shows_losses_speed_and_how_long_it_will_take(tmp_path: Path, mo
     bar = [line for line in text.replace("\r", "\n").splitlines() if "8/10" in line][-1]
     for part in ("shared:", "total=6.5", "output=0.65", "tokens/s=", "<"):
         assert part in bar
+
+
+def test_setting_up_does_not_count_in_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.tqdm", partial(tqdm.tqdm, disable=False))
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with redirect_stderr(io.StringIO()), open_eyes(tmp_path) as eyes:
+        monkeypatch.setattr(eyes._bar, "_time", lambda: now[0])
+        eyes._bar.start_t = eyes._bar.last_print_t = now[0]
+        with eyes.set_up():
+            now[0] += 500
+        assert eyes._bar.format_dict["elapsed"] == 0
+        now[0] += 20
+        take(eyes, range(1, 5))
+    assert eyes._bar.format_dict["elapsed"] == 20
+    assert read_stage_log(tmp_path / "shared" / "log.jsonl")[0]["tokens_per_second"] == pytest.approx(20)
+
+
+def test_the_last_measurement_is_known_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_eyes(tmp_path) as eyes:
+        assert eyes.last("validation/loss") is None
+        eyes.scalars(2, {"validation/loss": 0.242})
+        eyes.scalars(6, {"validation/loss": 0.2})
+    with open_eyes(tmp_path, start=4) as eyes:
+        assert eyes.last("validation/loss") == 0.242
+        eyes.say("step 6: validation 0.242 → 0.2")
+    assert "shared, step 6: validation 0.242 → 0.2\n" in capsys.readouterr().err
+
+
+def test_tensorboard_has_the_runs_text_its_hyperparameters_and_no_chart_for_every_layer(tmp_path: Path) -> None:
+    run = RunConfig.model_validate(MINIMAL | {"seed": 41})
+    with open_eyes(tmp_path, describe=lambda writer: describe_stage(writer, run, "shared", 2)) as eyes:
+        eyes.scalars(1, {"single_blocks.0/largest_load": 0.5, "largest_load": 0.25}, "router", uncharted=("single_",))
+    shown = events(tmp_path)
+    assert shown.Tags()["scalars"] == ["router/largest_load"]
+    assert read_stage_log(tmp_path / "shared" / "log.jsonl")[0]["router/single_blocks.0/largest_load"] == 0.5
+    content = {name: shown.SummaryMetadata(name).plugin_data.content for name in shown.PluginTagToContent("hparams")}
+    assert b"global_batch" in content["_hparams_/session_start_info"]
+    (text,) = shown.Tensors("run/text_summary")
+    assert b"seed: 41" in text.tensor_proto.string_val[0]
+    assert "custom_scalars__config__" in shown.Tags()["tensors"]
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

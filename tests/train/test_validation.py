@@ -177,7 +177,7 @@ def test_a_grid_shows_the_student_below_the_teacher_at_the_same_noise(grid: Samp
     assert other is not None
     rows = 128 + 4
     teacher, below = ((72, 4 + row * rows, same.width, 4 + row * rows + 128) for row in (0, 1))
-    assert same.size == (72 + 2 * rows, 4 + 2 * rows)
+    assert same.size == (72 + 2 * rows, 4 + 2 * rows + 42), "with the prompts below"
     assert same.crop(teacher).tobytes() == same.crop(below).tobytes() == other.crop(teacher).tobytes()
     assert other.crop(below).tobytes() != other.crop(teacher).tobytes()
 
@@ -205,10 +205,11 @@ def test_without_an_autoencoder_there_is_no_grid(monkeypatch: pytest.MonkeyPatch
     assert new_sample_grid(data, dense_flux(), SECTION, TimestepsSection(), seed=3).draw(student()) is None
 
 
-def test_captions_stand_above_their_columns() -> None:
+def test_captions_stand_below_their_columns() -> None:
     plain = draw_grid({"a": torch.zeros(2, 3, 64, 64)})
     captioned = draw_grid({"a": torch.zeros(2, 3, 64, 64)}, ["a fox at the left , blue background", "cat"])
     assert captioned.height > plain.height
+    assert captioned.crop((0, 0, *plain.size)).tobytes() == plain.tobytes()
     assert isinstance(pil_image(torch.zeros(3, 4, 4)), Image.Image)
 
 
@@ -226,7 +227,7 @@ def test_load_and_entropy_of_a_layer_by_hand() -> None:
     sums = layer_sums(routing([[0, 1], [0, 2], [0, 1], [5, 4]], logits), torch.tensor([[True, True, True, False]]))
     found = summary({"a": sums}, {"a": student(groups=False).moe_ffns()["single_blocks.0"]})
     assert found.load["a"] == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0, 0, 0])
-    assert found.dead == {"a": [3, 4, 5]}, "the padding token's experts count for nobody"
+    assert found.scalars["a/dead_experts"] == 3, "the padding token's experts count for nobody"
     assert found.scalars["a/largest_load"] == pytest.approx(0.5)
     assert found.scalars["a/load_entropy"] == pytest.approx(entropy([3, 2, 1, 0, 0, 0]))
     assert found.scalars["a/load_entropy"] == pytest.approx(1.0114043 / math.log(6))
@@ -305,6 +306,16 @@ def test_a_run_logs_its_routers_and_warns_once_of_dead_experts(model: Any, data:
     assert all(sum(shares) == pytest.approx(1, abs=1e-4) for shares in load["load"].values())
 
 
+def test_experts_are_called_dead_after_enough_tokens_alone(model: Any, tmp_path: Path) -> None:
+    """Seven experts that are chosen at random get none of a handful of tokens, and an expert without any of 600 is dead."""
+    statistics = RouterStatistics(model)
+    few = torch.tensor([30.0, 29, 0, 0, 0, 0])
+    assert statistics._newly_dead({"a": few}) == {}
+    assert statistics._newly_dead({"a": few.flip(0)}) == {}
+    assert statistics._newly_dead({"a": few}) == {"a": [2, 3]}, "of three reports together"
+    assert statistics._newly_dead({"a": torch.tensor([600.0, 600, 0, 0, 5, 5])}) == {}, "as before"
+
+
 def test_ranks_are_taken_together(model: Any, data: EmojiData) -> None:
     both, first, second = (RouterStatistics(model) for _ in range(3))
     for index, own in enumerate((first, second)):
@@ -315,7 +326,6 @@ def test_ranks_are_taken_together(model: Any, data: EmojiData) -> None:
     (theirs,) = [torch.cat(list(second._sums.values()))]
     reduced = first._reduced(lambda tensor: (tensor + theirs) / 2)
     ffns = model.moe_ffns()
-    assert summary(reduced, ffns).dead == summary(both._reduced(lambda tensor: tensor), ffns).dead
     means, sums = (summary(found, ffns).scalars for found in (reduced, both._reduced(lambda tensor: tensor)))
     assert means == pytest.approx(sums)
 
