@@ -49,7 +49,7 @@ __all__ = [
 
 CONFIG_KEY = "d2m_config"
 _MAX_CONFIG = 1 << 24  # bytes
-_CONVERT = "python -m d2m_train convert --teacher F --out G"
+_CONVERT = "the node Convert FLUX to MoE, or python -m d2m_train convert --teacher F --out G"
 
 # An unexpected tensor whose name begins so is an error; others may have been added by other software.
 _BLOCKS = tuple(f"{name}." for name in (*BFL_BLOCKS.values(), *DIFFUSERS_BLOCKS.values(), "block_groups"))

@@ -113,7 +113,11 @@ def lora() -> Template:
 def schedule() -> Template:
     build = GraphBuilder()
     model = build.add(
-        "D2MSchedule", model=[build.loader(), 0], setting="top_k", unit="percent", pieces="0 - 0.5: 1\n0.5 - 1: 6"
+        "D2MSchedule",
+        model=[build.loader(), 0],
+        setting="top_k",
+        unit="percent",
+        pieces="0 % - 50 %: 1\n50 % - 100 %: 6",
     )
     build.paint_and_save(model, "hot beverage in the right on purple", "emoji-flux-moe-schedule")
     note = (

@@ -1,12 +1,13 @@
 """Costs of a FLUX-MoE under given settings: GET /d2m/cost, and the configurations of nodes that have run.
 
 GET /d2m/cost?model_name=FILE          a file in diffusion_models, dense or FLUX-MoE
-GET /d2m/cost?node=EXECUTION_ID        a node that has run and returned a FLUX-MoE
+GET /d2m/cost?node=EXECUTION_ID        a node that has run and returned a FLUX-MoE; with &workflow=ID, in that workflow
     &top_k= &active_blocks=N or N,N,… &capacity= &width= &height= &text_tokens=
 
-A node is known by its id, and another workflow with a node of the same id may have run since. So `of` in the answer
-names the model that was counted. Costs are counted as in `python -m d2m_train report`. A setting that the model does
-not have (top_k of a file with capacity routers, active blocks of one without block groups) changes nothing.
+A node is known by its id; without the workflow's id, another workflow with a node of the same id may have run since. So
+`of` in the answer names the model that was counted. Costs are counted as in `python -m d2m_train report`. A setting that
+the model does not have (top_k of a file with capacity routers, active blocks of one without block groups) changes
+nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class RecentModels:
             return self._models.get(key)
 
 
-_BY_NODE, _BY_FILE, _BY_RESULT = RecentModels(), RecentModels(), RecentModels()  # result: digest of a node's
+# By (workflow, node), and ("", node) for the last workflow; by file; by the digest of a node's result.
+_BY_NODE, _BY_FILE, _BY_RESULT = RecentModels(), RecentModels(), RecentModels()
 
 
 def remember_model(config: FluxMoEConfig) -> None:
@@ -81,9 +83,11 @@ def remember_model(config: FluxMoEConfig) -> None:
     if context is None:
         return
     node = str(context.node_id)
-    if _BY_NODE.put(node, config):
+    item = next((item for item in executing_items() if item[1] == context.prompt_id), None)
+    graph: PromptGraph = item[2] if item else {}
+    if _BY_NODE.put(("", node), config):
         logging.info("FLUX-MoE of node %s: %s", printable(node), cost_report(config, {})["text"])
-    graph: PromptGraph = next((item[2] for item in executing_items() if item[1] == context.prompt_id), {})
+    _BY_NODE.put((_workflow_id(item[3] if item else {}), node), config)
     if digest := result_digests(graph, [node]).get(node):
         _BY_RESULT.put(digest, config)
 
@@ -94,8 +98,17 @@ def recognise_cached_results(json_data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(graph, dict) and all(isinstance(node.get("inputs"), dict) for node in graph.values()):
         for node, digest in result_digests(graph, graph).items():
             if (model := _BY_RESULT.get(digest)) is not None:
-                _BY_NODE.put(node, model)
+                _BY_NODE.put((_workflow_id(json_data.get("extra_data")), node), model)
+                _BY_NODE.put(("", node), model)
     return json_data
+
+
+def _workflow_id(extra_data: Any) -> str:
+    """Return the id of the workflow from which a prompt was queued; "" for a prompt without one."""
+    found = extra_data
+    for key in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 # Answers
@@ -118,7 +131,7 @@ def _requested_model(query: Mapping[str, str]) -> tuple[KnownModel, str]:
             400, "Give model_name (a file in diffusion_models) or node (the execution id of a node), not both."
         )
     if node is not None:
-        if (model := _BY_NODE.get(node)) is None:
+        if (model := _BY_NODE.get((query.get("workflow", ""), node))) is None:
             raise RequestError(404, f"Node {node[:40]} has given no FLUX-MoE yet. Queue the workflow.")
         return model, f"what node {node[:40]} gave last: {_describe(model)}"
     assert name is not None
@@ -160,7 +173,10 @@ def _describe(model: KnownModel) -> str:
 
 
 def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:
-    """Return the cost under the settings of a query. Raises RequestError for a setting that no node would take."""
+    """Return the cost under the settings of a query. Raises RequestError for a setting that no node would take.
+
+    `settings` names those of the model that Top-K nodes can change.
+    """
     width, height = (_whole_number(query, side, 1024, PATCH_PIXELS, _MAX_SIDE) for side in ("width", "height"))
     text = _whole_number(query, "text_tokens", 512, 0, _MAX_TEXT_TOKENS)
     tokens = Tokens(image=-(-width // PATCH_PIXELS) * -(-height // PATCH_PIXELS), text=text)
@@ -168,11 +184,15 @@ def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:
     notes: list[str] = []
     conversion = DENSE if isinstance(model, FluxDims) else _requested_conversion(model, query, notes)
     dense, cost = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
-    sliders: dict[str, Any] = {"experts": 0, "groups": []}
+    sliders: dict[str, Any] = {"experts": 0, "groups": [], "settings": []}
     if isinstance(model, FluxMoEConfig):
+        sliders["settings"] = [model.router.setting, "gate"] if model.ffns else []
         sliders["experts"] = model.router.highest(model.fewest_experts) or 0
         sliders["groups"] = [group.blocks for group in model.groups]
     return {
+        "is_dense": isinstance(model, FluxDims),
+        "width": width,
+        "height": height,
         "total": round(cost.total),
         **_figures(cost),
         "dense": _figures(dense),

@@ -1,4 +1,4 @@
-"""The emoji FLUX (demo/) in ComfyUI: its model files, and the node Emoji FLUX prompt in place of FLUX.1's text encoders."""
+"""The emoji FLUX (demo/) in ComfyUI: its model files, and the node Emoji FLUX Prompt in place of FLUX.1's text encoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EmojiPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D2MEmojiPrompt",
-            display_name="Emoji FLUX prompt",
+            display_name="Emoji FLUX Prompt",
             category="FLUX-MoE",
             description="Turns words into the conditioning for the emoji FLUX, the small demo model of this pack.",
             search_aliases=["emoji", "prompt", "text encode", "clip text encode", "dense2moe demo"],

@@ -6,9 +6,12 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { executionId, modelChain, places, roundPromoted, valueOf } from "./graph.mjs";
+import { followSteps, secondsOfStep } from "./pace.mjs";
 import { hasReadout, showCost } from "./readout.mjs";
 import { text } from "./text.mjs";
+import { fitWidgets } from "./widgets.mjs";
 
+const LOADER = "D2MLoadFluxMoE";
 const FILES = { D2MLoadFluxMoE: "model_name", UNETLoader: "unet_name" }; // loader → the widget that names its file
 const CONVERTER = "D2MConvertFlux";
 const MAX_VALUES = 16; // number of a schedule's values for which costs are requested
@@ -20,6 +23,7 @@ const answers = new Map(); // query → promise of the server's answer
 /** Inspect the graph at intervals: no single event covers changes of links, modes, widgets and subgraphs. */
 export function watchCosts() {
   setInterval(() => document.hidden || refresh(), INTERVAL);
+  followSteps();
   // The model that a node makes is known only after its run.
   api.addEventListener("execution_success", () => {
     for (const query of answers.keys()) if (query.startsWith("node=")) answers.delete(query);
@@ -35,31 +39,36 @@ function refresh() {
     if (!hasReadout(node) || done.has(node)) continue; // the first instance of a subgraph represents all
     done.add(node);
     const queries = queriesOf(place);
-    const key = queries.join(" ");
+    const seconds = queries.length ? secondsOfStep(place, queries.join(" ")) : null;
+    const key = [...queries, seconds].join(" ");
     if (requested.get(node) === key) continue;
     requested.set(node, key);
-    updateReadout(node, queries, key);
+    updateReadout(node, queries, seconds, key);
   }
 }
 
-async function updateReadout(node, queries, key) {
+async function updateReadout(node, queries, seconds, key) {
   if (!queries.length) return showCost(node);
   for (const query of queries) if (!answers.has(query)) answers.set(query, fetchCost(query));
   const costs = await Promise.all(queries.map((query) => answers.get(query)));
   if (requested.get(node) !== key) return; // something has changed meanwhile
   const failed = costs.find(({ error }) => error);
-  if (failed) return showCost(node, { label: failed.error });
-  limitSliders(node, costs[0]);
+  if (failed) return showCost(node, { label: failed.label ?? failed.error, title: failed.error });
+  fitWidgets(node, costs[0]);
   costs.sort((one, other) => one.flops - other.flops);
-  const { dense, flops_ratio: share } = costs.at(-1);
+  const { dense, flops_ratio: share, is_dense: isDense, width, height } = costs.at(-1);
+  const title = costs.map((it) => it.text).join("\n");
+  if (isDense && node.comfyClass === LOADER) return showCost(node, { label: text("cost.dense"), title });
   const [size, unit] = dense.touched >= 1e9 ? [1e9, "B"] : [1e6, "M"];
   const values = {
     active: span(costs.map(({ touched }) => (touched / size).toPrecision(3))),
     dense: (dense.touched / size).toPrecision(3),
     unit,
     percent: span(costs.map(({ flops_ratio }) => Math.round(flops_ratio * 100))),
+    size: width === height ? `${width}²` : `${width} × ${height}`,
   };
-  showCost(node, { label: text("cost.line", values), title: costs.map((it) => it.text).join("\n"), share });
+  const pace = seconds === null ? "" : ` · ${text("cost.pace", { seconds: seconds.toPrecision(2) })}`;
+  showCost(node, { label: text("cost.line", values) + pace, title, share });
 }
 
 /** The first and the last of ascending values, as a range. */
@@ -71,21 +80,12 @@ async function fetchCost(query) {
   try {
     const response = await api.fetchApi(`/d2m/cost?${query}`);
     const answer = await response.json();
-    return response.ok ? answer : { error: answer.error ?? response.statusText };
+    if (response.ok) return answer;
+    const label = response.status === 404 ? text(query.startsWith("node=") ? "cost.not_run" : "cost.no_file") : undefined;
+    return { error: answer.error ?? response.statusText, label };
   } catch (error) {
     answers.delete(query); // the server did not answer: ask again after the next change
     return { error: error.message };
-  }
-}
-
-/** Set the sliders' maximum to what the file has. */
-function limitSliders(node, { experts, groups }) {
-  const maximum = { top_k: experts, active_blocks: groups?.length ? Math.max(...groups) : undefined };
-  for (const widget of node.widgets ?? []) {
-    const max = maximum[widget.name];
-    if (!max || widget.options.max === max) continue;
-    widget.options.max = max;
-    app.canvas.setDirty(true);
   }
 }
 
@@ -100,7 +100,10 @@ function queriesOf(place) {
     const kind = at.node.comfyClass;
     const file = kind in FILES ? valueOf(at, FILES[kind]) : undefined;
     if (file) query.set("model_name", file);
-    else if (kind === CONVERTER) query.set("node", executionId(at));
+    else if (kind === CONVERTER) {
+      query.set("node", executionId(at));
+      if (app.rootGraph.id) query.set("workflow", app.rootGraph.id);
+    }
     if (query.size) break;
     for (const [name, values] of Object.entries(settingsOf(at))) settings[name] ??= values; // the setting that is last in the chain counts
   }

@@ -92,13 +92,14 @@ function output(place, slot, depth) {
   return node.widgets?.length ? { widget: node.widgets[0] } : null; // a primitive node
 }
 
-/** Yield a place, and then each place from which its MODEL comes, up to the loader. */
+/** Yield a place, and then each place from which its MODEL (or the MODEL of its GUIDER) comes, up to the loader. */
 export function* modelChain(start) {
   const seen = new Set();
   for (let place = start; place && !seen.has(executionId(place)); ) {
     yield place;
     seen.add(executionId(place));
-    const input = place.node.inputs?.find(({ type }) => type === "MODEL");
+    const { inputs = [] } = place.node;
+    const input = inputs.find(({ type }) => type === "MODEL") ?? inputs.find(({ type }) => type === "GUIDER");
     place = input && source(place, input)?.place;
   }
 }

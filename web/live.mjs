@@ -21,10 +21,16 @@ const NO_ID = "00000000-0000-0000-0000-000000000000"; // id of a cleared workflo
 let run = null; // state of the running prompt, made by begin()
 const queuedFrom = new Map(); // prompt → the frontend's workflow from which this page queued it
 const listeners = new Set();
+const queueListeners = new Set();
 
 /** Call `listener(place, values)` when live values take effect, and `listener(null)` when the prompt has ended. */
 export function onLive(listener) {
   listeners.add(listener);
+}
+
+/** Call `listener(prompt)` when this page has queued a prompt. */
+export function onQueued(listener) {
+  queueListeners.add(listener);
 }
 
 /** Send the changes of control nodes during every run from now on. */
@@ -47,6 +53,7 @@ export function watchLiveValues() {
 
 function remember(prompt, workflow) {
   queuedFrom.set(prompt, workflow);
+  for (const listener of queueListeners) listener(prompt);
   if (queuedFrom.size > MAX_REMEMBERED) queuedFrom.delete(queuedFrom.keys().next().value);
 }
 
@@ -62,7 +69,7 @@ async function running() {
 }
 
 /** The frontend's object of the workflow on the screen. It tells two tabs apart whose graphs and ids are equal. */
-function shownWorkflow() {
+export function shownWorkflow() {
   return app.extensionManager.workflow?.activeWorkflow ?? null;
 }
 

@@ -4,8 +4,8 @@ const STYLE = `
 .d2m-readout { display: flex; flex-direction: column; justify-content: center; gap: 3px; overflow: hidden;
   box-sizing: border-box; min-height: 26px; padding: 2px 4px; font: 11px/1.35 system-ui, sans-serif; }
 .d2m-readout > div:first-child { display: flex; gap: 6px; }
-.d2m-readout .d2m-cost { flex: 1; min-width: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
-  color: var(--input-text, #ddd); }
+.d2m-readout .d2m-cost { flex: 1; min-width: 0; overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; color: var(--input-text, #ddd); }
 .d2m-readout .d2m-cost.d2m-quiet { color: var(--descrip-text, #999); }
 .d2m-readout .d2m-live { color: var(--input-text, #ddd); white-space: nowrap; }
 .d2m-readout .d2m-live:not(:empty)::before { content: "● "; color: #22c55e; }
@@ -13,7 +13,7 @@ const STYLE = `
   background: color-mix(in srgb, var(--input-text, #ddd) 20%, transparent); }
 .d2m-readout .d2m-bar > div { height: 100%; border-radius: 2px; background: #3b82f6; }
 `;
-const HEIGHT = 42;
+const HEIGHT = 58; // two lines and the bar
 const MARGIN = 8;
 const readouts = new WeakMap();
 

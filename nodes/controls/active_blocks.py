@@ -1,4 +1,4 @@
-"""The Active blocks node: how many blocks of each block group run."""
+"""The Active Blocks node: how many blocks of each block group run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .kinds import MAX_BLOCKS
 
 
 class ActiveBlocks(ControlNode):
-    node_id, title = "D2MActiveBlocks", "FLUX-MoE Active blocks"
+    node_id, title = "D2MActiveBlocks", "FLUX-MoE Active Blocks"
 
     @classmethod
     def define_schema(cls) -> io.Schema:

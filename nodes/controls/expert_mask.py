@@ -1,4 +1,4 @@
-"""The Expert mask node: mutes or boosts experts, block by block."""
+"""The Expert Mask node: mutes or boosts experts, block by block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .control_node import ControlNode
 
 
 class ExpertMask(ControlNode):
-    node_id, title = "D2MExpertMask", "FLUX-MoE Expert mask"
+    node_id, title = "D2MExpertMask", "FLUX-MoE Expert Mask"
 
     @classmethod
     def define_schema(cls) -> io.Schema:

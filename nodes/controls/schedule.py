@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from .control_node import ControlNode
 from .effects import ACTIVE_BLOCKS, CAPACITY, PERCENT, SIGMA, TOP_K
 
-_DEFAULT_PIECES = "0 - 40: 1\n40 - 100: 4"
+_DEFAULT_PIECES = "0 % - 40 %: 1\n40 % - 100 %: 4"
 
 
 class Schedule(ControlNode):
@@ -55,9 +55,9 @@ class Schedule(ControlNode):
                     multiline=True,
                     default=_DEFAULT_PIECES,
                     tooltip=(
-                        "One piece START - END: VALUE per line, such as 0 - 40: 1. A piece includes its start but not its "
+                        "One piece START - END: VALUE per line, such as 0 % - 40 %: 1. A piece includes its start but not its "
                         "end, so the next one can begin there. Where pieces overlap, the later line applies. # begins a "
-                        "comment. Active blocks may be a list with a number for each group: 0 - 50: 1,0,2."
+                        "comment. Active blocks may be a list with a number for each group: 0 % - 50 %: 1,0,2."
                     ),
                 ),
             ],

@@ -58,7 +58,7 @@ def parse_schedule(text: str) -> list[SchedulePiece]:
         match = _PIECE.fullmatch(content)
         if match is None:
             raise ValueError(
-                f"Line {number} of pieces is {content[:_SHOWN]!r}; expected START - END: VALUE, such as 0 - 40: 4."
+                f"Line {number} of pieces is {content[:_SHOWN]!r}; expected START - END: VALUE, such as 0 % - 40 %: 4."
             )
         start, start_sign, end, end_sign, value = match.groups()
         pieces.append(SchedulePiece(float(start), float(end), value.strip(), bool(start_sign or end_sign), number))

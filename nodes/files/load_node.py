@@ -9,6 +9,8 @@ of them.
 from __future__ import annotations
 
 import json
+import os
+from functools import lru_cache
 from typing import Any
 
 import comfy.memory_management
@@ -20,7 +22,7 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ...d2m_model.checkpoint import check_file, check_opened
+from ...d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_file, check_opened
 from ...d2m_model.quantised import HEADER_KEY, quantised_layers
 from ...d2m_model.tensor_file import FileState, TensorFile
 from ..cost import remember_model
@@ -51,6 +53,33 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     return model
 
 
+def model_names() -> list[str]:
+    """Return the names of files in diffusion_models, FLUX-MoEs first."""
+    names: list[str] = folder_paths.get_filename_list("diffusion_models")
+    return sorted(names, key=lambda name: not _is_flux_moe(folder_paths.get_full_path("diffusion_models", name)))
+
+
+def _is_flux_moe(path: str | None) -> bool:
+    try:
+        return (
+            path is not None
+            and path.endswith((".safetensors", ".sft"))
+            and _has_config(path, os.stat(path).st_mtime_ns)
+        )
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _has_config(path: str, changed: int) -> bool:
+    """Return whether a file has a FLUX-MoE's configuration. Reads its header, again if the file was changed."""
+    try:
+        with TensorFile(path) as file:
+            return CONFIG_KEY in file.shapes
+    except CheckpointError:
+        return False
+
+
 class LoadFluxMoE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,8 +96,8 @@ class LoadFluxMoE(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A FLUX-MoE file in models/diffusion_models.",
+                    options=model_names(),
+                    tooltip="A file in models/diffusion_models. FLUX-MoE files come first; others are not opened by this node.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

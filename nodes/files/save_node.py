@@ -248,7 +248,7 @@ class SaveFluxMoE(io.ComfyNode):
             search_aliases=["save flux moe", "export model", "bake lora", "merge lora", "checkpoint save", "dense2moe"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A FLUX-MoE, with or without LoRAs; without Schedule, Expert mask and Replay."
+                    "model", tooltip="A FLUX-MoE, with or without LoRAs; without Schedule, Expert Mask and Replay."
                 ),
                 io.String.Input(
                     "filename_prefix",

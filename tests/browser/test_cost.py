@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import count
 from typing import Any
 
@@ -36,7 +37,9 @@ def line(comfy: Comfy, **settings: Any) -> str:
     asked = {**SIZE, **{name: str(value) for name, value in settings.items()}}
     answer = comfy.server.get("/d2m/cost", model_name=FILE, **asked)
     active, dense = (f"{number / 1e6:.3g}" for number in (answer["touched"], answer["dense"]["touched"]))
-    return f"{active} of {dense} M active · {round(answer['flops_ratio'] * 100)} % FLOPs"
+    size = f"{answer['width']}²" if answer["width"] == answer["height"] else f"{answer['width']} × {answer['height']}"
+    percent = round(answer["flops_ratio"] * 100)
+    return f"{active} of {dense} M parameters · {percent} % of dense compute at {size}"
 
 
 def expect_line(comfy: Comfy, node: int | str, said: str) -> None:
@@ -110,11 +113,11 @@ def test_under_a_schedule_the_readout_gives_the_span(comfy: Comfy) -> None:
     pieces = "0 - 50: 8  # rough\n50 - 100: 1"
     drawn["4"] = node("D2MSchedule", model=["2", 0], setting="top_k", unit="percent", pieces=pieces)
     comfy.build(drawn)
-    (least, of, *_, percent, sign, flops), (most, *_, most_percent, _, _) = (
-        line(comfy, top_k=k).split() for k in (1, 8)
+    (least, of, percent), (most, _, most_percent) = (
+        re.split(r" (of .* ·) | %", line(comfy, top_k=k))[:3] for k in (1, 8)
     )
-    dense = line(comfy, top_k=1).split()[2]
-    expect_line(comfy, 4, f"{least}–{most} {of} {dense} M active · {percent}–{most_percent} {sign} {flops}")
+    rest = line(comfy, top_k=1).split(" % ")[1]
+    expect_line(comfy, 4, f"{least}–{most} {of} {percent}–{most_percent} % {rest}")
     expect_line(comfy, 2, line(comfy, top_k=2))
 
 
@@ -131,9 +134,9 @@ def test_what_a_conversion_costs_is_known_when_it_has_run(comfy: Comfy) -> None:
         "5": node("D2MSaveFluxMoE", model=["4", 0], filename_prefix="diffusion_models/converted"),
     }  # fmt: skip
     comfy.build(drawn)
-    wait_for_line(comfy, "Queue the workflow")
+    wait_for_line(comfy, "Run once to see the cost")
     comfy.server.wait(comfy.queue())
-    wait_for_line(comfy, " of 2.13 M active")
+    wait_for_line(comfy, " of 2.13 M parameters")
     before = comfy.readout(4)
     comfy.set_widget(4, "top_k", 9)
     comfy.page.wait_for_function(
@@ -148,9 +151,40 @@ def wait_for_line(comfy: Comfy, part: str) -> None:
     )
 
 
-def test_sliders_end_where_the_file_does(comfy: Comfy) -> None:
-    comfy.build(graph())
+def test_sliders_end_where_the_file_does_and_what_it_lacks_is_hidden(comfy: Comfy) -> None:
+    drawn = graph()
+    drawn["2"]["inputs"]["top_k"] = 12
+    comfy.build(drawn)
     comfy.page.wait_for_function("() => app.rootGraph.getNodeById(2).widgets[0].options.max === 12")
+    assert comfy.js("() => app.rootGraph.getNodeById(2).widgets.map(({ hidden }) => Boolean(hidden))") == [
+        False, False, True, False,
+    ]  # fmt: skip
+    if comfy.vue:  # which drew 12 of 64 until the slider was touched
+        slider = comfy.page.locator('[data-node-id="2"]').get_by_role("slider").first
+        expect(slider).to_have_attribute("aria-valuemax", "12")
+
+
+def test_the_seconds_of_a_step_are_shown_after_a_run(comfy: Comfy) -> None:
+    drawn = graph()
+    drawn["4"] = node("D2MEmojiPrompt", text="fox", guidance=3.5)
+    drawn["5"] = node(
+        "KSampler", model=["2", 0], seed=1, steps=3, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        positive=["4", 0], negative=["4", 0], latent_image=["3", 0],
+    )  # fmt: skip
+    drawn["6"] = node("VAELoader", vae_name="emoji-autoencoder.safetensors")
+    drawn["7"] = node("VAEDecode", samples=["5", 0], vae=["6", 0])
+    drawn["8"] = node("PreviewImage", images=["7", 0])
+    comfy.build(drawn)
+    expect_line(comfy, 2, line(comfy, top_k=2))
+    comfy.wait(comfy.queue())
+    readout = "app.rootGraph.getNodeById(2).widgets.at(-1).element"
+    comfy.page.wait_for_function(f"() => / · [.0-9e-]+ s a step$/.test({readout}.innerText.trim())")
+    box = comfy.js(
+        f"() => {{ const it = {readout}.querySelector('.d2m-cost'); return [it.scrollHeight, it.clientHeight]; }}"
+    )
+    assert box[0] <= box[1] + 1  # nothing is cut off
+    comfy.set_widget(2, "top_k", 3)
+    expect_line(comfy, 2, line(comfy, top_k=3))  # not measured yet
 
 
 def test_neither_the_saved_workflow_nor_the_prompt_knows_of_the_readout(comfy: Comfy) -> None:

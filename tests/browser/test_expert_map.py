@@ -167,7 +167,7 @@ def test_a_missing_mask_node_is_inserted_before_the_trace(comfy: Comfy) -> None:
     comfy.build(graph())
     root = run(comfy)
     root.locator('.d2m-expert[data-expert="1"]').click()
-    root.get_by_role("button", name="Insert Expert mask").click()
+    root.get_by_role("button", name="Insert Expert Mask").click()
     root.get_by_role("button", name="Boost").click()
     prompt = comfy.prompt()
     (number,) = [key for key, it in prompt.items() if it["class_type"] == "D2MExpertMask"]
@@ -193,7 +193,7 @@ def test_a_mask_is_inserted_inside_the_subgraph_of_the_trace(comfy: Comfy) -> No
     subgraph = comfy.into_subgraph([TRACE, 6])
     root = run(comfy)
     root.locator('.d2m-expert[data-expert="1"]').click()
-    root.get_by_role("button", name="Insert Expert mask").click()
+    root.get_by_role("button", name="Insert Expert Mask").click()
     root.get_by_role("button", name="Mute").click()
     prompt = comfy.prompt()
     (number,) = [key for key, it in prompt.items() if it["class_type"] == "D2MExpertMask"]

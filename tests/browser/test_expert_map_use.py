@@ -52,7 +52,7 @@ def test_without_a_mask_node_the_buttons_are_off_and_one_is_offered(shown: Map) 
     shown.wait()
     shown.page.locator('.d2m-expert[data-expert="5"]').click()
     expect(shown.button("Mute")).to_be_disabled()
-    expect(shown.button("Insert Expert mask")).to_be_visible()
+    expect(shown.button("Insert Expert Mask")).to_be_visible()
 
 
 # Keyboard, themes, sizes, languages

@@ -182,6 +182,11 @@ def test_converted_once_it_comes_from_the_cache(server: ComfyServer) -> None:
     (cached,) = [data["nodes"] for event, data in entry["status"]["messages"] if event == "execution_cached"]
     assert "other id" in cached
     assert cost(server, node="other id")["touched"] == cost(server, node="moe")["touched"]
+    body = {"prompt": graph, "extra_data": {"extra_pnginfo": {"workflow": {"id": "its own"}}}}
+    server.wait(server.post("/prompt", body)["prompt_id"])
+    assert cost(server, node="other id", workflow="its own")["experts"] == 12
+    with pytest.raises(urllib.error.HTTPError, match="404"):  # another workflow's node of this id has not run
+        cost(server, node="other id", workflow="another")
 
 
 def test_combined_prompts_calibrate_it(server: ComfyServer) -> None:
@@ -249,3 +254,19 @@ def test_a_model_that_cannot_be_converted_is_said(server: ComfyServer) -> None:
     graph["dense"] = node("D2MLoadFluxMoE", model_name="L.safetensors", weight_dtype="default")
     with pytest.raises(ServerError, match=r"D2MConvertFlux.*is a FLUX-MoE already"):
         server.run(graph)
+
+
+def test_the_settings_that_a_file_has_are_named(server: ComfyServer) -> None:
+    assert cost(server, model_name="L.safetensors")["settings"] == ["top_k", "gate"]
+    assert cost(server, model_name="capacity.safetensors")["settings"] == ["capacity", "gate"]
+    dense = cost(server, model_name="dense.safetensors")
+    assert (dense["settings"], dense["is_dense"]) == ([], True)
+
+
+def test_the_loader_offers_flux_moes_first(server: ComfyServer) -> None:
+    offered = server.get("/object_info/D2MLoadFluxMoE")["D2MLoadFluxMoE"]["input"]["required"]["model_name"]
+    names = offered[1]["options"] if offered[0] == "COMBO" else offered[0]
+    assert {"emoji-flux-moe.safetensors", "L.safetensors", "dense.safetensors", "broken.safetensors"} <= set(names)
+    first = names.index("broken.safetensors")
+    assert {"dense.safetensors", "teacher.safetensors", "emoji-flux.safetensors"} <= set(names[first:])
+    assert {"L.safetensors", "capacity.safetensors", "groups.safetensors"} <= set(names[:first])

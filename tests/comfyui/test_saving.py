@@ -188,7 +188,7 @@ def test_another_model_is_refused(host: Comfy, pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("node_id", "widgets", "said"),
     [
-        ("D2MExpertMask", {"mask": "*: 0=0"}, r"FLUX-MoE Expert mask \(node 7\)"),
+        ("D2MExpertMask", {"mask": "*: 0=0"}, r"FLUX-MoE Expert Mask \(node 7\)"),
         (
             "D2MSchedule",
             {"setting": "top_k", "unit": "percent", "pieces": "0 - 50: 1"},

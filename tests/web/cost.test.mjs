@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, mock, test } from "node:test";
 
+import { watchLiveValues } from "../../web/live.mjs";
 import { watchCosts } from "../../web/cost.mjs";
 import { addReadout } from "../../web/readout.mjs";
 import { loadTexts } from "../../web/text.mjs";
@@ -129,6 +130,63 @@ test("sliders end where the file does", async () => {
   await look();
   assert.equal(made.nodes[2].widgets[0].options.max, 12);
   assert.equal(made.nodes[1].widgets[0].options.max, 5);
+});
+
+test("what the file does not have is hidden, and both renderers are told", async () => {
+  const made = controls(["D2MTopK", { top_k: 2, gate: "sum", capacity: 1 }]);
+  made.nodes[0].widgets[0].value = "capacity.safetensors";
+  const [topK, gate, capacity] = made.nodes[1].widgets;
+  capacity.options.advanced = true;
+  answer = () => cost(3e9, 0.5, { experts: 0, settings: ["capacity", "gate"] });
+  watched(made);
+  await look();
+  assert.deepEqual([topK, gate, capacity].map(({ hidden }) => Boolean(hidden)), [true, false, false]);
+  assert.deepEqual([topK.options.hidden, capacity.options.advanced], [true, false]);
+  assert.equal(topK.label, undefined);
+});
+
+test("a dense file in the loader is sent to the node that converts it", async () => {
+  api.fetchApi = async () => json({ en: { d2m: { cost: { dense: "convert it" } } } });
+  await loadTexts();
+  api.fetchApi = async () => cost(12e9, 1, { is_dense: true, settings: [] });
+  const made = chain();
+  made.nodes[0].widgets[0].value = "flux1-dev.safetensors";
+  const readout = watched(made);
+  await look();
+  assert.equal(readout.label(), "convert it");
+  assert.equal(readout.barHidden(), true);
+});
+
+test("a file that is not there, and a node that has not run, are said in few words", async () => {
+  answer = () => json({ error: "There is no gone.safetensors in diffusion_models." }, 404);
+  const made = chain("D2MTopK");
+  made.nodes[0].widgets[0].value = "gone.safetensors";
+  const readout = watched(made);
+  await look();
+  assert.equal(readout.label(), "cost.no_file");
+});
+
+test("seconds a step are those of the sampler that used the MODEL, and only while its settings stay", async (t) => {
+  const made = controls(["D2MTopK", { top_k: 5 }]);
+  app.extensionManager.workflow = { activeWorkflow: {} };
+  answer = () => cost(3e9, 0.5, { queue_running: [] });
+  const sampler = made.graph.node(9, "KSampler", { inputs: { model: "MODEL" }, outputs: ["LATENT"] });
+  made.graph.link(made.nodes[1], 0, sampler, "model");
+  const readout = watched(made);
+  await look();
+  api.queuePrompt = async () => ({ prompt_id: "p" });
+  watchLiveValues();
+  await api.queuePrompt();
+  let now = 0;
+  t.mock.method(performance, "now", () => now);
+  api.emit("execution_start", { prompt_id: "p" });
+  for (now of [5000, 5500, 6000]) api.emit("progress", { node: "9", value: 1, max: 3 });
+  api.emit("execution_success", { prompt_id: "p" });
+  await look();
+  assert.equal(readout.label(), "3.00 of 12.0 B · 50 % · cost.pace");
+  made.nodes[1].widgets[0].value = 6;
+  await look();
+  assert.equal(readout.label(), "3.00 of 12.0 B · 50 %");
 });
 
 test("a model of another loader has no cost, and nothing is asked", async () => {
