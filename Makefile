@@ -21,9 +21,9 @@ export PYTHONDONTWRITEBYTECODE =
 
 # Evaluated after set-up: the Python of the environment that belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
-# One process a core, since the models of the tests are tiny. Tests of a file (or an xdist_group) share a process and its
-# fixtures. The files keep their order: many short ones come last, so that no core waits for a long one.
-SIDE_BY_SIDE = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# As many processes as tests/conftest.py says. Tests of a file (or an xdist_group) share a process and its fixtures, and
+# keep their order.
+SIDE_BY_SIDE = --numprocesses auto --dist loadgroup --no-loadscope-reorder
 PYTEST = $(RUN) pytest $(SIDE_BY_SIDE)
 
 help: ## this list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import settings
 
 TESTS = Path(__file__).parent
-TIERS = {"unit": "unit", "train": "train", "comfyui": "host", "browser": "browser"}  # folder: marker
+# Folder: marker, in the order in which they run: long tests first, so that at the end no core waits for a long one.
+TIERS = {"browser": "browser", "train": "train", "comfyui": "host", "unit": "unit"}
 
 # No deadlines: machines differ, and benchmarks/ measures speed. Continuous integration draws the same examples each time.
 settings.register_profile("local", deadline=None)
@@ -28,13 +30,33 @@ if sys.dont_write_bytecode:
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one process a core, since the models are tiny, and one more for the browser's tests, which mostly wait.
+
+    Four at most, each of which may take 4 GB.
+    """
+    browser = (TESTS / "browser").resolve()
+    asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    return min(4, os.cpu_count() or 1) + any(path == browser or path in browser.parents for path in asked)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its tier, and keep the tests of a file in one process, with their fixtures."""
+    """Mark every test with its tier, and keep the tests of a file in one process, with their fixtures.
+
+    All tests of the browser are in one process too, since pages that draw at the same time slow each other down.
+    """
     for item in items:
-        item.add_marker(TIERS[item.path.relative_to(TESTS).parts[0]])
+        folder = _folder(item)
+        item.add_marker(TIERS[folder])
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
+            path = str(item.path.relative_to(TESTS))
+            item.add_marker(pytest.mark.xdist_group(folder if folder == "browser" else path))
+    items.sort(key=lambda item: list(TIERS).index(_folder(item)))
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).parts[0]
 
 
 def pytest_collection_finish() -> None:
@@ -42,3 +64,4 @@ def pytest_collection_finish() -> None:
     root = str(TESTS.parent / "__init__.py")
     if copies := [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == root]:
         raise pytest.UsageError(f"Collecting the tests imported {root} as {copies[0]}")
+    gc.freeze()  # what was imported stays: otherwise every collection, of which ComfyUI asks for many, goes over all of it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.host import ROOT, link_root
@@ -15,7 +16,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "style": (*_PYTHON, "ruff", "check", "--output-format", "concise", "."),
     "format": (*_PYTHON, "ruff", "format", "--check", "--output-format", "concise", "."),
     "types": (*_PYTHON, "mypy", "d2m_model", "d2m_train", "demo", "benchmarks", "tools"),
-    "types of the nodes": (*_PYTHON, "mypy", "-p", "dense2moe.nodes"),
+    "types of the nodes": (*_PYTHON, "mypy", "--cache-dir", ".mypy_cache/nodes", "-p", "dense2moe.nodes"),
     "import contracts": (
         *(sys.executable, "-c"),
         "from importlinter.cli import lint_imports_command; lint_imports_command()",
@@ -24,25 +25,30 @@ CHECKS: dict[str, tuple[str, ...]] = {
 
 
 def check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run one of CHECKS on the pack at `root`.
+    """Run one of CHECKS on the pack at `root`."""
+    return _run(name, root, _environment(root))
 
-    In ComfyUI the root is the nodes' package, so they import relatively beyond their own folder. A link to the
-    root, called dense2moe, gives type checker and import contracts a name for that package.
-    """
+
+def _environment(root: Path) -> dict[str, str]:
+    """In ComfyUI the root is the nodes' package, so they import relatively beyond their own folder. A link to the root,
+    called dense2moe, gives type checker and import contracts a name for that package."""
     link_root(root, root / ".host" / "package", "dense2moe")
     package = str(root / ".host" / "package")
-    environ = {**os.environ, "PYTHONPATH": package, "MYPYPATH": package}
+    return {**os.environ, "PYTHONPATH": package, "MYPYPATH": package}
+
+
+def _run(name: str, root: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(CHECKS[name], cwd=root, env=environ, capture_output=True, text=True)
 
 
 def main() -> int:
-    """Run every check and print what the failed ones reported."""
-    failed = []
-    for name in CHECKS:
-        done = check(name)
-        if done.returncode:
-            failed.append(name)
-            print(f"── {name}\n{done.stdout}{done.stderr}")
+    """Run all checks, side by side, and print what the failed ones reported."""
+    environ = _environment(ROOT)
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(CHECKS, pool.map(lambda name: _run(name, ROOT, environ), CHECKS), strict=True))
+    failed = [name for name, done in results.items() if done.returncode]
+    for name in failed:
+        print(f"── {name}\n{results[name].stdout}{results[name].stderr}")
     print("Failed: " + ", ".join(failed) if failed else "Passed: " + ", ".join(CHECKS))
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ LINEARS = {  # weights of the blocks
 def host(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
     host = Comfy(tmp_path_factory.mktemp("comfyui"))
     host.load_pack()
+    gc.freeze()  # as in tests/conftest.py
     return host
 
 
