@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from ..training.run_lock import locked_folder
 from ..training.stage_run import StageRun
 from .check_ahead import check_ahead
 from .export import export_file
+from .summary import begin_text, device_text, end_text, memory_text
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
@@ -117,7 +119,8 @@ class Distill:
             if run.resume == "changed":
                 raise UserError("resume=changed is for stages that are trained end to end, not training.blockwise.")
             train = train_blockwise
-        self.ranks.say(f"{self.ranks.count} {'process' if self.ranks.count == 1 else 'processes'}.")
+        began = time.monotonic()
+        self.ranks.say(device_text(self.ranks.device, self.ranks.count, self.ranks.strategy))
         if self.ranks.main:
             prepare_folder(run)
         self.ranks.wait()
@@ -127,14 +130,18 @@ class Distill:
         with sample_progress("Cache", shown=self.ranks.main) as progress:
             data.prepare(self.ranks.rank, self.ranks.count, progress)
         self.ranks.wait()
-        if self.ranks.main:
-            self.ranks.say(f"{data.name}: {data.split_text()}")
         identity = run_identity(run, path, data)
         self._begin(identity, path, data)
         if "convert" in run.stages:
             self._convert(path, data)
         teacher: FluxTransformer2DModel | None = None
-        for stage in self._training():
+        stages = self._training()
+        if self.ranks.main:
+            self.ranks.say(begin_text(run, data, stages, self.ranks.count))
+            on_gpu = self.ranks.device.type == "cuda"
+            if on_gpu and stages and (planned := memory_text(run, self.ranks.count, self.ranks.strategy)):
+                self.ranks.say(planned)
+        for stage in stages:
             done = run.output_dir / stage / "student.safetensors"
             if done.exists() and not self._reopened(stage):
                 self.ranks.say(f"{stage}: {done} is there already.")
@@ -161,7 +168,9 @@ class Distill:
                     )
                 )
         if "export" in run.stages:
-            self._export()
+            target = self._export()
+            if self.ranks.main:
+                self.ranks.say(end_text(run, target, time.monotonic() - began, self.ranks.device))
 
     def _reopened(self, stage: Stage) -> bool:
         """Return whether a finished stage goes on, on every rank as on the main one."""
@@ -245,7 +254,7 @@ class Distill:
             raise UserError(f"{target} is missing; stage `convert` makes it. Put it into `stages`.")
         return check_file(target)
 
-    def _export(self) -> None:
+    def _export(self) -> Path:
         run = self.run
         target = run.output_dir / run.export.file
         with self.ranks.main_first():
@@ -253,6 +262,7 @@ class Distill:
                 source = latest_student(run, "export", trainable_stages(self._config()))
                 export_file(source, target, getattr(torch, run.export.dtype))
                 self.ranks.say(f"export: {target}, of {source.parent.name}.")
+        return target
 
 
 def converted_file(run: RunConfig) -> Path:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its measurements: an order of the charts, hyperparameters, and the run's text."""
+"""Order of TensorBoard's charts, and beside the measurements the hyperparameters and the run's text."""
 
 from __future__ import annotations
 

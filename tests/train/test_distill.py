@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,19 @@ def test_every_step_is_logged_with_its_losses_and_what_the_routers_did(finished:
     said = (finished.parent / "said.txt").read_text()
     assert f"experts, step 0: validation {before}\n" in said
     assert f"experts, step 4: validation {before} → {after}\n" in said
+
+
+def test_a_run_says_what_it_begins_with_and_how_it_ended(finished: Path) -> None:
+    said = (finished.parent / "said.txt").read_text()
+    assert re.search(r"^1 process, on the CPU \(\d+ threads each\)\.$", said, re.MULTILINE)
+    assert "latents.safetensors: 24 samples, 1 of them held out for validation.\n" in said
+    expected = "Global batch: 2 × 1 accumulated × 1 process = 2 samples. Steps: shared 4, experts 4, blocks 4."
+    assert expected in said
+    assert re.search(
+        r"^Done in .*\d s\. Peak memory of the main process: \d+\.\d\d GiB of the host\.$", said, re.MULTILINE
+    )
+    file, teacher = finished / "student.safetensors", finished.parent / "teacher.safetensors"
+    assert f"Next: python -m d2m_train evaluate {file} --teacher {teacher} --data PROMPTS.txt\n" in said
     blocks = [line for line in read_stage_log(finished / "blocks" / "log.jsonl") if "loss/total" in line]
     assert "loss/block_balance" in blocks[0]
     assert list((finished / "tensorboard" / "shared").iterdir())
