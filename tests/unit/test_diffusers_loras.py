@@ -312,6 +312,51 @@ def test_what_is_no_lora_of_flux_is_refused(model: FluxMoETransformer2DModel, bi
     assert unchanged(model, bits)
 
 
+def test_from_pipe_takes_the_model_over_with_its_loras(model: FluxMoETransformer2DModel) -> None:
+    from diffusers import FluxImg2ImgPipeline
+
+    pipe = pipeline(model)
+    pipe.load_lora_weights(lora(1), adapter_name="one")
+    other = FluxImg2ImgPipeline.from_pipe(pipe)
+    assert other.transformer is model
+    assert other.get_active_adapters() == ["one"]
+
+
+def test_save_pretrained_says_which_loras_it_saves(
+    model: FluxMoETransformer2DModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = pipeline(model)
+    pipe.load_lora_weights(lora(1), adapter_name="one")
+    with caplog.at_level("WARNING"):
+        model.save_pretrained(tmp_path / "with")
+        pipe.disable_lora()
+        model.save_pretrained(tmp_path / "without")
+    (said,) = [record.getMessage() for record in caplog.records if "saved" in record.getMessage()]
+    assert "The weights are saved with the LoRAs one in them" in said
+
+
+def test_a_lora_that_peft_trained_on_attention_is_loaded_and_one_of_experts_is_explained(pair: Pair) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trained(*targets: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        own = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
+        options = peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
+        adapted = peft.get_peft_model(own, options)
+        moved.append(velocity(adapted))
+        state = peft.get_peft_model_state_dict(adapted)
+        return {name.replace("base_model.model.", "transformer."): tensor for name, tensor in state.items()}
+
+    moved: list[Tensor] = []
+    model = FluxMoETransformer2DModel.from_flux_moe(pair.moe)
+    before = velocity(model)
+    pipeline(model).load_lora_weights(trained("to_q", "to_k"))
+    assert not torch.allclose(moved[0], before)
+    torch.testing.assert_close(velocity(model), moved[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="trained on layers that only a FLUX-MoE has"):
+        pipeline(model).load_lora_weights(trained("shared_up"))
+
+
 def test_a_permutation_moves_neurons_and_nothing_else() -> None:
     change = fused.LowRank(up=torch.arange(6.0)[:, None], down=torch.ones(1, 2))
     order = torch.tensor([3, 0, 2, 1])

@@ -101,8 +101,32 @@ def test_from_single_file_takes_a_path_or_tensors(every: Pair) -> None:
         assert same(FluxMoETransformer2DModel.from_single_file(given).state_dict(), expected)
     half = FluxMoETransformer2DModel.from_single_file(every.moe, torch_dtype=torch.float16)
     assert half.dtype == torch.float16
-    with pytest.raises(TypeError, match="does not take quantization_config"):
-        FluxMoETransformer2DModel.from_single_file(every.moe, quantization_config={})
+    with pytest.raises(TypeError, match="does not take config"):
+        FluxMoETransformer2DModel.from_single_file(every.moe, config="a")
+
+
+def test_a_single_file_is_quantised_as_from_pretrained_quantises(every: Pair, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    from diffusers import TorchAoConfig
+
+    def config() -> TorchAoConfig:
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+
+    whole = FluxMoETransformer2DModel.from_single_file(every.moe, torch_dtype=torch.bfloat16)
+    whole.save_pretrained(tmp_path)
+    folder = FluxMoETransformer2DModel.from_pretrained(
+        tmp_path, quantization_config=config(), torch_dtype=torch.bfloat16
+    )
+    file = FluxMoETransformer2DModel.from_single_file(
+        every.moe, quantization_config=config(), torch_dtype=torch.bfloat16
+    )
+    quantised = {name for name, weight in file.named_parameters() if type(weight) is not torch.nn.Parameter}
+    assert "transformer_blocks.0.attn.to_q.weight" in quantised
+    assert not [name for name in quantised if "router" in name or "adaln_in" in name]
+    assert quantised == {name for name, weight in folder.named_parameters() if type(weight) is not torch.nn.Parameter}
+    asked = {name: tensor.bfloat16() for name, tensor in inputs().items()}
+    assert torch.equal(velocity(file, asked), velocity(folder, asked))
+    assert (velocity(file, asked) - velocity(whole, asked)).norm() < 0.1 * velocity(whole, asked).norm()
 
 
 @torch.no_grad()
@@ -175,6 +199,20 @@ def test_all_experts_and_blocks_of_a_compressed_file_are_its_teacher(tmp_path: P
     torch.testing.assert_close(velocity(model, inputs(2)), dense, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="top_k is 13; expected 0 to 12"):
         model.set_top_k(13)
+
+
+@pytest.mark.parametrize("top_k", [2.5, 2.0, "2", True, None, -1, 13])
+def test_a_number_of_experts_that_is_none_is_refused_at_once(every: Pair, top_k: Any) -> None:
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe)
+    with pytest.raises(ValueError, match="top_k is"):
+        model.set_top_k(top_k)
+
+
+@pytest.mark.parametrize("factor", [-0.5, float("nan"), float("inf"), "1", True])
+def test_a_capacity_factor_that_is_none_is_refused_at_once(every: Pair, factor: Any) -> None:
+    model = FluxMoETransformer2DModel.from_flux_moe(every.moe)
+    with pytest.raises(ValueError, match="capacity factor is"):
+        model.set_capacity_factor(factor)
 
 
 def test_a_model_made_from_a_configuration_alone_can_be_trained(every: Pair) -> None:

@@ -5,6 +5,7 @@ They do not use PEFT, but the pipeline's own methods refuse to run where PEFT is
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
@@ -21,6 +23,7 @@ from torch import Tensor
 from ...config import FluxMoEConfig
 from ...lora_file import read_lora
 from .loras import FusedLoras, changes_of_model
+from .tensor_map import ffn_module
 
 log = logging.get_logger(__name__)
 
@@ -73,6 +76,11 @@ class FusedLoraMixin(PeftAdapterMixin):
                 if hotswap
                 else f"There is a LoRA {name!r} already. Give another adapter_name, or delete that one."
             )
+        if own := [name for name in unknown if self._is_of_experts(name)]:
+            raise ValueError(
+                f"This LoRA was trained on layers that only a FLUX-MoE has ({own[0]}), in its own neuron order. Train it on "
+                "the dense FLUX.1, or on attention alone (to_q, to_k, to_v, to_out.0), and load it here."
+            )
         if not lora.changes:
             raise ValueError(f"This is not a LoRA of FLUX.1: it has {unknown[0]}, which FLUX.1 does not have.")
         if unknown:
@@ -87,6 +95,12 @@ class FusedLoraMixin(PeftAdapterMixin):
             pipeline.enable_model_cpu_offload()
         elif sequential_offload:
             pipeline.enable_sequential_cpu_offload()
+
+    def _is_of_experts(self, name: str) -> bool:
+        """Return whether a LoRA's tensor belongs to the experts, routers or means of this model."""
+        prefixes = [f"{ffn_module(ffn)}." for ffn in self.flux_moe.ffns]
+        prefixes += [f"{ffn_module(ffn).rpartition('.')[0]}.attention" for ffn in self.flux_moe.ffns if "single" in ffn]
+        return any(prefix in f"{name}." for prefix in prefixes)
 
     def _name_adapters(self) -> None:
         """Set `peft_config`, in which pipelines look up the adapters' names."""
@@ -162,7 +176,8 @@ class FusedLoraMixin(PeftAdapterMixin):
 
     def add_adapter(self, *_: Any, **__: Any) -> None:
         raise ValueError(
-            "A new adapter cannot be trained on a FLUX-MoE: train it on the dense FLUX.1, and load it here."
+            "A new adapter is not trained on a FLUX-MoE, whose experts have another neuron order: train it on the dense "
+            "FLUX.1, and load it here. For attention alone, peft.get_peft_model takes this model."
         )
 
     def save_lora_adapter(self, *_: Any, **__: Any) -> None:
@@ -190,6 +205,22 @@ def _with_alphas(tensors: dict[str, Tensor], alphas: Mapping[str, Any]) -> dict[
 
 
 # Pipelines
+
+
+def _switch_over() -> None:
+    """Make `from_pipe` take over a FLUX-MoE, which it leaves behind for being of another class than FLUX's."""
+    original = DiffusionPipeline.from_pipe.__func__
+
+    def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
+        transformer = getattr(pipeline, "transformer", None)
+        if isinstance(transformer, FusedLoraMixin) and "transformer" in inspect.signature(cls.__init__).parameters:
+            kwargs.setdefault("transformer", transformer)
+        return original(cls, pipeline, **kwargs)
+
+    DiffusionPipeline.from_pipe = classmethod(from_pipe)
+
+
+_switch_over()
 
 
 def _leave_to_transformer(mixin: type, method: str, answer: Callable[[Any], Any]) -> None:

@@ -152,6 +152,11 @@ class FusedLoras(nn.Module):
         return self.adapters
 
     @property
+    def in_weights(self) -> list[str]:
+        """Names of the adapters that the weights have now."""
+        return list(self._applied)
+
+    @property
     def changes_weights(self) -> bool:
         return bool(self._applied)
 

@@ -48,10 +48,12 @@ def load_tensors(
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype | None,
     device: str | torch.device,
+    quantise: Callable[[str, Tensor], bool] = lambda name, values: False,
 ) -> None:
     """Copy the file's tensors into parameters and buffers of `model`.
 
-    `dtype` applies to tensors that a dense FLUX.1 has too; None keeps the file's (float8 becomes bfloat16).
+    `dtype` applies to tensors that a dense FLUX.1 has too; None keeps the file's (float8 becomes bfloat16). `quantise`
+    puts a parameter, by its name in the model, into it itself and returns True, or returns False.
     """
     dense = dense_shapes(config.dims)
     for name, slices in tensor_map(config, optional).items():
@@ -62,6 +64,8 @@ def load_tensors(
         for part in slices:
             values = part.to_model(stored)
             copy = torch.empty(values.shape, dtype=target, device=device).copy_(values)
+            if quantise(part.name, copy):
+                continue
             owner, _, attribute = part.name.rpartition(".")
             module = model.get_submodule(owner)
             setattr(module, attribute, copy if attribute in module._buffers else nn.Parameter(copy))

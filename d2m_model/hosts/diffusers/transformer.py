@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import torch
 from diffusers import (
@@ -14,7 +17,7 @@ from diffusers import (
     ModelMixin,  # noqa: F401 (a pipeline that loads this class looks for its kind in this module)
 )
 from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
-from diffusers.utils import _get_model_file
+from diffusers.utils import _get_model_file, logging
 from torch import Tensor, nn
 
 from ...blocks import Block, blocks_of, is_modulation
@@ -28,8 +31,11 @@ from .dense import transformer_options
 from .lora_api import FusedLoraMixin
 from .loras import FusedLoras
 from .modules import AdaLNIn, CompressedModulation, GroupMember, GroupRouter, GroupRoutings, SingleExpertOut
+from .quantising import Quantising
 from .tensor_map import ffn_module
 from .tensors import load_tensors, refuse_quantised, save_flux_moe, whole_tensor
+
+log = logging.get_logger(__name__)
 
 _FETCHING = ("token", "revision", "cache_dir", "proxies", "force_download", "local_files_only")
 
@@ -110,17 +116,22 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
     @classmethod
     def from_flux_moe(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        quantization_config: Any = None,
     ) -> FluxMoETransformer2DModel:
         """Load a FLUX-MoE file as a model in eval(); `dtype` None keeps the file's (float8 becomes bfloat16).
 
-        Routers, expert means, thresholds and U keep the file's dtypes. On the device `meta` it has no values. Raises
-        CheckpointError for another file or a quantised one. No weight is in memory twice.
+        Routers, expert means, thresholds and U keep the file's dtypes. `quantization_config`: see quantising.py. On the
+        device `meta` the model has no values. Raises CheckpointError for another file or a quantised one. No weight is in
+        memory twice.
         """
         config = check_file(path)
         with TensorFile(path) as file:
             refuse_quantised(file)
-            return cls._filled(config, file.shapes, file.tensor, dtype, device)
+            return cls._filled(config, file.shapes, file.tensor, dtype, device, quantization_config)
 
     @classmethod
     def from_single_file(
@@ -130,19 +141,21 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
 
         torch_dtype  `dtype` of from_flux_moe
         device       the device of the weights; the CPU by default
+        quantization_config  diffusers'; see quantising.py
         For a file on the hub also: token, revision, cache_dir, proxies, force_download, local_files_only.
         """
         given = pretrained_model_link_or_path_or_dict
         dtype, device = kwargs.pop("torch_dtype", None), kwargs.pop("device", "cpu")
+        quantising = kwargs.pop("quantization_config", None)
         fetching = {key: kwargs.pop(key, None) for key in _FETCHING}
         if kwargs:
             raise TypeError(f"from_single_file() of a FLUX-MoE does not take {', '.join(kwargs)}.")
         if isinstance(given, Mapping):
             tensors = strip_prefix(given)
-            return cls._filled(check_state_dict(tensors), tensors, tensors.__getitem__, dtype, device)
+            return cls._filled(check_state_dict(tensors), tensors, tensors.__getitem__, dtype, device, quantising)
         if not os.path.exists(given) and (address := _extract_repo_id_and_weights_name(str(given)))[1]:
             given = _get_model_file(address[0], weights_name=address[1], subfolder=None, user_agent=None, **fetching)
-        return cls.from_flux_moe(given, dtype, device)
+        return cls.from_flux_moe(given, dtype, device, quantising)
 
     @classmethod
     def _filled(
@@ -152,11 +165,17 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         tensor: Callable[[str], Tensor],
         dtype: torch.dtype | None,
         device: str | torch.device,
+        quantization_config: Any,
     ) -> FluxMoETransformer2DModel:
         names = set(stored)
         with torch.device("meta"):
             model = cls(config, tuple(name for name in optional_tensors(config) if name in names))
-        load_tensors(model, config, model.optional, tensor, dtype, device)
+        if quantization_config is None:
+            load_tensors(model, config, model.optional, tensor, dtype, device)
+        else:
+            quantising = Quantising(model, quantization_config, dtype, device)
+            load_tensors(model, config, model.optional, tensor, quantising.dtype, device, quantising.put)
+            quantising.finish()
         evaluated: FluxMoETransformer2DModel = model.eval()
         return evaluated
 
@@ -177,8 +196,13 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         save_flux_moe(self, config, path, dtype=dtype, whole=whole, write=write)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with the fused LoRAs in the weights."""
+        """Save as diffusers does, with the fused LoRAs in the weights, which a warning says."""
         config = self._current_config()
+        if (loras := getattr(self, "fused_loras", None)) is not None and loras.changes_weights:
+            log.warning(
+                f"The weights are saved with the LoRAs {', '.join(loras.in_weights)} in them. For the model without "
+                "them, call disable_lora() before."
+            )
         self.register_to_config(flux_moe=json.loads(config.to_json()))
         super().save_pretrained(*args, **kwargs)
         self.register_to_config(flux_moe=json.loads(self.flux_moe.to_json()))
@@ -207,17 +231,25 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         return [router for router in self.block_groups if isinstance(router, GroupRouter)]
 
     def set_top_k(self, top_k: int) -> None:
-        """Set the number of experts per token in every FFN. Raises ValueError unless it is 0 to all experts.
+        """Set the number of experts per token in every FFN. Raises ValueError unless it is a whole number, 0 to all experts.
 
         Has no effect where another setting steers the routers.
         """
+        if isinstance(top_k, bool) or not isinstance(top_k, SupportsIndex):
+            raise ValueError(f"top_k is {top_k!r}; expected a whole number of experts.")
+        top_k = operator.index(top_k)
         for name, moe in self.moe_ffns().items():
             if not 0 <= top_k <= moe.layout.experts:
                 raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
         self._set_router("top_k", top_k)
 
     def set_capacity_factor(self, factor: float) -> None:
-        """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold)."""
+        """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold).
+
+        Raises ValueError unless it is a number of 0 or more.
+        """
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= factor < math.inf:
+            raise ValueError(f"The capacity factor is {factor!r}; expected a number of 0 or more.")
         self._set_router("capacity", factor)
 
     def _set_router(self, setting: str, value: float) -> None:
