@@ -14,6 +14,7 @@ from .blocks import BLOCK_KINDS, FFN, Block, BlockKind
 from .fields import ConfigError, expect, fields_of
 from .foreign import read_json
 from .routers import TOP_K_ROUTER, Gate, GateMode, TokenRouter, router_from_entries, router_to_entries
+from .sensitivity import Sensitivity, read_sensitivity
 
 SCHEMA_VERSION = 1
 PATCH_LATENTS = 2  # latents on the side of an image token
@@ -183,11 +184,18 @@ class FluxMoEConfig:
             expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
             expect(taken.isdisjoint(group.members), f"groups[{index}]", group, "blocks that no other group has")
             taken.update(group.members)
+        _ = self.sensitivity  # checked
 
     @property
     def fewest_experts(self) -> int:
         """Experts of the FFN that has the fewest; 0 if no FFN is routed."""
         return min((layout.experts for layout in self.ffns.values()), default=0)
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """The table in the provenance by which a compute budget is spent; None if it has not been measured."""
+        experts = {name: layout.experts for name, layout in self.ffns.items()}
+        return read_sensitivity(self.provenance, experts, [group.blocks for group in self.groups])
 
     @property
     def router_value(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .blocks import Block
 from .config import MLP_RATIO, BlockGroup, FFNLayout, FluxDims, FluxMoEConfig
@@ -115,13 +115,17 @@ def token_router(hidden: int, layout: FFNLayout, router: TokenRouter, tokens: in
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conversion:
-    """Changes to a dense FLUX; `DENSE` has none. `experts_per_token` is a mean where tokens differ."""
+    """Changes to a dense FLUX; `DENSE` has none. `experts_per_token` is a mean where tokens differ.
+
+    FFNs in `experts_by_ffn` have their own number of experts per token.
+    """
 
     ffns: Mapping[str, FFNLayout]
     groups: Sequence[BlockGroup]
     adaln_rank: int | None
     experts_per_token: float
     router: TokenRouter = TOP_K_ROUTER
+    experts_by_ffn: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -130,9 +134,10 @@ class Conversion:
         router_value: float | None = None,
         *,
         active_blocks: Sequence[int] | None = None,
+        experts_by_ffn: Mapping[str, float] | None = None,
     ) -> Conversion:
         """Changes of a file. `router_value` is the value of the router's setting, `active_blocks` are numbers of each
-        group's blocks; None takes the file's own."""
+        group's blocks; None takes the file's own. `experts_by_ffn` replaces the value for the FFNs that it has."""
         value = config.router_value if router_value is None else router_value
         active = [group.active for group in config.groups] if active_blocks is None else active_blocks
         return cls(
@@ -141,7 +146,13 @@ class Conversion:
             adaln_rank=config.adaln_rank,
             experts_per_token=config.router.experts_per_token(value, config.fewest_experts),
             router=config.router,
+            experts_by_ffn=experts_by_ffn or {},
         )
+
+    def ffn(self, name: str, hidden: int, tokens: int) -> Cost:
+        """Cost of one FFN by its name."""
+        experts = self.experts_by_ffn.get(name, self.experts_per_token)
+        return ffn(hidden, self.ffns.get(name), experts, tokens, self.router)
 
 
 DENSE = Conversion(ffns={}, groups=(), adaln_rank=None, experts_per_token=0)
@@ -153,7 +164,7 @@ def double_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
     for block_ffn in Block("double", index).ffns:
         stream, length = block_ffn.stream, tokens.image if block_ffn.stream == "img" else tokens.text
         layout = conversion.ffns.get(block_ffn.name)
-        mlp = ffn(hidden, layout, conversion.experts_per_token, length, conversion.router)
+        mlp = conversion.ffn(block_ffn.name, hidden, length)
         cost += (
             modulation(hidden, 6, conversion.adaln_rank)
             + linear(hidden, 3 * hidden, length)
@@ -173,13 +184,7 @@ def single_block(dims: FluxDims, index: int, conversion: Conversion, tokens: Tok
         + linear(hidden, 3 * hidden, length)
         + parameters(2 * HEAD)
         + linear(hidden, hidden, length, bias=False)
-        + ffn(
-            hidden,
-            conversion.ffns.get(Block("single", index).name),
-            conversion.experts_per_token,
-            length,
-            conversion.router,
-        )
+        + conversion.ffn(Block("single", index).name, hidden, length)
     )
 
 
