@@ -20,6 +20,7 @@ _COMMANDS = {
     "convert": ("convert", "convert a dense FLUX to a FLUX-MoE"),
     "unconvert": ("unconvert", "convert a FLUX-MoE back to a dense FLUX"),
     "inspect": ("inspect", "describe a FLUX file and check it"),
+    "sensitivity": ("sensitivity", "measure where a FLUX-MoE needs experts, for a compute budget"),
     "report": ("report", "show parameters and FLOPs of the presets"),
     "cache": ("cache", "encode a run's data before training"),
     "distill": ("distill", "train a FLUX-MoE to imitate its teacher, in stages"),
@@ -34,6 +35,9 @@ EXAMPLES = {
     ),
     "unconvert": ("unconvert flux-moe-L.safetensors --out dense-again.safetensors",),
     "inspect": ("inspect flux-moe-L.safetensors",),
+    "sensitivity": (
+        "sensitivity flux-moe-L.safetensors --teacher flux1-dev.safetensors --data latents.safetensors --out measured.safetensors",
+    ),
     "report": ("report --preset all",),
     "cache": ("cache run.yaml",),
     "distill": (

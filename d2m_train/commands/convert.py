@@ -19,7 +19,9 @@ from d2m_model.teacher import open_teacher
 
 from .. import UserError
 from ..conversion.run import run_conversion
+from ..conversion.sensitivity import SensitivitySettings, schedule_shift
 from ..conversion.settings import ConversionSettings
+from ..conversion.table_file import add_table
 from ..data import open_data
 from ..data.latents import LATENTS_FORMAT
 from .output import add_out_arguments, check_out
@@ -75,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="errors of every FFN and modulation, as JSON (default: G.report.json)",
+    )
+    calibration.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="with --data: also measure where experts are needed, for a compute budget (see docs/budget.md)",
     )
 
 
@@ -139,5 +146,15 @@ def run(args: argparse.Namespace) -> int:
     with open_teacher(args.teacher) as teacher:
         refuse_same_file(teacher.files, args.out)
     check_out(args)
-    run_conversion(settings, None if args.data is None else open_data(args.data))
+    if args.sensitivity and (args.data is None or settings.recipe.token_router.setting != "top_k"):
+        raise UserError("--sensitivity needs --data, to run the teacher, and top-k routers.")
+    if args.sensitivity and settings.baseline == "depth_pruning":
+        raise UserError("--sensitivity compares blocks with the teacher's, which --baseline depth_pruning leaves out.")
+    data = None if args.data is None else open_data(args.data)
+    run_conversion(settings, data)
+    if args.sensitivity:
+        assert data is not None
+        measured = SensitivitySettings(mu=schedule_shift(data), seed=settings.recipe.seed)
+        add_table(args.out, args.out, args.teacher, data, measured, settings.torch_device)
+        print(f"{args.out}: has a sensitivity table.")
     return 0

@@ -126,7 +126,7 @@ class BatchRecorder:
         generator = generator_for(self.settings.seed, f"batch {index}")
         recorder = Recorder(-(-self.settings.tokens // self.settings.batches), generator)
         t_B = self.levels[index * self.settings.batch_size :][: self.settings.batch_size]
-        batch = self._with_images(batch, generator)
+        batch = with_images(self.model, batch, generator)
         taylor = TaylorImportance.of(self.model, self.linears) if self.settings.taylor else None
         with torch.set_grad_enabled(taylor is not None), self._hooked(recorder, batch):
             loss = flow_matching_loss(self.model, batch, t_B, generator)
@@ -136,18 +136,6 @@ class BatchRecorder:
         with torch.no_grad():
             recorder.silu_vecs(batch.pooled_BV, self.dims.guidance_embed, self._vec)
         return recorder.tensors(), float(loss.detach())
-
-    def _with_images(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Return the batch; if it has prompts only, with images that the teacher samples from them."""
-        if batch.tokens_BTC is not None:
-            return batch
-        from ..flow.noise import grid, time_shift, trajectory
-        from ..run_config import TimestepsSection
-
-        section, count, length = TimestepsSection(), len(batch.pooled_BV), len(batch.image_ids_T3)
-        noise_BTC = torch.randn(count, length, self.dims.out_channels, generator=generator)
-        levels = grid(section.grid_steps, time_shift(length, section))
-        return replace(batch, tokens_BTC=trajectory(self.model, batch, noise_BTC, levels).cpu())
 
     @contextmanager
     def _hooked(self, recorder: Recorder, batch: Batch) -> Iterator[None]:
@@ -201,6 +189,19 @@ class BatchRecorder:
         to_model = {"device": self.model.device, "dtype": self.model.dtype}
         vec_nH: Tensor = self.model.time_text_embed(*(c.to(**to_model) for c in conditions), pooled_nV.to(**to_model))
         return vec_nH
+
+
+def with_images(model: FluxTransformer2DModel, batch: Batch, generator: torch.Generator) -> Batch:
+    """Return the batch; if it has prompts only, with images that the dense `model` samples from them."""
+    if batch.tokens_BTC is not None:
+        return batch
+    from ..flow.noise import channels_of, grid, time_shift, trajectory
+    from ..run_config import TimestepsSection
+
+    section, count, length = TimestepsSection(), len(batch.pooled_BV), len(batch.image_ids_T3)
+    noise_BTC = torch.randn(count, length, channels_of(model), generator=generator)
+    levels = grid(section.grid_steps, time_shift(length, section))
+    return replace(batch, tokens_BTC=trajectory(model, batch, noise_BTC, levels).cpu())
 
 
 def flow_matching_loss(model: FluxTransformer2DModel, batch: Batch, t_B: Tensor, generator: torch.Generator) -> Tensor:

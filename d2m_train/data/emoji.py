@@ -24,6 +24,7 @@ from .store import DamagedEntry, Store, content_key
 
 log = logging.getLogger(__name__)
 
+EMOJI_SHIFT = 1.15  # time shift of the schedule that the emoji FLUX is sampled with
 _POOL_SEED, POOL_PART = 300, 32  # seed of the pool; pictures per entry of the store
 
 

@@ -16,14 +16,14 @@ from d2m_model.config import PATCH_PIXELS
 
 from .. import UserError
 from ..data.batch import Batch, prompt_batch, tokens_to_latents
-from ..data.emoji import EmojiAutoencoder, EmojiTextEncoders, picture_metadata, prompt_pictures
+from ..data.emoji import EMOJI_SHIFT, EmojiAutoencoder, EmojiTextEncoders, picture_metadata, prompt_pictures
 from ..data.encoders import FluxAutoencoder, FluxTextEncoders, ImageAutoencoder, TextEncoders
 from ..data.prompts import read_prompt_lines
 from ..data.samples import describe_left_out
 
 log = logging.getLogger(__name__)
 
-_EMOJI_SIZE, EMOJI_SHIFT = 128, 1.15
+_EMOJI_SIZE = 128
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
