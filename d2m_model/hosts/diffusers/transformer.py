@@ -27,6 +27,7 @@ from ...keys import diffusers_sources
 from ...moe import FusedFFN, MoEFFN
 from ...tensor_file import TensorFile
 from .blocks import ROUTINGS, RoutedSingleTransformerBlock, RoutedTransformerBlock
+from .budget import ModelBudget
 from .dense import transformer_options
 from .lora_api import FusedLoraMixin
 from .loras import FusedLoras
@@ -55,6 +56,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     _keep_in_fp32_modules = ["router", "router_x", "router_y", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
     config_keys = ("flux_moe", "optional")  # the keys of config.json that construct a model; the others are diffusers'
 
+    budget: ModelBudget | None = None  # set by set_budget
     groups_on: bool = True  # False: every block runs on every sample (the training stages before `blocks`)
     block_groups: nn.ModuleList
     adaln_in: AdaLNIn | None
@@ -233,7 +235,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     def set_top_k(self, top_k: int) -> None:
         """Set the number of experts per token in every FFN. Raises ValueError unless it is a whole number, 0 to all experts.
 
-        Has no effect where another setting steers the routers.
+        Has no effect where another setting steers the routers. Ends a budget.
         """
         if isinstance(top_k, bool) or not isinstance(top_k, SupportsIndex):
             raise ValueError(f"top_k is {top_k!r}; expected a whole number of experts.")
@@ -241,21 +243,42 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         for name, moe in self.moe_ffns().items():
             if not 0 <= top_k <= moe.layout.experts:
                 raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
-        self._set_router("top_k", top_k)
+        self._steer("top_k", top_k)
 
     def set_capacity_factor(self, factor: float) -> None:
         """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold).
 
-        Raises ValueError unless it is a number of 0 or more.
+        Raises ValueError unless it is a number of 0 or more. Ends a budget.
         """
         if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= factor < math.inf:
             raise ValueError(f"The capacity factor is {factor!r}; expected a number of 0 or more.")
-        self._set_router("capacity", factor)
+        self._steer("capacity", factor)
 
-    def _set_router(self, setting: str, value: float) -> None:
+    def _steer(self, setting: str, value: float) -> None:
+        self.set_budget(None)
+        if self.flux_moe.router.setting == setting:
+            self.set_router_value(value)
+
+    def set_router_value(self, value: float) -> None:
+        """Set the value of the setting that steers the file's routers, in every FFN."""
         for moe in self.moe_ffns().values():
-            if moe.token_router.setting == setting:
-                moe.router_value = value
+            moe.router_value = value
+
+    def set_budget(self, budget: float | None, sigmas: Iterable[float] = ()) -> None:
+        """Set a share of the dense model's FLOPs, above 0 and up to 1, to spend where it counts; None ends the budget.
+
+        Experts per token of each FFN and active blocks of each group follow the noise level, by the file's sensitivity
+        table (see d2m_model/budget.py). A file without one gets one k for all FFNs, and a warning. `sigmas` are the noise
+        levels of the run, such as `scheduler.sigmas`; without them every bin of the table counts for as many steps.
+        The end of a budget brings back the file's own values. A budget acts in eval() alone.
+        """
+        if budget is not None:
+            self.budget = ModelBudget(budget, sigmas)
+        elif self.budget is not None:
+            self.budget = None
+            self.set_router_value(self.flux_moe.router_value)
+            for router, group in zip(self.block_routers(), self.flux_moe.groups, strict=True):
+                router.active = group.active
 
     def clear_routings(self) -> None:
         """Forget the choices of the last forward pass in training."""
@@ -289,6 +312,10 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         """Run the model like FluxTransformer2DModel.forward."""
         if (loras := getattr(self, "fused_loras", None)) is not None:
             loras.refresh()
+        if self.budget is not None and not self.training:
+            assert encoder_hidden_states is not None
+            assert timestep is not None
+            self.budget.apply(self, hidden_states, encoder_hidden_states, timestep)
         if self.block_groups and self.groups_on:
             joint_attention_kwargs = {
                 **(joint_attention_kwargs or {}),
