@@ -3,6 +3,7 @@
 GET /d2m/cost?model_name=FILE          a file in diffusion_models, dense or FLUX-MoE
 GET /d2m/cost?node=EXECUTION_ID        a node that has run and returned a FLUX-MoE; with &workflow=ID, in that workflow
     &top_k= &active_blocks=N or N,N,… &capacity= &width= &height= &text_tokens=
+    &budget=   a share of the dense model's FLOPs, in place of top_k, active_blocks and capacity: the mean of a run's steps
 
 A node is known by its id; without the workflow's id, another workflow with a node of the same id may have run since. So
 `of` in the answer names the model that was counted. Costs are counted as in `python -m d2m_train report`. A setting that
@@ -25,6 +26,7 @@ import folder_paths
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 
+from ..d2m_model.budget import cost_of
 from ..d2m_model.checkpoint import CONFIG_KEY, CheckpointError, check_depths, dims_of, parse_config
 from ..d2m_model.config import PATCH_PIXELS, FluxDims, FluxMoEConfig
 from ..d2m_model.cost import DENSE, Conversion, Cost, Tokens, flux
@@ -39,6 +41,7 @@ _MAX_BLOCKS = 10_000  # of a group
 _MAX_TEXT_TOKENS = 100_000
 _MAX_CAPACITY = 1000.0
 _SHOWN = 200  # characters of a file's own words
+_WITHOUT_TABLE = "The budget is one value for all FFNs and steps, since the file has no sensitivity table."
 _REMEMBERED = 1024  # nodes, files and results
 
 KnownModel = FluxDims | FluxMoEConfig  # dense or FLUX-MoE
@@ -178,12 +181,19 @@ def cost_report(model: KnownModel, query: Mapping[str, str]) -> dict[str, Any]:
     `settings` names those of the model that Top-K nodes can change.
     """
     width, height = (_whole_number(query, side, 1024, PATCH_PIXELS, _MAX_SIDE) for side in ("width", "height"))
-    text = _whole_number(query, "text_tokens", 512, 0, _MAX_TEXT_TOKENS)
+    budgeted = isinstance(model, FluxMoEConfig) and bool(query.get("budget"))
+    table = model.sensitivity if isinstance(model, FluxMoEConfig) and budgeted else None
+    # The Budget node does not know the prompt when it spends, so it counts the text tokens of the table.
+    usual = 512 if table is None else table.text_tokens
+    text = _whole_number(query, "text_tokens", usual, 0, _MAX_TEXT_TOKENS)
     tokens = Tokens(image=-(-width // PATCH_PIXELS) * -(-height // PATCH_PIXELS), text=text)
     dims = model if isinstance(model, FluxDims) else model.dims
     notes: list[str] = []
     conversion = DENSE if isinstance(model, FluxDims) else _requested_conversion(model, query, notes)
     dense, cost = flux(dims, DENSE, tokens), flux(dims, conversion, tokens)
+    if isinstance(model, FluxMoEConfig) and budgeted:
+        cost = cost_of(model, _number(query, "budget", 1, 1), tokens)
+        notes = [] if table is not None else [_WITHOUT_TABLE]
     sliders: dict[str, Any] = {"experts": 0, "groups": [], "settings": []}
     if isinstance(model, FluxMoEConfig):
         sliders["settings"] = [model.router.setting, "gate"] if model.ffns else []

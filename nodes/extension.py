@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import cost, demo
 from .controls import live_values
 from .controls.active_blocks import ActiveBlocks
+from .controls.budget import Budget
 from .controls.expert_mask import ExpertMask
 from .controls.replay import Replay
 from .controls.schedule import Schedule
@@ -38,6 +39,7 @@ class Dense2MoE(ComfyExtension):
             SaveFluxMoE,
             ConvertFlux,
             TopK,
+            Budget,
             ActiveBlocks,
             Schedule,
             ExpertMask,

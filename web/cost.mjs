@@ -105,7 +105,10 @@ function queriesOf(place) {
       if (app.rootGraph.id) query.set("workflow", app.rootGraph.id);
     }
     if (query.size) break;
-    for (const [name, values] of Object.entries(settingsOf(at))) settings[name] ??= values; // the setting that is last in the chain counts
+    for (const [name, values] of Object.entries(settingsOf(at))) {
+      // The setting that is last in the chain counts, and a budget replaces those before it.
+      if (!settings.budget && (name !== "budget" || !(settings.top_k || settings.capacity))) settings[name] ??= values;
+    }
   }
   if (!query.size) return [];
   for (const [name, value] of Object.entries(imageSize())) query.set(name, value);
@@ -123,6 +126,8 @@ function settingsOf(place) {
   switch (place.node.comfyClass) {
     case "D2MTopK":
       return known({ top_k: [value("top_k")], capacity: [value("capacity")] });
+    case "D2MBudget":
+      return known({ budget: [value("budget")] });
     case "D2MActiveBlocks":
       return known({ active_blocks: [String(value("per_group") ?? "").trim() || value("active_blocks")] });
     case "D2MSchedule":

@@ -11,7 +11,7 @@ import { api } from "../../scripts/api.js";
 import { executionId, places, promptWidgets, roundPromoted, valueOf } from "./graph.mjs";
 import { text } from "./text.mjs";
 
-export const CONTROLS = new Set(["D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask"]);
+export const CONTROLS = new Set(["D2MTopK", "D2MBudget", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask"]);
 const SETTLING_TIME = 600; // ms: see isSettled
 const INTERVAL = 100; // ms between two readings; only one request is under way at a time
 

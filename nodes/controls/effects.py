@@ -10,8 +10,8 @@ choice of the moment are the business of evaluation_settings.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.foreign import MessageError
 from ...d2m_model.routers import kind_with_setting
-from ..model.settings import active_blocks, router_value
+from ..model.settings import TOP_K_BY_FFN, active_blocks, router_value
 from .widget_text import SchedulePiece, parse_block_counts, parse_mask, parse_number, parse_schedule
 
 AS_IN_FILE = "as in the file"
 PERCENT, SIGMA = "percent", "sigma"
 TOP_K, ACTIVE_BLOCKS, CAPACITY = "top_k", "active_blocks", "capacity"
-CONTROLLED = (TOP_K, "gate", CAPACITY, ACTIVE_BLOCKS, "mask")  # the settings that effects make
+CONTROLLED = (TOP_K, TOP_K_BY_FFN, "gate", CAPACITY, ACTIVE_BLOCKS, "mask")  # the settings that effects make
 
 # Sigmas are rounded to float32, and a step on the edge of a span belongs to the span that begins there.
 _EDGE = 1 + 1e-6
@@ -38,11 +38,20 @@ ExpertWeights = dict[str, tuple[float, ...]]  # one weight per expert, by FFN
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Moment:
-    """One evaluation of the model within a sampling run."""
+    """One evaluation of the model within a sampling run.
+
+    sigma_at      sigma at a fraction of the model's whole schedule, 0 to 1
+    sigmas        noise levels of the run; empty if they are not known
+    image_tokens  of the run's pictures; None if it is not known
+    memo          results that effects keep for the rest of the run
+    """
 
     evaluation: int
     sigma: float
-    sigma_at: Callable[[float], float]  # sigma at a fraction of the model's whole schedule, 0 to 1
+    sigma_at: Callable[[float], float]
+    sigmas: tuple[float, ...] = ()
+    image_tokens: int | None = None
+    memo: dict[Hashable, Any] = field(default_factory=dict)
 
 
 # Checks against the file
@@ -76,6 +85,17 @@ def check_active_blocks(value: int | Sequence[int], config: FluxMoEConfig) -> in
     return value if isinstance(value, int) else tuple(value)
 
 
+def check_top_k_by_ffn(values: Mapping[str, int], config: FluxMoEConfig) -> dict[str, int]:
+    """Return experts per token by FFN, as a log has them. Raises ValueError if the FLUX-MoE has other FFNs or fewer experts."""
+    fits = config.router.setting == TOP_K and set(values) == set(config.ffns)
+    if not fits or any(not 0 <= k <= config.ffns[name].experts for name, k in values.items()):
+        raise ValueError(
+            f"The log has a budget's allotment for {len(values)} FFNs, which does not fit the {len(config.ffns)} routed FFNs "
+            "of this FLUX-MoE and their experts. Load the FLUX-MoE that the image was made with."
+        )
+    return dict(values)
+
+
 # Effects
 
 
@@ -86,7 +106,7 @@ def apply_top_k(settings: Settings, values: Values, config: FluxMoEConfig, momen
     changed: Settings = {setting: check_router_setting(setting, value, config)}
     if values.get("gate", AS_IN_FILE) != AS_IN_FILE:
         changed["gate"] = values["gate"]
-    return {key: value for key, value in settings.items() if key != "gate"} | changed
+    return {key: value for key, value in settings.items() if key not in ("gate", TOP_K_BY_FFN)} | changed
 
 
 def apply_active_blocks(settings: Settings, values: Values, config: FluxMoEConfig, moment: Moment | None) -> Settings:
@@ -106,6 +126,8 @@ def apply_schedule(settings: Settings, values: Values, config: FluxMoEConfig, mo
         span = _percent_span(piece, in_hundreds, moment) if values["unit"] == PERCENT else _sigma_span(piece)
         if moment is not None and span is not None and span[0] * _EDGE >= moment.sigma > span[1] * _EDGE:
             scheduled = {**settings, setting: value}
+            if setting == TOP_K:  # in place of a budget's
+                scheduled.pop(TOP_K_BY_FFN, None)
     return scheduled
 
 
@@ -198,6 +220,8 @@ def apply_replay(settings: Settings, values: Values, config: FluxMoEConfig, mome
     for setting in (TOP_K, CAPACITY):
         if setting in entry:
             replayed[setting] = check_router_setting(setting, entry[setting], config)
+    if "allotment" in entry:
+        replayed[TOP_K_BY_FFN] = check_top_k_by_ffn(log["allotments"][entry["allotment"]], config)
     if "gate" in entry:
         replayed["gate"] = entry["gate"]
     if ACTIVE_BLOCKS in entry:
@@ -228,6 +252,9 @@ def effective_settings(settings: Values, config: FluxMoEConfig) -> Settings:
     if config.ffns:
         effective[config.router.setting] = router_value(config, settings)
         effective["gate"] = settings.get("gate", config.gate.mode)
+        if TOP_K_BY_FFN in settings:
+            del effective[config.router.setting]
+            effective[TOP_K_BY_FFN] = settings[TOP_K_BY_FFN]
     if config.groups:
         effective[ACTIVE_BLOCKS] = active_blocks(settings.get(ACTIVE_BLOCKS), config.groups)
     if settings.get("mask"):
@@ -236,12 +263,21 @@ def effective_settings(settings: Values, config: FluxMoEConfig) -> Settings:
     return effective
 
 
-def log_entry(settings: Values, config: FluxMoEConfig, masks: list[dict[str, dict[str, float]]]) -> Settings:
-    """Return the effective settings for a log, where `mask` is an index into `masks`, which grows as needed.
+def log_entry(
+    settings: Values,
+    config: FluxMoEConfig,
+    masks: list[dict[str, dict[str, float]]],
+    allotments: list[dict[str, int]],
+) -> Settings:
+    """Return the effective settings for a log. `mask` and `allotment` are indices into lists, which grow as needed.
 
-    Only weights other than 1 are written.
+    Only weights other than 1 are written. `allotment` stands for the experts per token by FFN.
     """
     entry = effective_settings(settings, config)
+    if (by_ffn := entry.pop(TOP_K_BY_FFN, None)) is not None:
+        if by_ffn not in allotments:
+            allotments.append(by_ffn)
+        entry["allotment"] = allotments.index(by_ffn)
     mask = {
         ffn: {str(expert): weight for expert, weight in enumerate(weights) if weight != 1}
         for ffn, weights in entry.pop("mask", {}).items()

@@ -10,14 +10,14 @@ Guider). The run of that model is kept in those prompts, which hand it to the mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...d2m_model.config import FluxMoEConfig
+from ...d2m_model.config import PATCH_LATENTS, FluxMoEConfig
 from ...d2m_model.foreign import printable
 from ..model.call_arguments import CallArguments
 from ..model.flux_moe import FluxMoEModel
@@ -90,8 +90,16 @@ def without_controlled(settings: Mapping[str, Any]) -> Settings:
 class ControlledRun:
     """One sampling run under the controls of a MODEL."""
 
-    def __init__(self, patcher: Any, controls: Sequence[ControlRecord]) -> None:
-        self.controls = controls
+    def __init__(
+        self,
+        patcher: Any,
+        controls: Sequence[ControlRecord],
+        sigmas: tuple[float, ...] = (),
+        image_tokens: int | None = None,
+    ) -> None:
+        """`sigmas` and `image_tokens` are those of effects.Moment."""
+        self.controls, self.sigmas, self.image_tokens = controls, sigmas, image_tokens
+        self._memo: dict[Hashable, Any] = {}
         self.config: FluxMoEConfig = patcher.model.moe_config
         self.sigma_at = patcher.get_model_object("model_sampling").percent_to_sigma
         self.prompt: ExecutingPrompt | None
@@ -101,18 +109,22 @@ class ControlledRun:
             "controls": [control["node"] for control in controls if control["node"]],
             "evaluations": [],
             "masks": [],
+            "allotments": [],
         }
         self._mask: tuple[Any, Settings] = (None, {})
 
     def next_settings(self, sigma: float, device: torch.device) -> Settings:
         """Return and log the settings of the next evaluation."""
         evaluation = len(self.log["evaluations"])
-        moment = Moment(evaluation=evaluation, sigma=sigma, sigma_at=self.sigma_at)
+        moment = Moment(
+            evaluation=evaluation, sigma=sigma, sigma_at=self.sigma_at,
+            sigmas=self.sigmas, image_tokens=self.image_tokens, memo=self._memo,
+        )  # fmt: skip
         live_values = LIVE.values(self.prompt)
         settings: Settings = {}
         for control in self.controls:
             settings = self._apply(settings, control, live_values.get(control["node"] or ""), moment)
-        entry = log_entry(settings, self.config, self.log["masks"])
+        entry = log_entry(settings, self.config, self.log["masks"], self.log["allotments"])
         self.log["evaluations"].append({"evaluation": evaluation, "sigma": float(f"{sigma:.6g}"), **entry})
         if "mask" in settings:
             if self._mask[0] != settings["mask"]:  # moved to the device once, not for every evaluation
@@ -156,9 +168,9 @@ class ControlledRun:
 class NegativePromptRun(ControlledRun):
     """The run of a model that evaluates negative prompts alone: each of them once per evaluation."""
 
-    def __init__(self, patcher: Any) -> None:
+    def __init__(self, patcher: Any, sigmas: tuple[float, ...] = (), image_tokens: int | None = None) -> None:
         self.own = settings_of(patcher.model_options.get("transformer_options"))
-        super().__init__(patcher, self.own.get("controls", ()))
+        super().__init__(patcher, self.own.get("controls", ()), sigmas, image_tokens)
         self.log["model"] = NEGATIVE
         self._current: tuple[float, set[Any], Settings] = (0.0, set(), {})  # sigma, prompts so far, settings
 
@@ -185,15 +197,24 @@ def _hand_over(conds: Sequence[dict[str, Any]] | None, run: NegativePromptRun) -
         cond[NEGATIVE_KEY] = run
 
 
+def _image_tokens(noise: Tensor) -> int | None:
+    """Return the image tokens of latents [B, channels, height, width]; None for latents of another form."""
+    if getattr(noise, "ndim", 0) != 4:
+        return None
+    return -(-noise.shape[2] // PATCH_LATENTS) * -(-noise.shape[3] // PATCH_LATENTS)
+
+
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap a sampling run: begin its log, and end it if the run does not fail."""
     guider = executor.class_obj
     options = guider.model_options.setdefault("transformer_options", {})  # a copy for this run
-    run = ControlledRun(guider.model_patcher, settings_of(options).get("controls", ()))
+    call = CallArguments(args, kwargs)
+    sigmas, image_tokens = tuple(call.find(3, "sigmas").tolist()), _image_tokens(call.find(0, "noise"))
+    run = ControlledRun(guider.model_patcher, settings_of(options).get("controls", ()), sigmas, image_tokens)
     options[OPTIONS_KEY] = {**settings_of(options), _RUN_KEY: run}
     negative_model = getattr(guider, "uncond_model_patcher", None)
     if negative_model is not None and isinstance(negative_model.model, FluxMoEModel):
-        _hand_over(guider.conds.get("negative"), NegativePromptRun(negative_model))
+        _hand_over(guider.conds.get("negative"), NegativePromptRun(negative_model, sigmas, image_tokens))
     LIVE.begin(run.prompt, run.node, run.log)
     sampled = executor(*args, **kwargs)
     run.end()

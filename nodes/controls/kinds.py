@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, get_args
 
 from ...d2m_model.config import FluxMoEConfig, GateMode
+from .budget_effect import BUDGET, apply_budget
 from .effects import (
     ACTIVE_BLOCKS,
     AS_IN_FILE,
@@ -82,6 +83,7 @@ CONTROL_KINDS = {
         apply_top_k,
         {TOP_K: _whole_number(MAX_EXPERTS), "gate": _one_of(AS_IN_FILE, *GATES), CAPACITY: _number(MAX_CAPACITY)},
     ),
+    "D2MBudget": ControlKind(apply_budget, {BUDGET: _number(1.0)}),
     "D2MActiveBlocks": ControlKind(
         apply_active_blocks,
         {

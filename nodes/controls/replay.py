@@ -53,9 +53,9 @@ def parse_log(text: str) -> list[RunLog]:
 
 
 def _check_run(data: Any, number: int) -> RunLog:
-    run = {"node": "", "masks": [], **data} if isinstance(data, dict) else {}
-    evaluations, masks = run.get("evaluations"), run.get("masks")
-    if not isinstance(evaluations, list) or not isinstance(masks, list):
+    run = {"node": "", "masks": [], "allotments": [], **data} if isinstance(data, dict) else {}
+    evaluations, masks, allotments = run.get("evaluations"), run.get("masks"), run.get("allotments")
+    if not isinstance(evaluations, list) or not isinstance(masks, list) or not isinstance(allotments, list):
         raise ValueError(f"Run {number} of the log has no evaluations; expected a list of them. {_EXPECTED}.")
     if len(evaluations) > _MAX_EVALUATIONS:
         raise ValueError(
@@ -66,6 +66,12 @@ def _check_run(data: Any, number: int) -> RunLog:
             raise ValueError(
                 f"Run {number} of the log has the mask {repr(mask)[:_SHOWN]}; expected weights of experts by FFN. {_EXPECTED}."
             )
+    for allotment in allotments:
+        if not isinstance(allotment, dict) or not all(map(_is_count, allotment.values())):
+            raise ValueError(
+                f"Run {number} of the log has the allotment {repr(allotment)[:_SHOWN]}; expected numbers of experts by FFN. "
+                f"{_EXPECTED}."
+            )
     for index, entry in enumerate(evaluations):
         where = f"Evaluation {index} of run {number} of the log"
         if not isinstance(entry, dict):
@@ -75,6 +81,8 @@ def _check_run(data: Any, number: int) -> RunLog:
                 raise ValueError(f"{where} has {name} {repr(entry[name])[:_SHOWN]}. {_EXPECTED}.")
         if "mask" in entry and not entry["mask"] < len(masks):
             raise ValueError(f"{where} has mask {entry['mask']} of {len(masks)}.")
+        if "allotment" in entry and not entry["allotment"] < len(allotments):
+            raise ValueError(f"{where} has allotment {entry['allotment']} of {len(allotments)}.")
     return run
 
 
@@ -98,6 +106,7 @@ _ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
     "gate": GATES.__contains__,
     "active_blocks": lambda value: isinstance(value, list) and all(_is_count(blocks) for blocks in value),
     "mask": _is_count,
+    "allotment": _is_count,
 }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...d2m_model.blocks import FFN, Block
 from ...d2m_model.trace_record import NO_EXPERT, SampleKey, Trace
 from ..model.flux_moe import require_link
+from ..model.settings import TOP_K_BY_FFN
 from .map_image import Panel, draw_panels
 from .trace_node import TraceType
 from .trace_store import STORE, TraceHandle
@@ -205,6 +206,8 @@ def _make_panel(trace: Trace, sample: SampleKey, image: Tensor | None, number: i
     choice = None if ffn is None else trace.of_image(number, sample, ffn)
     step = trace.steps[number]
     settings = [f"{name} {step.settings[name]}" for name in ("top_k", "capacity") if name in step.settings]
+    if ffn in (by_ffn := step.settings.get(TOP_K_BY_FFN, {})):  # under a budget
+        settings = [f"top_k {by_ffn[ffn]}"]
     title = [
         f"step {number} of 0-{len(trace.steps) - 1}",
         f"sigma {step.sigma:.2f}",

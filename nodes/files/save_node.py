@@ -38,6 +38,7 @@ from ...d2m_model.conversion.convert import file_metadata
 from ...d2m_model.keys import bfl_spelling
 from ...d2m_model.quantised import is_companion
 from ...d2m_model.tensor_writer import TensorWriter
+from ..controls.budget import Budget
 from ..controls.expert_mask import ExpertMask
 from ..controls.replay import Replay
 from ..controls.schedule import Schedule
@@ -55,7 +56,7 @@ _BAKED = (
     "without the pack it opens and samples as the dense teacher with these patches."
 )
 
-_WORKFLOW_CONTROLS = {kind.node_id: kind.title for kind in (ExpertMask, Replay, Schedule)}
+_WORKFLOW_CONTROLS = {kind.node_id: kind.title for kind in (Budget, ExpertMask, Replay, Schedule)}
 
 _Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of each tensor of a file
 

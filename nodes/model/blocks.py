@@ -115,7 +115,8 @@ class ExpertLayer(nn.Module):
     def route(self, x_BTH: Tensor, settings: CallSettings) -> Routing:
         x_TH = x_BTH.flatten(0, -2)
         tensors = self.router_tensors(x_TH.device)
-        routing = self.file.router.route(x_TH, tensors, gate=settings.gate, value=settings.value)
+        value = settings.values.get(self.name, settings.value)
+        routing = self.file.router.route(x_TH, tensors, gate=settings.gate, value=value)
         if settings.trace is not None:
             settings.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=settings.gate)
         if settings.mask is not None and self.name in settings.mask:

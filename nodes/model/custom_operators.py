@@ -126,6 +126,7 @@ def _up(
     names: list[str],
     tensors: list[Tensor],
     settings: Tensor,
+    values_L: Tensor,
     weights_LE: Tensor,
     row: Tensor,
     up_EFH: Tensor,
@@ -133,8 +134,9 @@ def _up(
 ) -> Handed:
     numbers, by_name = RoutingSettings.unpacked(settings), dict(zip(names, tensors, strict=True))
     if numbers.replaced and (current := current_graph_settings(x_TH.device)) is not None:
-        numbers, weights_LE = RoutingSettings.unpacked(current.settings), current.weights_LE
-    routing = router_from_text(router).route(x_TH, by_name, gate=numbers.gate, value=numbers.value)
+        numbers, values_L, weights_LE = RoutingSettings.unpacked(current.settings), *current[1:]
+    value = float(values_L[int(row)])
+    routing = router_from_text(router).route(x_TH, by_name, gate=numbers.gate, value=value)
     tokens, experts = routing.logits_TE.shape
     if numbers.masked:
         routing = routing.weighed(weights_LE[int(row), :experts])
@@ -160,6 +162,7 @@ def _up_shapes(
     names: list[str],
     tensors: list[Tensor],
     settings: Tensor,
+    values_L: Tensor,
     weights_LE: Tensor,
     row: Tensor,
     up_EFH: Tensor,
@@ -235,7 +238,7 @@ torch.library.custom_op(
     _up,
     mutates_args=(),
     schema=(
-        "(Tensor x_TH, str router, str[] names, Tensor[] tensors, Tensor settings, Tensor weights_LE, "
+        "(Tensor x_TH, str router, str[] names, Tensor[] tensors, Tensor settings, Tensor values_L, Tensor weights_LE, "
         f"Tensor row, Tensor up_EFH, Tensor up_bias_EF) -> ({', '.join('Tensor' for _ in Handed._fields)})"
     ),
 ).register_fake(_up_shapes)

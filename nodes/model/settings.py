@@ -1,6 +1,7 @@
 """Settings of one clone of a FLUX-MoE: transformer_options["d2m"], a plain dict. All keys are optional.
 
 - `top_k` (int): experts per token. Has no effect on a file with a capacity router.
+- `top_k_by_ffn`: experts per token of single FFNs, {FFN: int}, in place of `top_k`.
 - `gate` ("sum" or "normalised").
 - `capacity` (number): compute of the experts in a file with a capacity router. 1 is the file's own, 0 runs no expert.
 - `active_blocks`: number of blocks that run in the groups of a file. One int for all groups (a smaller group runs all of
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ...d2m_model.trace import RoutingRecorder
 
 OPTIONS_KEY = "d2m"
+TOP_K_BY_FFN = "top_k_by_ffn"
 MASK_ON_DEVICE = "mask_on_device"
 GRAPH_KEY = "d2m_graph"  # key of a GraphSettings in transformer_options, during one evaluation
 CHOSEN_KEY = "d2m_chosen"  # choices of the block groups (block_groups.GroupChoices), during one evaluation
@@ -95,7 +97,6 @@ def router_value(config: FluxMoEConfig, settings: Mapping[str, Any]) -> float:
 class RoutingSettings(NamedTuple):
     """Settings of one evaluation as numbers, which enter a graph in one tensor."""
 
-    value: float  # of the setting that steers the routers
     normalised: float  # 1: gates of mode `normalised`; 0: `sum`
     scale: float  # of these gates
     masked: float  # 1: there are weights of experts
@@ -119,10 +120,12 @@ class GraphSettings(NamedTuple):
     """Settings of one evaluation for graphs of torch.compile, see custom_operators.py.
 
     settings    packed RoutingSettings, float64 on the host
-    weights_LE  weights of experts, float32, one row per routed FFN in the order of config.ffns
+    values_L    the router's value for each routed FFN, in the order of config.ffns, float64 on the host
+    weights_LE  weights of experts, float32, one row per routed FFN
     """
 
     settings: Tensor
+    values_L: Tensor
     weights_LE: Tensor
 
 
@@ -130,7 +133,6 @@ def graph_settings(config: FluxMoEConfig, settings: Mapping[str, Any], device: t
     """Pack a clone's settings for graphs."""
     mask = expert_weights(settings) or {}
     numbers = RoutingSettings(
-        value=router_value(config, settings),
         normalised=settings.get("gate", config.gate.mode) == "normalised",
         scale=config.gate.scale,
         masked=bool(mask),
@@ -140,7 +142,9 @@ def graph_settings(config: FluxMoEConfig, settings: Mapping[str, Any], device: t
     for row, ffn in enumerate(config.ffns if mask else ()):
         if ffn in mask:
             weights_LE[row, : mask[ffn].shape[0]] = mask[ffn].to(device)
-    return GraphSettings(numbers.packed(), weights_LE)
+    by_ffn, value = settings.get(TOP_K_BY_FFN, {}), router_value(config, settings)
+    values_L = torch.tensor([by_ffn.get(ffn, value) for ffn in config.ffns], dtype=torch.float64)
+    return GraphSettings(numbers.packed(), values_L, weights_LE)
 
 
 def current_graph_settings(device: torch.device) -> GraphSettings | None:
@@ -157,6 +161,7 @@ class CallSettings(NamedTuple):
 
     value: float  # of the setting that steers the router
     gate: Gate
+    values: Mapping[str, float] = {}  # of single FFNs
     mask: Mapping[str, Tensor] | None = None  # weights of experts, float32 [E] by FFN
     trace: RoutingRecorder | None = None
     graph: GraphSettings | None = None  # the same for a graph of torch.compile, which reads nothing else
@@ -177,14 +182,15 @@ class FileSettings:
     def of(cls, config: FluxMoEConfig) -> FileSettings:
         gates = {mode: replace(config.gate, mode=mode) for mode in ("sum", "normalised")}
         normalised = config.gate.mode == "normalised"
-        numbers = RoutingSettings(config.router_value, normalised, config.gate.scale, masked=False, replaced=True)
+        values_L = torch.full((len(config.ffns),), config.router_value, dtype=torch.float64)
+        numbers = RoutingSettings(normalised, config.gate.scale, masked=False, replaced=True)
         return cls(
             router=config.router,
             router_text=router_to_text(config.router),
             value=config.router_value,
             gates=gates,
             gate=config.gate.mode,
-            graph=GraphSettings(numbers.packed(), torch.ones(0, 0)),
+            graph=GraphSettings(numbers.packed(), values_L, torch.ones(0, 0)),
         )
 
     def under(self, transformer_options: Mapping[str, Any] | None) -> CallSettings:
@@ -200,6 +206,7 @@ class FileSettings:
         return CallSettings(
             value=settings.get(self.router.setting, self.value),
             gate=gate,
+            values=settings.get(TOP_K_BY_FFN, {}),
             mask=expert_weights(settings),
             trace=settings.get("trace"),
             graph=options.get(GRAPH_KEY),

@@ -98,6 +98,8 @@ def test_top_k_gate_and_mask_are_the_same_graph(
             seen[gate, top_k] = agree(host, moe, whole, top_k=top_k, gate=gate)
     for index, mask in enumerate(masks(moe)[1:]):
         seen["mask", index] = agree(host, moe, whole, mask=mask, top_k=5)
+    by_ffn = {name: place for place, name in enumerate(moe.model.moe_config.ffns)}
+    seen["by FFN", 0] = agree(host, moe, whole, top_k_by_ffn=by_ffn)
     agree(host, moe, whole)  # what the file says
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
@@ -117,6 +119,7 @@ def test_blocks_that_are_called_without_options_are_the_same_graph(
     for top_k in (2, 0, 1, 5, ALL):
         agree(host, moe, whole, top_k=top_k)
     agree(host, moe, whole, top_k=5, gate="normalised", mask=masks(moe)[1])
+    agree(host, moe, whole, top_k_by_ffn={name: place for place, name in enumerate(moe.model.moe_config.ffns)})
     agree(host, moe, whole)
     assert counters["stats"]["unique_graphs"] == (1 if by is compiled else 2)
     assert not counters["graph_break"]

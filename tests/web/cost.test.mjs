@@ -114,6 +114,17 @@ test("block counts of each group are sent as written, or else the one count", as
   assert.deepEqual(parameters().map(({ active_blocks }) => active_blocks), ["3, 4", "5"]);
 });
 
+test("a budget stands for the settings before it, and a later Top-K for the budget", async () => {
+  watched(controls(["D2MTopK", { top_k: 2 }], ["D2MActiveBlocks", { active_blocks: 1 }], ["D2MBudget", { budget: 0.65 }]));
+  await look();
+  watched(controls(["D2MBudget", { budget: 0.65 }], ["D2MTopK", { top_k: 5 }]));
+  await look();
+  assert.deepEqual(parameters(), [
+    { model_name: "moe.safetensors", budget: "0.65" },
+    { model_name: "moe.safetensors", top_k: "5" },
+  ]);
+});
+
 test("the size of the graph's empty latent is part of the question", async () => {
   const made = controls(["D2MTopK", { top_k: 2 }]);
   made.graph.node(40, "EmptySD3LatentImage", { widgets: { width: 512, height: 768 } });

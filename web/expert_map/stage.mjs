@@ -145,6 +145,8 @@ export function settingsOf(state, index) {
       parts.push(`${t(`map.setting.${name}`)} ${Array.isArray(value) ? value.join("/") : value}`);
     }
   }
+  const allotted = step.settings?.top_k_by_ffn?.[state.main?.layers[state.layer]?.name]; // under a budget
+  if (allotted !== undefined) parts.unshift(`${t("map.setting.top_k")} ${allotted}`);
   return parts.join(" · ") || t("map.step_of", { step: state.stepOf(index) + 1, steps: state.traces[index].steps.length });
 }
 
