@@ -184,7 +184,8 @@ class FluxMoEConfig:
             expect(0 <= group.active <= group.blocks, f"groups[{index}].active", group.active, f"0 to {group.blocks}")
             expect(taken.isdisjoint(group.members), f"groups[{index}]", group, "blocks that no other group has")
             taken.update(group.members)
-        _ = self.sensitivity  # checked
+        measurable = self.sensitivity is None or self.router.setting == TOP_K_ROUTER.setting
+        expect(measurable, "provenance.sensitivity", "a table", f"none in a file that has {self.router.named}")
 
     @property
     def fewest_experts(self) -> int:

@@ -15,6 +15,7 @@ from d2m_model.checkpoint import CheckpointError, check_file
 from d2m_model.config import FluxDims, FluxMoEConfig, all_ffn_names
 from d2m_model.cost import Conversion, Tokens, flux
 from d2m_model.foreign import printable
+from d2m_model.sensitivity import SENSITIVITY
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import TensorFile, is_finite
 
@@ -122,6 +123,10 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
     if config.split_only:
         weights = "the teacher's, reordered: opens as the teacher without the pack"
     routing = config.router.described(config.top_k)
+    provenance = {key: value for key, value in config.provenance.items() if key != SENSITIVITY}
+    if (table := config.sensitivity) is not None:
+        samples = f"{table.samples} samples of {table.data}"
+        lines.append(("sensitivity", f"measured on {samples} in each of {table.bins} ranges of noise levels"))
     return [
         *lines,
         ("routing", f"{routing}, gate {config.gate.mode}, scale {config.gate.scale:g}"),
@@ -129,5 +134,5 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
         ("weights", weights),
         ("teacher", f"{config.teacher.title}, sha256 {config.teacher.sha256}"),
         ("licence", config.teacher.licence),
-        ("made by", json.dumps(config.provenance, sort_keys=True)),
+        ("made by", json.dumps(provenance, sort_keys=True)),
     ]

@@ -11,7 +11,9 @@ import pytest
 from d2m_model.checkpoint import CONFIG_KEY, parse_config
 from d2m_model.config import BlockGroup, FluxMoEConfig
 from d2m_model.fields import ConfigError
+from d2m_model.routers import CapacityRouter
 from d2m_model.sensitivity import SENSITIVITY, Sensitivity
+from d2m_train.commands import inspect
 from tests.toys.files import dense_flux, split
 
 MOE = parse_config(split(dense_flux())[CONFIG_KEY])
@@ -56,6 +58,23 @@ def test_a_wrong_table_is_refused_by_the_name_of_its_field(change: dict[str, Any
     with pytest.raises(ConfigError) as caught:
         config_with(change)
     assert f"provenance.sensitivity.{named} is" in str(caught.value)
+
+
+def test_a_file_with_capacity_routers_has_no_table() -> None:
+    with pytest.raises(ConfigError, match="none in a file that has a capacity router"):
+        replace(config_with({}), router=CapacityRouter(capacity=2.0, width=8))
+
+
+def test_inspect_tells_of_a_table_and_does_not_print_it() -> None:
+    facts = {"moe": json.loads(config_with({}).to_json())}
+    dims = facts["moe"].pop("dims")
+    lines = inspect.facts_text(
+        facts
+        | {"dims": dims, "file": "f", "bytes": 1, "tensors": 1, "kind": "FLUX-MoE", "parameters": 1}
+        | {"elements_by_dtype": {}, "activated_parameters": {"touched": 1, "paper": 1}}
+    )
+    assert "measured on 8 samples of emoji in each of 2 ranges of noise levels" in lines
+    assert "0.01235" not in lines
 
 
 def test_errors_that_are_no_numbers_are_refused() -> None:
