@@ -36,7 +36,7 @@ EXAMPLES = {
     "unconvert": ("unconvert flux-moe-L.safetensors --out dense-again.safetensors",),
     "inspect": ("inspect flux-moe-L.safetensors",),
     "sensitivity": (
-        "sensitivity flux-moe-L.safetensors --teacher flux1-dev.safetensors --data latents.safetensors --out measured.safetensors",
+        "sensitivity flux-moe-L.safetensors --teacher flux1-dev.safetensors --data data.safetensors --out new.safetensors",
     ),
     "report": ("report --preset all",),
     "cache": ("cache run.yaml",),
