@@ -6,7 +6,7 @@
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup packages host browser demo distil comfy check lint format clean bench bench-gpu lock
+.PHONY: help setup packages host browser demo distil comfy screenshots check lint format clean bench bench-gpu lock
 .PHONY: test test-unit test-train test-web test-host test-browser test-hosts
 
 PYTHON = python3
@@ -49,6 +49,9 @@ distil: setup ## train the emoji FLUX's presets L and M, and paint before and af
 
 comfy: setup ## leave ComfyUI running with the example workflow
 	@$(RUN) demo.run --serve
+
+screenshots: setup ## pictures of every template in both renderers and themes: demo/out/screenshots/
+	@$(RUN) tests.browser.screenshots
 
 check: lint test-web ## the verdict on a change in three minutes; needs no ComfyUI
 	@$(PYTEST) tests/unit -m "not slow"

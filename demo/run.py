@@ -94,7 +94,9 @@ def serve(port: int) -> None:
         shutil.copyfile(workflow, workflows / workflow.name)
     with ComfyServer(COMFYUI, port=port) as server:
         print(f"\nComfyUI is running: {server.address}")
-        print("Open a workflow, such as `flux-moe-emoji` (Workflows, or press W). Ctrl-C stops the server.", flush=True)
+        print(
+            "Open a workflow, such as `1 First picture` (Workflows, or press W). Ctrl-C stops the server.", flush=True
+        )
         try:
             assert server.process is not None
             server.process.wait()

@@ -3,8 +3,8 @@
     python -m demo.templates            # all of them, in a ComfyUI of its own
     python -m demo.templates NAME …     # some of them
 
-Writes example_workflows/NAME.json (for the template browser), api/NAME.json (the same workflow for /prompt) and NAME.jpg
-(its thumbnail, painted by the workflow).
+Writes example_workflows/TITLE.json (for the template browser, which shows a file's name as its title), api/NAME.json (the
+same workflow for /prompt) and TITLE.jpg (its thumbnail, painted by the workflow if the pack has all it needs).
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from demo.server import ApiGraph, ComfyServer
+from demo.server import ComfyServer
 from demo.template_graphs import TEMPLATES, Template
 from tools.host import ROOT
 
 _FOLDER = ROOT / "example_workflows"
 _PROJECT = "dense2moe-flux"
-_GAP = 40
-_WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "SaveImage": 320, "PreviewImage": 320, "MarkdownNote": 340}
-_PICTURE = {"SaveImage": 280, "PreviewImage": 280, "D2MExpertMap": 720}  # height of what a node shows
-_ROW, _TITLE, _TEXT_BOX = 26, 40, 110
-_THUMBNAIL = 256
+_LEFT, _TOP, _NOTE = 40, 100, (340, 340)  # of the note, and its width and height
+_BETWEEN_COLUMNS, _BETWEEN_NODES, _BETWEEN_GROUPS = 100, 100, 170  # Nodes 2.0 draws a node's foot below its size
+_WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "D2MEmojiPrompt": 320, "D2MConvertFlux": 320}
+_WIDTH = 300
+_PICTURE = {"SaveImage": 280, "D2MExpertMap": 720}  # height of what a node shows
+_READOUT = {"D2MLoadFluxMoE", "D2MTopK", "D2MSchedule", "D2MExpertMask", "D2MConvertFlux"}
+_SOCKET, _ROW, _TEXT_BOX, _READOUT_HEIGHT, _TITLE, _FRAME = 20, 26, 110, 66, 30, 24
+_WINDOW, _ZOOMS = 1480, (0.6, 0.9)  # width of the graph in a laptop's window; bounds of the zoom at which it opens
+_THUMBNAIL, _LINE = 256, 40
 
 
 def specification(info: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -50,40 +54,65 @@ def type_of(given: list[Any]) -> str:
     return "COMBO" if isinstance(given[0], list) else str(given[0])
 
 
-def columns(graph: ApiGraph) -> dict[str, int]:
-    """Return the column of each node: the length of the longest chain of nodes before it."""
-    column: dict[str, int] = {}
-
-    def depth(name: str) -> int:
-        if name not in column:
-            before = [value[0] for value in graph[name]["inputs"].values() if isinstance(value, list)]
-            column[name] = 1 + max(map(depth, before), default=-1)
-        return column[name]
-
-    for name in graph:
-        depth(name)
-    return column
-
-
 def width_of(class_type: str) -> int:
-    return _WIDTHS.get(class_type, 340)
+    return _WIDTHS.get(class_type, _WIDTH)
+
+
+def height_of(class_type: str, info: Mapping[str, Any]) -> int:
+    """Return the height of a node without its title: sockets, widgets, readout and picture."""
+    given = specification(info).values()
+    widgets = [it for it in given if is_widget(it)]
+    boxes = sum(bool(len(it) > 1 and it[1].get("multiline")) for it in widgets)
+    sockets = max(len(given) - len(widgets), len(info["output"]))
+    rows = len(widgets) - boxes + sum(bool(len(it) > 1 and it[1].get("control_after_generate")) for it in widgets)
+    height = 10 + _SOCKET * sockets + _ROW * rows + _TEXT_BOX * boxes + _PICTURE.get(class_type, 0)
+    return height + _READOUT_HEIGHT * (class_type in _READOUT)
+
+
+Boxes = dict[str, tuple[int, int, int, int]]  # node id → left, top, width, height
+
+
+def places(template: Template, known: Mapping[str, Any]) -> Boxes:
+    """Return the box of each node, without its title: columns from left to right, the note's before them."""
+    graph, built = template.graph, template.built
+    boxes: Boxes = {}
+    left = _LEFT + _NOTE[0] + _BETWEEN_COLUMNS
+    for column in range(1 + max(built.column.values())):
+        top, group, widest = _TOP + built.tops.get(column, 0), None, 0
+        for name in (name for name in graph if built.column[name] == column):
+            kind = graph[name]["class_type"]
+            if group not in (None, built.group[name]):
+                above = [box for other, box in boxes.items() if built.group[other] == group]
+                top = max(it[1] + it[3] for it in above) + _BETWEEN_GROUPS
+            boxes[name] = left, top, width_of(kind), height_of(kind, known[kind])
+            top += boxes[name][3] + _BETWEEN_NODES
+            group, widest = built.group[name], max(widest, width_of(kind))
+        left += widest + _BETWEEN_COLUMNS
+    return boxes
+
+
+def frames(template: Template, boxes: Boxes) -> list[dict[str, Any]]:
+    """Return the named groups, each around its nodes."""
+    found = []
+    for group in dict.fromkeys(template.built.group.values()):
+        inside = [boxes[name] for name, its in template.built.group.items() if its == group]
+        left, top = min(it[0] for it in inside) - _FRAME, min(it[1] for it in inside) - _TITLE - _FRAME - 20
+        right, bottom = max(it[0] + it[2] for it in inside) + _FRAME, max(it[1] + it[3] for it in inside) + 2 * _FRAME
+        bounding = [left, top, right - left, bottom - top]
+        found.append({"id": len(found) + 1, "title": group, "bounding": bounding, "color": "#3f789e", "flags": {}})
+    return found
 
 
 def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
     """Lay out a workflow as the frontend saves it. `known`: the answer of /object_info."""
-    graph = template.graph
-    column_of = columns(graph)
+    graph, boxes = template.graph, places(template, known)
     links: list[list[Any]] = []
     nodes: list[dict[str, Any]] = []
-    heights: dict[int, int] = {}
-    widths = [
-        max(width_of(graph[name]["class_type"]) for name in graph if column_of[name] == column)
-        for column in range(1 + max(column_of.values()))
-    ]
     outputs: dict[tuple[str, int], list[int]] = {}
     for name, node in graph.items():
-        info = known[node["class_type"]]
-        inputs, values, box = [], [], 0
+        kind, (left, top, width, height) = node["class_type"], boxes[name]
+        info = known[kind]
+        inputs, values = [], []
         for slot, (key, given) in enumerate(specification(info).items()):
             value = node["inputs"].get(key)
             entry: dict[str, Any] = {"name": key, "type": type_of(given), "link": None}
@@ -95,25 +124,16 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
                 values.append(value)
                 if options.get("control_after_generate"):
                     values.append("fixed")
-                if options.get("image_upload"):
-                    values.append("image")
-                box += _TEXT_BOX if options.get("multiline") else _ROW
             elif isinstance(value, list):
                 links.append([len(links) + 1, int(value[0]), value[1], int(name), slot, type_of(given)])
                 entry["link"] = len(links)
                 outputs.setdefault((value[0], value[1]), []).append(len(links))
             inputs.append(entry)
-        kind = node["class_type"]
-        sockets = max(sum("widget" not in entry for entry in inputs), len(info["output"]))
-        height = _TITLE + _ROW * sockets + box + _PICTURE.get(kind, 0)
-        column = column_of[name]
-        top = heights.get(column, 60)
-        heights[column] = top + height + _GAP + 30
         nodes.append(
             {
-                "id": int(name), "type": kind, "pos": [_GAP + sum(widths[:column]) + _GAP * column, top],
-                "size": [width_of(kind), height], "flags": {}, "order": len(nodes), "mode": 0,
-                "inputs": inputs, "outputs": list(enumerate(zip(info["output_name"], info["output"], strict=True))),
+                "id": int(name), "type": kind, "pos": [left, top], "size": [width, height], "flags": {},
+                "order": len(nodes), "mode": 0, "inputs": inputs,
+                "outputs": list(enumerate(zip(info["output_name"], info["output"], strict=True))),
                 "properties": {"Node name for S&R": kind, "cnr_id": _PROJECT if kind.startswith("D2M") else "comfy-core"},
                 "widgets_values": values,
             }
@@ -125,22 +145,35 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
         ]
     last = max(int(name) for name in graph) + 1
     note = {
-        "id": last, "type": "MarkdownNote", "pos": [40, heights[0]], "size": [340, 330], "flags": {},
-        "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [template.note],
+        "id": last, "type": "MarkdownNote", "pos": [_LEFT, _TOP], "size": list(_NOTE), "flags": {}, "order": len(nodes),
+        "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [template.note],
     }  # fmt: skip
+    right = max(left + width for left, _, width, _ in boxes.values())
+    scale = min(max(_WINDOW / right, _ZOOMS[0]), _ZOOMS[1])
     return {
-        "id": template.name, "revision": 0, "last_node_id": last, "last_link_id": len(links), "nodes": [*nodes, note],
-        "links": links, "groups": [], "config": {}, "extra": {"ds": {"scale": 0.8, "offset": [0, 0]}}, "version": 0.4,
+        "id": template.name, "revision": 0, "last_node_id": last, "last_link_id": len(links), "nodes": [note, *nodes],
+        "links": links, "groups": frames(template, boxes), "config": {},
+        "extra": {"ds": {"scale": round(scale, 2), "offset": [80, 140]}}, "version": 0.4,
     }  # fmt: skip
 
 
-def thumbnail(images: list[Image.Image], file: Path) -> None:
-    """Write the last picture that the workflow saved, in a square."""
-    picture = images[-1]
-    size = _THUMBNAIL / max(picture.size)
-    small = picture.resize((round(picture.width * size), round(picture.height * size)), Image.Resampling.LANCZOS)
+def thumbnail(template: Template, images: list[Image.Image], file: Path) -> None:
+    """Write the last picture that the workflow saved, in a square, above the template's line."""
     square = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), (32, 32, 36))
-    square.paste(small, ((_THUMBNAIL - small.width) // 2, (_THUMBNAIL - small.height) // 2))
+    pen, room = ImageDraw.Draw(square), _THUMBNAIL - _LINE
+    if images:
+        picture = images[-1]
+        size = min(_THUMBNAIL / picture.width, room / picture.height)
+        small = picture.resize((round(picture.width * size), round(picture.height * size)), Image.Resampling.LANCZOS)
+        square.paste(small, ((_THUMBNAIL - small.width) // 2, (room - small.height) // 2))
+    else:
+        for row in range(8):  # experts of a FLUX.1: the shared one, and two of twelve
+            for expert in range(13):
+                chosen = expert in (0, 1 + row * 5 % 12, 1 + row * 7 % 12)
+                box = (14 + expert * 18, 20 + row * 23, 26 + expert * 18, 36 + row * 23)
+                pen.rectangle(box, fill=(59, 130, 246) if chosen else (64, 64, 72))
+    font = ImageFont.load_default(size=17)
+    pen.text((_THUMBNAIL / 2, room + _LINE / 2), template.line, fill=(235, 235, 235), font=font, anchor="mm")
     square.save(file, quality=88)
 
 

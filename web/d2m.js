@@ -10,6 +10,18 @@ import { loadTexts, text } from "./text.mjs";
 
 const WITH_READOUT = new Set([...CONTROLS, "D2MLoadFluxMoE", "D2MConvertFlux"]);
 
+const MODULE = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2)); // the pack's folder
+
+/** List this pack's templates by name: ComfyUI lists files in the order of the file system. */
+function sortTemplates() {
+  const { getWorkflowTemplates } = api;
+  api.getWorkflowTemplates = async function (...given) {
+    const templates = await getWorkflowTemplates.apply(this, given);
+    templates[MODULE]?.sort();
+    return templates;
+  };
+}
+
 setUpExpertMaps(app, api);
 
 app.registerExtension({
@@ -17,6 +29,7 @@ app.registerExtension({
 
   async setup() {
     addStyle();
+    sortTemplates();
     await loadTexts();
     watchLiveValues();
     watchCosts();

@@ -32,8 +32,8 @@ class Comfy:
 
     def _heard(self, message: ConsoleMessage) -> None:
         where = message.location.get("url", "")
-        # The browser's own words on what a test wants refused, or on a node's cost before it has run.
-        refused = "status of 400" in message.text or ("status of 404" in message.text and "/d2m/cost?node=" in where)
+        # The browser's own words on what a test wants refused, on a node that has not run or a file that is not there.
+        refused = "status of 400" in message.text or ("status of 404" in message.text and "/d2m/cost?" in where)
         if message.type in ("error", "warning") and not refused:
             self._complain(f"{message.text} {where}")
 

@@ -1,6 +1,8 @@
-"""The README's pictures of ComfyUI: `python -m tests.browser.screenshots`.
+"""Pictures of the pack in ComfyUI: `make screenshots`.
 
-docs/workflow.jpg: the first example workflow, painted. docs/expert-map.jpg: the expert map of another.
+demo/out/screenshots/  every template as it opens, in both renderers and both themes: to look at
+docs/workflow.jpg      the first template, painted (README)
+docs/expert-map.jpg    the expert map of another, painted (README)
 """
 
 from __future__ import annotations
@@ -11,23 +13,38 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
+from demo.models import OUT
 from demo.server import ComfyServer
+from demo.template_graphs import TEMPLATES
 from tests.browser.driver import Comfy
 from tools import browser as chromium
 from tools.host import ROOT
 
-PICTURES = {"workflow": "flux-moe-emoji", "expert-map": "flux-moe-expert-map"}
+FOLDER = OUT / "screenshots"
+RENDERERS, THEMES = {"canvas": False, "nodes-2": True}, ("dark", "light")
+PAINTED = {"workflow": "flux-moe-emoji", "expert-map": "flux-moe-expert-map"}
+FILES = {template.name: f"{template.title}.json" for template in TEMPLATES}
 EVALUATION = 12  # of the expert map: a step at which the outline stands and details form
 
 
-def screenshot(page: Comfy, workflow: str) -> Image.Image:
-    page.load(json.loads((ROOT / "example_workflows" / f"{workflow}.json").read_text()))
+def picture(page: Comfy) -> Image.Image:
+    return Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+
+
+def load(page: Comfy, name: str) -> None:
+    """Open a template as it opens for a user, and let it settle."""
+    page.load(json.loads((ROOT / "example_workflows" / FILES[name]).read_text()))
+    page.page.wait_for_timeout(1500)
+
+
+def painted(page: Comfy, name: str) -> Image.Image:
+    load(page, name)
     page.wait(page.queue())
     page.page.wait_for_timeout(3000)  # the pictures load
     page.show_all()
-    if workflow == "flux-moe-expert-map":
+    if name == "flux-moe-expert-map":
         node = page.js("() => app.rootGraph.nodes.find(node => node.comfyClass === 'D2MExpertMap').id")
         steps = page.page.locator(f'[data-node-id="{node}"]').get_by_role("slider", name="step", exact=False).first
         steps.focus()
@@ -43,19 +60,34 @@ def screenshot(page: Comfy, workflow: str) -> Image.Image:
             node,
         )
         page.page.wait_for_timeout(2000)
-    return Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+    return picture(page)
+
+
+def opened(server: ComfyServer, browser: Browser, vue: bool, theme: str) -> Comfy:
+    server.post("/settings", {"Comfy.ColorPalette": theme})
+    context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
+    page = Comfy(server, context.new_page(), vue=vue)
+    page.open()
+    return page
 
 
 def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium.needed(), args=["--no-sandbox"])
-        for name, workflow in PICTURES.items():
-            context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
-            page = Comfy(server, context.new_page(), vue=True)
-            page.open()
-            screenshot(page, workflow).save(ROOT / "docs" / f"{name}.jpg", quality=85)
-            context.close()
+        for renderer, vue in RENDERERS.items():
+            for theme in THEMES:
+                page = opened(server, browser, vue, theme)
+                for name in FILES:
+                    load(page, name)
+                    picture(page).save(FOLDER / f"{name}-{renderer}-{theme}.png")
+                page.page.context.close()
+        for file, name in PAINTED.items():
+            page = opened(server, browser, True, "dark")
+            painted(page, name).save(ROOT / "docs" / f"{file}.jpg", quality=85)
+            page.page.context.close()
         browser.close()
+    print(f"Every template, in both renderers and themes: {FOLDER}")
 
 
 if __name__ == "__main__":

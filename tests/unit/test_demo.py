@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -201,9 +202,52 @@ def test_the_emoji_flux_paints_what_it_is_asked_for() -> None:
 def test_an_example_workflow_is_made_from_its_graph(template: Template) -> None:
     folder = ROOT / "example_workflows"
     assert json.loads((folder / "api" / f"{template.name}.json").read_text()) == template.graph
-    drawn = json.loads((folder / f"{template.name}.json").read_text())
+    drawn = json.loads((folder / f"{template.title}.json").read_text())
     assert {str(node["id"]): node["type"] for node in drawn["nodes"] if node["type"] != "MarkdownNote"} == {
         name: node["class_type"] for name, node in template.graph.items()
     }
-    with Image.open(folder / f"{template.name}.jpg") as thumbnail:
+    with Image.open(folder / f"{template.title}.jpg") as thumbnail:
         assert thumbnail.size == (256, 256)
+
+
+def test_templates_are_listed_in_the_order_in_which_one_learns() -> None:
+    titles = [template.title for template in TEMPLATES]
+    assert titles == sorted(titles) == sorted(file.stem for file in (ROOT / "example_workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_a_template_begins_with_its_note_and_no_wire_passes_behind_a_node(template: Template) -> None:
+    drawn = json.loads((ROOT / "example_workflows" / f"{template.title}.json").read_text())
+    boxes = {
+        node["id"]: (*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+        for node in drawn["nodes"]
+    }
+    assert drawn["nodes"][0]["type"] == "MarkdownNote"
+    assert all(
+        boxes[drawn["nodes"][0]["id"]][2] < box[0] for node, box in boxes.items() if node != drawn["nodes"][0]["id"]
+    )
+    for _, source, slot, target, number, _ in drawn["links"]:
+        sockets = [
+            it["name"] for it in next(n for n in drawn["nodes"] if n["id"] == target)["inputs"] if "widget" not in it
+        ]
+        given = next(n for n in drawn["nodes"] if n["id"] == target)["inputs"][number]["name"]
+        begin = boxes[source][2], boxes[source][1] + 14 + 20 * slot
+        end = boxes[target][0], boxes[target][1] + 14 + 20 * sockets.index(given)
+        for part in np.linspace(0.02, 0.98, 97):  # from left to right, smoothly
+            x, y = begin[0] + (end[0] - begin[0]) * part, begin[1] + (end[1] - begin[1]) * part**2 * (3 - 2 * part)
+            behind = [
+                n for n, (left, top, right, bottom) in boxes.items() if left < x < right and top - 30 < y < bottom
+            ]
+            assert not behind, (source, target, behind)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_groups_of_a_template_are_named_and_lie_apart(template: Template) -> None:
+    drawn = json.loads((ROOT / "example_workflows" / f"{template.title}.json").read_text())
+    frames = [group["bounding"] for group in drawn["groups"]]
+    assert len({group["title"] for group in drawn["groups"]}) == len(frames) >= 3
+    for (x, y, width, height), (other_x, other_y, other_width, other_height) in combinations(frames, 2):
+        apart = (
+            x + width <= other_x or other_x + other_width <= x or y + height <= other_y or other_y + other_height <= y
+        )
+        assert apart, (x, y, other_x, other_y)
