@@ -33,6 +33,7 @@ from ..distillation.stages import StagePlan, teacher_outputs, trainable_names
 from ..monitor.stage_log import StageLog
 from ..parallel.ranks import Ranks
 from ..run_config import RunConfig
+from ..training.changed_steps import changeable, schedule_text, stored_identity
 from ..training.checkpoints import Checkpoints
 from ..training.loop import Stopped, TrainingLoop
 from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
@@ -44,6 +45,8 @@ from .part import Part, PartBlocks, PartObjective
 
 if TYPE_CHECKING:
     from d2m_model.hosts.diffusers import FluxMoETransformer2DModel
+
+_PART_STEPS = "d2m_steps"  # in the metadata of a trained part's file
 
 
 def check_blockwise(run: RunConfig, ranks: Ranks) -> None:
@@ -142,6 +145,7 @@ class _Blockwise:
         start = 0
         if done < len(self.parts):
             start = (self._checkpoints(self.parts[done]).steps() or [0])[-1]
+        self._check_steps(done, start)
         if done or start:
             at = f"step {start} of {self.parts[done].name}" if done < len(self.parts) else "the end"
             self.ranks.say(f"{stage_run.stage}: going on at {at}, {done} of {len(self.parts)} parts are trained.")
@@ -152,6 +156,25 @@ class _Blockwise:
         self._write_student()
         shutil.rmtree(stage_run.folder / "parts", ignore_errors=True)
         shutil.rmtree(stage_run.checkpoint_folder, ignore_errors=True)
+
+    def _check_steps(self, done: int, start: int) -> None:
+        """Say what resume=changed does to the part that goes on. Raises UserError for fewer steps than are done.
+
+        Finished parts stay as they are. Steps are numbered over all parts, so that a later part has no fewer.
+        """
+        stage, section = self.stage_run.stage, self.stage_run.section
+        least = start
+        if done:
+            with TensorFile(self._file(self.parts[done - 1])) as file:
+                least = max(least, int(file.metadata.get(_PART_STEPS, 0)))
+        if section.steps < least:
+            raise UserError(
+                f"stage.{stage}.steps is {section.steps}, but {least} are done of a block already; expected {least} or more."
+            )
+        if start:
+            before = stored_identity(self._checkpoints(self.parts[done]), start)
+            if text := schedule_text(stage, before, section, self.run.training, start):
+                self.ranks.say(f"{text} Blocks that are trained already stay as they are.")
 
     def _train_part(self, number: int, log: StageLog) -> None:
         part = self.parts[number]
@@ -222,13 +245,17 @@ class _Blockwise:
         return next((n for n, part in enumerate(self.parts) if not self._file(part).exists()), len(self.parts))
 
     def _checkpoints(self, part: Part) -> Checkpoints:
-        return self.stage_run.checkpoints(self.stage_run.checkpoint_folder / part.name, block=part.name)
+        checkpoints = self.stage_run.checkpoints(self.stage_run.checkpoint_folder / part.name, block=part.name)
+        if self.run.resume == "changed":
+            checkpoints.free = changeable(self.stage_run.stage)
+        return checkpoints
 
     def _write_part(self, core: FluxMoETransformer2DModel, part: Part) -> None:
         """Write a trained part. Frozen weights are copied from the source bit for bit, whatever dtype they had in training."""
         from d2m_model.hosts.diffusers import flux_moe_tensors
 
-        file, metadata = self._file(part), {"d2m_part": part.name}
+        file = self._file(part)
+        metadata = {"d2m_part": part.name, _PART_STEPS: str(self.stage_run.section.steps)}
         file.parent.mkdir(parents=True, exist_ok=True)
         specs = {name: self.specs[name] for name in self.names[part.name]}
         frozen = {name for name, parameter in core.named_parameters() if not parameter.requires_grad}

@@ -116,8 +116,6 @@ class Distill:
         train = train_end_to_end
         if run.training.blockwise:
             check_blockwise(run, self.ranks)
-            if run.resume == "changed":
-                raise UserError("resume=changed is for stages that are trained end to end, not training.blockwise.")
             train = train_blockwise
         began = time.monotonic()
         self.ranks.say(device_text(self.ranks.device, self.ranks.count, self.ranks.strategy))
@@ -144,7 +142,9 @@ class Distill:
         for stage in stages:
             done = run.output_dir / stage / "student.safetensors"
             if done.exists() and not self._reopened(stage):
-                self.ranks.say(f"{stage}: {done} is there already.")
+                repeat = run.training.blockwise and run.resume == "changed"
+                hint = f" Its blocks are trained; restart={stage} repeats them with other steps." if repeat else ""
+                self.ranks.say(f"{stage}: {done} is there already.{hint}")
                 continue
             source = latest_student(run, stage, trainable_stages(self._config()))
             if teacher is None:

@@ -271,6 +271,30 @@ def test_a_process_that_is_killed_goes_on_at_its_last_checkpoint(room: Path, beg
     assert resumed[0] >= STEPS
 
 
+def test_a_part_goes_on_to_more_steps_and_those_that_are_trained_stay(
+    room: Path, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in the second group, after a checkpoint."""
+    with monkeypatch.context() as dying:
+        killed_at(dying, StageLog, "step", STEPS + 3, after=True)
+        with pytest.raises(Killed):
+            main(arguments(room, begun, "stages=[blocks]"))
+    first = load_file(begun / "blocks" / "parts" / "block_groups.0.safetensors")
+    again = arguments(room, begun, "stages=[blocks]", "resume=changed")
+    assert main([*again, f"stage.blocks.steps={STEPS - 1}"]) == 2
+    assert f"stage.blocks.steps is {STEPS - 1}, but {STEPS} are done of a block already" in capsys.readouterr().err
+    assert main([*again, f"stage.blocks.steps={STEPS + 2}"]) == 0
+    said = capsys.readouterr().out
+    assert f"blocks: {STEPS + 2} steps instead of {STEPS}" in said
+    assert "Blocks that are trained already stay as they are." in said
+    after = weights(begun, "blocks")
+    assert all(torch.equal(after[name], tensor) for name, tensor in first.items())
+    last = [line["step"] for line in steps(begun, "blocks") if line["block"] == "block_groups.1"][-1]
+    assert last == 2 * (STEPS + 2)
+    assert main([*again, f"stage.blocks.steps={STEPS + 4}"]) == 0
+    assert "Its blocks are trained; restart=blocks repeats them with other steps." in capsys.readouterr().out
+
+
 def test_sigterm_saves_and_the_run_goes_on_there(
     room: Path, begun: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
