@@ -132,11 +132,12 @@ class DataSection(Section):
     cache: FilePath | None = None
     """Folder for latents and text embeddings (default: output_dir/cache)."""
     text_encoders: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
-    """A local folder or hub name of a diffusers FLUX pipeline, or `emoji` for the demo's prompt encoder."""
+    """A local folder or hub name of a diffusers FLUX pipeline, a folder with the files clip_l… and t5xxl… as ComfyUI has
+    them, or `emoji` for the demo's prompt encoder."""
     text_tokens: Count = 512
     """T5's sequence length; longer captions are cut."""
     vae: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
-    """The same pipeline or another, a folder with only the autoencoder, or `emoji`."""
+    """The same pipeline or another, a folder with only the autoencoder, ae.safetensors, or `emoji`."""
     encoder_dtype: Dtype = "bfloat16"
     """Dtype of text encoders and autoencoder, and of the text embeddings in the cache."""
     held_out: Annotated[float, Field(ge=0, lt=1)] | FilePath = 0.02

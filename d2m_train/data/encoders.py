@@ -20,10 +20,11 @@ from d2m_model.config import PATCH_LATENTS, PATCH_PIXELS
 
 from .. import UserError
 from .batch import Texts
+from .comfyui_encoders import find_text_encoders, load_autoencoder, load_text_encoders
 
 _PIPELINE = (
     "a diffusers FLUX pipeline (a folder, or its name on the hub) with text_encoder, text_encoder_2, tokenizer, "
-    "tokenizer_2 and model_index.json"
+    "tokenizer_2 and model_index.json; or a folder with clip_l and t5xxl files, as ComfyUI has them"
 )
 _SAMPLE, _SAMPLES = 1 << 16, 64  # bytes in a piece, and number of pieces, by which large files are compared
 
@@ -63,8 +64,12 @@ class FluxTextEncoders:
     def __init__(self, name: str, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         """Raises UserError if there is no such pipeline."""
         self.name, self.tokens, self.dtype, self.device = name, tokens, dtype, device
-        parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        self.folder = _pipeline_folder(name, parts, "data.text_encoders", _PIPELINE)
+        self.files = find_text_encoders(name)
+        parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        if self.files is None:
+            self.folder = _pipeline_folder(name, parts, "data.text_encoders", _PIPELINE)
+        else:
+            self.folder, parts = Path(name), tuple(file.name for file in self.files)
         self.identity = f"{folder_fingerprint(self.folder, parts)}, {tokens} tokens, {dtype}"
         self._pipeline: Any = None
 
@@ -93,9 +98,14 @@ class FluxTextEncoders:
             from diffusers import FluxPipeline
 
             with _loading(self.folder, _PIPELINE):
-                self._pipeline = FluxPipeline.from_pretrained(
-                    self.folder, transformer=None, vae=None, scheduler=None, torch_dtype=self.dtype
-                ).to(self.device)
+                if self.files is None:
+                    pipeline = FluxPipeline.from_pretrained(
+                        self.folder, transformer=None, vae=None, scheduler=None, torch_dtype=self.dtype
+                    )
+                else:
+                    encoders = load_text_encoders(*self.files, self.dtype)
+                    pipeline = FluxPipeline(scheduler=None, vae=None, transformer=None, **encoders)
+                self._pipeline = pipeline.to(self.device)
         return self._pipeline
 
 
@@ -103,10 +113,12 @@ class FluxAutoencoder:
     """FLUX's AutoencoderKL: the mean of its latents, shifted and scaled by its configuration."""
 
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        """`name`: a pipeline, or a folder with only the autoencoder. Raises UserError if there is none."""
+        """`name`: a pipeline, a folder with only the autoencoder, or its file. Raises UserError if there is none."""
         self.name, self.dtype, self.device = name, dtype, device
-        alone = (Path(name) / "config.json").is_file()
-        expected = "a diffusers FLUX pipeline (a folder, or its name on the hub) with vae, or the folder vae itself"
+        alone = (Path(name) / "config.json").is_file() or Path(name).is_file()
+        expected = (
+            "a diffusers FLUX pipeline (a folder, or its name on the hub) with vae, the folder vae, or ae.safetensors"
+        )
         self.folder = Path(name) if alone else _pipeline_folder(name, ("vae",), "data.vae", expected) / "vae"
         self.identity = f"{folder_fingerprint(self.folder, ('.',))}, {dtype}"
         self._vae: Any = None
@@ -140,7 +152,10 @@ class FluxAutoencoder:
             from diffusers import AutoencoderKL
 
             with _loading(self.folder, "an AutoencoderKL in diffusers' layout"):
-                vae = AutoencoderKL.from_pretrained(self.folder, torch_dtype=self.dtype)
+                if self.folder.is_file():
+                    vae = load_autoencoder(self.folder, self.dtype)
+                else:
+                    vae = AutoencoderKL.from_pretrained(self.folder, torch_dtype=self.dtype)
             shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
             if shrinks * PATCH_LATENTS != PATCH_PIXELS:
                 raise UserError(
@@ -156,7 +171,9 @@ def folder_fingerprint(folder: Path, parts: Sequence[str]) -> str:
     The hash does not depend on the folder's path or on times.
     """
     digest = hashlib.sha256()
-    files = sorted(file for part in parts for file in (folder / part).rglob("*") if file.suffix in _PARTS)
+    paths = [folder / part for part in parts]
+    below = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    files = sorted(file for file in below if file.suffix in _PARTS)
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size};".encode())
@@ -170,7 +187,7 @@ def folder_fingerprint(folder: Path, parts: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-_PARTS = {".json", ".safetensors", ".bin", ".model", ".txt"}
+_PARTS = {".json", ".safetensors", ".sft", ".bin", ".model", ".txt"}
 
 
 def _pipeline_folder(name: str, parts: Sequence[str], field: str, expected: str) -> Path:
@@ -202,6 +219,8 @@ def _loading(folder: Path, expected: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
+    except UserError:
+        raise
     except Exception as error:  # of any type
         raise UserError(f"{folder}: cannot be loaded as {expected}: {_first_line(error)}") from error
 
