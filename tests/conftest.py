@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -65,3 +67,16 @@ def pytest_collection_finish() -> None:
     if copies := [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == root]:
         raise pytest.UsageError(f"Collecting the tests imported {root} as {copies[0]}")
     gc.freeze()  # what was imported stays: otherwise every collection, of which ComfyUI asks for many, goes over all of it
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    """torch.compile's counters, of this test alone. Code that reaches the limit of recompilations fails."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield counters
+    torch.compiler.reset()

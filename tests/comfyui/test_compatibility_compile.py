@@ -6,7 +6,7 @@ Beyond torch's limit of recompilations (eight) a model runs uncompiled without a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,7 @@ DIMS = replace(files.DIMS, double_blocks=1, single_blocks=1)  # quick to trace
 SMALL = (1, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield counters
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("counters")
 
 
 def compiled(model: Any) -> Any:

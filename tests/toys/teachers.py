@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2m_model.config import FluxDims
 from d2m_model.keys import diffusers_sources, swap_halves
@@ -37,3 +37,20 @@ def diffusers_tensors(tensors: Mapping[str, Tensor], dims: FluxDims) -> dict[str
         tensor = swap_halves(tensors[name]) if source.swap else tensors[name]
         result |= dict(zip(source.names, tensor.split(source.rows), strict=True))
     return result
+
+
+def ask(model: nn.Module, dims: FluxDims = DIMS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The answer of a diffusers FLUX to one sample, the same in each call."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        output: Tensor = model(
+            hidden_states=torch.randn(1, 4, dims.in_channels, generator=generator).to(dtype),
+            encoder_hidden_states=torch.randn(1, 3, dims.context_size, generator=generator).to(dtype),
+            pooled_projections=torch.randn(1, dims.vector_size, generator=generator).to(dtype),
+            timestep=torch.tensor([0.7], dtype=dtype),
+            guidance=torch.tensor([3.5], dtype=dtype),
+            img_ids=torch.rand(4, 3, generator=generator).round(),
+            txt_ids=torch.zeros(3, 3),
+            return_dict=False,
+        )[0]
+    return output

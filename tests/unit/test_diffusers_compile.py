@@ -6,7 +6,6 @@ Beyond torch's limit of recompilations (eight) a model runs uncompiled without a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +21,7 @@ BATCH, PIXELS, TOKENS = 3, 16, 7
 BACKEND = "eager"
 
 
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield counters
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("counters")
 
 
 def small_model(*, capacity: bool = False, groups: bool = False) -> FluxMoETransformer2DModel:
