@@ -74,11 +74,16 @@ class LiveStore:
         return None if prompt is None else (prompt, context.node_id)
 
     def fingerprint(self, node: str) -> str:
-        """Return the revision that a node's live values had when the executing prompt began."""
+        """Return a node's id and the revision that its live values had when the executing prompt began.
+
+        The id goes with it, since ComfyUI's cache would hand a node the result of an equal one, which follows the other
+        node's live values.
+        """
         executing = self.executing()
         with self._lock:
             latest = self._revisions.get(node, 0)
-        return f"{self._process} {latest if executing is None else executing[0].revisions.get(node, latest)}"
+        revision = latest if executing is None else executing[0].revisions.get(node, latest)
+        return f"{self._process} {node} {revision}"
 
     def values(self, prompt: ExecutingPrompt | None) -> dict[str, dict[str, Any]]:
         """Return a copy of the prompt's live values, by node."""

@@ -158,9 +158,9 @@ class ExpertMap(io.ComfyNode):
         return io.NodeOutput(torch.from_numpy(np.stack(maps)), ui={"d2m_map": [widget_data]})
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> int:
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Run again if a trace that this node shows was freed."""
-        return STORE.freed_count(cls.hidden.unique_id)
+        return STORE.fingerprint(cls.hidden.unique_id)
 
 
 def _requested_run(handle: TraceHandle, image: Tensor | None, latent: dict[str, Any] | None, prefix: str) -> str:

@@ -204,6 +204,6 @@ class TraceRouting(io.ComfyNode):
         return io.NodeOutput(clone, handle)
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> int:
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Run again if the trace was freed, so that the MODEL is sampled anew."""
-        return STORE.freed_count(cls.hidden.unique_id)
+        return STORE.fingerprint(cls.hidden.unique_id)

@@ -240,9 +240,17 @@ class TraceStore:
             self._freed[node] += 1
 
     def freed_count(self, node: str | None) -> int:
-        """Return how many traces of a node have been freed: a part of its fingerprint."""
+        """Return how many traces of a node have been freed."""
         with self._lock:
             return self._freed[node or ""]
+
+    def fingerprint(self, node: str | None) -> str:
+        """Return what has a node run again: the number of its freed traces.
+
+        The id goes with it, since ComfyUI's cache would hand a node the result of an equal one, whose traces are counted
+        apart.
+        """
+        return f"{node} {self.freed_count(node)}"
 
 
 STORE = TraceStore()

@@ -283,6 +283,12 @@ def test_a_live_value_changes_the_fingerprint_of_its_node_for_the_prompts_to_com
         assert [desk.live.fingerprint(node) for node in ("k", "m")] == after
 
 
+def test_equal_controls_do_not_share_a_result_in_comfyuis_cache(desk: Desk) -> None:
+    """The result knows the node whose live values it follows."""
+    with desk.executing("a", graph_of(k="D2MTopK", **{"12:k": "D2MTopK"})):
+        assert desk.live.fingerprint("k") != desk.live.fingerprint("12:k")
+
+
 def test_a_samplers_log_is_in_the_prompts_that_take_its_result_from_the_cache(
     host: Comfy, pair: Pair, desk: Desk
 ) -> None:
