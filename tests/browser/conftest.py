@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 from demo.server import ComfyServer
 from tests.browser.driver import Comfy
 from tests.browser.map_page import Map
+from tests.browser.pages import Pages
 from tests.browser.synthetic_trace import SyntheticTrace
 from tests.browser.widget_page import WidgetPage
 from tests.comfyui.serving import EMOJI
 from tests.toys import files
-from tools import browser as chromium
 
-RENDERERS = {"canvas": False, "nodes-2": True}
+# All tests in one renderer share a server and a page, in one process.
+RENDERERS = [
+    pytest.param(vue, id=name, marks=pytest.mark.xdist_group(f"browser {name}"))
+    for name, vue in {"canvas": False, "nodes-2": True}.items()
+]
 
 # A model behind this node stops in evaluation `stop_at` until the test opens the gate: what the test does meanwhile is for
 # the next evaluation, on a machine of any speed. Another `test` is another run, whatever ComfyUI has in its cache.
@@ -66,15 +69,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium, one per module, since an idle page keeps drawing."""
-    program = chromium.needed()
-    with sync_playwright() as playwright:
-        # Chromium's sandbox does not work for root, nor in many containers; what is opened here is ours.
-        running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield running
-        running.close()
+PAGES = pytest.StashKey[Pages]()
+
+
+@pytest.fixture
+def pages(pytestconfig: pytest.Config) -> Pages:
+    return pytestconfig.stash.setdefault(PAGES, Pages())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Close the browser after the last test of this folder."""
+    try:
+        return (yield)
+    finally:
+        pages = item.config.stash.get(PAGES, None)
+        if pages is not None and (nextitem is None or nextitem.path.parent != item.path.parent):
+            pages.close()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,48 +98,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 FAILED = pytest.StashKey[bool]()
 
 
-class Pages:
-    """One page at a time, since loading it takes longer than most tests: it is used on in the same renderer, emptied, as
-    long as all goes well."""
-
-    def __init__(self, server: ComfyServer, browser: Browser) -> None:
-        self._server, self._browser = server, browser
-        self._open: Comfy | None = None
-
-    def take(self, vue: bool) -> Comfy:
-        """ComfyUI's page with an empty workflow."""
-        if self._open is not None and self._open.vue == vue:
-            self._open.start_anew()
-            return self._open
-        self.close()
-        context = self._browser.new_context(viewport={"width": 1600, "height": 1000}, locale="en-US")
-        self._open = Comfy(self._server, context.new_page(), vue=vue)
-        self._open.open()
-        return self._open
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.page.context.close()
-            self._open = None
-
-
-@pytest.fixture(scope="module")
-def pages(server: ComfyServer, browser: Browser) -> Iterator[Pages]:
-    opened = Pages(server, browser)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="session", params=RENDERERS.values(), ids=RENDERERS)
+@pytest.fixture(scope="session", params=RENDERERS)
 def vue(request: pytest.FixtureRequest) -> bool:
     """True if Nodes 2.0 draws. Session scope puts all tests of one renderer in a row."""
     return bool(request.param)
 
 
 @pytest.fixture
-def comfy(request: pytest.FixtureRequest, pages: Pages, vue: bool, tmp_path: Path) -> Iterator[Comfy]:
+def comfy(
+    request: pytest.FixtureRequest, pages: Pages, server: ComfyServer, vue: bool, tmp_path: Path
+) -> Iterator[Comfy]:
     """ComfyUI's page with an empty workflow; a console message of our files that is no plain log fails the test."""
-    opened = pages.take(vue)
+    opened = pages.comfy(server, vue)
     failed = True
     try:
         yield opened
@@ -138,14 +119,14 @@ def comfy(request: pytest.FixtureRequest, pages: Pages, vue: bool, tmp_path: Pat
     finally:
         opened.open_gate_for_good()
         if failed or opened.complaints or not opened.reusable:
-            pages.close()
+            pages.close_page()
     assert opened.complaints == []
 
 
 # The Expert map's widget by itself: see map_page.py
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served() -> Iterator[WidgetPage]:
     page = WidgetPage()
     yield page
@@ -153,15 +134,11 @@ def served() -> Iterator[WidgetPage]:
 
 
 @pytest.fixture
-def shown(browser: Browser, served: WidgetPage) -> Iterator[Map]:
-    served.traces.clear()
-    served.asked.clear()
-    context = browser.new_context(viewport={"width": 1400, "height": 1100}, device_scale_factor=1)
-    opened = Map(context.new_page(), served)
-    try:
-        yield opened
-    finally:
-        context.close()
+def shown(request: pytest.FixtureRequest, pages: Pages, served: WidgetPage) -> Iterator[Map]:
+    opened = pages.map(served)
+    yield opened
+    if request.node.stash.get(FAILED, False) or opened.errors or not opened.reusable:
+        pages.close_page()
     assert opened.errors == []
 
 

@@ -14,6 +14,7 @@ from tests.browser.synthetic_trace import SyntheticTrace
 from tests.browser.widget_page import WidgetPage
 
 PLACE = {"filename": "image.png", "subfolder": "", "type": "temp"}
+OUTSIDE = (1390, 1090)  # where the mouse points at nothing
 SINGLE_3 = 8 + 3  # number of the layer single_blocks.3: after four double blocks of two
 
 
@@ -23,8 +24,19 @@ class Map:
     def __init__(self, page: Page, served: WidgetPage) -> None:
         self.page, self.served = page, served
         self.errors: list[str] = []
+        self.reusable = True
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(PATIENCE)
+
+    def start_anew(self) -> None:
+        """Leave what an earlier test has done to this page and its server."""
+        if self.page.url.startswith(self.served.address):
+            self.page.evaluate("() => localStorage.clear()")
+            self.page.goto("about:blank")
+            self.page.mouse.move(*OUTSIDE)
+        self.errors.clear()
+        self.served.traces.clear()
+        self.served.asked.clear()
 
     def open(self, **parameters: Any) -> None:
         query = "&".join(f"{name}={value}" for name, value in parameters.items())

@@ -83,6 +83,7 @@ def test_a_trace_is_freed_with_its_node_but_not_while_another_tab_holds_the_work
 ) -> None:
     shown.served.add(SyntheticTrace("one"))
     shown.page.clock.install()
+    shown.reusable = False  # the page keeps this clock
     shown.open()
     shown.run("one")
     expect(shown.page.locator(".d2m-body")).to_be_visible()

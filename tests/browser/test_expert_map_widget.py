@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, expect
 
-from tests.browser.map_page import SINGLE_3, Map, hexes, patches, rgb
+from tests.browser.map_page import OUTSIDE, SINGLE_3, Map, hexes, patches, rgb
 from tests.browser.synthetic_trace import NONE, PROMPT, SyntheticTrace
 
 # What is shown
@@ -85,10 +85,10 @@ def test_pointing_at_a_patch_shows_its_path_and_clicking_keeps_it(one: Map) -> N
     title = one.page.locator(".d2m-path-title")
     one.stage.hover(position={"x": box["width"] / 2 + 6, "y": box["height"] / 2 + 6})
     expect(title).to_contain_text("patch row 13, column 13")
-    one.page.mouse.move(1390, 1090)
+    one.page.mouse.move(*OUTSIDE)
     expect(title).to_contain_text("Point at a patch")
     one.stage.click(position={"x": box["width"] / 2 + 6, "y": box["height"] / 2 + 6})
-    one.page.mouse.move(1390, 1090)
+    one.page.mouse.move(*OUTSIDE)
     expect(title).to_contain_text("patch row 13, column 13")
 
 
