@@ -142,12 +142,16 @@ def shown(request: pytest.FixtureRequest, pages: Pages, served: WidgetPage) -> I
     assert opened.errors == []
 
 
+ONE, TWO = SyntheticTrace("one"), SyntheticTrace("two", seed=1)
+
+
 @pytest.fixture
 def one(shown: Map) -> Map:
     """A run of one trace, at its first step, in single_blocks.3."""
-    shown.served.add(SyntheticTrace("one"))
+    shown.served.add(ONE)
     shown.open()
-    shown.run("one")
+    with shown.page.expect_response("**/view?*"):  # the image
+        shown.run("one")
     shown.wait()
     shown.to("Step", 0)
     shown.to("Block", 4 + 3)
@@ -156,8 +160,8 @@ def one(shown: Map) -> Map:
 
 @pytest.fixture
 def two(shown: Map) -> Map:
-    shown.served.add(SyntheticTrace("one"))
-    shown.served.add(SyntheticTrace("two", seed=1))
+    shown.served.add(ONE)
+    shown.served.add(TWO)
     shown.open()
     shown.run("one", "two")
     shown.wait()

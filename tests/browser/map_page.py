@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page
 
 from tests.browser.driver import PATIENCE
 from tests.browser.synthetic_trace import SyntheticTrace
 from tests.browser.widget_page import WidgetPage
 
 PLACE = {"filename": "image.png", "subfolder": "", "type": "temp"}
+# playwright looks at this in every frame, where its expect() waits for up to a second between two looks.
+DRAWN = """() => {
+    const map = document.querySelector('.d2m-map'), body = map?.querySelector('.d2m-body');
+    return body?.checkVisibility() && map.getAttribute('aria-busy') === 'false';
+}"""
 OUTSIDE = (1390, 1090)  # where the mouse points at nothing
 SINGLE_3 = 8 + 3  # number of the layer single_blocks.3: after four double blocks of two
 
@@ -51,9 +57,9 @@ class Map:
 
     def wait(self) -> None:
         """Until the step in view is drawn."""
-        expect(self.page.locator(".d2m-body")).to_be_visible()
-        expect(self.page.locator(".d2m-map")).to_have_attribute("aria-busy", "false")
+        # A change shows in the next frame, as busy if it is waited for.
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.wait_for_function(DRAWN)
 
     @property
     def stage(self) -> Locator:
@@ -73,9 +79,8 @@ class Map:
 
     def pixels(self) -> np.ndarray:
         """The middle of every patch of the map on the screen, [height, width, 3]."""
-        url = self.stage.locator("canvas").evaluate("canvas => canvas.toDataURL()")
-        raw = self.page.evaluate("url => fetch(url).then(r => r.arrayBuffer()).then(b => [...new Uint8Array(b)])", url)
-        image = np.asarray(Image.open(io.BytesIO(bytes(raw))).convert("RGB")).astype(int)
+        url: str = self.stage.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(int)
         trace = next(iter(self.served.traces.values()))
         height, width = image.shape[:2]
         side = min(height / trace.height, width / trace.width)
