@@ -66,7 +66,7 @@ class Comfy:
                 await command.execute('Comfy.NewBlankWorkflow');
                 for (const it of before) await workflow.closeWorkflow(it);
                 app.canvas.ds.reset();
-                startedPrompts.length = 0;
+                startedPrompts.length = endedPrompts.length = 0;
             }"""
         )
         self._wait_for_nodes(0)
@@ -80,7 +80,9 @@ class Comfy:
         self.js(  # after the pack's own listener, which has then heard of what is in the list
             """() => {
                 window.startedPrompts = [];
+                window.endedPrompts = [];
                 app.api.addEventListener('execution_start', ({ detail }) => startedPrompts.push(detail.prompt_id));
+                app.api.addEventListener('execution_success', ({ detail }) => endedPrompts.push(detail.prompt_id));
             }"""
         )
 
@@ -216,7 +218,7 @@ class Comfy:
         return str(body["prompt_id"])
 
     def wait_at_gate(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE / 1000
         while not (self._gate / "waiting").exists():
             assert time.monotonic() < deadline, self.server.log_tail()
             self.page.wait_for_timeout(20)
@@ -225,6 +227,10 @@ class Comfy:
     def wait_until_started(self, prompt_id: str) -> None:
         """Wait until the page has heard that this prompt runs."""
         self.page.wait_for_function("id => startedPrompts.includes(id)", arg=prompt_id)
+
+    def wait_until_ended(self, prompt_id: str) -> None:
+        """Wait until the page has heard that this prompt has run, and what its nodes gave."""
+        self.page.wait_for_function("id => endedPrompts.includes(id)", arg=prompt_id)
 
     def open_gate(self) -> None:
         (self._gate / "open").touch()

@@ -13,6 +13,7 @@ from playwright.sync_api import Locator, expect
 
 from demo.server import ApiGraph
 from tests.browser.driver import Comfy
+from tests.browser.map_page import DRAWN
 
 STEPS = 3
 TRACE, MAP = 2, 9
@@ -81,9 +82,10 @@ def look(comfy: Comfy) -> Locator:
 
 def run(comfy: Comfy) -> Locator:
     root = look(comfy)
-    comfy.wait(comfy.queue())
-    expect(root.locator(".d2m-body")).to_be_visible()
-    expect(root).to_have_attribute("aria-busy", "false")
+    prompt = comfy.queue()
+    comfy.wait(prompt)
+    comfy.wait_until_ended(prompt)
+    comfy.page.wait_for_function(DRAWN)
     return root
 
 
