@@ -14,6 +14,7 @@ from ..data.batch import DataSource
 from ..data.pictures import PictureSource
 from ..plan.estimate import plan_run
 from ..plan.run_plan import GIB
+from ..progress import duration
 from ..run_config import RunConfig, Stage
 
 _BUCKETS = 6  # named ones
@@ -86,12 +87,3 @@ def peak_memory(device: torch.device) -> str:
         unit = 1 if sys.platform == "darwin" else 1024
         parts.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB of the host")
     return f"Peak memory of the main process: {', '.join(parts)}." if parts else ""
-
-
-def duration(seconds: float) -> str:
-    """Write a time in its two largest units."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

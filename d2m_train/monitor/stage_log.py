@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch.utils.tensorboard import SummaryWriter
 
-_LOG = "log.jsonl"
+LOG_FILE = "log.jsonl"
 _SHOWN = ("resumed", "stopped", "warning")  # events that are printed on the terminal too
 
 
@@ -68,10 +68,10 @@ class StageLog:
 
         self._wandb = _open_wandb(folder, stage, run_name) if section.wandb else None
         folder.mkdir(parents=True, exist_ok=True)
-        reached = _cut(folder / _LOG, start)
-        for line in read_stage_log(folder / _LOG):
+        reached = _cut(folder / LOG_FILE, start)
+        for line in read_stage_log(folder / LOG_FILE):
             self._last |= {name: value for name, value in line.items() if isinstance(value, float)}
-        self._log = (folder / _LOG).open("a", buffering=1)
+        self._log = (folder / LOG_FILE).open("a", buffering=1)
         # TensorBoard drops what an earlier attempt wrote from this step on.
         purge = None if reached is None else start + 1 if start else 0
         self._writer = SummaryWriter(str(tensorboard / stage), purge_step=purge)

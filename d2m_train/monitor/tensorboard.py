@@ -50,4 +50,4 @@ def describe_stage(writer: SummaryWriter, run: RunConfig, stage: Stage, processe
     }
     # Beside the stage's measurements: SummaryWriter.add_hparams would open a folder of its own for them.
     for summary in hparams(values, {VALIDATION_LOSS: 0.0}):
-        writer.file_writer.add_summary(summary)
+        writer._get_file_writer().add_summary(summary)

@@ -38,6 +38,7 @@ from ..training.parameter_sizes import ParameterSize, checkpoint_bytes
 from .activations import feature_bytes, optional_names, saved_activations, valueless_student, without_values
 from .memory import Strategy, blockwise_memory, loading_memory, shared_memory, teacher_bytes
 from .run_plan import GIB, RunPlan, StageEstimate
+from .speed import stage_seconds
 
 
 def plan_run(
@@ -68,6 +69,7 @@ def plan_run(
         host={"teacher's blocks": teacher_bytes(run, teacher)[1]} if run.teacher.offload == "cpu" else {},
         disk=_disk(run, config, teacher, teacher_dtypes, stages),
         gpu_memory=parse_gpu_memory(gpu_memory),
+        seconds=stage_seconds(run.output_dir, stages),
         notes=tuple(_notes(run, chosen, stages)),
     )
 

@@ -33,7 +33,10 @@ class StageEstimate:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class RunPlan:
-    """A run before it has begun. Sizes are in bytes: `host` is memory beside the GPU, `disk` is named by what is written."""
+    """A run before it has begun. Sizes are in bytes: `host` is memory beside the GPU, `disk` is named by what is written.
+
+    `seconds`: time of each stage's steps; empty where no step of the run has been measured.
+    """
 
     title: str
     processes: int
@@ -45,6 +48,7 @@ class RunPlan:
     host: dict[str, int]
     disk: dict[str, int]
     gpu_memory: int | None
+    seconds: dict[Stage, float]
     notes: tuple[str, ...]
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from d2m_model.cost import Cost
 
+from ..progress import duration
 from .run_plan import GIB, RunPlan, StageEstimate
 
 # Options to try, by the part of the memory that is the largest.
@@ -36,7 +37,7 @@ def plan_text(plan: RunPlan) -> str:
         f"({plan.student.flops / plan.dense.flops:.3f} of it)",
     ]
     if plan.stages:
-        lines += ["", *_stages(plan)]
+        lines += ["", *_stages(plan), "", _time(plan)]
     lines += ["", f"Disk: {_size(sum(plan.disk.values()))}"]
     lines += [f"  {name}: {_size(size)}" for name, size in plan.disk.items()]
     lines += [f"Host memory for {name}: {_size(size)}" for name, size in plan.host.items()]
@@ -73,6 +74,19 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(
         [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
     ).rstrip()
+
+
+def _time(plan: RunPlan) -> str:
+    if not plan.seconds:
+        return (
+            "Time: not known. Start the run, stop it after a few dozen steps (Ctrl-C saves them; resume=latest goes on there), "
+            "and ask again: their speed is then counted on."
+        )
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in plan.seconds.items())
+    return (
+        f"Time: {stages}; {duration(sum(plan.seconds.values()))} together, at the speed of the steps that this run has logged, "
+        "without validation, images and checkpoints."
+    )
 
 
 def _verdict(plan: RunPlan) -> list[str]:

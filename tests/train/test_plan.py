@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ from d2m_train.parallel.ranks import Ranks
 from d2m_train.plan.activations import optional_names
 from d2m_train.plan.estimate import choose_strategy, parse_gpu_memory, plan_run, student_config
 from d2m_train.plan.memory import loading_memory, shared_memory, teacher_bytes
-from d2m_train.plan.run_plan import RunPlan
+from d2m_train.plan.run_plan import RunPlan, StageEstimate
+from d2m_train.plan.speed import stage_seconds
 from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
@@ -335,6 +337,26 @@ def test_what_no_run_can_have_is_refused() -> None:
         choose_strategy("fsdp3", 4)
     assert choose_strategy(None, 1) == "single"
     assert choose_strategy(None, 8) == "ddp"
+
+
+def test_time_is_known_from_the_steps_that_the_run_has_logged(tmp_path: Path) -> None:
+    def estimate(stage: Stage, flops: float) -> StageEstimate:
+        return StageEstimate(
+            stage=stage, steps=50, trained=1, samples=100, tokens=60_000, flops=flops, memory={"a": 1}, checkpoint=0
+        )
+
+    stages = (estimate("shared", 1e12), estimate("experts", 3e12))
+    run = run_of(tmp_path).model_copy(update={"stages": ("convert", "export")})
+    plan = replace(plan_run(run), stages=stages)
+    assert "Time: not known. Start the run" in plan_text(plan)
+    assert stage_seconds(run.output_dir, stages) == {}
+    log = run.output_dir / "shared" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    rates = (10.0, 2000.0, 2000.0, 2100.0)  # the first step compiles
+    log.write_text("".join(f'{{"step": {step}, "tokens_per_second": {rate}}}\n' for step, rate in enumerate(rates, 1)))
+    seconds = stage_seconds(run.output_dir, stages)
+    assert seconds == pytest.approx({"shared": 30, "experts": 90})
+    assert "Time: shared 30 s, experts 1 min 30 s; 2 min 0 s together" in plan_text(replace(plan, seconds=seconds))
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

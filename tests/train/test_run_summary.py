@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from d2m_train.commands.summary import duration, end_text, memory_text
+from d2m_train.commands.summary import end_text, memory_text
+from d2m_train.progress import duration
 from d2m_train.run_config import RunConfig
 
 EMOJI = {
@@ -41,7 +42,7 @@ def test_the_next_command_has_the_runs_own_names(data: dict[str, Any], expected:
 
 
 def test_the_memory_of_every_stage_is_planned_where_it_can_be() -> None:
-    said = memory_text(RunConfig.model_validate(EMOJI), 1, "single")
+    said = memory_text(RunConfig.model_validate(EMOJI | {"stages": ["convert", "shared"]}), 1, "single")
     assert said is not None
     assert said.startswith("Planned memory of a GPU: shared 0.")
     unknown = RunConfig.model_validate(EMOJI | {"teacher": {"path": "flux.safetensors"}})

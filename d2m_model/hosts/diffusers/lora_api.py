@@ -213,7 +213,7 @@ def _switch_over() -> None:
 
     def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
         transformer = getattr(pipeline, "transformer", None)
-        if isinstance(transformer, FusedLoraMixin) and "transformer" in inspect.signature(cls.__init__).parameters:
+        if isinstance(transformer, FusedLoraMixin) and "transformer" in inspect.signature(cls).parameters:
             kwargs.setdefault("transformer", transformer)
         return original(cls, pipeline, **kwargs)
 

@@ -8,7 +8,6 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -245,12 +244,12 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
                 raise ValueError(f"top_k is {top_k}; expected 0 to {moe.layout.experts}, the experts of {name}.")
         self._steer("top_k", top_k)
 
-    def set_capacity_factor(self, factor: float) -> None:
+    def set_capacity_factor(self, factor: Any) -> None:
         """Set the compute slider of capacity routers; 1 is the file's own (capacity_routing.route_by_threshold).
 
         Raises ValueError unless it is a number of 0 or more. Ends a budget.
         """
-        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 <= factor < math.inf:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             raise ValueError(f"The capacity factor is {factor!r}; expected a number of 0 or more.")
         self._steer("capacity", factor)
 
