@@ -205,6 +205,8 @@ def _make_panels(trace: Trace, image: Tensor | None, step: int, block: int, prom
 def _make_panel(trace: Trace, sample: SampleKey, image: Tensor | None, number: int, ffn: str | None) -> Panel:
     choice = None if ffn is None else trace.of_image(number, sample, ffn)
     step = trace.steps[number]
+    weights = step.settings.get("mask", {}).get(ffn, ())
+    muted = [expert for expert, weight in enumerate(weights) if weight == 0]
     settings = [f"{name} {step.settings[name]}" for name in ("top_k", "capacity") if name in step.settings]
     if ffn in (by_ffn := step.settings.get(TOP_K_BY_FFN, {})):  # under a budget
         settings = [f"top_k {by_ffn[ffn]}"]
@@ -220,15 +222,18 @@ def _make_panel(trace: Trace, sample: SampleKey, image: Tensor | None, number: i
     return Panel(
         title="  ·  ".join(title),
         grid=trace.grid,
-        best_hw=None if choice is None else _best_experts(choice.experts_TK).reshape(trace.grid),
+        best_hw=None if choice is None else _best_experts(choice.experts_TK, muted).reshape(trace.grid),
         margin_hw=None if choice is None else choice.margin_T.reshape(trace.grid) / 255,
         image_HW3=picture,
     )
 
 
-def _best_experts(experts_TK: Any) -> Any:
-    """Return the best expert of each token [T]. It is NO_EXPERT for tokens without one, and for all with Top-K 0."""
-    return experts_TK[:, 0] if experts_TK.shape[1] else np.full(len(experts_TK), NO_EXPERT, np.uint8)
+def _best_experts(experts_TK: Any, muted: Sequence[int]) -> Any:
+    """Return the best expert of each token [T] that is not muted. It is NO_EXPERT for tokens without one."""
+    best_T = np.full(len(experts_TK), NO_EXPERT, np.uint8)
+    for experts_T in reversed(experts_TK.T):  # from the last choice to the best
+        best_T = np.where(np.isin(experts_T, [*muted, NO_EXPERT]), best_T, experts_T)
+    return best_T
 
 
 def _chosen_step(trace: Trace, step: int) -> int:

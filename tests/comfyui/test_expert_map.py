@@ -71,6 +71,14 @@ def run(host: Comfy, model: Any, store: Any, node: str = "5") -> tuple[Traced, T
 # The image
 
 
+def test_a_muted_expert_paints_no_patch(host: Comfy) -> None:
+    experts_TK = np.array([[1, 0], [2, 255], [1, 255], [0, 1]], np.uint8)
+    best_experts = host.module("nodes.expert_map.map_node")._best_experts
+    assert best_experts(experts_TK, []).tolist() == [1, 2, 1, 0]
+    assert best_experts(experts_TK, [1]).tolist() == [0, 2, 255, 0]
+    assert best_experts(experts_TK[:, :0], [1]).tolist() == [255] * 4  # Top-K 0
+
+
 def test_a_patch_has_its_best_experts_colour_as_strongly_as_it_was_chosen(host: Comfy, pair: Pair, store: Any) -> None:
     it, latents = run(host, pair.moe, store)
     (map_HW3,) = drawn(host, trace=it.handle, image=image_of(latents), step=0, block=3).result[0]

@@ -143,3 +143,15 @@ test("freeing a trace forgets it here and deletes it on the server", async () =>
   assert.equal(traces.bytes, stepBytes(0).length);
   assert.equal(requests.at(-1), "DELETE /d2m/traces/a");
 });
+
+test("muted experts have no share and no patches, and the next best moves up", () => {
+  const settings = { top_k: 2, mask: { "double_blocks.0.img_mlp": [1, 0, 1, 1] } };
+  const { steps, ...rest } = description();
+  const masked = new Trace({ ...rest, steps: [{ ...steps[0], settings }, steps[1]] });
+  const decoded = masked.decode(buffer(0), 0, 0);
+  assert.deepEqual([...masked.top(decoded, 0).experts], [0, 0, 2, 3]); // expert 1 was best for the second patch
+  assert.deepEqual(masked.choices(decoded, 0, "image", 0).chosen.map(({ expert }) => expert), [0]);
+  assert.equal(masked.shares(0, 0, 0)[1], 0);
+  assert.deepEqual([...masked.muted(0, 0)], [1]);
+  assert.deepEqual([...masked.top(masked.decode(buffer(0), 0, 0), 2).experts], [0, 1, 0, 1]); // another layer's are not
+});

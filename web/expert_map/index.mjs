@@ -6,8 +6,8 @@ import { TraceStore } from "./trace.mjs";
 
 const CLASS = "D2MExpertMap";
 const PROPERTY = "d2m_map";
-const SIZE = [680, 1180];
-const MIN_HEIGHT = 660;
+const SIZE = [900, 920]; // the charts stand beside the map, and the node fits a laptop's screen
+const MIN_HEIGHT = 600;
 const WRITE_DELAY = 400; // ms without a change after which the view is written to the workflow
 const GRACE = 60_000; // ms after which a deleted node's traces are freed; until then undo finds them again
 

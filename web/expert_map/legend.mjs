@@ -100,6 +100,7 @@ export function legend(state, { app, node, announce }) {
     const mask = maskPlace(place);
     const { name } = main.layers[state.layer];
     const applied = weights(maskText(mask), name, experts);
+    const muted = main.muted(state.mainStep, state.layer);
     const shares = main.shares(state.mainStep, state.mainSample, state.layer);
     const highest = main.highestShare(state.mainSample);
     items.forEach((parts, expert) => {
@@ -107,7 +108,7 @@ export function legend(state, { app, node, announce }) {
       if (expert >= experts) return;
       const share = shares?.[expert] ?? 0;
       parts.bar.style.width = `${(share / highest) * 100}%`;
-      say(parts.share, shares ? `${(share * 100).toFixed(1)} %` : "–");
+      say(parts.share, muted.has(expert) ? t("map.muted") : shares ? `${(share * 100).toFixed(1)} %` : "–");
       say(parts.weight, applied[expert] === 1 ? "" : `×${applied[expert]}`);
       set(parts.element, "aria-selected", String(view.expert === expert));
       const rule = applied[expert] === 1 ? "" : `, ${t("map.rules.weight", { weight: applied[expert] })}`;

@@ -59,9 +59,10 @@ export const STYLE = `
 
 .d2m-map .d2m-legend { flex: 0 0 190px; min-height: 0; display: flex; flex-direction: column; gap: 6px; }
 .d2m-map .d2m-heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; min-height: 17px; font-weight: 600; }
+.d2m-map .d2m-legend > .d2m-heading { flex: none; }
 .d2m-map .d2m-experts { flex: 0 1 auto; min-height: 40px; overflow-y: auto; display: flex; flex-direction: column; padding: 2px; }
 .d2m-map .d2m-expert { display: grid; grid-template-columns: 28px 1fr auto 46px; align-items: center; gap: 6px;
-  padding: 1px 4px; border-radius: 5px; cursor: pointer; border: 1px solid transparent; }
+  padding: 0 4px; border-radius: 5px; cursor: pointer; border: 1px solid transparent; }
 .d2m-map .d2m-expert:hover { background: var(--d2m-field); }
 .d2m-map .d2m-expert[aria-selected="true"] { border-color: var(--d2m-accent); background: var(--d2m-field); }
 .d2m-map .d2m-expert:focus-visible { outline-offset: -1px; }
@@ -125,8 +126,8 @@ export const STYLE = `
   .d2m-map .d2m-scrub .d2m-value { flex: 1 0 100%; }
 }
 /* A wide node has the charts beside the map. */
-@container d2m-map (min-width: 880px) {
-  .d2m-map .d2m-body { display: grid; grid-template: auto minmax(250px, 1fr) auto auto auto auto / minmax(0, 11fr) minmax(0, 9fr); gap: 8px 16px; }
+@container d2m-map (min-width: 820px) {
+  .d2m-map .d2m-body { display: grid; grid-template: auto minmax(250px, 1fr) auto auto auto auto / minmax(0, 3fr) minmax(0, 2fr); gap: 8px 16px; }
   .d2m-map .d2m-bar, .d2m-map .d2m-body > .d2m-quiet { grid-column: 1 / -1; }
   .d2m-map .d2m-main, .d2m-map .d2m-scrub, .d2m-map .d2m-path-part { grid-column: 1; }
   .d2m-map .d2m-tabbed { grid-column: 2; grid-row: 2 / 5; max-height: none; }

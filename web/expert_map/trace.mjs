@@ -61,10 +61,17 @@ export class Trace {
     return this.record(step, sample).ran[layer];
   }
 
-  /** Share of the layer's choices that went to each expert, or null if it did not run. */
+  /** The experts of a layer that an Expert Mask muted at a step: their output did not count, though tokens chose them. */
+  muted(step, layer) {
+    const weights = this.steps[step].settings?.mask?.[this.layers[layer].name] ?? [];
+    return new Set(weights.flatMap((weight, expert) => (weight === 0 ? [expert] : [])));
+  }
+
+  /** Share of the layer's choices that went to each expert, without muted ones, or null if it did not run. */
   shares(step, sample, layer) {
     if (!this.ran(step, sample, layer)) return null;
-    const load = this.record(step, sample).load[layer];
+    const muted = this.muted(step, layer);
+    const load = this.record(step, sample).load[layer].map((count, expert) => (muted.has(expert) ? 0 : count));
     const all = load.reduce((sum, count) => sum + count, 0);
     return load.map((count) => (all ? count / all : 0));
   }
@@ -85,7 +92,7 @@ export class Trace {
 
   /**
    * Split the bytes of one step of one sample into layers: experts and gates [T*K] and margin [T], or null for a layer that
-   * did not run. Returns views of the buffer, not copies. Throws an Error if the length does not fit the layers.
+   * did not run. Muted experts are taken out. Returns views of the buffer, not copies. Throws an Error if the length does not fit the layers.
    */
   decode(buffer, step, sample) {
     const layers = [];
@@ -101,7 +108,9 @@ export class Trace {
       if (!this.ran(step, sample, layer)) return layers.push(null);
       const tokens = this.tokens(layer);
       const choices = tokens * this.slots;
-      return layers.push({ experts: take(choices), gates: take(choices), margin: take(tokens) });
+      const data = { experts: take(choices), gates: take(choices), margin: take(tokens) };
+      takeOut(data, this.muted(step, layer), this.slots);
+      return layers.push(data);
     });
     if (at !== buffer.byteLength) {
       throw new Error(`Step ${step} of sample ${sample} has ${buffer.byteLength} bytes; its layers need ${at}.`);
@@ -130,6 +139,20 @@ export class Trace {
       if (data.experts[slot] !== NONE) chosen.push({ expert: data.experts[slot], gate: data.gates[slot] / 255 });
     }
     return { chosen, margin: data.margin[at] / 255 };
+  }
+}
+
+/** Take muted experts out of the tokens' choices: the next best moves up. */
+function takeOut({ experts, gates }, muted, slots) {
+  if (!muted.size) return;
+  for (let first = 0; first < experts.length; first += slots) {
+    let kept = first;
+    for (let slot = first; slot < first + slots; slot++) {
+      if (muted.has(experts[slot])) continue;
+      [experts[kept], gates[kept]] = [experts[slot], gates[slot]];
+      kept += 1;
+    }
+    experts.fill(NONE, kept, first + slots);
   }
 }
 
