@@ -19,6 +19,7 @@ from d2m_model.routers import CapacityRouter
 from d2m_model.sensitivity import SENSITIVITY, Errors, Sensitivity
 from demo.in_process import Comfy
 from tests.comfyui.conftest import Pair, with_lora
+from tests.comfyui.test_trace import traced
 from tests.toys import files
 from tests.toys.compare import distance
 
@@ -159,8 +160,19 @@ def test_the_cost_of_a_budget_is_that_of_its_allotment(host: Comfy, measured: di
 
 
 def test_a_trace_has_the_allotment_of_each_step(host: Comfy, measured: dict[str, Any]) -> None:
-    effects = host.module("nodes.controls.effects")
-    config = measured["experts"].model.moe_config
-    by_ffn = {name: place for place, name in enumerate(config.ffns)}
-    effective = effects.effective_settings({"top_k_by_ffn": by_ffn}, config)
-    assert effective == {"gate": "sum", "top_k_by_ffn": by_ffn}
+    shown = traced(host, budget(host, measured["experts"], 0.7))
+    _, log = logged(host, shown.model)
+    trace = shown.trace
+    seen = set()
+    for number, entry in enumerate(log["evaluations"]):
+        by_ffn = log["allotments"][entry["allotment"]]
+        assert trace.steps[number].settings["top_k_by_ffn"] == by_ffn
+        for ffn, k in by_ffn.items():
+            layer = trace.choices(number, trace.samples[0])[ffn]
+            assert (layer.experts_TK != 255).sum(1).tolist() == [k] * len(layer.experts_TK)
+            seen.add(k)
+    assert len(seen) > 1
+    title = (
+        host.module("nodes.expert_map.map_node")._make_panel(trace, trace.samples[0], None, 0, "single_blocks.0").title
+    )
+    assert f"top_k {log['allotments'][log['evaluations'][0]['allotment']]['single_blocks.0']}" in title

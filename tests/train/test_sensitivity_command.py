@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,20 @@ def test_a_file_that_cannot_be_measured_is_refused(data: Path, tmp_path: Path) -
     teacher, student = load_transformer(pair.dense), FluxMoETransformer2DModel.from_flux_moe(pair.moe)
     with pytest.raises(UserError, match="capacity router"):
         measure_sensitivity(teacher, student, LatentFile(data), SETTINGS)
+
+
+def test_a_conversion_with_data_measures_too(
+    pair: Pair, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = partial(SensitivitySettings, bins=2, batches=1, batch_size=1, probes=1)
+    monkeypatch.setattr("d2m_train.commands.convert.SensitivitySettings", short)
+    out = tmp_path / "out.safetensors"
+    command = [str(part) for part in ("convert", "--teacher", pair.dense, "--out", out, "--sensitivity")]
+    assert main(command) == 2
+    assert "--sensitivity needs --data" in capsys.readouterr().err
+    options = ["--data", str(data), "--batches", "4", "--batch-size", "2", "--importance", "weight-norm"]
+    assert main([*command, *options]) == 0
+    config = check_file(out)
+    assert config.sensitivity is not None
+    assert config.sensitivity.ffns.keys() == config.ffns.keys()
+    assert config.provenance["preset"] == "L"

@@ -68,6 +68,15 @@ test("the settings of a step are named; a step without any says its number", asy
   assert.equal(settingsOf({ ...state, stepOf: () => 1 }, 0), "step 2 of 2");
 });
 
+test("under a budget the Top-K of the shown layer is named", async () => {
+  await load({ en: english });
+  const steps = [{ settings: { gate: "sum", top_k_by_ffn: { "single_blocks.0": 5, "single_blocks.1": 0 } } }];
+  const layers = [{ name: "single_blocks.0" }, { name: "single_blocks.1" }];
+  const state = { traces: [{ steps }], stepOf: () => 0, main: { layers }, layer: 0 };
+  assert.equal(settingsOf(state, 0), "Top-K 5");
+  assert.equal(settingsOf({ ...state, layer: 1 }, 0), "Top-K 0");
+});
+
 test("padding is the run of equal pieces at the prompt's end, after the first of them", () => {
   assert.equal(withoutPadding(["a", "fox", "</s>", "<pad>", "<pad>", "<pad>"]), 3);
   assert.equal(withoutPadding(["a", "fox", "</s>"]), 3);
