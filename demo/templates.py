@@ -191,10 +191,11 @@ def main() -> None:
         for template in TEMPLATES:
             if arguments.names and template.name not in arguments.names:
                 continue
-            write_json(_FOLDER / f"{template.name}.json", drawn(template, known))
+            write_json(_FOLDER / f"{template.title}.json", drawn(template, known))
             write_json(_FOLDER / "api" / f"{template.name}.json", template.graph)
             if not arguments.no_pictures:
-                thumbnail(server.run(template.graph), _FOLDER / f"{template.name}.jpg")
+                images = server.run(template.graph) if template.runs else []
+                thumbnail(template, images, _FOLDER / f"{template.title}.jpg")
             print(template.name, flush=True)
 
 
