@@ -46,18 +46,28 @@ def add_diffusion_model(base: Path, file: Path, name: str) -> None:
         shutil.copyfile(file, part)
 
 
-def convert_teacher(out: Path) -> None:
-    """Convert the emoji FLUX to the file `out`, without training."""
+def convert_teacher(out: Path, *options: str) -> None:
+    """Convert the emoji FLUX to the file `out`, without training; `options` are further ones of the command."""
     out.parent.mkdir(parents=True, exist_ok=True)
     run_trainer(
-        "convert", "--teacher", dataset.EMOJI_TEACHER, "--out", out, "--overwrite", "--preset", "L", "--data", "emoji"
+        "convert",
+        "--teacher",
+        dataset.EMOJI_TEACHER,
+        "--out",
+        out,
+        "--overwrite",
+        "--preset",
+        "L",
+        "--data",
+        "emoji",
+        *options,
     )
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / CONVERTED
-        convert_teacher(converted)  # writes a report beside the file
+        convert_teacher(converted, "--sensitivity")  # writes a report beside the file
         with atomic_file(dataset.EMOJI_FLUX_MOE) as part:
             shutil.copyfile(converted, part)
 

@@ -150,6 +150,24 @@ def schedule() -> Template:
     )  # fmt: skip
 
 
+def budget() -> Template:
+    build = GraphBuilder()
+    loader = build.loader()
+    build.next_column()
+    model = build.add("D2MBudget", model=[loader, 0], budget=0.65, group="Model")
+    build.paint_and_save(model, "rocket in the top on black", "emoji-flux-moe-budget")
+    note = (
+        "## Compute where it counts\n\n"
+        "**budget** is the share of the dense model's FLOPs. Move it while an image is sampling. It is spent on the FFNs and "
+        "steps that need experts most, by a sensitivity table in the file. A file without one gets one Top-K for all; "
+        "`python -m d2m_train sensitivity` measures it."
+    )
+    return Template(
+        name="flux-moe-budget", title="5b Compute budget", line="One slider, spent where it counts", built=build.built,
+        note=note + READY,
+    )  # fmt: skip
+
+
 CALIBRATION_PROMPTS = (
     "fox in the centre on blue", "panda in the left on green", "rocket in the top on black", "cat in the left on orange",
 )  # fmt: skip
@@ -262,6 +280,6 @@ def convert_flux() -> Template:
 
 
 TEMPLATES = (
-    text_to_image(), top_k_comparison(), expert_map(), lora(), schedule(), conversion(), load_flux(), convert_flux(),
+    text_to_image(), top_k_comparison(), expert_map(), lora(), schedule(), budget(), conversion(), load_flux(), convert_flux(),
     load_flux_fp8(),
 )  # fmt: skip

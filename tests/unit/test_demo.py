@@ -78,6 +78,7 @@ def test_the_flux_moe_that_ships_is_the_emoji_flux_converted_by_its_command() ->
     assert config.provenance["preset"] == "L"
     assert config.provenance["data"] == {"name": "emoji", "batches": 32, "batch_size": 8}
     assert len(config.ffns) == 26
+    assert config.sensitivity is not None  # by which the template of a compute budget spends
     for name in config.ffns:
         order, tensors = moe[f"{name}.neuron_order"], ffn_tensors(name, config.dims.hidden_size)
         for weight in (f"{tensors.up}.weight", f"{tensors.up}.bias"):
