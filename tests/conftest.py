@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test with its tier, and keep the tests of a file in one process, with their fixtures.
 
-    All tests of the browser are in one process too, since pages that draw at the same time slow each other down.
+    All tests of the browser are in one process too: one server, and one page at a time, which is slow to load.
     """
     for item in items:
         folder = _folder(item)

@@ -16,11 +16,7 @@ from tests.browser.widget_page import WidgetPage
 from tests.comfyui.serving import EMOJI
 from tests.toys import files
 
-# All tests in one renderer share a server and a page, in one process.
-RENDERERS = [
-    pytest.param(vue, id=name, marks=pytest.mark.xdist_group(f"browser {name}"))
-    for name, vue in {"canvas": False, "nodes-2": True}.items()
-]
+RENDERERS = {"canvas": False, "nodes-2": True}
 
 # A model behind this node stops in evaluation `stop_at` until the test opens the gate: what the test does meanwhile is for
 # the next evaluation, on a machine of any speed. Another `test` is another run, whatever ComfyUI has in its cache.
@@ -99,7 +95,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 FAILED = pytest.StashKey[bool]()
 
 
-@pytest.fixture(scope="session", params=RENDERERS)
+@pytest.fixture(scope="session", params=RENDERERS.values(), ids=RENDERERS)
 def vue(request: pytest.FixtureRequest) -> bool:
     """True if Nodes 2.0 draws. Session scope puts all tests of one renderer in a row."""
     return bool(request.param)
