@@ -208,7 +208,7 @@ def flux_text_encoders(build: GraphBuilder, t5: str, group: str = PROMPT) -> str
 FOX = "a red fox in fresh snow, morning light, photograph"
 
 
-def flux(name: str, title: str, line: str, t5: str, weight_dtype: str, text: str) -> Template:
+def _flux_template(name: str, title: str, line: str, t5: str, weight_dtype: str, text: str) -> Template:
     """A FLUX.1 as a FLUX-MoE, at 1024²."""
     build = GraphBuilder(top=360)  # the model's nodes are in the row above
     clip = flux_text_encoders(build, t5)
@@ -226,12 +226,12 @@ def flux(name: str, title: str, line: str, t5: str, weight_dtype: str, text: str
     return Template(name=name, title=title, line=line, built=build.built, note=note, runs=False)
 
 
-def load_flux() -> Template:
+def load_flux1() -> Template:
     text = (
         "FLUX.1 dev as a FLUX-MoE, at 1024² pixels: 5.2 of 12 billion parameters work on a token. No FLUX-MoE file yet? "
         "Template 8 makes one of the FLUX.1 that you have."
     )
-    return flux(
+    return _flux_template(
         "flux-moe-flux1", "7 FLUX.1 as a FLUX-MoE", "FLUX.1 at 1024 x 1024", "t5xxl_fp16.safetensors", "default", text
     )
 
@@ -241,7 +241,7 @@ def load_flux_fp8() -> Template:
         "With **weight_dtype** fp8_e4m3fn the experts are held in a byte a weight, at some loss, and fit where bfloat16 does "
         "not; routers keep their precision. Files that are quantised already are loaded with *default*."
     )
-    return flux(
+    return _flux_template(
         "flux-moe-flux1-fp8", "9 FLUX.1 in fp8", "Half the memory", "t5xxl_fp8_e4m3fn.safetensors", "fp8_e4m3fn", text
     )
 
@@ -280,6 +280,6 @@ def convert_flux() -> Template:
 
 
 TEMPLATES = (
-    text_to_image(), top_k_comparison(), expert_map(), lora(), schedule(), budget(), conversion(), load_flux(), convert_flux(),
+    text_to_image(), top_k_comparison(), expert_map(), lora(), schedule(), budget(), conversion(), load_flux1(), convert_flux(),
     load_flux_fp8(),
 )  # fmt: skip

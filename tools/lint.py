@@ -30,8 +30,11 @@ def check(name: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    """In ComfyUI the root is the nodes' package, so they import relatively beyond their own folder. A link to the root,
-    called dense2moe, gives type checker and import contracts a name for that package."""
+    """Return the environment of type checker and import contracts, with a link to the root that is called dense2moe.
+
+    In ComfyUI the root is the nodes' package, so they import relatively beyond their own folder; the link gives that
+    package a name.
+    """
     link_root(root, root / ".host" / "package", "dense2moe")
     package = str(root / ".host" / "package")
     return {**os.environ, "PYTHONPATH": package, "MYPYPATH": package}
