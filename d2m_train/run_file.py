@@ -98,7 +98,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = _dotted(problem["loc"])
         if problem["type"] == "extra_forbidden":
-            yield f"{where} is not a field{_suggestion(where)}."
+            yield f"{where} is not a field{_suggestion(where)}"
         elif problem["type"] == "missing":
             yield f"{where} is missing."
         else:
@@ -135,7 +135,7 @@ def _suggestion(name: str) -> str:
     elsewhere = [field for field, _ in run_fields() if field.rpartition(".")[2] == last]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
-    return f" (fields: {', '.join(own)})" if own else ""
+    return f" (fields: {', '.join(own)})." if own else "."
 
 
 def _fields_below(prefix: str) -> list[str]:

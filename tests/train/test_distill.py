@@ -332,7 +332,7 @@ def test_a_missing_teacher_and_wrong_names_are_errors_of_one_line(
 ) -> None:
     file = str(run_file(tmp_path, teacher={"path": str(tmp_path / "none.safetensors")}))
     assert "none.safetensors" in error_of(main(["distill", file]), capsys)
-    assert "did you mean batch_size" in error_of(main(["distill", file, "training.batchsize=3"]), capsys)
+    assert "did you mean training.batch_size?\n" in error_of(main(["distill", file, "training.batchsize=3"]), capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_module(
