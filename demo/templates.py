@@ -24,14 +24,14 @@ from tools.host import ROOT
 
 _FOLDER = ROOT / "example_workflows"
 _PROJECT = "dense2moe-flux"
-_LEFT, _TOP, _NOTE = 40, 100, (340, 340)  # of the note, and its width and height
-_BETWEEN_COLUMNS, _BETWEEN_NODES, _BETWEEN_GROUPS = 100, 100, 170  # Nodes 2.0 draws a node's foot below its size
+_LEFT, _TOP, _NOTE_WIDTH = 40, 100, 1000  # of the note
+_BETWEEN_COLUMNS, _BETWEEN_NODES, _BETWEEN_GROUPS = 80, 90, 150  # Nodes 2.0 draws a node's foot below its size
 _WIDTHS = {"VAEDecode": 220, "D2MExpertMap": 900, "D2MEmojiPrompt": 320, "D2MConvertFlux": 320}
 _WIDTH = 300
 _PICTURE = {"SaveImage": 280, "D2MExpertMap": 640}  # height of what a node shows
 _READOUT = {"D2MLoadFluxMoE", "D2MTopK", "D2MSchedule", "D2MExpertMask", "D2MConvertFlux"}
 _SOCKET, _ROW, _TEXT_BOX, _READOUT_HEIGHT, _TITLE, _FRAME = 20, 26, 110, 66, 30, 24
-_WINDOW, _ZOOMS = 1480, (0.6, 0.9)  # width of the graph in a laptop's window; bounds of the zoom at which it opens
+_WINDOW, _ZOOMS = 1400, (0.6, 0.9)  # width of the graph in a laptop's window; bounds of the zoom at which it opens
 _THUMBNAIL, _LINE = 256, 40
 
 
@@ -69,16 +69,24 @@ def height_of(class_type: str, info: Mapping[str, Any]) -> int:
     return height + _READOUT_HEIGHT * (class_type in _READOUT)
 
 
+def note_height(template: Template) -> int:
+    """Return the height of the note: paragraphs, and lines of lists."""
+    return 80 + 20 * template.note.count("\n\n") + 24 * template.note.count("\n- ")
+
+
 Boxes = dict[str, tuple[int, int, int, int]]  # node id → left, top, width, height
 
 
 def places(template: Template, known: Mapping[str, Any]) -> Boxes:
-    """Return the box of each node, without its title: columns from left to right, the note's before them."""
+    """Return the box of each node, without its title: columns from left to right, below the note.
+
+    Templates open whole in the window: the narrower a graph, the larger its text.
+    """
     graph, built = template.graph, template.built
     boxes: Boxes = {}
-    left = _LEFT + _NOTE[0] + _BETWEEN_COLUMNS
+    left = _LEFT
     for column in range(1 + max(built.column.values())):
-        top, group, widest = _TOP + built.tops.get(column, 0), None, 0
+        top, group, widest = _TOP + note_height(template) + _BETWEEN_GROUPS + built.tops.get(column, 0), None, 0
         for name in (name for name in graph if built.column[name] == column):
             kind = graph[name]["class_type"]
             if group not in (None, built.group[name]):
@@ -145,7 +153,8 @@ def drawn(template: Template, known: Mapping[str, Any]) -> dict[str, Any]:
         ]
     last = max(int(name) for name in graph) + 1
     note = {
-        "id": last, "type": "MarkdownNote", "pos": [_LEFT, _TOP], "size": list(_NOTE), "flags": {}, "order": len(nodes),
+        "id": last, "type": "MarkdownNote", "pos": [_LEFT, _TOP], "size": [_NOTE_WIDTH, note_height(template)], "flags": {},
+        "order": len(nodes),
         "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": [template.note],
     }  # fmt: skip
     right = max(left + width for left, _, width, _ in boxes.values())
