@@ -82,7 +82,7 @@ def without_layers(table: Sensitivity, config: FluxMoEConfig, tokens: Tokens) ->
     """Return the table with each FFN's part, by the price of its experts, of the sum of all FFNs' errors."""
     lengths = {"img": tokens.image, "txt": tokens.text, "joint": tokens.joint}
     prices = {name: lengths[FFN.parse(name).stream] * config.ffns[name].width for name in table.ffns}
-    total = sum(np.array(errors) for errors in table.ffns.values())
+    total = np.sum([np.array(errors) for errors in table.ffns.values()], axis=0)
     parts = {name: total * price / sum(prices.values()) for name, price in prices.items()}
     return replace(table, ffns={name: tuple(map(tuple, part.tolist())) for name, part in parts.items()})
 

@@ -101,7 +101,7 @@ def places(template: Template, known: Mapping[str, Any]) -> Boxes:
 
 def frames(template: Template, boxes: Boxes) -> list[dict[str, Any]]:
     """Return the named groups, each around its nodes."""
-    found = []
+    found: list[dict[str, Any]] = []
     for group in dict.fromkeys(template.built.group.values()):
         inside = [boxes[name] for name, its in template.built.group.items() if its == group]
         left, top = min(it[0] for it in inside) - _FRAME, min(it[1] for it in inside) - _TITLE - _FRAME - 20

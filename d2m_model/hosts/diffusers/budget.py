@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,11 +12,23 @@ from torch import Tensor
 from ...budget import Allotment, Spending, allot, everything, one_value
 from ...config import FluxMoEConfig
 from ...cost import Tokens
-
-if TYPE_CHECKING:
-    from .transformer import FluxMoETransformer2DModel
+from ...moe import MoEFFN
+from .modules import GroupRouter
 
 log = logging.getLogger(__name__)
+
+
+class BudgetedModel(Protocol):
+    """What a budget reads of a BudgetedModel, and sets in it."""
+
+    @property
+    def flux_moe(self) -> FluxMoEConfig: ...
+
+    def moe_ffns(self) -> dict[str, MoEFFN]: ...
+
+    def block_routers(self) -> list[GroupRouter]: ...
+
+    def set_router_value(self, value: float) -> None: ...
 
 
 class ModelBudget:
@@ -38,7 +50,7 @@ class ModelBudget:
         self._one_value = 0.0
 
     @torch.compiler.disable
-    def apply(self, model: FluxMoETransformer2DModel, image_BTC: Tensor, text_BLD: Tensor, timestep_B: Tensor) -> None:
+    def apply(self, model: BudgetedModel, image_BTC: Tensor, text_BLD: Tensor, timestep_B: Tensor) -> None:
         """Set what runs in the forward pass of these inputs. Samples share it: the first one's timestep decides."""
         tokens = Tokens(image=image_BTC.shape[1], text=text_BLD.shape[1])
         config = model.flux_moe
@@ -67,7 +79,7 @@ class ModelBudget:
         )  # fmt: skip
 
 
-def _set(model: FluxMoETransformer2DModel, spending: Spending) -> None:
+def _set(model: BudgetedModel, spending: Spending) -> None:
     for name, moe in model.moe_ffns().items():
         moe.router_value = spending.top_k[name]
     for router, active in zip(model.block_routers(), spending.active_blocks, strict=True):
