@@ -21,9 +21,8 @@ export PYTHONDONTWRITEBYTECODE =
 
 # Evaluated after set-up: the Python of the environment that belongs to the host in use.
 RUN = "$$($(PYTHON) -m tools.host --python)" -m
-# As many processes as tests/conftest.py says. Tests of a file (or an xdist_group) share a process and its fixtures, and
-# keep their order.
-SIDE_BY_SIDE = --numprocesses auto --dist loadgroup --no-loadscope-reorder
+# How many processes, and which tests share one: tests/conftest.py.
+SIDE_BY_SIDE = --numprocesses auto --dist loadscope --no-loadscope-reorder
 PYTEST = $(RUN) pytest $(SIDE_BY_SIDE)
 
 help: ## this list

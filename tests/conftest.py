@@ -15,6 +15,8 @@ from hypothesis import settings
 TESTS = Path(__file__).parent
 # Folder: marker, in the order in which they run: long tests first, so that at the end no core waits for a long one.
 TIERS = {"browser": "browser", "train": "train", "comfyui": "host", "unit": "unit"}
+# Files whose tests share the ComfyUI server of tests/comfyui/conftest.py.
+SERVER = {"test_cost_route.py", "test_live_server.py", "test_trace_server.py", "test_server.py"}
 
 # No deadlines: machines differ, and benchmarks/ measures speed. Continuous integration draws the same examples each time.
 settings.register_profile("local", deadline=None)
@@ -32,6 +34,7 @@ if sys.dont_write_bytecode:
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return one process a core, since the models are tiny, and one more for the browser's tests, which mostly wait.
 
@@ -42,19 +45,36 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(4, os.cpu_count() or 1) + any(path == browser or path in browser.parents for path in asked)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let the tests of a file run in one process, with their fixtures; those of several files where they share a server.
+
+    pytest-xdist's own groups (`--dist loadgroup`) have no effect under pytest 9.2, which keeps a test's first name.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_process(nodeid.split("::")[0])
+
+    return ByFile(config, log)
+
+
+def shared_process(file: str) -> str:
+    """Return the name of what must run in one process with the tests of this file (`tests/unit/test_cost.py`)."""
+    folder, name = file.split("/")[-2:]
+    if folder == "browser":  # one server, and one page at a time, which is slow to load
+        return folder
+    return "server" if name in SERVER else file
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its tier, and keep the tests of a file in one process, with their fixtures.
-
-    All tests of the browser are in one process too: one server, and one page at a time, which is slow to load.
-    """
+    """Mark every test with its tier, and sort the tiers."""
+    tiers = list(TIERS)
     for item in items:
-        folder = _folder(item)
-        item.add_marker(TIERS[folder])
-        if not item.get_closest_marker("xdist_group"):
-            path = str(item.path.relative_to(TESTS))
-            item.add_marker(pytest.mark.xdist_group(folder if folder == "browser" else path))
-    items.sort(key=lambda item: list(TIERS).index(_folder(item)))
+        item.add_marker(TIERS[_folder(item)])
+    items.sort(key=lambda item: tiers.index(_folder(item)))
 
 
 def _folder(item: pytest.Item) -> str:

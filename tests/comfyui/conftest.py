@@ -36,7 +36,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Comfy:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A ComfyUI with all models of serving.py. Files that use it are in one xdist_group, so that it starts once."""
+    """A ComfyUI with all models of serving.py. Files that use it are in one process (SERVER in tests/conftest.py)."""
     base = tmp_path_factory.mktemp("server")
     write_base(base)
     with ComfyServer(base) as running:

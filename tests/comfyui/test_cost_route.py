@@ -16,8 +16,6 @@ from d2m_train.__main__ import main
 from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.serving import node, sampling
 
-pytestmark = pytest.mark.xdist_group("server")
-
 
 def cost(server: ComfyServer, **query: Any) -> dict[str, Any]:
     found: dict[str, Any] = server.get("/d2m/cost", **{name: str(value) for name, value in query.items()})

@@ -20,7 +20,6 @@ from PIL import Image
 from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.serving import node, sampling
 
-pytestmark = pytest.mark.xdist_group("server")
 STEPS = 60
 SIZE = 64
 

@@ -16,7 +16,6 @@ from tests.comfyui.serving import node, sampling
 from tests.toys.wrong_files import WRONG
 from tools.host import PACK_NAME, ROOT
 
-pytestmark = pytest.mark.xdist_group("server")
 WORKFLOWS = ROOT / "example_workflows"
 NODES = [
     "D2MLoadFluxMoE", "D2MSaveFluxMoE", "D2MTopK", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask", "D2MReplay",

@@ -14,7 +14,6 @@ import pytest
 from demo.server import ApiGraph, ComfyServer, ServerError
 from tests.comfyui.serving import node, sampling, write_base
 
-pytestmark = pytest.mark.xdist_group("server")
 SIZE, STEPS = 64, 3
 PATCHES, TEXT = (SIZE // 16) ** 2, 7
 
