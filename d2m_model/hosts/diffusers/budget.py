@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class BudgetedModel(Protocol):
-    """What a budget reads of a BudgetedModel, and sets in it."""
+    """A FluxMoETransformer2DModel as a budget sees it."""
 
     @property
     def flux_moe(self) -> FluxMoEConfig: ...
