@@ -50,6 +50,9 @@ class Comfy:
             "Comfy.TutorialCompleted": True,
             "Comfy.ApiGraph.CanvasInfo": False,
             "Comfy.Workflow.Persist": True,
+            # Drawn by software, the canvas would keep a core busy.
+            "LiteGraph.Canvas.MaximumFps": 20,
+            "Comfy.Minimap.Visible": False,
         }
         self.server.post("/settings", settings)
         self.page.goto(self.server.address)

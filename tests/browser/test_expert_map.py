@@ -136,7 +136,11 @@ def test_the_map_follows_its_node_in_size(comfy: Comfy) -> None:
     comfy.build(graph())
     root = run(comfy)
     before = root.bounding_box()
-    comfy.js("id => { app.rootGraph.getNodeById(id).setSize([1100, 1300]); app.canvas.setDirty(true, true); }", MAP)
+    comfy.js(
+        "id => { const node = app.rootGraph.getNodeById(id); node.setSize([1.5 * node.size[0], 1300]); "
+        "app.canvas.setDirty(true, true); }",
+        MAP,
+    )
     comfy.page.wait_for_timeout(500)
     after = root.bounding_box()
     assert before is not None
