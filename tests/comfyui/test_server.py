@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from d2m_model.tensor_file import TensorFile
 from demo.server import ApiGraph, ComfyServer, ServerError
+from demo.template_graphs import TEMPLATES, Template
 from tests.comfyui.serving import node, sampling
 from tests.toys.wrong_files import WRONG
 from tools.host import PACK_NAME, ROOT
@@ -135,9 +135,10 @@ def test_top_k_says_what_is_wrong(server: ComfyServer, loader: dict, message: st
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("file", sorted(WORKFLOWS.glob("*.json")), ids=lambda file: file.stem)
-def test_a_workflow_is_its_api_twin(server: ComfyServer, file: Path) -> None:
-    workflow, twin = json.loads(file.read_text()), json.loads((WORKFLOWS / "api" / file.name).read_text())
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_a_workflow_is_its_api_twin(server: ComfyServer, template: Template) -> None:
+    workflow = json.loads((WORKFLOWS / f"{template.title}.json").read_text())
+    twin = json.loads((WORKFLOWS / "api" / f"{template.name}.json").read_text())
     known = server.get("/object_info")
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     graph = {}

@@ -27,7 +27,7 @@ pytest.importorskip("diffusers")
 
 from d2m_model.conversion.ffn import Recipe
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
-from d2m_train import run_config
+from d2m_train.run_file import load_run
 
 DEEP = replace(DIMS, double_blocks=4, single_blocks=6)  # just room for the groups of XS: one of each kind
 BLIND = Recipe(experts="dealt", router="centroid", mean=False, refit=False, top_k=2, seed=0)
@@ -315,7 +315,7 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
         "student: {preset: S, groups: [double:1-3/2], router: capacity, predictor_width: 16, adaln_rank: none, top_k: 3}\n"
         "convert: {batches: 4, batch_size: 4, tokens: 256, refit: false, experts: random, block_router: random}\n"
     )
-    run = run_config.load_run(tmp_path / "run.yaml")
+    run = load_run(tmp_path / "run.yaml")
     found = settings_from_run(run, room / "teacher.safetensors", tmp_path / "out", tmp_path / "calibration")
     assert found == settings(
         room,
@@ -330,7 +330,7 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
     )
     baseline: Baseline = "mlp_pruning"
     assert settings_from_run(
-        run_config.load_run(tmp_path / "run.yaml", [f"student.baseline={baseline}", "student.groups=auto"]),
+        load_run(tmp_path / "run.yaml", [f"student.baseline={baseline}", "student.groups=auto"]),
         room, tmp_path, None,
     ).groups == "auto"  # fmt: skip
 
