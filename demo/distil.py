@@ -22,7 +22,7 @@ from demo.server import ComfyServer, ServerError
 from demo.strip import TEACHER_ROW, Painter, draw_strip, paint_rows, save_images
 
 RUNS = OUT / "distil"
-DURATION = "This takes about ten minutes on two cores without other work."
+DURATION = "By an estimate this takes ten minutes or so on two cores without other work."
 # Steps of each preset: as many as a few minutes allow.
 SHORTENED = {
     "L": ("stage.experts.steps=200",),

@@ -112,3 +112,13 @@ def without_pack(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = [entry for entry in supported.models if not entry.__module__.startswith(host.pack_name)]
     assert len(stock) == len(supported.models) - 3
     monkeypatch.setattr(supported, "models", stock)
+
+
+@pytest.fixture
+def store(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty store of traces, in use by this pack's nodes."""
+    module = host.module("nodes.expert_map.trace_store")
+    found = module.TraceStore()
+    for name in ("trace_node", "map_node", "routes"):
+        monkeypatch.setattr(host.module(f"nodes.expert_map.{name}"), "STORE", found)
+    return found
