@@ -9,7 +9,7 @@ from typing import Any
 from comfy.ldm.flux.model import Flux
 
 from ...d2m_model.blocks import Block
-from ..model.unloading import unload_patches
+from ..model.unloading import has_replaced_modules, unload_patches
 
 _BYPASS = "bypass_lora"  # ComfyUI's name for the injection of Load LoRA (Bypass)
 _MOST_NAMES = 3  # in a message
@@ -35,9 +35,9 @@ def refuse_injections(model: Any, node: str) -> None:
 def require_flux(model: Any, node: str) -> None:
     """Raise ValueError if another module stands in for the transformer of this MODEL, which is a FLUX.
 
-    A module that stands in for it while a MODEL is loaded (an object patch, as of compiling nodes) is taken out.
+    Modules that stand in for it or its parts while a MODEL is loaded (object patches, as of compiling nodes) are taken out.
     """
-    if "diffusion_model" in model.object_patches_backup:
+    if has_replaced_modules(model):
         unload_patches(model)
     replacement = type(model.model.diffusion_model)
     if not issubclass(replacement, Flux):

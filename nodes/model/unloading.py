@@ -19,13 +19,18 @@ def unload_patches(patcher: Any) -> None:
 
 
 def restore_transformer(model: Any) -> None:
-    """Unload a comfy BaseModel if a MODEL of it is loaded with another module in place of the transformer.
+    """Unload a comfy BaseModel if a MODEL of it is loaded with other modules in place of the transformer or its parts.
 
-    Compiling nodes exchange it so (as an object patch), and the names of the weights with it.
+    Nodes exchange them as object patches (compiling nodes the transformer), and the names of the weights with them.
     """
     for patcher in comfy.model_management.loaded_models():
-        if patcher.model is model and "diffusion_model" in patcher.object_patches_backup:
+        if patcher.model is model and has_replaced_modules(patcher):
             unload_patches(patcher)
+
+
+def has_replaced_modules(patcher: Any) -> bool:
+    """Return whether object patches of this MODEL, or of a clone of it, are in its transformer at present."""
+    return any(name.split(".")[0] == "diffusion_model" for name in patcher.object_patches_backup)
 
 
 def patched_weight(patcher: Any, key: str) -> Any:

@@ -75,6 +75,32 @@ def test_a_compiled_clone_is_in_nobodys_way(host: Comfy, pair: Pair) -> None:
     assert convert(host, compiled(pair.teacher), split_only=True).model.moe_config.ffns
 
 
+@pytest.mark.parametrize("part", ["final_layer", "double_blocks.0.img_attn", "single_blocks.1"])
+def test_a_clone_with_a_replaced_module_is_in_nobodys_way(host: Comfy, pair: Pair, part: str) -> None:
+    """Object patches of the MODEL that is loaded stay in the transformer that it shares, until another is loaded."""
+    import comfy.model_management
+    import comfy.sd
+
+    def patched(model: Any) -> None:
+        clone = model.clone()
+        clone.add_object_patch(f"diffusion_model.{part}", torch.nn.Identity())
+        comfy.model_management.load_models_gpu([clone])
+        assert isinstance(model.model.diffusion_model.get_submodule(part), torch.nn.Identity)
+
+    lora = lora_for(pair.moe)
+    expected = host.sample(comfy.sd.load_lora_for_models(pair.moe, None, lora, 1.0, 0)[0], SIZE, steps=1)
+    patched(pair.moe)
+    found = comfy.sd.load_lora_for_models(pair.moe, None, lora, 1.0, 0)[0]
+    assert torch.equal(host.sample(found, SIZE, steps=1), expected)
+    patched(pair.moe)
+    again = load(host, save(host, pair.moe))
+    assert torch.equal(host.sample(again, SIZE, steps=1), host.sample(pair.moe, SIZE, steps=1))
+    patched(pair.teacher)
+    converted = convert(host, pair.teacher, split_only=True)
+    whole = host.sample(host.top_k(converted, 12), SIZE, steps=1)
+    assert distance(whole, host.sample(pair.teacher, SIZE, steps=1)) <= 1e-5
+
+
 def test_modules_of_others_are_left_out_and_named(
     host: Comfy, pair: Pair, packs: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
