@@ -20,12 +20,21 @@ from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 
 from ...d2m_model.config import FFNLayout
-from ...d2m_model.experts import Dispatch, EveryExpert, expert_down, expert_up, mean_compensation, plan_experts
+from ...d2m_model.experts import (
+    Dispatch,
+    EveryExpert,
+    expert_down,
+    expert_up,
+    mean_compensation,
+    plan_dispatch,
+    plan_experts,
+)
+from ...d2m_model.kernels.choice import has_kernels
 from ...d2m_model.routers import Routing
 from .call_arguments import CallArguments
 from .custom_operators import Handed, down_in_graph, up_in_graph
 from .settings import CallSettings, FileSettings, GraphSettings
-from .weights import CastLinear, cast_linear, router_linear, router_weights
+from .weights import CastLinear, cast_linear, is_float8, router_linear, router_weights
 
 # Routed FFNs
 
@@ -139,8 +148,12 @@ class ExpertLayer(nn.Module):
     def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
         routing = self.route(x_BTH, settings)
-        plan = plan_experts(routing, x_TH, self.layout.width)
-        cast = cast_linear(linear, x_BTH, keep_float8=_takes_float8(plan))
+        # The product of every expert for every token would need the whole weight converted.
+        if takes_float8(x_TH) and is_float8(linear):
+            plan: Dispatch | EveryExpert = plan_dispatch(routing, x_TH)
+        else:
+            plan = plan_experts(routing, x_TH, self.layout.width)
+        cast = cast_linear(linear, x_BTH, keep_float8=isinstance(plan, Dispatch) and takes_float8(x_TH))
         y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=rows)
         hidden_AF = expert_up(x_TH, plan, *self._up_experts(cast, rows), cast.scale)
         cast.release()
@@ -148,7 +161,8 @@ class ExpertLayer(nn.Module):
 
     def _down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
         columns = x_BTN.shape[-1]
-        cast = cast_linear(linear, x_BTN, keep_float8=_takes_float8(routed.plan))
+        keep_float8 = isinstance(routed.plan, Dispatch) and takes_float8(x_BTN)
+        cast = cast_linear(linear, x_BTN, keep_float8=keep_float8)
         y_BTH = cast.product(x_BTN, cast.bias, columns=columns)
         y_TH = expert_down(routed.hidden_AF, routed.plan, self._down_experts(cast, columns), cast.scale)
         cast.release()
@@ -186,9 +200,9 @@ class ExpertLayer(nn.Module):
         return cast.weight[:, first_column:].unflatten(1, (self.layout.experts, self.layout.width))
 
 
-def _takes_float8(plan: Dispatch | EveryExpert) -> bool:
-    """Return whether the experts' products take weights in float8 as they are stored."""
-    return isinstance(plan, Dispatch) and plan.fused and not torch.is_grad_enabled()
+def takes_float8(x: Tensor) -> bool:
+    """Return whether the products of sorted rows of x take weights in float8 as they are stored."""
+    return has_kernels(x) and not torch.is_grad_enabled()
 
 
 class ExpertFFN(ExpertLayer, nn.Sequential):

@@ -12,7 +12,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 import torch.nn.functional as F
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QuantizedTensor, get_layout_class
 from torch import Tensor, nn
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -24,7 +24,7 @@ class CastLinear:
 
     weight     [O, I], in the input's dtype, or in float8 as it is stored
     scale      float32 number that multiplies a weight in float8; None for other weights
-    quantised  ComfyUI's description of a weight in float8
+    quantised  ComfyUI's description of a weight in float8 that its own layer multiplies in float8; None for other weights
     """
 
     linear: Any
@@ -37,14 +37,14 @@ class CastLinear:
     def product(self, x: Tensor, bias: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
         """Multiply x [..., I] by the first rows and columns of the weight (None: all), and add `bias`.
 
-        In float8 as ComfyUI's own layer does it.
+        As ComfyUI's own layer does it: in float8, or on the converted part.
         """
         weight = self.weight[:rows, :columns]
-        if self.scale is None:
-            return F.linear(x, weight, bias)
+        if self.quantised is None:
+            return F.linear(x, weight.to(x.dtype), bias)
         layout, linear = self.quantised._layout_cls, self.linear
         part = QuantizedTensor(weight, layout, replace(self.quantised._params, orig_shape=tuple(weight.shape)))
-        if linear._full_precision_mm or getattr(linear, "comfy_force_cast_weights", False):
+        if getattr(linear, "_full_precision_mm", False) or getattr(linear, "comfy_force_cast_weights", False):
             return F.linear(x, part.dequantize(), bias)
         scale = getattr(linear, "input_scale", None)
         if scale is not None:
@@ -60,18 +60,52 @@ class CastLinear:
 def cast_linear(linear: Any, x: Tensor, *, keep_float8: bool = False) -> CastLinear:
     """Cast weight and bias of `linear` for x as ComfyUI does: patched, moved and dequantised once.
 
-    With `keep_float8` a weight in float8 stays as it is stored, if nothing but one number scales it.
+    With `keep_float8` a weight that `is_float8` stays as it is stored.
     """
-    cast = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
+    kept = keep_float8 and is_float8(linear)
+    merely_stored = kept and linear.weight.dtype in _FLOAT8  # the dtype of a QuantizedTensor is that of its values
+    cast = comfy.ops.cast_bias_weight(
+        linear,
+        dtype=linear.weight.dtype if merely_stored else x.dtype,
+        device=x.device,
+        bias_dtype=x.dtype,
+        compute_dtype=x.dtype,
+        offloadable=True,
+    )
     weight, bias, _ = cast
-    smoothing = getattr(linear, "pre_quant_scale", None)  # scales the layer's input, and therefore the weight's columns
+    if kept and isinstance(weight, QuantizedTensor):
+        return CastLinear(linear, weight._qdata, bias, weight._params.scale.float(), weight, cast)
+    if merely_stored and weight.dtype in _FLOAT8:  # not where ComfyUI has patched it on its way
+        scale = torch.ones((), device=x.device)
+        return CastLinear(linear, weight, bias, scale, _multiplied_in_float8(linear, weight, scale, x.dtype), cast)
     if isinstance(weight, QuantizedTensor):
-        if keep_float8 and smoothing is None and weight._qdata.dtype in _FLOAT8 and weight._params.scale.numel() == 1:
-            return CastLinear(linear, weight._qdata, bias, weight._params.scale.float(), weight, cast)
         weight = weight.dequantize()
+    smoothing = getattr(linear, "pre_quant_scale", None)  # scales the layer's input, and therefore the weight's columns
     if smoothing is not None:
         weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
     return CastLinear(linear, weight, bias, None, None, cast)
+
+
+def is_float8(linear: Any) -> bool:
+    """Return whether the weight is stored in float8, is not patched as it is used, and at most one number scales it."""
+    weight = linear.weight
+    if linear.weight_function or getattr(linear, "pre_quant_scale", None) is not None:
+        return False
+    if isinstance(weight, QuantizedTensor):
+        return weight._qdata.dtype in _FLOAT8 and weight._params.scale.numel() == 1
+    return weight.dtype in _FLOAT8
+
+
+def _multiplied_in_float8(linear: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Any:
+    """Describe a weight that is merely stored in float8, if ComfyUI was started to multiply such weights in float8.
+
+    Its layers then quantise their input with a scale of 1 (`--fast fp8_matrix_mult`), for this one format.
+    """
+    if not isinstance(linear, comfy.ops.fp8_ops.Linear) or weight.dtype != torch.float8_e4m3fn:
+        return None
+    layout = "TensorCoreFP8Layout"
+    params = get_layout_class(layout).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))
+    return QuantizedTensor(weight, layout, params)
 
 
 def router_linear(weight: Tensor, bias: bool, device: torch.device | None) -> nn.Linear:

@@ -258,10 +258,10 @@ def test_routers_stored_in_float8_still_choose(host: Comfy, pair: Pair, tmp_path
     assert torch.equal(host.sample(found, steps=1), host.sample(expected, steps=1))
 
 
-FLOAT8 = ("scaled_fp8", "listed in the header", "float8_e4m3fn", "float8_e5m2")
+SCALED = ("scaled_fp8", "listed in the header", "float8_e4m3fn", "float8_e5m2")
 
 
-@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("kind", ["stored in float8", *SCALED])
 def test_experts_take_float8_as_it_is_stored_where_kernels_do(
     host: Comfy, quantised: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -274,8 +274,7 @@ def test_experts_take_float8_as_it_is_stored_where_kernels_do(
         return weight if scale is None else weight.float() * scale
 
     up, down = blocks.expert_up, blocks.expert_down
-    monkeypatch.setattr(host.module("d2m_model.experts"), "computes_every_expert", lambda *_: False)
-    monkeypatch.setattr(blocks, "_takes_float8", lambda plan: True)
+    monkeypatch.setattr(blocks, "takes_float8", lambda x: True)
     monkeypatch.setattr(blocks, "expert_up", lambda x, plan, w, bias, scale: up(x, plan, wide(w, scale), bias))
     monkeypatch.setattr(blocks, "expert_down", lambda hidden, plan, w, scale: down(hidden, plan, wide(w, scale)))
     moe = host.top_k(load(host, file), ALL)
@@ -290,7 +289,7 @@ def test_experts_take_float8_as_it_is_stored_where_kernels_do(
     assert (4, False) in kept
 
 
-@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("kind", SCALED)
 def test_the_shared_part_is_computed_in_float8_as_comfyuis_own_layer_does(
     host: Comfy, quantised: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -308,3 +307,28 @@ def test_the_shared_part_is_computed_in_float8_as_comfyuis_own_layer_does(
     assert cast.weight.dtype.itemsize == 1
     assert distance(found, expected) <= 1e-6
     assert 1e-3 <= distance(rough, expected) <= 0.1  # the input was quantised too
+
+
+@pytest.mark.parametrize("operations", ["manual_cast", "fp8_ops"])
+def test_the_shared_part_of_a_weight_merely_stored_in_float8_is_what_comfyuis_own_layer_computes(
+    host: Comfy, operations: str
+) -> None:
+    """ComfyUI converts such a weight, or multiplies it in float8 if it was started so: `--fast fp8_matrix_mult`."""
+    import comfy.ops
+
+    weights, generator = host.module("nodes.model.weights"), torch.Generator().manual_seed(0)
+    layer = getattr(comfy.ops, operations).Linear(64, 96, dtype=torch.float8_e4m3fn)
+    layer.reset_parameters()
+    weight = torch.randn(96, 64, generator=generator).to(torch.float8_e4m3fn)
+    layer.load_state_dict({"weight": weight, "bias": torch.randn(96, generator=generator)}, assign=True)
+    x = torch.randn(2, 5, 64, generator=generator)
+    with torch.inference_mode():
+        cast = weights.cast_linear(layer, x, keep_float8=True)
+        found = cast.product(x, cast.bias[:32], rows=32)
+        cast.release()
+        expected = layer(x)[..., :32]
+        wide = torch.nn.functional.linear(x, weight.float()[:32], layer.bias[:32])
+    assert cast.weight.dtype == torch.float8_e4m3fn
+    assert cast.scale == 1
+    assert distance(found, expected) <= 1e-6
+    assert (distance(wide, expected) > 1e-3) == (operations == "fp8_ops")  # the input was quantised too
