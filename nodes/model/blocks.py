@@ -153,18 +153,18 @@ class ExpertLayer(nn.Module):
             plan: Dispatch | EveryExpert = plan_dispatch(routing, x_TH)
         else:
             plan = plan_experts(routing, x_TH, self.layout.width)
-        cast = cast_linear(linear, x_BTH, keep_float8=isinstance(plan, Dispatch) and takes_float8(x_TH))
-        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=rows)
+        keep_float8 = isinstance(plan, Dispatch) and takes_float8(x_TH)
+        cast = cast_linear(linear, x_BTH, 0, rows, keep_float8=keep_float8)
+        y_BTN = cast.product(x_BTH, cast.bias[:rows])
         hidden_AF = expert_up(x_TH, plan, *self._up_experts(cast, rows), cast.scale)
         cast.release()
         return y_BTN, Routed(routing, plan, hidden_AF)
 
     def _down(self, linear: nn.Module, x_BTN: Tensor, routed: Routed) -> Tensor:
-        columns = x_BTN.shape[-1]
         keep_float8 = isinstance(routed.plan, Dispatch) and takes_float8(x_BTN)
-        cast = cast_linear(linear, x_BTN, keep_float8=keep_float8)
-        y_BTH = cast.product(x_BTN, cast.bias, columns=columns)
-        y_TH = expert_down(routed.hidden_AF, routed.plan, self._down_experts(cast, columns), cast.scale)
+        cast = cast_linear(linear, x_BTN, 1, x_BTN.shape[-1], keep_float8=keep_float8)
+        y_BTH = cast.product(x_BTN, cast.bias)
+        y_TH = expert_down(routed.hidden_AF, routed.plan, self._down_experts(cast), cast.scale)
         cast.release()
         if self.expert_mean is not None:
             y_TH = y_TH + mean_compensation(routed.routing, self.expert_mean.to(y_TH.device), y_TH.dtype)
@@ -174,30 +174,29 @@ class ExpertLayer(nn.Module):
         self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: GraphSettings
     ) -> tuple[Tensor, Handed]:
         tensors = self.router_tensors(x_BTH.device)
-        cast = cast_linear(linear, x_BTH)
-        y_BTN = cast.product(x_BTH, cast.bias[:rows], rows=rows)
+        cast = cast_linear(linear, x_BTH, 0, rows)
+        y_BTN = cast.product(x_BTH, cast.bias[:rows])
         x_TH, experts = x_BTH.flatten(0, -2), self._up_experts(cast, rows)
         handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, *experts)
         cast.release()
         return y_BTN, handed
 
     def _down_in_graph(self, linear: nn.Module, x_BTN: Tensor, handed: Handed) -> Tensor:
-        columns = x_BTN.shape[-1]
-        cast = cast_linear(linear, x_BTN)
-        y_BTH = cast.product(x_BTN, cast.bias, columns=columns)
+        cast = cast_linear(linear, x_BTN, 1, x_BTN.shape[-1])
+        y_BTH = cast.product(x_BTN, cast.bias)
         mean_EH = None if self.expert_mean is None else self.expert_mean.to(x_BTN.device)
-        y_TH = down_in_graph(handed, self._down_experts(cast, columns), mean_EH)
+        y_TH = down_in_graph(handed, self._down_experts(cast), mean_EH)
         cast.release()
         return y_BTH + y_TH.view_as(y_BTH)
 
     def _up_experts(self, cast: CastLinear, first_row: int) -> tuple[Tensor, Tensor]:
         """Return W1 [E, F, H] and its bias [E, F] of the experts, as views."""
         experts = (self.layout.experts, self.layout.width)
-        return cast.weight[first_row:].unflatten(0, experts), cast.bias[first_row:].unflatten(0, experts)
+        return cast.experts.unflatten(0, experts), cast.bias[first_row:].unflatten(0, experts)
 
-    def _down_experts(self, cast: CastLinear, first_column: int) -> Tensor:
+    def _down_experts(self, cast: CastLinear) -> Tensor:
         """Return W2 [H, E, F] of the experts, as a view."""
-        return cast.weight[:, first_column:].unflatten(1, (self.layout.experts, self.layout.width))
+        return cast.experts.unflatten(1, (self.layout.experts, self.layout.width))
 
 
 def takes_float8(x: Tensor) -> bool:

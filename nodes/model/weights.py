@@ -1,69 +1,69 @@
-"""Weights of ComfyUI's layers as routed FFNs use them: cast for one call, whole or in part, in float8 as they are stored.
+"""Weights of ComfyUI's layers as routed FFNs use them: cast for one call, in the shared expert's part and the others'.
 
 Shapes: T tokens, I input and O output features of a layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import torch
 import torch.nn.functional as F
-from comfy.quant_ops import QuantizedTensor, get_layout_class
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from torch import Tensor, nn
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from ...d2m_model.tensor_file import FLOAT8
+from .quantised_parts import divided
 
 
 @dataclass(slots=True)
 class CastLinear:
     """Weight and bias of a layer, cast for one call. Until `release` nothing else may be cast (see `router_weights`).
 
-    weight     [O, I], in the input's dtype, or in float8 as it is stored
-    scale      float32 number that multiplies a weight in float8; None for other weights
-    quantised  ComfyUI's description of a weight in float8 that its own layer multiplies in float8; None for other weights
+    shared   the part of the weight that every token is multiplied by: in the input's dtype, quantised, or in float8
+    experts  the other part, in the input's dtype, or in float8 as it is stored
+    scale    float32 number that multiplies `experts` in float8; None for other weights
     """
 
     linear: Any
-    weight: Tensor
+    shared: Tensor
+    experts: Tensor
     bias: Tensor
     scale: Tensor | None
-    quantised: Any
     cast: tuple[Tensor, Tensor, Any]
 
-    def product(self, x: Tensor, bias: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
-        """Multiply x [..., I] by the first rows and columns of the weight (None: all), and add `bias`.
-
-        As ComfyUI's own layer does it: in float8, or on the converted part.
-        """
-        weight = self.weight[:rows, :columns]
-        if self.quantised is None:
-            return F.linear(x, weight.to(x.dtype), bias)
-        layout, linear = self.quantised._layout_cls, self.linear
-        part = QuantizedTensor(weight, layout, replace(self.quantised._params, orig_shape=tuple(weight.shape)))
-        if getattr(linear, "_full_precision_mm", False) or getattr(linear, "comfy_force_cast_weights", False):
-            return F.linear(x, part.dequantize(), bias)
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Multiply x [..., I] by the shared part and add `bias`, as ComfyUI's own layer does: quantised where it is."""
+        shared, linear = self.shared, self.linear
+        if not isinstance(shared, QuantizedTensor):
+            return F.linear(x, shared.to(x.dtype), bias)
+        if not _multiplies_quantised(linear):
+            return F.linear(x, shared.dequantize(), bias)
+        if not QUANT_ALGOS.get(getattr(linear, "quant_format", None), {}).get("quantize_input", True):
+            return F.linear(x, shared, bias)  # the product itself quantises x
         scale = getattr(linear, "input_scale", None)
         if scale is not None:
             scale = comfy.model_management.cast_to_device(scale, x.device, None)
-        x_TI = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), layout, scale=scale)
-        return F.linear(x_TI, part, bias).view(*x.shape[:-1], -1)
+        x_TI = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), shared._layout_cls, scale=scale)
+        return F.linear(x_TI, shared, bias).reshape(*x.shape[:-1], -1)
 
     def release(self) -> None:
         """Give the cast back to ComfyUI, after its last use."""
         comfy.ops.uncast_bias_weight(self.linear, *self.cast)
 
 
-def cast_linear(linear: Any, x: Tensor, *, keep_float8: bool = False) -> CastLinear:
-    """Cast weight and bias of `linear` for x as ComfyUI does: patched, moved and dequantised once.
+def cast_linear(linear: Any, x: Tensor, axis: int, cut: int, *, keep_float8: bool = False) -> CastLinear:
+    """Cast weight and bias of `linear` for x as ComfyUI does: patched and moved once.
 
-    With `keep_float8` a weight that `is_float8` stays as it is stored.
+    The shared part of the weight [O, I] ends at index `cut` of `axis`. With `keep_float8` the experts' part of a weight
+    that `is_float8` stays as it is stored. Of other quantised weights the experts' part alone is dequantised, if the device
+    multiplies the shared part as it is stored.
     """
     kept = keep_float8 and is_float8(linear)
-    merely_stored = kept and linear.weight.dtype in _FLOAT8  # the dtype of a QuantizedTensor is that of its values
+    merely_stored = kept and linear.weight.dtype in FLOAT8  # the dtype of a QuantizedTensor is that of its values
     cast = comfy.ops.cast_bias_weight(
         linear,
         dtype=linear.weight.dtype if merely_stored else x.dtype,
@@ -73,17 +73,22 @@ def cast_linear(linear: Any, x: Tensor, *, keep_float8: bool = False) -> CastLin
         offloadable=True,
     )
     weight, bias, _ = cast
-    if kept and isinstance(weight, QuantizedTensor):
-        return CastLinear(linear, weight._qdata, bias, weight._params.scale.float(), weight, cast)
-    if merely_stored and weight.dtype in _FLOAT8:  # not where ComfyUI has patched it on its way
-        scale = torch.ones((), device=x.device)
-        return CastLinear(linear, weight, bias, scale, _multiplied_in_float8(linear, weight, scale, x.dtype), cast)
-    if isinstance(weight, QuantizedTensor):
-        weight = weight.dequantize()
     smoothing = getattr(linear, "pre_quant_scale", None)  # scales the layer's input, and therefore the weight's columns
+    if isinstance(weight, QuantizedTensor):
+        in_parts = smoothing is None and (kept or (_in_parts(x) and _multiplies_quantised(linear)))
+        if in_parts and (parts := divided(weight, getattr(linear, "quant_format", None), axis, cut)) is not None:
+            shared, experts = parts
+            if kept:
+                return CastLinear(linear, shared, experts._qdata, bias, experts._params.scale.float(), cast)
+            return CastLinear(linear, shared, experts.dequantize(), bias, None, cast)
+        weight = weight.dequantize()
     if smoothing is not None:
         weight = weight * comfy.model_management.cast_to_device(smoothing, weight.device, weight.dtype)
-    return CastLinear(linear, weight, bias, None, None, cast)
+    shared, experts, scale = weight.narrow(axis, 0, cut), weight.narrow(axis, cut, weight.shape[axis] - cut), None
+    if weight.dtype in FLOAT8:  # merely stored so, and not patched by ComfyUI on its way
+        scale = torch.ones((), device=x.device)
+        shared = _multiplied_in_float8(linear, shared, scale, x.dtype)
+    return CastLinear(linear, shared, experts, bias, scale, cast)
 
 
 def is_float8(linear: Any) -> bool:
@@ -92,20 +97,31 @@ def is_float8(linear: Any) -> bool:
     if linear.weight_function or getattr(linear, "pre_quant_scale", None) is not None:
         return False
     if isinstance(weight, QuantizedTensor):
-        return weight._qdata.dtype in _FLOAT8 and weight._params.scale.numel() == 1
-    return weight.dtype in _FLOAT8
+        return weight._qdata.dtype in FLOAT8 and weight._params.scale.numel() == 1
+    return weight.dtype in FLOAT8
 
 
-def _multiplied_in_float8(linear: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Any:
-    """Describe a weight that is merely stored in float8, if ComfyUI was started to multiply such weights in float8.
+def _in_parts(x: Tensor) -> bool:
+    """Return whether a weight is used in parts: on a GPU, where products of quantised weights are the faster ones."""
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
-    Its layers then quantise their input with a scale of 1 (`--fast fp8_matrix_mult`), for this one format.
+
+def _multiplies_quantised(linear: Any) -> bool:
+    """Return whether ComfyUI's own layer multiplies its weight as it is stored, on this device and by its settings."""
+    return not (getattr(linear, "_full_precision_mm", False) or getattr(linear, "comfy_force_cast_weights", False))
+
+
+def _multiplied_in_float8(linear: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight that is merely stored in float8 as a quantised one, if ComfyUI multiplies such weights in float8.
+
+    It does so when started with `--fast fp8_matrix_mult`, for this one format, with a scale of 1 for the input as well.
     """
     if not isinstance(linear, comfy.ops.fp8_ops.Linear) or weight.dtype != torch.float8_e4m3fn:
-        return None
+        return weight
     layout = "TensorCoreFP8Layout"
     params = get_layout_class(layout).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))
-    return QuantizedTensor(weight, layout, params)
+    quantised: Tensor = QuantizedTensor(weight, layout, params)
+    return quantised
 
 
 def router_linear(weight: Tensor, bias: bool, device: torch.device | None) -> nn.Linear:

@@ -289,24 +289,69 @@ def test_experts_take_float8_as_it_is_stored_where_kernels_do(
     assert (4, False) in kept
 
 
-@pytest.mark.parametrize("kind", SCALED)
-def test_the_shared_part_is_computed_in_float8_as_comfyuis_own_layer_does(
+def divided_layer(weights: Any, layer: Any, x: Tensor, axis: int, cut: int) -> tuple[Tensor, Any, Tensor]:
+    """Return the shared part's product, the cast, and what ComfyUI's own layer computes from the same values."""
+    with torch.inference_mode():
+        cast = weights.cast_linear(layer, x, axis, cut, keep_float8=True)
+        if axis == 0:
+            found, expected = cast.product(x, layer.bias[:cut]), type(layer).forward(layer, x)[..., :cut]
+        else:
+            x_first = x * (torch.arange(x.shape[-1]) < cut)
+            found, expected = cast.product(x[..., :cut], layer.bias), type(layer).forward(layer, x_first)
+        cast.release()
+    return found, cast, expected
+
+
+@pytest.mark.parametrize("kind", ["scaled_fp8", "listed in the header", *LAYOUTS])
+def test_the_shared_part_is_computed_as_comfyuis_own_layer_does(
     host: Comfy, quantised: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    """As on a GPU that multiplies the format: the input is quantised too."""
     weights = host.module("nodes.model.weights")
-    layer = load(host, quantised(kind)[0]).model.diffusion_model.single_blocks[0].linear1
-    monkeypatch.setattr(layer, "_full_precision_mm", False)  # as on a GPU that multiplies float8
-    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        cast = weights.cast_linear(layer, x, keep_float8=True)
-        found = cast.product(x, cast.bias[:32], rows=32)
-        cast.release()
-        expected = type(layer).forward(layer, x)[..., :32]
+    block = load(host, quantised(kind)[0]).model.diffusion_model.single_blocks[0]
+    monkeypatch.setattr(weights, "_in_parts", lambda x: True)
+    for layer, axis, cut in ((block.linear1, 0, 4 * files.DIMS.hidden_size), (block.linear2, 1, 256)):
+        monkeypatch.setattr(layer, "_full_precision_mm", False)
+        x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        found, cast, expected = divided_layer(weights, layer, x, axis, cut)
+        whole = layer.weight.dequantize()
+        rest = whole.narrow(axis, cut, whole.shape[axis] - cut)
+        if kind == "convrot_w4a4":  # dequantised whole
+            assert torch.equal(torch.cat([cast.shared, cast.experts], axis), whole)
+            continue
+        assert distance(found, expected) <= 1e-6
         monkeypatch.setattr(layer, "_full_precision_mm", True)
-        rough = type(layer).forward(layer, x)[..., :32]
-    assert cast.weight.dtype.itemsize == 1
-    assert distance(found, expected) <= 1e-6
-    assert 1e-3 <= distance(rough, expected) <= 0.1  # the input was quantised too
+        rough = divided_layer(weights, layer, x, axis, cut)[2]
+        assert kind == "int8_tensorwise" or 1e-3 <= distance(rough, expected) <= 0.3
+        experts = cast.experts if cast.scale is None else cast.experts.float() * cast.scale
+        assert torch.equal(experts, rest)
+        assert (cast.scale is None) == (kind not in SCALED)
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nvfp4": ("nvfp4", {}),
+    "mxfp8": ("mxfp8", {}),
+    "int8": ("int8_tensorwise", {}),
+    "int8 by rows": ("int8_tensorwise", {"per_channel": True}),
+    "int8 by rows, rotated": ("int8_tensorwise", {"per_channel": True, "convrot": True, "convrot_groupsize": 64}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_of_a_quantised_weight_have_its_values(host: Comfy, form: str) -> None:
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    kind, how = FORMS[form]
+    if kind not in QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI does not know {kind}")
+    divided = host.module("nodes.model.quantised_parts").divided
+    values = torch.randn(416, 576, generator=torch.Generator().manual_seed(0))  # neither is a multiple of 128
+    weight = QuantizedTensor.from_float(values * torch.arange(1, 577), LAYOUTS[kind][0], **how)
+    for axis, cut in ((0, 128), (0, 384), (1, 128), (1, 256)):
+        parts = divided(weight, kind, axis, cut)
+        assert [tuple(part.shape)[axis] for part in parts] == [cut, values.shape[axis] - cut]
+        assert torch.equal(torch.cat([part.dequantize() for part in parts], axis), weight.dequantize())
+    assert (divided(weight, kind, 1, 16) is None) == (form not in ("int8", "int8 by rows"))
 
 
 @pytest.mark.parametrize("operations", ["manual_cast", "fp8_ops"])
@@ -322,13 +367,11 @@ def test_the_shared_part_of_a_weight_merely_stored_in_float8_is_what_comfyuis_ow
     weight = torch.randn(96, 64, generator=generator).to(torch.float8_e4m3fn)
     layer.load_state_dict({"weight": weight, "bias": torch.randn(96, generator=generator)}, assign=True)
     x = torch.randn(2, 5, 64, generator=generator)
+    for axis, cut in ((0, 32), (1, 48)):
+        found, cast, expected = divided_layer(weights, layer, x, axis, cut)
+        assert cast.experts.dtype == torch.float8_e4m3fn
+        assert cast.scale == 1
+        assert distance(found, expected) <= 1e-6
     with torch.inference_mode():
-        cast = weights.cast_linear(layer, x, keep_float8=True)
-        found = cast.product(x, cast.bias[:32], rows=32)
-        cast.release()
-        expected = layer(x)[..., :32]
-        wide = torch.nn.functional.linear(x, weight.float()[:32], layer.bias[:32])
-    assert cast.weight.dtype == torch.float8_e4m3fn
-    assert cast.scale == 1
-    assert distance(found, expected) <= 1e-6
-    assert (distance(wide, expected) > 1e-3) == (operations == "fp8_ops")  # the input was quantised too
+        rough, wide = layer(x), torch.nn.functional.linear(x, weight.float(), layer.bias)
+    assert (distance(wide, rough) > 1e-3) == (operations == "fp8_ops")  # the input was quantised too
