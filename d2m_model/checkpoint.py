@@ -24,7 +24,7 @@ from .keys import (
     prefix_of,
     strip_prefix,
 )
-from .quantised import COMPANIONS, is_companion, quantisation_problems, quantised_layers
+from .quantised import COMPANIONS, description_of, is_companion, quantisation_problems, quantised_layers
 from .tensor_file import CheckpointError, Shape, TensorFile
 
 __all__ = [
@@ -315,6 +315,9 @@ def _check_moe(
             raise CheckpointError(f"This is a dense FLUX, not a FLUX-MoE. Convert it: {_CONVERT}")
         config = parse_config(tensor(CONFIG_KEY))
         check_moe(shapes, dtypes, config)
+        for name in dtypes:
+            if name.endswith(".comfy_quant"):
+                description_of(name, tensor(name))
         check_values(shapes, tensor, config)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None

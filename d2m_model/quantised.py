@@ -7,7 +7,11 @@ with `scaled_fp8` and a `scale_weight` per layer. A weight that is merely stored
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .foreign import read_json
 from .keys import CHECKPOINT_PREFIX
@@ -20,6 +24,7 @@ COMPANIONS = (
     *("comfy_quant", "weight_scale", "weight_scale_2", "input_scale"),
     *("scale_weight", "scale_input", "pre_quant_scale"),
 )
+_MAX_DESCRIPTION = 10_000  # bytes of a comfy_quant
 
 
 def quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -32,9 +37,23 @@ def quantised_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{HEADER_KEY} in the header is not JSON ({error}); the file is damaged.") from None
     layers = stored.get("layers", {}) if isinstance(stored, dict) else None
-    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise CheckpointError(f"{HEADER_KEY} in the header has no object of layers; the file is damaged.")
+    if not isinstance(layers, dict) or not all(map(_is_description, layers.values())):
+        raise CheckpointError(f"{HEADER_KEY} in the header has no object of layers with formats; the file is damaged.")
     return {name.removeprefix(CHECKPOINT_PREFIX): layer for name, layer in layers.items()}
+
+
+def description_of(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Parse a layer's `comfy_quant`, the tensor `name`. Raises CheckpointError for one that ComfyUI cannot read."""
+    if tensor.dtype == torch.uint8 and tensor.numel() <= _MAX_DESCRIPTION:
+        with suppress(ValueError):
+            about = read_json(tensor.cpu().numpy().tobytes())
+            if _is_description(about):
+                return dict(about)
+    raise CheckpointError(f"{name}, the description of a quantised layer, cannot be read; the file is damaged.")
+
+
+def _is_description(about: Any) -> bool:
+    return isinstance(about, dict) and isinstance(about.get("format"), str)
 
 
 def is_companion(name: str, expected: Mapping[str, object]) -> bool:

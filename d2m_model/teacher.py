@@ -21,11 +21,11 @@ from torch import Tensor
 from .checkpoint import check_dense
 from .foreign import read_json
 from .keys import DIFFUSERS, DiffusersSource, dense_shapes, diffusers_sources, landmarks_of, swap_halves
-from .quantised import is_companion, quantised_layers
+from .quantised import description_of, is_companion, quantised_layers
 from .tensor_file import FLOAT8, CheckpointError, Shape, TensorFile, is_finite
 
 _FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # in ComfyUI's comfy_quant
-_MAX_DESCRIPTION = 10_000  # bytes of a comfy_quant
+_MAX_NAME = 255  # bytes of a file's name
 _CHUNK = 1 << 22  # elements dequantised at a time
 
 _SHARD = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\b.*\.safetensors$")  # of several; one of one is a whole model
@@ -233,7 +233,7 @@ def _shards(index: Path, *, missing_ok: bool = False) -> list[Path]:
     """Return the shards that an index lists. Raises CheckpointError if one is missing, or for another file."""
     try:
         names = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
-        if not names or any(os.path.basename(name) != name or not name or "\0" in name for name in names):
+        if not names or not all(map(_is_file_name, names)):
             raise ValueError
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror or error}).") from None
@@ -252,6 +252,10 @@ def _shards(index: Path, *, missing_ok: bool = False) -> list[Path]:
     return shards
 
 
+def _is_file_name(name: str) -> bool:
+    return 0 < len(os.fsencode(name)) <= _MAX_NAME and os.path.basename(name) == name and "\0" not in name
+
+
 # Quantisation
 
 
@@ -266,25 +270,14 @@ def _refuse_quantised(files: list[TensorFile]) -> None:
                 raise CheckpointError(f"This FLUX is quantised: {form}, {layer}. Not supported; {_TAKE_INSTEAD}.")
 
 
-def _formats(file: TensorFile) -> Iterator[tuple[str, object]]:
+def _formats(file: TensorFile) -> Iterator[tuple[str, str]]:
     """Yield (layer, ComfyUI's name of its quantisation) from the tensors comfy_quant and the header's metadata."""
-    try:
-        for layer, about in quantised_layers(file.metadata).items():
-            if f"{layer}.weight" in file.shapes:  # others belong to a text encoder
-                yield layer, about.get("format")
-        for name in file.shapes:
-            if name.endswith(".comfy_quant"):
-                tensor = file.tensor(name)
-                if tensor.dtype != torch.uint8 or tensor.numel() > _MAX_DESCRIPTION:
-                    raise ValueError
-                about = read_json(tensor.numpy().tobytes())
-                yield name.removesuffix(".comfy_quant"), about.get("format")
-    except CheckpointError:
-        raise
-    except (ValueError, AttributeError):
-        raise CheckpointError(
-            "The description of its quantisation (comfy_quant) cannot be read; the file is damaged."
-        ) from None
+    for layer, about in quantised_layers(file.metadata).items():
+        if f"{layer}.weight" in file.shapes:  # others belong to a text encoder
+            yield layer, about["format"]
+    for name in file.shapes:
+        if name.endswith(".comfy_quant"):
+            yield name.removesuffix(".comfy_quant"), description_of(name, file.tensor(name))["format"]
 
 
 def _scale_of(file: TensorFile, name: str) -> str | None:

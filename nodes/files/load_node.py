@@ -40,6 +40,7 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     mapped = not args.disable_mmap
     tensors = {name: file.tensor(name) if mapped else file.tensor(name).clone() for name in file.shapes}
     metadata, layers = dict(file.metadata), quantised_layers(file.metadata)
+    metadata.pop(HEADER_KEY, None)  # one without layers is an error to ComfyUI
     if layers:
         metadata[HEADER_KEY] = json.dumps({"layers": layers})
     options = dict(model_options)
@@ -47,7 +48,15 @@ def load_flux_moe(path: str, model_options: dict[str, Any] = {}, disable_dynamic
     device = options.get("load_device", comfy.model_management.get_torch_device())
     if not quantised and comfy.model_management.is_device_cpu(device):
         options.setdefault("dtype", comfy.utils.weight_dtype(tensors))
-    model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic)
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, options, metadata, disable_dynamic)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if not quantised or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: this ComfyUI cannot read how the file is quantised ({type(error).__name__}: {error}). "
+            "Update ComfyUI, or take the file in float8 or bfloat16."
+        ) from error
     model.model.source_file = (path, file.state) if mapped else None
     model.cached_patcher_init = (load_flux_moe, (path, model_options))  # with which ComfyUI loads it again
     return model

@@ -200,6 +200,10 @@ def test_the_dense_flux_quantised_in_the_same_way_paints_the_same(host: Comfy, p
         host.unload()
 
 
+def described(kind: str) -> Tensor:
+    return files.config_tensor(json.dumps({"format": kind}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -218,6 +222,10 @@ def test_the_dense_flux_quantised_in_the_same_way_paints_the_same(host: Comfy, p
         (
             lambda it: it.update({"single_blocks.1.linear1.pre_quant_scale": torch.ones(128)}),
             r"single_blocks\.1\.linear1 has a pre_quant_scale, which this ComfyUI does not apply to its format",
+        ),
+        (
+            lambda it: it.update({"single_blocks.1.linear1.comfy_quant": described("of tomorrow")}),
+            r"cannot read how the file is quantised \(KeyError: 'of tomorrow'\)",
         ),
     ],
 )

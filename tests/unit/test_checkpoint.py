@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,11 @@ def test_misshapen_surplus_and_mistyped_tensors_are_named(moe: dict[str, torch.T
 
 def test_weights_that_comfyui_quantised_are_left_to_it(moe: dict[str, torch.Tensor]) -> None:
     moe[f"{FFN}.linear1.weight"] = torch.zeros(896, 64, dtype=torch.uint8)
-    moe |= {f"{FFN}.linear1.{name}": torch.ones(1) for name in ("comfy_quant", "weight_scale")}
-    assert check_state_dict(moe) == CONFIG
+    moe[f"{FFN}.linear1.weight_scale"] = torch.ones(1)
+    for text, readable in ((b'{"format": "nvfp4"}', True), (b"{}", False), (b'{"format": 5}', False), (b"[", False)):
+        moe[f"{FFN}.linear1.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        with nullcontext() if readable else pytest.raises(CheckpointError, match=r"linear1\.comfy_quant, the descr"):
+            assert check_state_dict(moe) == CONFIG
 
 
 def test_a_neuron_order_that_is_no_permutation_is_refused(moe: dict[str, torch.Tensor]) -> None:

@@ -28,7 +28,10 @@ def test_a_header_may_list_no_layers() -> None:
     assert quantised_layers({HEADER_KEY: "{}"}) == quantised_layers({}) == {}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "not JSON", '{"layers": []}', '{"layers": {"img_in": 5}}', "[" * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "not JSON", '{"layers": []}', '{"layers": {"a": 5}}', '{"layers": {"a": {}}}', "[" * 10_000],
+)
 def test_a_list_of_another_form_is_called_damaged(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"_quantization_metadata in the header .* damaged"):
         quantised_layers({HEADER_KEY: text})

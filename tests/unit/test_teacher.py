@@ -119,9 +119,10 @@ def test_missing_shards_indices_and_folders_are_told(tmp_path: Path) -> None:
     index.unlink()
     with pytest.raises(CheckpointError, match=r"one shard of several.* like flux1\.safetensors\.index\.json"):
         open_teacher(shards[0])
-    index.write_text('{"weight_map": {"img_in.weight": "../other.safetensors"}}')
-    with pytest.raises(CheckpointError, match="not the index of a sharded model"):
-        open_teacher(index)
+    for name in ("../other.safetensors", "x" * 300):
+        index.write_text(json.dumps({"weight_map": {"img_in.weight": name}}))
+        with pytest.raises(CheckpointError, match="not the index of a sharded model"):
+            open_teacher(index)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty: there is no \.safetensors in this folder"):
         open_teacher(tmp_path / "empty")
