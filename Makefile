@@ -7,7 +7,7 @@
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup packages host browser demo distil comfy screenshots check lint format clean bench bench-gpu lock
-.PHONY: test test-unit test-train test-web test-host test-browser test-hosts
+.PHONY: test test-unit test-train test-web test-host test-browser test-hosts trust
 
 PYTHON = python3
 # Set here, so that a HOST in the environment (some shells set it) does not choose a ComfyUI.
@@ -78,6 +78,9 @@ test-browser: setup ## tests of a Chromium on a ComfyUI
 
 test-hosts: setup ## test-host and test-browser in the newest and the oldest ComfyUI supported (6 GB more)
 	@PYTEST_ADDOPTS="$(SIDE_BY_SIDE) $$PYTEST_ADDOPTS" $(PYTHON) -m tools.on_hosts
+
+trust: setup ## standing tests of trust, about an hour: hostile files and requests, kills, hundreds of prompts
+	@$(RUN) tests.trust
 
 format: packages ## let ruff put the code in order
 	@$(RUN) ruff check --fix-only .

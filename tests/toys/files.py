@@ -21,6 +21,7 @@ DIMS = FluxDims(
 )  # fmt: skip
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 HEAD = 128  # FLUX's head size
+KEPT = ("router", ".capacity.", ".threshold", ".expert_mean", "adaln_in")  # parts of names of what stays in float32
 
 
 def dense_flux(dims: FluxDims = DIMS, seed: int = 0) -> dict[str, Tensor]:
@@ -156,10 +157,9 @@ def config_tensor(json: str) -> Tensor:
 
 def save(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write; floating-point tensors in `dtype`, but what routes, means and U in float32."""
-    kept = ("router", ".capacity.", ".threshold", ".expert_mean", "adaln_in")
 
     def written(key: str, tensor: Tensor) -> Tensor:
-        cast = tensor.is_floating_point() and not any(part in key for part in kept)
+        cast = tensor.is_floating_point() and not any(part in key for part in KEPT)
         return (tensor.to(dtype) if cast else tensor).contiguous()
 
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,86 @@
+"""A small part of the standing tests of trust (`make trust`), and what they judge by."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from safetensors.torch import load_file
+
+from d2m_model.tensor_file import CheckpointError
+from demo.in_process import Comfy
+from tests.trust import files, subjects
+from tests.trust.limits import OURS, Hang, time_limit
+from tests.trust.mutations import mutated, taken_apart
+from tests.trust.requests import raw_error_of_ours
+
+NUMBERS = range(12)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return subjects.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def readers(host: Comfy, models: dict[str, Path]) -> files.Readers:
+    return files.Readers(host, models["FLUX-MoE"])
+
+
+def test_mutated_files_give_a_clear_error_or_a_correct_load(
+    readers: files.Readers, models: dict[str, Path], tmp_path: Path
+) -> None:
+    outcomes = set()
+    for number in NUMBERS:
+        random = Random(f"small-{number}")
+        data = mutated(models[random.choice(sorted(models))].read_bytes(), random)
+        (tmp_path / "case.safetensors").write_bytes(data)
+        for reader in (readers.check, readers.inspect, readers.load):
+            outcomes.add(files.outcome_of(reader, tmp_path / "case.safetensors", len(data)))
+    assert outcomes <= {"refused", "taken"}
+
+
+def test_what_is_judged_is_found(readers: files.Readers, models: dict[str, Path], tmp_path: Path) -> None:
+    def reader(path: Path) -> bool:
+        raise KeyError("layers")
+
+    def escaping(path: Path) -> bool:
+        error = CheckpointError("")
+        error.args = ("\x1b[31m",)
+        raise error
+
+    def greedy(path: Path) -> bool:
+        return bool(bytearray(100 << 20))
+
+    sound = models["FLUX-MoE"]
+    assert "KeyError: 'layers'" in files.outcome_of(reader, sound, 1)
+    assert "cannot be printed" in files.outcome_of(escaping, sound, 1)
+    assert "bytes of memory" in files.outcome_of(greedy, sound, 1)
+    assert files.outcome_of(readers.check, sound, sound.stat().st_size) == "taken"
+    with pytest.raises(Hang), time_limit(0.01):
+        time.sleep(5)
+
+
+def test_mutations_change_a_file_and_are_repeatable(models: dict[str, Path]) -> None:
+    data = models["FLUX-MoE"].read_bytes()
+    some = [mutated(data, Random(number)) for number in NUMBERS]
+    assert some == [mutated(data, Random(number)) for number in NUMBERS]
+    assert sum(one != data for one in some) > len(some) / 2
+    assert 0 < sum(taken_apart(one) is not None for one in some) < len(some)
+    assert json.loads(bytes(load_file(models["FLUX-MoE"])["d2m_config"].numpy()))["dims"]["single_blocks"] == 2
+
+
+def test_raw_errors_of_the_pack_are_found_in_a_log() -> None:
+    def log(file: str, line: str, error: str) -> str:
+        host = '  File "/x/ComfyUI/execution.py", line 5, in execute\n    run()\n'
+        return f'got prompt\nTraceback (most recent call last):\n{host}  File "{file}", line 7, in f\n    {line}\n{error}\n'
+
+    raw = log(f"{OURS[0]}cost.py", "x = y[0]", "IndexError: list index out of range")
+    assert raw_error_of_ours(raw) is not None
+    assert raw_error_of_ours(log(f"{OURS[0]}cost.py", 'raise ValueError("x")', "ValueError: x")) is None
+    assert raw_error_of_ours(log("/x/ComfyUI/comfy/sd.py", "x = y[0]", "IndexError: x")) is None
+    below = raw.replace("IndexError", '  File "/y/torch/nn.py", line 1, in g\n    h()\nRuntimeError')
+    assert raw_error_of_ours(below) is not None, "a library that the pack calls"
