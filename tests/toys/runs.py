@@ -15,17 +15,19 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from d2m_model.config import FluxDims
 from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys import teachers
 from tests.toys.trainer_process import ENVIRONMENT, ROOT, Result, Run
 
 # As few blocks as preset S needs: one dense, a group of three double, a group of five single.
 DIMS = replace(teachers.DIMS, double_blocks=4, single_blocks=6)
+FLAT = replace(DIMS, double_blocks=2, single_blocks=2)  # for preset L: blocks cost a run more time than width
 
 
-def write_inputs(folder: Path) -> None:
+def write_inputs(folder: Path, dims: FluxDims = DIMS) -> None:
     """`teacher.safetensors` and `latents.safetensors`, of which a third of the text tokens are padding."""
-    save_file(teachers.dense_flux(DIMS, torch.float32), folder / "teacher.safetensors")
+    save_file(teachers.dense_flux(dims, torch.float32), folder / "teacher.safetensors")
     write_latents(folder)
 
 

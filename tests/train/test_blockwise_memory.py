@@ -34,7 +34,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_counts_the_largest_part(room: Path) -> None:
     run = load_run(room / "run-file.yaml")
     core = FluxMoETransformer2DModel.from_flux_moe(room / "out" / "convert" / "student.safetensors")
-    planned: dict[str, Any] = {stage.stage: stage for stage in plan_run(run).stages}
+    plan = plan_run(run)
+    planned: dict[str, Any] = {stage.stage: stage for stage in plan.stages}
     assert core.adaln_in is not None
     for stage, part in (
         ("shared", Part(name="", kind="double", blocks=(1,), start=1, end=2, group=None)),
@@ -51,7 +52,7 @@ def test_the_plan_counts_the_largest_part(room: Path) -> None:
         assert planned[stage].steps == STEPS
     assert planned["shared"].samples == 7 * STEPS * run.training.batch_size
     entry = 2 * (16 + 6) * 128 * 4  # samples, tokens, channels, bytes
-    assert plan_run(run).disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
+    assert plan.disk["teacher's features"] == (2 * (5 + 1) + 1) * entry
 
 
 MEASURE = """

@@ -22,6 +22,7 @@ from d2m_model.checkpoint import check_file
 from d2m_train.__main__ import main
 from d2m_train.monitor.stage_log import read_stage_log
 from tests.toys.runs import (
+    FLAT,
     environment,
     run_file,
     steps_logged,
@@ -37,6 +38,14 @@ STAGES = ("shared", "experts", "blocks")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs for preset L, of fewer blocks."""
+    folder = tmp_path_factory.mktemp("flat")
+    write_inputs(folder, FLAT)
     return folder
 
 
@@ -362,10 +371,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_module(
     ],
 )
 def test_other_students_and_ways_to_train_run_from_teacher_to_file(
-    inputs: Path, tmp_path: Path, options: dict[str, Any]
+    inputs: Path, flat: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
+    source = inputs if options.get("student", {}).get("preset") == "S" else flat
     for name in ("teacher", "latents"):
-        os.symlink(inputs / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+        os.symlink(source / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
     stages = {stage: {"steps": 2, "learning_rate": 1e-3} for stage in STAGES}
     assert main(["distill", str(run_file(tmp_path, stage=stages, **options))]) == 0
     config = check_file(tmp_path / "out" / "student.safetensors")

@@ -20,7 +20,6 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, save_flux_moe, untrained_transformer
 from d2m_train import UserError
 from d2m_train.__main__ import main
-from d2m_train.commands.report import EMOJI_FILE
 from d2m_train.data.batch import Batch
 from d2m_train.distillation.stages import plan_stage, prepare_student
 from d2m_train.distillation.step import Distillation
@@ -34,24 +33,30 @@ from d2m_train.plan.speed import stage_seconds
 from d2m_train.plan.text import plan_text
 from d2m_train.run_config import RunConfig, Stage
 from d2m_train.teacher.frozen import open_frozen_teacher
-from d2m_train.teacher.known_flux import EMOJI_FLUX
 from d2m_train.training.optimizers import WeightAverage, new_optimizer
 from d2m_train.training.parameter_sizes import ParameterSize
 from d2m_train.training.student_file import fill_student, meta_student
 from tests.toys import files
-from tests.toys.blockwise_runs import DIMS
 from tests.toys.live_storages import LiveStorages
+from tests.toys.runs import DIMS, write_inputs
 
-IMAGE, TEXT = 64, 12
+IMAGE, TEXT = 16, 6  # tokens of a sample of write_latents
 
 
-def run_of(tmp_path: Path, stage: Stage = "experts", **sections: dict[str, Any]) -> RunConfig:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    write_inputs(folder)
+    return folder
+
+
+def run_of(inputs: Path, stage: Stage = "experts", **sections: dict[str, Any]) -> RunConfig:
     fields: dict[str, Any] = {
-        "output_dir": tmp_path / "run",
+        "output_dir": inputs / "run",
         "stages": ["convert", stage, "export"],
-        "teacher": {"path": EMOJI_FILE, "dtype": "float32"},
+        "teacher": {"path": inputs / "teacher.safetensors", "dtype": "float32"},
         "student": {"preset": "S"},
-        "data": {"source": "emoji"},
+        "data": {"source": "latents", "path": inputs / "latents.safetensors"},
     }
     for name, values in sections.items():
         fields[name] = {**fields.get(name, {}), **values}
@@ -62,7 +67,7 @@ class Real:
     """The stage's real student, of random weights, after one real step."""
 
     def __init__(self, run: RunConfig, stage: Stage) -> None:
-        config: FluxMoEConfig = student_config(run, EMOJI_FLUX)
+        config: FluxMoEConfig = student_config(run, DIMS)
         self.core = FluxMoETransformer2DModel(config, optional_names(run, config))
         with torch.no_grad():
             for parameter in self.core.parameters():
@@ -79,7 +84,7 @@ class Real:
 
     def _step(self, run: RunConfig) -> int:
         """Forward, losses, backward and update; bytes that saved-tensor hooks see but for the weights."""
-        teacher = untrained_transformer(EMOJI_FLUX).requires_grad_(False).eval()
+        teacher = untrained_transformer(DIMS).requires_grad_(False).eval()
         student = self.core
         if run.training.mixed_precision != "no":
             from accelerate.utils.operations import convert_outputs_to_fp32
@@ -90,8 +95,8 @@ class Real:
         size = run.training.batch_size
         batch = Batch(
             tokens_BTC=torch.randn(size, IMAGE, 64),
-            context_BLD=torch.randn(size, TEXT, 128),
-            pooled_BV=torch.randn(size, 128),
+            context_BLD=torch.randn(size, TEXT, DIMS.context_size),
+            pooled_BV=torch.randn(size, DIMS.vector_size),
             guidance_B=torch.full((size,), 3.5),
             image_ids_T3=torch.rand(IMAGE, 3).round(),
             text_ids_L3=torch.zeros(TEXT, 3),
@@ -140,9 +145,9 @@ CASES: dict[str, tuple[Stage, dict[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_memory_is_what_the_real_step_takes(case: str, tmp_path: Path) -> None:
+def test_memory_is_what_the_real_step_takes(case: str, inputs: Path) -> None:
     stage, sections = CASES[case]
-    run = run_of(tmp_path, stage, **sections)
+    run = run_of(inputs, stage, **sections)
     (planned,) = plan_run(run).stages
     torch.manual_seed(0)
     real = Real(run, stage)
@@ -151,8 +156,8 @@ def test_memory_is_what_the_real_step_takes(case: str, tmp_path: Path) -> None:
     assert planned.memory["activations"] == pytest.approx(real.saved, rel=0.01)
 
 
-def test_the_average_and_the_file_of_a_stage_are_what_they_take(tmp_path: Path) -> None:
-    run = run_of(tmp_path, "experts", training={"ema": 0.99}, data={"source": "emoji"})
+def test_the_average_and_the_file_of_a_stage_are_what_they_take(inputs: Path, tmp_path: Path) -> None:
+    run = run_of(inputs, "experts", training={"ema": 0.99})
     planned = plan_run(run)
     real = Real(run, "experts")
     average = WeightAverage(real.trained, 0.99)
@@ -243,12 +248,12 @@ def test_fsdp2_is_refused_weights_of_another_dtype_than_the_routers(monkeypatch:
         Ranks(RunConfig.model_validate({**MINIMAL, "student": student}))
 
 
-def test_a_student_is_loaded_in_the_memory_that_it_keeps(tmp_path: Path) -> None:
+def test_a_student_is_loaded_in_the_memory_that_it_keeps(inputs: Path, tmp_path: Path) -> None:
     """Frozen weights are never in the dtype of trained ones, nor is the file in memory."""
     stored = {name: tensor.contiguous() for name, tensor in files.split(files.dense_flux(DIMS), DIMS).items()}
     save_file(stored, tmp_path / "student.safetensors")
     training = {"mixed_precision": "bf16"}
-    run = run_of(tmp_path, "experts", student={"frozen_dtype": "bfloat16"}, training=training)
+    run = run_of(inputs, "experts", student={"frozen_dtype": "bfloat16"}, training=training)
     stage_run: Any = SimpleNamespace(
         run=run,
         stage="experts",
@@ -277,8 +282,8 @@ def test_on_a_gpu_the_optimizer_takes_nothing_beside_its_state() -> None:
 
 
 @pytest.mark.parametrize("form", [None, "int8", "fp8", "nf4"])
-def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path) -> None:
-    run = run_of(tmp_path, teacher={"quantise": form, "dtype": "bfloat16"})
+def test_the_teachers_bytes_are_those_it_holds(form: str | None, inputs: Path) -> None:
+    run = run_of(inputs, teacher={"quantise": form, "dtype": "bfloat16"})
 
     def held(tensor: Tensor) -> int:
         if type(tensor) in (Tensor, nn.Parameter):
@@ -288,7 +293,7 @@ def test_the_teachers_bytes_are_those_it_holds(form: str | None, tmp_path: Path)
 
     teacher = open_frozen_teacher(run.teacher)
     found = sum(held(parameter.data) for parameter in teacher.parameters())
-    assert teacher_bytes(run, EMOJI_FLUX)[0] == found
+    assert teacher_bytes(run, DIMS)[0] == found
 
 
 MINIMAL: dict[str, Any] = {
@@ -339,14 +344,14 @@ def test_what_no_run_can_have_is_refused() -> None:
     assert choose_strategy(None, 8) == "ddp"
 
 
-def test_time_is_known_from_the_steps_that_the_run_has_logged(tmp_path: Path) -> None:
+def test_time_is_known_from_the_steps_that_the_run_has_logged(inputs: Path, tmp_path: Path) -> None:
     def estimate(stage: Stage, flops: float) -> StageEstimate:
         return StageEstimate(
             stage=stage, steps=50, trained=1, samples=100, tokens=60_000, flops=flops, memory={"a": 1}, checkpoint=0
         )
 
     stages = (estimate("shared", 1e12), estimate("experts", 3e12))
-    run = run_of(tmp_path).model_copy(update={"stages": ("convert", "export")})
+    run = run_of(inputs).model_copy(update={"stages": ("convert", "export"), "output_dir": tmp_path})
     plan = replace(plan_run(run), stages=stages)
     assert "Time: not known. Start the run" in plan_text(plan)
     assert stage_seconds(run.output_dir, stages) == {}
@@ -359,19 +364,20 @@ def test_time_is_known_from_the_steps_that_the_run_has_logged(tmp_path: Path) ->
     assert "Time: shared 30 s, experts 1 min 30 s; 2 min 0 s together" in plan_text(replace(plan, seconds=seconds))
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.yaml").write_text(run_of(tmp_path, "shared").to_yaml())
+def test_a_dry_run_writes_nothing(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(run_of(inputs, "shared").to_yaml())
     assert main(["distill", str(tmp_path / "run.yaml"), "--dry-run", "--gpu-memory", "24GB"]) == 0
     assert "It fits: stage shared needs" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["run.yaml"]
+    assert not (inputs / "run").exists()
 
 
-def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(tmp_path: Path) -> None:
-    run = run_of(tmp_path, training={"accumulation": 4})
+def test_the_plan_says_that_fsdp2_reduces_gradients_at_each_microbatch(inputs: Path) -> None:
+    run = run_of(inputs, training={"accumulation": 4})
     said = "gradients are reduced at each of a step's 4 microbatches"
     assert any(said in note for note in plan_run(run, processes=2, strategy="fsdp2").notes)
     assert not any(said in note for note in plan_run(run, processes=2, strategy="ddp").notes)
-    assert not plan_run(run_of(tmp_path), processes=2, strategy="fsdp2").notes
+    assert not plan_run(run_of(inputs), processes=2, strategy="fsdp2").notes
 
 
 def test_zero_3_loads_a_student_that_each_gpu_has_whole() -> None:
@@ -380,11 +386,11 @@ def test_zero_3_loads_a_student_that_each_gpu_has_whole() -> None:
     assert loading_memory([weight, weight], "fsdp2") == 0
 
 
-def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(tmp_path: Path) -> None:
+def test_fsdp2_reduces_a_blocks_gradients_from_a_second_copy_in_float32(inputs: Path) -> None:
     """Under mixed precision, weights are gathered in the dtype in which they are stored."""
     linear = ParameterSize(name="transformer_blocks.0.linear.weight", shape=(8, 4), dtype=torch.bfloat16, trained=True)
     frozen = ParameterSize(name="transformer_blocks.0.frozen.weight", shape=(8, 4), dtype=torch.bfloat16, trained=False)
     for precision, gradients in (("no", 64 + 64), ("bf16", 64 + 128)):
-        run = run_of(tmp_path, training={"mixed_precision": precision})
+        run = run_of(inputs, training={"mixed_precision": precision})
         planned = shared_memory(run, [linear, frozen], 0, 2, "fsdp2")
         assert planned["gathered blocks"] == 2 * (64 + 64) + gradients
