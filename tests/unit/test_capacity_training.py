@@ -63,7 +63,7 @@ def test_every_expert_takes_its_share_of_the_pool_and_gates_are_not_renormalised
     seed: int,
     data: st.DataObject,
 ) -> None:
-    capacity = data.draw(st.sampled_from([0.5, 1.0, float(experts)]) | st.floats(0.1, experts))
+    capacity = data.draw(st.sampled_from([0.5, 1.0, float(experts)]) | st.floats(0.125, experts, width=16))
     x, weight = normal(seed, tokens, hidden), normal(seed + 1, experts, hidden)
     bias_E = normal(seed + 2, experts) if bias else None
     keep = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < kept
