@@ -3,9 +3,9 @@
 `plan_dispatch` sorts the assignments of tokens to experts by expert; `plan_experts` does so too, unless computing every
 expert for every token is cheaper. `expert_up` and `expert_down` are the two halves of the experts' MLPs; they are
 separate because FLUX's single block keeps W1 and W2 in two modules. Everything runs on strided views of the fused
-weights, with static shapes. The host waits for a GPU in two cases only: for an uneven routing in several chunks, since it
-must know at which rows they begin, and for each product where neither our Triton kernels nor torch's fused product run
-(float32, and compute capabilities before 8.0).
+weights, with static shapes. The host waits for a GPU in two cases only: for an uneven routing in several chunks, if it does
+not know at which rows they begin (in training), and for each product where neither our Triton kernels nor torch's fused
+product run (float32, and compute capabilities before 8.0).
 
 Shapes: T tokens, H hidden size, E experts, F expert width, K top_k, A assignments (T K of them under top-k), C chunks.
 """
@@ -104,7 +104,12 @@ def plan_dispatch(routing: Routing, x_TH: Tensor, chunk_tokens: int | None = Non
         chunk_rows = [chunk * chunk_tokens * top_k for chunk in range(chunks)]
     else:
         first_T = torch.searchsorted(token_A, torch.arange(tokens, device=token_A.device))
-        chunk_rows = [0] if chunks == 1 else first_T[::chunk_tokens].tolist()
+        if chunks == 1:
+            chunk_rows = [0]
+        elif routing.ends_T is not None:
+            chunk_rows = [0, *routing.ends_T[chunk_tokens - 1 : tokens - 1 : chunk_tokens].tolist()]
+        else:
+            chunk_rows = first_T[::chunk_tokens].tolist()
 
     if routing.rows is not None and chunks == 1:
         sorted_token_A, order_A, ends_E = routing.rows

@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden size, N = S + E F neurons, S shared neurons, E expert
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -219,10 +219,15 @@ class MoEFFN(nn.Module):
 
     def route(self, x_TH: Tensor) -> Routing:
         """Choose experts for x_TH [T, H]. In training a companion that routes does it, and remembers its choice."""
+        return self.begin_routing(x_TH)()
+
+    def begin_routing(self, x_TH: Tensor) -> Callable[[], Routing]:
+        """Start `route`, and return a function that returns its routing: see TokenRouter.begin."""
         tensors, companion = self._router_tensors(), self.companion
         if self.training and isinstance(companion, TrainingCompanion):
-            return companion.route(x_TH, tensors, self.gate, remember=not recomputed())
-        return self.token_router.route(x_TH, tensors, gate=self.gate, value=self.router_value)
+            routing = companion.route(x_TH, tensors, self.gate, remember=not recomputed())
+            return lambda: routing
+        return self.token_router.begin(x_TH, tensors, gate=self.gate, value=self.router_value)
 
     def _router_tensors(self) -> dict[str, Tensor]:
         """The router's tensors by their names in the file."""
@@ -238,18 +243,23 @@ class MoEFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the FFN to x [..., H]."""
         x_TH = x.reshape(-1, x.shape[-1])
+        in_graph = self._in_graph(x.device.type)
+        # Ahead of the shared expert, which the device works on while the host waits for the choice. With gradients after
+        # it: their sums round by the order in which the operators ran.
+        early = self.experts_on and not in_graph and not torch.is_grad_enabled()
+        end_routing = self.begin_routing(x_TH) if early else None
         y_TH: Tensor = self.shared_down(F.gelu(self.shared_up(x_TH), approximate="tanh"))
         routing = None
         if self.experts_on:
             weights = (self.routed_up, self.routed_up_bias, self.routed_down.transpose(0, 1), self.expert_mean)
-            if self._in_graph(x.device.type):
+            if in_graph:
                 tensors, gate = self._router_tensors(), self.gate
                 y_TH = y_TH + _routed_in_graph(
                     x_TH, self.router_text, list(tensors), list(tensors.values()), self.value_in_graph,
                     gate.mode, gate.scale, *weights, self.chunk_tokens,
                 )  # fmt: skip
             else:
-                routing = self.route(x_TH)
+                routing = self.route(x_TH) if end_routing is None else end_routing()
                 y_TH = y_TH + routed_experts(x_TH, routing, *weights, self.chunk_tokens)
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from .blocks import FFN
 from .config import FluxMoEConfig
+from .host_copy import HostCopy
 from .mob import BlockRouting, SampleSubset
 from .routers import Gate, Routing
 from .trace_record import Entry, GroupEntry, PassRecord, SampleKey, Step, Trace
-
-EVENTFUL = ("cuda", "xpu")  # devices with events, by which the host can wait for a single copy
 
 # Recording
 
@@ -240,8 +239,7 @@ class _Flight:
     """A buffer on its way to the host."""
 
     step: Step
-    buffer: Tensor
-    landed: torch.Event | None
+    buffer: HostCopy
 
 
 class Run:
@@ -273,16 +271,8 @@ class Run:
         passes = [self._record(number, it, entries) for number, it in enumerate(evaluation.passes)]
         step = Step(settings=evaluation.settings or {}, passes=passes, entries=entries, groups=groups)
         self._land()
-        landed = None
-        if buffer.device.type in EVENTFUL:
-            # The host does not wait here: the copy is finished long before the next evaluation ends.
-            device = buffer.device
-            buffer = buffer.to("cpu", non_blocking=True)
-            landed = torch.Event(device)
-            landed.record(getattr(torch, device.type).current_stream(device))  # another device may be the current one
-        else:
-            buffer = buffer.cpu()
-        self._flight = _Flight(step=step, buffer=buffer, landed=landed)
+        # The host does not wait here: the copy is finished long before the next evaluation ends.
+        self._flight = _Flight(step=step, buffer=HostCopy(buffer))
         self.steps.append(step)
 
     def _record(self, number: int, it: Pass, entries: Sequence[Entry]) -> PassRecord:
@@ -299,9 +289,8 @@ class Run:
     def _land(self) -> None:
         if self._flight is not None:
             flight, self._flight = self._flight, None
-            if flight.landed is not None:
-                flight.landed.synchronize()
-            flight.step.buffer = flight.buffer.numpy().copy() if flight.landed is not None else flight.buffer.numpy()
+            values = flight.buffer.wait().numpy()
+            flight.step.buffer = values.copy() if flight.buffer.landed is not None else values  # out of pinned memory
 
     def finish(self) -> Trace:
         self._land()

@@ -18,7 +18,7 @@ from .capacity_fit import fitted_tensors, selection
 from .capacity_routing import (
     CapacityTensors,
     PoolRouting,
-    route_by_threshold,
+    begin_by_threshold,
     route_pool,
     scaled_threshold,
     updated_threshold,
@@ -79,8 +79,11 @@ class CapacityRouter(TokenRouter):
             yield f"{ffn}.capacity.scale is {scale_1.item():g}; expected a positive number."
 
     def route(self, x_TH: Tensor, tensors: RouterTensors, *, gate: Gate, value: float) -> Routing:
+        return self.begin(x_TH, tensors, gate=gate, value=value)()
+
+    def begin(self, x_TH: Tensor, tensors: RouterTensors, *, gate: Gate, value: float) -> Callable[[], Routing]:
         weight_EH, bias_E = tensors[WEIGHT], tensors.get(BIAS)
-        return route_by_threshold(x_TH, weight_EH, bias_E, CapacityTensors.of(tensors), gate=gate, factor=value)
+        return begin_by_threshold(x_TH, weight_EH, bias_E, CapacityTensors.of(tensors), gate=gate, factor=value)
 
     def companion(self, tensors: RouterTensors) -> CapacityPredictor:
         return CapacityPredictor(CapacityTensors.of(tensors), capacity=self.capacity)

@@ -13,13 +13,14 @@ Shapes: T tokens, P of them in the pool, S tokens of an expert, H hidden size, D
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..host_copy import HostCopy
 from .routing import Gate, Routing, float32_linear
 
 THRESHOLD_DECAY = 0.95  # DiffMoE's
@@ -90,17 +91,60 @@ def route_by_threshold(
     at 2 a prediction passes at half the odds, at 0 none does. (If the factor divided t itself, experts would drop out
     one after the other below 1, when their thresholds exceed 1.)
 
-    Only the device knows the number of assignments. The host waits for it once per call, and torch.compile breaks its
-    graph here. The alternative, rows for every token at every expert, would need E / K times the memory of top-k routing.
     Raises ValueError for a factor that is negative or not finite.
+    """
+    return begin_by_threshold(x_TH, weight_EH, bias_E, tensors, gate=gate, factor=factor)()
+
+
+def begin_by_threshold(
+    x_TH: Tensor,
+    weight_EH: Tensor,
+    bias_E: Tensor | None,
+    tensors: CapacityTensors,
+    *,
+    gate: Gate,
+    factor: float,
+) -> Callable[[], Routing]:
+    """Start `route_by_threshold`, and return a function that returns its routing.
+
+    Only the device knows the number of assignments. The host waits for it in that function, once per call, and
+    torch.compile breaks its graph there. The alternative, rows for every token at every expert, would need E / K times the
+    memory of top-k routing.
     """
     check_factor(factor)
     logits_TE = float32_linear(x_TH, weight_EH, bias_E)
     # Compare logits, because sigmoids may round to 0 or 1. A threshold of 0 has the logit -inf, which all pass.
     limit_E = tensors.threshold_E.float().logit() - (math.log(factor) if factor > 0 else -math.inf)
-    token_A, expert_A = (predict(x_TH, tensors) > limit_E).nonzero().unbind(1)
+    chosen_TE = predict(x_TH, tensors) > limit_E
     gates_TE = _weights(logits_TE.softmax(dim=-1), tensors.scale_1, gate)
-    return Routing(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
+    if not chosen_TE.is_cpu:
+        return listed_in_room(chosen_TE, gates_TE, logits_TE)
+    token_A, expert_A = chosen_TE.nonzero().unbind(1)
+    routing = Routing(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=logits_TE)
+    return lambda: routing
+
+
+def listed_in_room(chosen_TE: Tensor, gates_TE: Tensor, logits_TE: Tensor) -> Callable[[], Routing]:
+    """List the chosen pairs of token and expert in room for all pairs, and return a function that returns the routing.
+
+    Only that function waits for the device, for the number of pairs, which is all that the host needs to know.
+    """
+    experts, pairs = chosen_TE.shape[1], chosen_TE.numel()
+    chosen_R = chosen_TE.flatten()
+    end_R = chosen_R.cumsum(0)
+    place_R = torch.where(chosen_R, end_R - 1, pairs)  # all others go to one row after the last
+    pair_R = end_R.new_zeros(pairs + 1).scatter(0, place_R, torch.arange(pairs, device=end_R.device))[:pairs]
+    token_R, expert_R, gate_R = pair_R // experts, pair_R % experts, gates_TE.flatten().index_select(0, pair_R)
+    copied_T = HostCopy(end_R.view(chosen_TE.shape)[:, -1])
+
+    def routing() -> Routing:
+        ends_T = copied_T.wait()
+        rows = slice(0, int(ends_T[-1]) if len(ends_T) else 0)
+        return Routing(
+            token_A=token_R[rows], expert_A=expert_R[rows], gate_A=gate_R[rows], logits_TE=logits_TE, ends_T=ends_T
+        )  # fmt: skip
+
+    return routing
 
 
 def scaled_threshold(threshold_E: Tensor, factor: float) -> Tensor:

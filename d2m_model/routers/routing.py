@@ -44,6 +44,7 @@ class Routing:
     logits_TE          float32 [T, E], of the router's softmax
     per_token          K, if every token has as many experts; a token's experts then stand best first
     rows               the assignments sorted by expert, where the router has sorted them already
+    ends_T             int64 [T] on the host, where the assignments of each token end; None unless the host knows it
     gate_unit          gates of mode `normalised` are this number times a share from 0 to 1; None: times alpha, which is
                        softmax(logits), and a factor that traces leave out
     """
@@ -55,6 +56,7 @@ class Routing:
     per_token: int | None = None
     gate_unit: float | None = None
     rows: SortedRows | None = None
+    ends_T: Tensor | None = None
 
     @classmethod
     def even(

@@ -137,6 +137,14 @@ class TokenRouter(ABC):
         Raises ValueError for a value that cannot be.
         """
 
+    def begin(self, x_TH: Tensor, tensors: RouterTensors, *, gate: Gate, value: float) -> Callable[[], Routing]:
+        """Start to route as `route` does, and return a function that returns the routing.
+
+        That function may wait for the device, and is best called after the device was given other work.
+        """
+        routing = self.route(x_TH, tensors, gate=gate, value=value)
+        return lambda: routing
+
     def companion(self, tensors: RouterTensors) -> RouterCompanion | None:
         """Module with a copy of the tensors beside W_g; None if the kind has none."""
         return None

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, H hidden size, D predictor width, E experts, F expert
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,15 +121,21 @@ class ExpertLayer(nn.Module):
                 tensors[f"{name}.bias"] = bias
         return tensors
 
-    def route(self, x_BTH: Tensor, settings: CallSettings) -> Routing:
+    def begin_routing(self, x_BTH: Tensor, settings: CallSettings) -> Callable[[], Routing]:
+        """Start to route under `settings`, and return a function that returns the routing: see TokenRouter.begin."""
         x_TH = x_BTH.flatten(0, -2)
         tensors = self.router_tensors(x_TH.device)
         value = settings.values.get(self.name, settings.value)
-        routing = self.file.router.route(x_TH, tensors, gate=settings.gate, value=value)
-        if settings.trace is not None:
-            settings.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=settings.gate)
-        if settings.mask is not None and self.name in settings.mask:
-            routing = routing.weighed(settings.mask[self.name].to(x_TH.device))
+        chosen = self.file.router.begin(x_TH, tensors, gate=settings.gate, value=value)
+
+        def routing() -> Routing:
+            routing = chosen()
+            if settings.trace is not None:
+                settings.trace.experts(self.name, routing, batch=x_BTH.shape[0], gate=settings.gate)
+            if settings.mask is not None and self.name in settings.mask:
+                routing = routing.weighed(settings.mask[self.name].to(x_TH.device))
+            return routing
+
         return routing
 
     def up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed | Handed]:
@@ -147,15 +153,13 @@ class ExpertLayer(nn.Module):
 
     def _up(self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: CallSettings) -> tuple[Tensor, Routed]:
         x_TH = x_BTH.flatten(0, -2)
-        routing = self.route(x_BTH, settings)
-        # The product of every expert for every token would need the whole weight converted.
-        if takes_float8(x_TH) and is_float8(linear):
-            plan: Dispatch | EveryExpert = plan_dispatch(routing, x_TH)
-        else:
-            plan = plan_experts(routing, x_TH, self.layout.width)
-        keep_float8 = isinstance(plan, Dispatch) and takes_float8(x_TH)
+        end_routing = self.begin_routing(x_BTH, settings)
+        keep_float8 = takes_float8(x_TH) and is_float8(linear)
         cast = cast_linear(linear, x_BTH, 0, rows, keep_float8=keep_float8)
-        y_BTN = cast.product(x_BTH, cast.bias[:rows])
+        y_BTN = cast.product(x_BTH, cast.bias[:rows])  # the device works on it while the host waits for the choice
+        routing = end_routing()
+        # The product of every expert for every token would need the whole weight converted.
+        plan = plan_dispatch(routing, x_TH) if keep_float8 else plan_experts(routing, x_TH, self.layout.width)
         hidden_AF = expert_up(x_TH, plan, *self._up_experts(cast, rows), cast.scale)
         cast.release()
         return y_BTN, Routed(routing, plan, hidden_AF)

@@ -21,7 +21,7 @@ from tests.comfyui.test_saving import load
 from tests.toys import files
 from tests.toys.fake_gpu import GPU, HOST_WAITS, HostWaits
 
-BLOCKS, PREDICTED = ("d2m_model/mob.py", "item"), ("d2m_model/routers/capacity_routing.py", "nonzero")
+BLOCKS, PREDICTED = ("d2m_model/mob.py", "item"), ("d2m_model/routers/capacity_routing.py", "event")
 
 
 def without_values(module: nn.Module, *, weights_on: torch.device, buffers_on: torch.device) -> None:
@@ -71,6 +71,7 @@ def test_the_host_waits_for_what_is_listed_only(host: Comfy, tmp_path: Path, cap
         assert first.waits - later.waits == {("nodes/model/blocks.py", "copy")}  # of the buffers, once
         assert later.waits == ({BLOCKS} if capacity is None else {BLOCKS, PREDICTED})
         assert later.waits <= set(HOST_WAITS)
+        assert later.idle_waits() == 0
         # All weights offloaded: ComfyUI brings each of them in as it is used.
         without_values(model, weights_on=torch.device("cpu"), buffers_on=torch.device("cpu"))
         for module in model.modules():

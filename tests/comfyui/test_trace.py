@@ -43,23 +43,23 @@ def heard(host: Comfy, monkeypatch: pytest.MonkeyPatch) -> list[Heard]:
     """Every call of the transformer since, told by other means than the trace's."""
     calls: list[Heard] = []
     blocks, flux = host.module("nodes.model.blocks"), host.module("nodes.model.flux_moe")
-    route, apply_model = blocks.ExpertLayer.route, flux.FluxMoEModel._apply_model
+    begin_routing, apply_model = blocks.ExpertLayer.begin_routing, flux.FluxMoEModel._apply_model
 
     def listening(layer: Any, x_BTH: Tensor, choice: Any) -> Any:
-        routing = route(layer, x_BTH, choice)
+        routing = begin_routing(layer, x_BTH, choice)()
         chosen_TE = routing.gates_TE > 0
         alpha_TE = routing.probabilities_TE.masked_fill(~chosen_TE, -1)
         order_TE = alpha_TE.argsort(dim=-1, descending=True, stable=True)
         experts_TE = order_TE.masked_fill(~chosen_TE.gather(1, order_TE), NONE)
         calls[-1].choices[layer.name] = experts_TE.view(*x_BTH.shape[:2], -1)
-        return routing
+        return lambda: routing
 
     def calling(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options") or args[4]
         calls.append(Heard(list(options["cond_or_uncond"]), x.shape[0]))
         return apply_model(model, x, *args, **kwargs)
 
-    monkeypatch.setattr(blocks.ExpertLayer, "route", listening)
+    monkeypatch.setattr(blocks.ExpertLayer, "begin_routing", listening)
     monkeypatch.setattr(flux.FluxMoEModel, "_apply_model", calling)
     return calls
 

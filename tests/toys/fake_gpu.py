@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,12 +29,14 @@ HOST_WAITS = {
         "The host must know which blocks no sample runs, to skip them. A group's choice depends on the blocks before it, so "
         "this is one wait for each group. There is none if all blocks of the group run, or none of them."
     ),
-    ("d2m_model/routers/capacity_routing.py", "nonzero"): (
+    ("d2m_model/routers/capacity_routing.py", "event"): (
         "Only the device knows how many experts the tokens of a capacity router have, and the host allocates their rows. "
-        "Rows for every token at every expert would need E / K times the memory."
+        "Rows for every token at every expert would need E / K times the memory. The host waits after it has given the "
+        "device the shared expert's product, so that the device has work meanwhile."
     ),
     ("d2m_model/experts.py", "item"): (
-        "Tokens with unlike numbers of experts, in several chunks: the host must know at which rows the chunks begin."
+        "Tokens with unlike numbers of experts, in several chunks, in training: the host must know at which rows the chunks "
+        "begin. At inference a capacity router has told it."
     ),
     ("d2m_model/kernels/grouped_mm.py", "item"): (
         "A product where neither the Triton kernels nor torch's fused grouped product run: its loop goes by experts."
@@ -82,12 +86,40 @@ class LiveMemory(TorchDispatchMode):
 class HostWaits(TorchDispatchMode):
     """Records the operators for which the host waits, as (file, name): the last of this project's files that called it.
 
-    Values that the host reads are 1, and half of the entries are not zero.
+    The name of a wait for an event is "event". `log` has the waits, the starts of copies that are waited for later, and
+    matrix products ("product"), in order. Values that the host reads are 1, and half of the entries are not zero.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: set[tuple[str, str]] = set()
+        self.log: list[str] = []
+        self._streams = ExitStack()
+
+    def __enter__(self) -> HostWaits:
+        recorder = self
+
+        class Event:
+            def __init__(self, device: torch.device) -> None: ...
+
+            def record(self, stream: object) -> None:
+                recorder.log.append("copy started")
+
+            def synchronize(self) -> None:
+                recorder._wait("event", True)
+
+        self._streams.enter_context(mock.patch.object(torch, "Event", Event))
+        self._streams.enter_context(mock.patch.object(torch.cuda, "current_stream", return_value=None))
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def idle_waits(self) -> int:
+        """Count the copies for which the host waits without having given the device a product meanwhile."""
+        starts = [index for index, entry in enumerate(self.log) if entry == "copy started"]
+        return sum("product" not in self.log[start : self.log.index("event", start)] for start in starts)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._streams.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,6 +132,8 @@ class HostWaits(TorchDispatchMode):
             self._wait("nonzero", args[0].is_cuda)
             return args[0].new_empty(args[0].numel() // 2, args[0].dim(), dtype=torch.int64)
         result = func(*args, **kwargs)
+        if func in (aten.mm.default, aten.addmm.default):
+            self.log.append("product")
         if func in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if func is aten.copy_.default else args[0]
             # A copy to the host is made in pinned memory if it need not block; one from the host is mostly not.
@@ -111,8 +145,10 @@ class HostWaits(TorchDispatchMode):
         frame = sys._getframe(2)
         while waits and frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT) and (file := path.relative_to(ROOT)).parts[0] in CODE:
+            named = path.is_relative_to(ROOT) and path.name != "host_copy.py"  # what asked for the copy is named
+            if named and (file := path.relative_to(ROOT)).parts[0] in CODE:
                 self.waits.add((str(file), name))
+                self.log.append(name)
                 return
             frame = frame.f_back  # type: ignore[assignment]
         if waits:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from d2m_model.config import FFNLayout, Gate
+from d2m_model.experts import plan_dispatch
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import Routing
 from d2m_model.routers.capacity_fit import initial_tensors
 from d2m_model.routers.capacity_routing import (
     CapacityTensors,
+    listed_in_room,
     route_by_threshold,
     route_pool,
 )
@@ -93,6 +95,23 @@ def test_thresholds_of_zero_and_one_let_every_token_and_no_token_pass() -> None:
     for factor in (0.5, 1.0, 2.0):
         assert taken_of(routing(factor, tensors, x)) == {t: [0, 2, 4] for t in range(50)}
     assert len(routing(0.0, tensors, x).token_A) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_pairs_listed_on_a_device_are_those_that_a_cpu_lists(tokens: int, share: float) -> None:
+    """On a GPU their number is known late; in several chunks they begin where they begin on a CPU."""
+    gates_TE = normal(0, tokens, 6).abs() + 1
+    chosen_TE = torch.rand(tokens, 6, generator=torch.Generator().manual_seed(1)) < share
+    token_A, expert_A = chosen_TE.nonzero().unbind(1)
+    expected = Routing(token_A=token_A, expert_A=expert_A, gate_A=gates_TE[token_A, expert_A], logits_TE=gates_TE)
+    found = listed_in_room(chosen_TE, gates_TE, gates_TE)()
+    for name in ("token_A", "expert_A", "gate_A"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    x = torch.empty(tokens, 8)
+    rows = [plan_dispatch(routing, x, chunk_tokens=7).chunk_rows for routing in (found, expected)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 1 + max(1, -(-tokens // 7))
 
 
 @pytest.mark.parametrize("factor", [-0.1, math.inf, math.nan])

@@ -88,10 +88,11 @@ def test_the_host_waits_for_what_is_listed_only(
         with HostWaits() as recorded:
             output = model(**inputs_on(GPU)).sample
     assert output.device.type == GPU.type
-    blocks, predicted = ("d2m_model/mob.py", "item"), ("d2m_model/routers/capacity_routing.py", "nonzero")
+    blocks, predicted = ("d2m_model/mob.py", "item"), ("d2m_model/routers/capacity_routing.py", "event")
     expected = {blocks, predicted} if capacity else {blocks}
     assert recorded.waits == (set() if training else expected)
     assert recorded.waits <= set(HOST_WAITS)
+    assert recorded.idle_waits() == 0
 
 
 def test_a_trace_waits_for_its_copy_on_the_gpu_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
