@@ -1,4 +1,4 @@
-"""Atomic writing of files: a crash leaves the old file or none, never half of the new one."""
+"""Atomic writing of files and folders: a crash leaves the old one or none, never half of the new one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -38,6 +39,35 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.discard()
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary folder, which takes the name `path` at the end of the `with`, in place of a folder there.
+
+    After an exception it is removed. The old folder is renamed before it is deleted, so that a crash leaves one of the two
+    whole, or, between two renames, none of them. Leftovers are told and removed as those of files are.
+    """
+    target = Path(os.path.realpath(path))
+    old = target.with_name(f"{target.name}.old")
+    for folder in (target, old):
+        remove_leftovers(folder)
+    part, descriptor = _part_of(target), None
+    part.mkdir()
+    try:
+        if fcntl is not None:
+            descriptor = os.open(part, os.O_RDONLY)
+            _lock(descriptor)
+        yield part
+        if target.is_dir():
+            os.rename(target, _part_of(old))
+        os.rename(part, target)
+        sync_folder(target.parent)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        for folder in (part, _part_of(old)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class PartFile:
     """A temporary file beside its target, whose name it takes in `commit`. End every use with `discard`.
 
@@ -47,10 +77,10 @@ class PartFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.target = Path(os.path.realpath(path))
-        self.path = self.target.with_name(f".{self.target.name}.{os.getpid()}.part")
+        self.path = _part_of(self.target)
         remove_leftovers(self.target)
         self.file = FileIO(self.path, "x")
-        _lock(self.file)
+        _lock(self.file.fileno())
 
     def commit(self) -> None:
         """Sync the file to disk and let it replace the target."""
@@ -87,10 +117,14 @@ def sync_folder(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _lock(file: FileIO) -> None:
+def _part_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _lock(descriptor: int) -> None:
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -113,9 +147,15 @@ def remove_leftovers_like(target: Path) -> None:
 
 
 def _remove_unlocked(part: Path) -> None:
-    """Delete a part file that no process writes. Windows refuses to delete a file that is still open."""
+    """Delete a part file or folder that no process writes. Windows refuses to delete a file that is still open."""
     with suppress(OSError):
-        with open(part, "rb") as file:
-            if fcntl is not None:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        part.unlink()
+        if fcntl is not None:
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(descriptor)
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()

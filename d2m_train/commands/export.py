@@ -6,14 +6,13 @@ Weights are cast. Routers, means, thresholds and neuron orders keep their types,
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 from typing import get_args
 
 import torch
 from safetensors import SafetensorError
 
+from d2m_model.atomic import atomic_folder
 from d2m_model.checkpoint import CONFIG_KEY, check_opened
 from d2m_model.conversion.convert import file_metadata, refuse_same_file
 from d2m_model.keys import dense_shapes
@@ -70,13 +69,8 @@ def export_to_diffusers(source: Path, folder: Path, dtype: torch.dtype) -> None:
     if folder.is_file():
         raise UserError(f"{folder} is a file; --diffusers writes a folder.")
     model = FluxMoETransformer2DModel.from_flux_moe(source, dtype)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        model.save_pretrained(part)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.rename(part, folder)
+        with atomic_folder(folder) as part:
+            model.save_pretrained(part)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -1,7 +1,7 @@
 """A stage's checkpoints: complete or absent, the last few kept, readable by another number of processes.
 
 `checkpoints/step-000500/` holds torch.distributed.checkpoint's shards and `checkpoint.json`: the step and the identity of
-the run. While a checkpoint is being written, its name ends in `.partial`.
+the run. While a checkpoint is being written or deleted, its name ends in `.partial`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Checkpoints:
                     json.dump(manifest, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
-                shutil.rmtree(final, ignore_errors=True)  # left by an earlier attempt
+                _remove(final)  # left by an earlier attempt
                 os.rename(partial, final)
                 with contextlib.suppress(OSError):  # a file system that cannot sync folders
                     sync_folder(self.folder)
@@ -96,7 +96,7 @@ class Checkpoints:
         self.wait()
         if self.main:
             for old_step in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old_step), ignore_errors=True)
+                _remove(self.path(old_step))
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Read a checkpoint's manifest. Raises UserError if the checkpoint is of another run, and names what differs."""
@@ -142,11 +142,19 @@ class Checkpoints:
         return extra
 
     def clean(self) -> None:
-        """Remove what a run that was killed while writing has left behind."""
+        """Remove what a run that was killed while writing or deleting has left behind."""
         if self.main:
             for partial in self.folder.glob(f"*{_PARTIAL}"):
                 shutil.rmtree(partial, ignore_errors=True)
         self.wait()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, if it exists. Half of one never has a checkpoint's name."""
+    partial = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(checkpoint, partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,25 @@ def empty() -> dict[str, Any]:
     return pickle.loads(pickle.dumps(EMPTY))
 
 
+def test_a_checkpoint_that_a_kill_left_half_deleted_has_no_checkpoints_name(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, **options: Any) -> None:
+        if path.is_dir():
+            next(iter(path.iterdir())).unlink()
+            raise KeyboardInterrupt
+
+    checkpoints.save(1, STATE, {})
+    checkpoints.save(2, STATE, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(3, STATE, {})
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.clean()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-000002", "step-000003"]
+
+
 def test_what_was_saved_is_read_again(checkpoints: Checkpoints) -> None:
     checkpoints.save(5, STATE, {"note": 1})
     state = empty()

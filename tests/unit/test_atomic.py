@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2m_model.atomic import atomic_file, remove_leftovers_like
+from d2m_model.atomic import atomic_file, atomic_folder, remove_leftovers, remove_leftovers_like
 from d2m_model.tensor_file import CheckpointError, TensorFile
 from d2m_model.tensor_writer import write_tensors
 
@@ -45,6 +45,38 @@ def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Pat
     with pytest.raises(OSError, match="folder"), atomic_file(tmp_path / "folder") as part:
         part.write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for content in ("first", "second"):
+        with atomic_folder(target) as part:
+            (part / "file").write_text(content)
+            assert content == "first" or (target / "file").read_text() == "first"
+        assert (target / "file").read_text() == content
+        assert list(tmp_path.iterdir()) == [target]
+
+    def fail() -> None:
+        with atomic_folder(target) as part:
+            (part / "half").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [path.name for path in target.iterdir()] == ["file"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    for name in (".model.12345.part", ".model.old.12345.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with atomic_folder(tmp_path / "model"):
+        living = tmp_path / f".model.{os.getpid()}.part"
+        assert list(tmp_path.iterdir()) == [living]
+        remove_leftovers(tmp_path / "model")
+        assert living.exists(), "it is locked"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_leftover_of_a_killed_process_is_removed_and_a_file_in_the_making_is_not(
