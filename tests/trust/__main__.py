@@ -22,7 +22,7 @@ from pathlib import Path
 # The models are tiny; sums in one order give the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-COUNTS = {"files": 20_000, "requests": 50_000, "prompts": 500}
+COUNTS = {"files": 20_000, "requests": 50_000, "prompts": 500, "kills": 200}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
