@@ -112,6 +112,13 @@ def split_into_parts(
     return [part for part in parts if any(part.has(name) for name in trainable)]
 
 
+def remove_working_files(folder: Path) -> None:
+    """Delete what a finished stage in blockwise mode was trained with. `parts` is last: only blockwise stages have it."""
+    if (folder / "parts").is_dir():
+        for name in ("features", "checkpoints", "parts"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
 class _Blockwise:
     """One stage in blockwise mode."""
 
@@ -154,8 +161,7 @@ class _Blockwise:
                 self._train_part(number, self.log)
         self.store.remove()
         self._write_student()
-        shutil.rmtree(stage_run.folder / "parts", ignore_errors=True)
-        shutil.rmtree(stage_run.checkpoint_folder, ignore_errors=True)
+        remove_working_files(stage_run.folder)
 
     def _check_steps(self, done: int, start: int) -> None:
         """Say what resume=changed does to the part that goes on. Raises UserError for fewer steps than are done.

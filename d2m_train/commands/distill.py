@@ -24,7 +24,7 @@ from d2m_model.config import FluxMoEConfig
 from d2m_model.teacher import open_teacher
 
 from .. import UserError
-from ..blockwise.stage import check_blockwise, train_blockwise
+from ..blockwise.stage import check_blockwise, remove_working_files, train_blockwise
 from ..conversion.run import run_conversion
 from ..conversion.settings import settings_from_run
 from ..data import open_source
@@ -142,6 +142,8 @@ class Distill:
         for stage in stages:
             done = run.output_dir / stage / "student.safetensors"
             if done.exists() and not self._reopened(stage):
+                if self.ranks.main:
+                    remove_working_files(done.parent)  # it was killed when it had written its student
                 repeat = run.training.blockwise and run.resume == "changed"
                 hint = f" Its blocks are trained; restart={stage} repeats them with other steps." if repeat else ""
                 self.ranks.say(f"{stage}: {done} is there already.{hint}")
