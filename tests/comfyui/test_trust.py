@@ -15,6 +15,7 @@ from demo.in_process import Comfy
 from tests.trust import files, subjects
 from tests.trust.limits import OURS, Hang, time_limit
 from tests.trust.mutations import mutated, taken_apart
+from tests.trust.packages import judged
 from tests.trust.requests import raw_error_of_ours
 
 NUMBERS = range(12)
@@ -84,3 +85,10 @@ def test_raw_errors_of_the_pack_are_found_in_a_log() -> None:
     assert raw_error_of_ours(log("/x/ComfyUI/comfy/sd.py", "x = y[0]", "IndexError: x")) is None
     below = raw.replace("IndexError", '  File "/y/torch/nn.py", line 1, in g\n    h()\nRuntimeError')
     assert raw_error_of_ours(below) is not None, "a library that the pack calls"
+
+
+def test_a_vulnerability_is_reported_and_a_package_that_was_not_audited_is_not_counted() -> None:
+    sound = {"name": "a", "version": "1", "vulns": []}
+    skipped = {"name": "b", "skip_reason": "not found"}
+    wrong = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": []}]}
+    assert judged({"dependencies": [sound, skipped, wrong]}) == (3, 2, ["c 2 (CVE-1)"])

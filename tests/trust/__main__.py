@@ -22,13 +22,13 @@ from pathlib import Path
 # The models are tiny; sums in one order give the same bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-COUNTS = {"files": 20_000, "requests": 50_000, "prompts": 500, "kills": 200}
+COUNTS = {"files": 20_000, "requests": 50_000, "prompts": 500, "kills": 200, "packages": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(COUNTS)}; all of them without")
-    parser.add_argument("--count", type=int, help="number of files, requests, prompts or kills")
+    parser.add_argument("--count", type=int, help="number of files, requests, prompts or kills (packages: none)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--no-write", action="store_true", help="write no results")
     args = parser.parse_args(arguments)
