@@ -103,7 +103,7 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
 def outcome_of(reader: Reader, path: Path, size: int) -> str:
     """Return "taken" or "refused", or a description of what went wrong."""
     peak = Peak()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_addresses() + _ADDRESSES, hard))
     try:
         with time_limit(_SECONDS):
@@ -115,7 +115,7 @@ def outcome_of(reader: Reader, path: Path, size: int) -> str:
     except (Exception, Hang) as error:
         return "".join(traceback.format_exception(error))[-4000:]
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     if (grown := peak.growth()) > _BYTES + _TIMES * size:
         return f"{outcome}, with {grown:,} bytes of memory for a file of {size:,}"
     return outcome
