@@ -31,6 +31,7 @@ from ...d2m_model.experts import (
 )
 from ...d2m_model.kernels.choice import has_kernels
 from ...d2m_model.routers import Routing
+from ...d2m_model.tensor_file import FLOAT8
 from .call_arguments import CallArguments
 from .custom_operators import Handed, down_in_graph, up_in_graph
 from .settings import CallSettings, FileSettings, GraphSettings
@@ -178,18 +179,18 @@ class ExpertLayer(nn.Module):
         self, linear: nn.Module, x_BTH: Tensor, rows: int, settings: GraphSettings
     ) -> tuple[Tensor, Handed]:
         tensors = self.router_tensors(x_BTH.device)
-        cast = cast_linear(linear, x_BTH, 0, rows)
+        cast = cast_linear(linear, x_BTH, 0, rows, keep_float8=_float8_in_graph(linear, x_BTH))
         y_BTN = cast.product(x_BTH, cast.bias[:rows])
         x_TH, experts = x_BTH.flatten(0, -2), self._up_experts(cast, rows)
-        handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, *experts)
+        handed = up_in_graph(x_TH, self.file.router_text, tensors, settings, self.row, *experts, cast.scale)
         cast.release()
         return y_BTN, handed
 
     def _down_in_graph(self, linear: nn.Module, x_BTN: Tensor, handed: Handed) -> Tensor:
-        cast = cast_linear(linear, x_BTN, 1, x_BTN.shape[-1])
+        cast = cast_linear(linear, x_BTN, 1, x_BTN.shape[-1], keep_float8=_float8_in_graph(linear, x_BTN))
         y_BTH = cast.product(x_BTN, cast.bias)
         mean_EH = None if self.expert_mean is None else self.expert_mean.to(x_BTN.device)
-        y_TH = down_in_graph(handed, self._down_experts(cast), mean_EH)
+        y_TH = down_in_graph(handed, self._down_experts(cast), cast.scale, mean_EH)
         cast.release()
         return y_BTH + y_TH.view_as(y_BTH)
 
@@ -206,6 +207,14 @@ class ExpertLayer(nn.Module):
 def takes_float8(x: Tensor) -> bool:
     """Return whether the products of sorted rows of x take weights in float8 as they are stored."""
     return has_kernels(x) and not torch.is_grad_enabled()
+
+
+def _float8_in_graph(linear: Any, x: Tensor) -> bool:
+    """Return whether a graph hands a weight on in float8: one without a scale, since a QuantizedTensor breaks graphs.
+
+    Only the operators of custom_operators.py, when the graph runs, know whether kernels take it.
+    """
+    return x.is_cuda and linear.weight.dtype in FLOAT8
 
 
 class ExpertFFN(ExpertLayer, nn.Sequential):

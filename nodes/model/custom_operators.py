@@ -93,20 +93,22 @@ def up_in_graph(
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
+    scale: Tensor | None,
 ) -> Handed:
     """Route, and run W1's side of the chosen experts.
 
-    `router` is the file's, as router_to_text gives it; `row` (on the host) is the FFN's row of weights_LE.
+    `router` is the file's, as router_to_text gives it; `row` (on the host) is the FFN's row of weights_LE. `scale` is
+    given if W1 is in float8.
     """
     outputs: list[Tensor] = torch.ops.d2m.routed_up(
-        x_TH, router, list(tensors), list(tensors.values()), *settings, row, up_EFH, up_bias_EF
+        x_TH, router, list(tensors), list(tensors.values()), *settings, row, up_EFH, up_bias_EF, scale
     )
     return Handed(*outputs)
 
 
-def down_in_graph(handed: Handed, down_HEF: Tensor, expert_mean_EH: Tensor | None) -> Tensor:
-    """Run W2's side of the chosen experts, for every token: [T, H]."""
-    y_TH: Tensor = torch.ops.d2m.routed_down(*handed, down_HEF, expert_mean_EH)
+def down_in_graph(handed: Handed, down_HEF: Tensor, scale: Tensor | None, expert_mean_EH: Tensor | None) -> Tensor:
+    """Run W2's side of the chosen experts, for every token: [T, H]. `scale` is given if W2 is in float8."""
+    y_TH: Tensor = torch.ops.d2m.routed_down(*handed, down_HEF, scale, expert_mean_EH)
     return y_TH
 
 
@@ -120,6 +122,13 @@ def _room(values: Tensor, rows: int) -> Tensor:
     return room
 
 
+def _as_taken(weight: Tensor, scale: Tensor | None, plan: Dispatch, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return a weight and its scale as the products of `plan` take them: in float8 as stored, or converted."""
+    if scale is None or plan.fused:
+        return weight, scale
+    return weight.to(dtype) * scale.to(dtype), None
+
+
 def _up(
     x_TH: Tensor,
     router: str,
@@ -131,6 +140,7 @@ def _up(
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
+    scale: Tensor | None,
 ) -> Handed:
     numbers, by_name = RoutingSettings.unpacked(settings), dict(zip(names, tensors, strict=True))
     if numbers.replaced and (current := current_graph_settings(x_TH.device)) is not None:
@@ -144,8 +154,9 @@ def _up(
     rows, chunks = tokens * experts, plan.ends_CE.shape[0]
     per_token = _UNEVEN if routing.per_token is None else routing.per_token
     sizes = PlanSizes(rows=plan.chunk_rows[-1], per_token=per_token, chunks=chunks)
+    up_EFH, scale = _as_taken(up_EFH, scale, plan, x_TH.dtype)
     return Handed(
-        hidden_RF=_room(expert_up(x_TH, plan, up_EFH, up_bias_EF), rows),
+        hidden_RF=_room(expert_up(x_TH, plan, up_EFH, up_bias_EF, scale), rows),
         gate_R=_room(plan.gate_A, rows),
         token_R=_room(plan.token_A, rows),
         expert_R=_room(plan.expert_A, rows),
@@ -167,6 +178,7 @@ def _up_shapes(
     row: Tensor,
     up_EFH: Tensor,
     up_bias_EF: Tensor,
+    scale: Tensor | None,
 ) -> Handed:
     tokens, (experts, width, _) = x_TH.shape[0], up_EFH.shape
     rows = tokens * experts
@@ -192,6 +204,7 @@ def _down(
     ends_TE: Tensor,
     host_N: Tensor,
     down_HEF: Tensor,
+    scale: Tensor | None,
     expert_mean_EH: Tensor | None,
 ) -> Tensor:
     sizes, (tokens, experts) = PlanSizes(*host_N[: len(PlanSizes._fields)].tolist()), ends_TE.shape
@@ -209,7 +222,7 @@ def _down(
         chunk_rows=host_N[len(sizes) : len(sizes) + sizes.chunks + 1].tolist(),
         fused=has_kernels(hidden_RF),
     )
-    y_TH = expert_down(hidden_RF[:rows], plan, down_HEF)
+    y_TH = expert_down(hidden_RF[:rows], plan, *_as_taken(down_HEF, scale, plan, hidden_RF.dtype))
     if expert_mean_EH is None:
         return y_TH
     logits_TE = gate_A.new_empty(tokens, experts)  # only the shape is read
@@ -227,6 +240,7 @@ def _down_shapes(
     ends_TE: Tensor,
     host_N: Tensor,
     down_HEF: Tensor,
+    scale: Tensor | None,
     expert_mean_EH: Tensor | None,
 ) -> Tensor:
     return hidden_RF.new_empty(ends_TE.shape[0], down_HEF.shape[0])
@@ -239,12 +253,12 @@ torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor x_TH, str router, str[] names, Tensor[] tensors, Tensor settings, Tensor values_L, Tensor weights_LE, "
-        f"Tensor row, Tensor up_EFH, Tensor up_bias_EF) -> ({', '.join('Tensor' for _ in Handed._fields)})"
+        f"Tensor row, Tensor up_EFH, Tensor up_bias_EF, Tensor? scale) -> ({', '.join('Tensor' for _ in Handed._fields)})"
     ),
 ).register_fake(_up_shapes)
 torch.library.custom_op(
     "d2m::routed_down",
     _down,
     mutates_args=(),
-    schema=f"({_HANDED}, Tensor down_HEF, Tensor? expert_mean_EH) -> Tensor",
+    schema=f"({_HANDED}, Tensor down_HEF, Tensor? scale, Tensor? expert_mean_EH) -> Tensor",
 ).register_fake(_down_shapes)

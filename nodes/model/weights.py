@@ -116,7 +116,8 @@ def _multiplied_in_float8(linear: Any, weight: Tensor, scale: Tensor, dtype: tor
 
     It does so when started with `--fast fp8_matrix_mult`, for this one format, with a scale of 1 for the input as well.
     """
-    if not isinstance(linear, comfy.ops.fp8_ops.Linear) or weight.dtype != torch.float8_e4m3fn:
+    multiplied = isinstance(linear, comfy.ops.fp8_ops.Linear) and weight.dtype == torch.float8_e4m3fn
+    if not multiplied or torch.compiler.is_compiling():  # a QuantizedTensor breaks graphs
         return weight
     layout = "TensorCoreFP8Layout"
     params = get_layout_class(layout).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))

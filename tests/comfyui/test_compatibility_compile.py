@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from d2m_model import experts
 from d2m_model.config import BlockGroup
 from d2m_model.routers import CapacityRouter
 from demo.in_process import Comfy
-from tests.comfyui.conftest import Pair, with_lora
+from tests.comfyui.conftest import LINEARS, Pair, with_lora
 from tests.comfyui.grouped import evaluate, inputs
 from tests.comfyui.test_quantised import quantise, write
+from tests.comfyui.test_saving import load
 from tests.toys import files
 from tests.toys.compare import distance
 
@@ -276,5 +278,27 @@ def test_a_quantised_file_with_a_lora_compiles(host: Comfy, pair: Pair, tmp_path
     whole = compiled(moe)
     for top_k in (2, 0, ALL):
         agree(host, moe, whole, top_k=top_k)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_graph_hands_experts_stored_in_float8_on_as_they_are(
+    host: Comfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counters: Any
+) -> None:
+    """As on a GPU. The operators in the graph convert them where no kernels take float8."""
+    split = files.split(files.dense_flux(DIMS), DIMS, dense_double_blocks=0)
+    stored = {name: split[name].to(torch.float8_e4m3fn) for name in LINEARS if name in split}
+    save_file(split | stored, tmp_path / "moe.safetensors")
+    moe = load(host, tmp_path / "moe.safetensors")
+    operators, taken = host.module("nodes.model.custom_operators"), []
+    as_taken = operators._as_taken
+    monkeypatch.setattr(host.module("nodes.model.blocks"), "_float8_in_graph", lambda linear, x: True)
+    monkeypatch.setattr(
+        operators, "_as_taken", lambda weight, *rest: taken.append(weight.dtype) or as_taken(weight, *rest)
+    )
+    whole = compiled(moe)
+    for top_k in (2, 0, ALL):
+        agree(host, moe, whole, top_k=top_k)
+    assert set(taken) == {torch.float8_e4m3fn}
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
