@@ -35,7 +35,7 @@ _TEXTS = (
     *("[a-" * 500, "(" * 3000, "single_blocks.0: 99999999=1", "double_blocks.*: 0=1e400", "%s%n{0}", "{}", "null"),
 )  # fmt: skip
 # Other paths, unknown ones below /d2m/ among them, are for ComfyUI's static files, which fail for names that are too long.
-_OURS = re.compile(r"/d2m/(cost|live|log)(\?.*)?|/d2m/traces/[^/]+(/steps/[^/]+/samples/[^/]+)?", re.DOTALL)
+_OURS = re.compile(r"/d2m/(cost|live|log)(\?.*)?|/d2m/traces/(?!.*%7[BD])[^/]+(/steps/[^/]+/samples/[^/]+)?", re.DOTALL)
 _COST = ("top_k", "active_blocks", "capacity", "budget", "width", "height", "text_tokens", "node", "workflow", "x")
 _CONTROLS = ("D2MTopK", "D2MBudget", "D2MActiveBlocks", "D2MSchedule", "D2MExpertMask", "D2MReplay")
 
