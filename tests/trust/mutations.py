@@ -116,7 +116,7 @@ def _place(value: Any, random: Random) -> tuple[Any, Any]:
 
 
 def _other_number(value: Any, random: Random) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
         return None
     return random.choice((value + 1, value - 1, value * 2, -value, value / 2, float(value), value * 1000))
 
