@@ -215,9 +215,11 @@ class Client:
     # Prompts
 
     def _queue(self) -> None:
-        graph: Any = self._graph()
+        graph = self._graph()
         if self._random.random() < 0.15:
-            graph = self._loaded(mutated_json(graph, self._random))
+            changed = graph[self._random.choice(list(graph))]
+            inputs = self._loaded(mutated_json(changed["inputs"], self._random))
+            changed["inputs"] = inputs if isinstance(inputs, dict) else {}  # ComfyUI's worker ends without
         body = {"prompt": graph, "client_id": self._random.choice(("one", "two"))}  # one that is a list ends ComfyUI
         if self._random.random() < 0.3:
             body["extra_data"] = {"extra_pnginfo": {"workflow": {"id": self._random.choice((5, [], "w", *NAMES))}}}
