@@ -14,10 +14,11 @@ from safetensors.torch import save
 from d2m_model.tensor_file import CheckpointError
 from demo.in_process import Comfy
 from tests.trust import files, subjects
-from tests.trust.limits import OURS, Hang, time_limit
+from tests.trust.limits import Hang, time_limit
 from tests.trust.mutations import mutated, taken_apart
 from tests.trust.packages import judged
 from tests.trust.requests import raw_error_of_ours
+from tools.host import ROOT
 
 NUMBERS = range(12)
 
@@ -82,12 +83,15 @@ def test_raw_errors_of_the_pack_are_found_in_a_log() -> None:
         host = '  File "/x/ComfyUI/execution.py", line 5, in execute\n    run()\n'
         return f'got prompt\nTraceback (most recent call last):\n{host}  File "{file}", line 7, in f\n    {line}\n{error}\n'
 
-    raw = log(f"{OURS[0]}cost.py", "x = y[0]", "IndexError: list index out of range")
-    assert raw_error_of_ours(raw) is not None
-    assert raw_error_of_ours(log(f"{OURS[0]}cost.py", 'raise ValueError("x")', "ValueError: x")) is None
+    for pack in (f"{ROOT}/nodes/cost.py", "/x/.host/custom_nodes/ComfyUI-Dense2MoE/nodes/cost.py"):
+        raw = log(pack, "x = y[0]", "IndexError: list index out of range")
+        assert raw_error_of_ours(raw) is not None
+        assert raw_error_of_ours(log(pack, 'raise ValueError("x")', "ValueError: x")) is None
+        below = raw.replace("IndexError", '  File "/y/torch/nn.py", line 1, in g\n    h()\nRuntimeError')
+        assert raw_error_of_ours(below) is not None, "a library that the pack calls"
+        host = raw.replace("IndexError", '  File "/x/ComfyUI-0.30.0/comfy/sd.py", line 1, in g\n    h()\nRuntimeError')
+        assert raw_error_of_ours(host) is None
     assert raw_error_of_ours(log("/x/ComfyUI/comfy/sd.py", "x = y[0]", "IndexError: x")) is None
-    below = raw.replace("IndexError", '  File "/y/torch/nn.py", line 1, in g\n    h()\nRuntimeError')
-    assert raw_error_of_ours(below) is not None, "a library that the pack calls"
 
 
 def test_a_vulnerability_is_reported_and_a_package_that_was_not_audited_is_not_counted() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from tools.host import ROOT
 
-OURS = tuple(f"{ROOT / wing}/" for wing in ("d2m_model", "d2m_train", "nodes"))
+_OURS = re.compile(
+    rf"({re.escape(str(ROOT))}|.*/custom_nodes/[^/]+)/(d2m_model|d2m_train|nodes)/"
+)  # also as ComfyUI links it
+_HOST = re.compile(r".*/(ComfyUI|comfy)")
 
 
 class Fault(Exception):
@@ -59,6 +62,14 @@ def memory(field: str, process: int | str = "self") -> int:
 
 def raised_by_us(error: BaseException) -> bool:
     """Return whether the innermost code that is this project's or ComfyUI's is this project's."""
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    known = [name for name in frames if name.startswith(OURS) or "/comfy" in name or "/ComfyUI" in name]
-    return bool(known) and known[-1].startswith(OURS)
+    return ours([frame.filename for frame in traceback.extract_tb(error.__traceback__)]) is not None
+
+
+def ours(files: Sequence[str]) -> int | None:
+    """Return the place of the innermost frame of the pack in a traceback's files; None if one of ComfyUI is within it."""
+    for place in reversed(range(len(files))):
+        if _OURS.match(files[place]):
+            return place
+        if _HOST.match(files[place]):
+            return None
+    return None

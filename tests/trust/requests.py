@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from demo.server import ComfyServer, ServerError
 from tests.comfyui.serving import node, write_base
-from tests.trust.limits import OURS, Fault, memory
+from tests.trust.limits import Fault, memory, ours
 from tests.trust.mutations import HOSTILE, NAMES, mutated_json
 
 _PROMPTS_EVERY = 20  # requests
@@ -358,10 +358,8 @@ def raw_error_of_ours(log: str) -> str | None:
     """Return the first traceback that ends in the pack's code, or in a library called by it, without a `raise` there."""
     for block in re.findall(r"Traceback \(most recent call last\):\n(?:[ +|].*\n|\n(?= ))+.*", log):
         frames = re.findall(r'File "([^"]+)", line \d+, in .*\n(.*)', block)
-        known = [
-            (file, line) for file, line in frames if file.startswith(OURS) or "/ComfyUI" in file or "/comfy" in file
-        ]
-        if known and known[-1][0].startswith(OURS) and not known[-1][1].strip().startswith("raise"):
+        place = ours([file for file, _ in frames])
+        if place is not None and not frames[place][1].strip().startswith("raise"):
             return str(block)
     return None
 
