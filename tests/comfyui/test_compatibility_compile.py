@@ -134,19 +134,14 @@ def test_capacity_is_the_same_graph(host: Comfy, tmp_path: Path, counters: Any) 
     assert not counters["graph_break"]
 
 
-def test_other_sizes_and_batches_are_no_more_graphs_than_of_a_dense_flux(
-    host: Comfy, tmp_path: Path, counters: Any
-) -> None:
-    dense = files.dense_flux(DIMS)
-    moe = host.load(files.save(files.split(dense, DIMS, dense_double_blocks=0), tmp_path / "moe.safetensors"))
-    stock = host.load(files.save(dense, tmp_path / "dense.safetensors"))
-    found = []
-    for model in (stock, moe):
-        whole, before = compiled(model), counters["stats"]["unique_graphs"]
-        for size, top_k in ((SMALL, 2), ((4, 16, 8), ALL)):
-            agree(host, model, whole, size, **({} if model is stock else {"top_k": top_k}))
-        found.append(counters["stats"]["unique_graphs"] - before)
-    assert found[0] == found[1]
+def test_other_sizes_and_batches_are_one_more_graph(host: Comfy, tmp_path: Path, counters: Any) -> None:
+    """As of a dense FLUX: one for the first size, one for all others."""
+    split = files.split(files.dense_flux(DIMS), DIMS, dense_double_blocks=0)
+    moe = host.load(files.save(split, tmp_path / "moe.safetensors"))
+    whole = compiled(moe)
+    for size, top_k in ((SMALL, 2), ((4, 16, 8), ALL)):
+        agree(host, moe, whole, size, top_k=top_k)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_dense_flux_does_not_use_up_the_graphs_of_a_flux_moe(host: Comfy) -> None:
@@ -175,7 +170,7 @@ def test_block_groups_make_no_more_graphs_than_their_samples(
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     for size in (SMALL, (4, 8, 8)):
         for active in (0, 1, 2, 3, [1, 2]):
-            for top_k in (0, 1, 7, ALL):
+            for top_k in (0, 7):
                 agree(host, moe, whole, size, active_blocks=active, top_k=top_k)
         agree(host, moe, whole, size, gate="normalised")
         for mask in masks(moe):

@@ -137,7 +137,7 @@ def on_few_backgrounds(pictures: Sequence[dataset.Picture]) -> list[dataset.Pict
 def test_the_scorer_knows_real_renders_and_is_not_fooled_by_others() -> None:
     scorer = Scorer()
     generator = np.random.default_rng(99)
-    pictures = [dataset.random_picture(generator) for _ in range(200)]
+    pictures = [dataset.random_picture(generator) for _ in range(100)]
     hits = scorer.hits(torch.stack([dataset.render(picture) for picture in pictures]), pictures)
     assert {name: float(hit.float().mean()) >= 0.98 for name, hit in hits.items()} == dict.fromkeys(hits, True)
     pictures = on_few_backgrounds(pictures[:60])
