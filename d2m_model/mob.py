@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Selection
 from .routers.routing import float32_linear
 
 _ALPHA = 0.5  # alpha of Eq. 5: the weight of the tokens against that of the AdaLN vector
+_TEMPERATURE = 0.1  # of block_choice_loss, relative to the mean error
 BLOCK_RIDGES = tuple(
     10.0**exponent for exponent in range(-4, 3)
 )  # relative to the mean square of a feature; the fit chooses one
@@ -32,11 +34,15 @@ Value = TypeVar("Value")
 
 @dataclass(kw_only=True)  # no slots: DeepSpeed looks by vars() into what a module returns
 class BlockRouting:
-    """The choice of a block router: the blocks that each sample runs, bool [B, M], and their logits, float32 [B, M]."""
+    """The choice of a block router: the blocks that each sample runs, bool [B, M], and their logits, float32 [B, M].
+
+    errors_BM  in training that compares blocks: each sample's error if each block ran alone, without a graph
+    """
 
     chosen_BM: Tensor
     logits_BM: Tensor
     active: int
+    errors_BM: Tensor | None = None
 
     @property
     def probabilities_BM(self) -> Tensor:
@@ -168,6 +174,16 @@ def masked(routing: BlockRouting, block: int, x: Sequence[Tensor], y: Sequence[T
     return tuple(out)
 
 
+def alone(routing: BlockRouting, block: int, x: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return a block's input if it is to be compared with the group's others: x where it is chosen, else the group's input.
+
+    With one active block, x of a chosen block is the group's input, too. `given` has no graph, so that blocks which were not
+    chosen teach nothing to the blocks ahead of the group.
+    """
+    chosen_B11 = routing.chosen_BM[:, block, None, None]
+    return tuple(torch.where(chosen_B11, before, first) for before, first in zip(x, given, strict=True))
+
+
 def choice_fractions(routing: BlockRouting) -> Tensor:
     """Return the fraction of the samples that chose each block, float32 [M].
 
@@ -185,6 +201,18 @@ def block_balance_loss(routing: BlockRouting, fractions_M: Tensor) -> Tensor:
     blocks = routing.logits_BM.shape[1]
     loss = blocks / max(1, routing.active) * (fractions_M.detach() * routing.probabilities_BM.mean(dim=0)).sum()
     return loss if routing.active else 0 * loss
+
+
+def block_choice_loss(routing: BlockRouting, errors_BM: Tensor) -> Tensor:
+    """Return the cross-entropy of p with softmax(-error / temperature), the blocks' chances by their errors: a scalar.
+
+    `errors_BM`: each sample's error if each block of the group ran alone. The temperature is a tenth of their mean. Unlike
+    the gradient of `masked`, which asks whether a chosen block is better than no block, this one asks which block is best,
+    and does not fade as p nears 0 or 1.
+    """
+    errors_BM = errors_BM.detach().float()
+    temperature = _TEMPERATURE * errors_BM.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return F.cross_entropy(routing.logits_BM, (-errors_BM / temperature).softmax(dim=-1))
 
 
 # Initialisation

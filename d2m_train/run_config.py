@@ -175,6 +175,13 @@ class TimestepsSection(Section):
 class LossesSection(Section):
     feature: Weight = 1.0
     balance: Weight = 0.01
+    """Balance of the token routers, in stage experts."""
+    block_balance: Weight = 0.01
+    """Balance of the block routers, in stage blocks."""
+    block_choice: Weight = 0.1
+    """The block routers' task, in groups with one active block: to choose the block that alone comes nearest to the teacher."""
+    idle_blocks: Weight = 0.1
+    """Error of the blocks that were not chosen, in groups with one active block, so that they learn from every sample, too."""
     outliers: _Rate | None = None
     """Teacher features beyond this many standard deviations are left out."""
     text_padding: bool = False

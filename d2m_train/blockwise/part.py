@@ -23,6 +23,7 @@ from d2m_model.moe import MoEFFN
 
 from ..data.copying import copy_to_device, pinned
 from ..data.order import sample_order
+from ..distillation.features import stream_names
 from ..distillation.losses import StepLosses, feature_losses
 from ..distillation.router_losses import RouterTraining
 from ..distillation.stages import StagePlan
@@ -183,7 +184,10 @@ class PartObjective:
         weights = self.run.losses
         relative = relative_losses(self.part.kind, given, target, computed, weights.outliers)
         features = torch.stack(list(relative.values())).mean()
-        return self.routers.step_losses(weights.feature * features, {"features": features}, microbatch.conditions)
+        last = stream_names(Block(self.part.kind, self.part.blocks[-1]).name)
+        targets = dict(zip(last, compared(self.part.kind, target).values(), strict=True))
+        total = weights.feature * features
+        return self.routers.step_losses(total, {"features": features}, microbatch.conditions, targets)
 
     def record(self, microbatch: StoredMicrobatch, step: int) -> None:
         if counts_step(step, self.steps, self.run.eyes.routers_every):

@@ -1,11 +1,11 @@
-"""Losses of routers: balance, capacity predictors, and thresholds that follow the routing.
+"""Losses of routers: balance, choice of blocks, capacity predictors; and thresholds that follow the routing.
 
 Shapes: B batch, T image and L text tokens, E experts, K top_k, M blocks of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from d2m_model.blocks import FFN
 from d2m_model.config import FluxMoEConfig
-from d2m_model.mob import BlockRouting, block_balance_loss, choice_fractions
+from d2m_model.mob import BlockRouting, block_balance_loss, block_choice_loss, choice_fractions
 from d2m_model.moe import MoEFFN
 from d2m_model.routers import TrainingCompanion
 from d2m_model.routers.token_router import pool_of
 
 from ..data.copying import copy_to_device
 from ..run_config import RunConfig
+from .block_choice import block_errors, idle_loss
 from .losses import StepLosses, balance_loss
 from .stages import StagePlan
 
@@ -77,6 +78,8 @@ class RouterTraining:
             ):
                 device = next(group.parameters()).device
                 if device.type != "meta":  # in blockwise mode, groups of other parts have no weights
+                    weights = self.run.losses
+                    group.compares = weights.block_choice + weights.idle_blocks > 0
                     share = config.active / config.blocks
                     self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
 
@@ -92,33 +95,53 @@ class RouterTraining:
                 pools[stream] = None if bool(kept_BT.all()) else copy_to_device(pool_of(kept_BT), moe.companion.device)
             moe.companion.pool_P = pools[stream]
 
-    def step_losses(self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens) -> StepLosses:
-        """Add the routers' losses to those against the teacher (`total`, and `parts` for the log), after a forward pass."""
+    def step_losses(
+        self, total: Tensor, parts: dict[str, Tensor], tokens: PaddedTokens, features: Mapping[str, Tensor]
+    ) -> StepLosses:
+        """Add the routers' losses to those against the teacher (`total`, and `parts` for the log), after a forward pass.
+
+        `features`: the teacher's block outputs, by the names that `stream_names` has for the student's blocks.
+        """
         parts = dict(parts)
-        for name, loss, weight in self._losses(tokens, total.device):
+        for name, loss, weight in self._losses(tokens, total.device, features):
             parts[name] = loss
             total = total + weight * loss
         return StepLosses(total=total, parts={name: part.detach() for name, part in {"total": total, **parts}.items()})
 
-    def _losses(self, tokens: PaddedTokens, device: torch.device) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield (name, loss, weight) for the choices of the last forward pass: token balance, block balance, and the loss
-        of capacity predictors, their only one."""
+    def _losses(
+        self, tokens: PaddedTokens, device: torch.device, features: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, float]]:
+        """Yield (name, loss, weight) for the choices of the last forward pass: token balance, the losses of block routers
+        and idle blocks, and the loss of capacity predictors, their only one."""
         if self.plan.token_balance:
             yield "balance", self._token_balance(tokens, device), self.run.losses.balance
-        balances = []
-        for number in self.fractions:
-            routing = self.core.block_groups[int(number)].routing
-            if isinstance(routing, BlockRouting):
-                self.chosen.setdefault(number, []).append(choice_fractions(routing))
-                balances.append(block_balance_loss(routing, self.fractions[number].to(device)))
-        if balances:
-            yield "block_balance", torch.stack(balances).mean(), self.run.losses.balance
+        yield from self._block_losses(device, features)
         losses: dict[str, list[Tensor]] = {}
         for _, companion in self._companions():
             if (loss := companion.loss()) is not None:
                 losses.setdefault(companion.loss_name, []).append(loss)
         for name, layers in losses.items():
             yield name, torch.stack(layers).mean(), 1.0
+
+    def _block_losses(
+        self, device: torch.device, features: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, float]]:
+        """Yield (name, loss, weight) of block routers and idle blocks, each loss a mean over groups."""
+        losses: dict[str, list[Tensor]] = {}
+        for number in self.fractions:
+            group = self.core.block_groups[int(number)]
+            routing, compared = group.routing, group.compared
+            if isinstance(routing, BlockRouting):
+                self.chosen.setdefault(number, []).append(choice_fractions(routing))
+                balance = block_balance_loss(routing, self.fractions[number].to(device))
+                losses.setdefault("block_balance", []).append(balance)
+                if compared is not None:
+                    errors_BM = block_errors(self.core.flux_moe.groups[int(number)], compared, features)
+                    losses.setdefault("block_choice", []).append(block_choice_loss(routing, errors_BM))
+                    losses.setdefault("idle_blocks", []).append(idle_loss(routing, errors_BM))
+                    group.compared, routing.errors_BM = None, errors_BM.detach()
+        for name, of_groups in losses.items():
+            yield name, torch.stack(of_groups).mean(), getattr(self.run.losses, name)
 
     def after_backward(self) -> None:
         """Take the thresholds that follow from the pools just routed. Called once per microbatch."""

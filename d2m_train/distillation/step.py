@@ -49,15 +49,12 @@ class Distillation(RouterTraining):
         with block_outputs(self.core, [f.student for f in self.plan.features]) as student_outputs:
             student_BTC = velocity(self.student, *inputs, guided)
         device = student_BTC.device
+        targets = {own: teacher_outputs[other].to(device) for own, other in self._pairs()}
         output, features = distillation_losses(
-            teacher_BTC.to(device),
-            student_BTC,
-            {own: teacher_outputs[other].to(device) for own, other in self._pairs()},
-            student_outputs,
-            outliers=self.run.losses.outliers,
+            teacher_BTC.to(device), student_BTC, targets, student_outputs, outliers=self.run.losses.outliers
         )
         total = output + self.run.losses.feature * features
-        return self.step_losses(total, {"output": output, "features": features}, batch)
+        return self.step_losses(total, {"output": output, "features": features}, batch, targets)
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for feature in self.plan.features:

@@ -31,6 +31,8 @@ _PARTS = (
     "balance_with_padding",
 )  # of a layer's sums, after the load
 
+_ERRORS = " errors"  # of a group, after its name
+
 # Assignments for each expert, on average, before one without any counts as dead: routed at random, one in 10**9 would get none.
 _ENOUGH = 20
 
@@ -81,6 +83,8 @@ class RouterStatistics:
         for number, group in enumerate(self.model.block_groups):
             if isinstance(group.routing, BlockRouting):
                 self._add(f"block_groups.{number}", group_sums(group.routing))
+                if group.routing.errors_BM is not None:
+                    self._add(f"block_groups.{number}{_ERRORS}", error_sums(group.routing, group.routing.errors_BM))
 
     def report(self, log: StageLog, step: int, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Log the statistics since the last report. `reduce` sums or averages a tensor over ranks.
@@ -165,11 +169,38 @@ def group_sums(routing: BlockRouting) -> Tensor:
     return torch.cat([chosen_BM.sum(0), p_BM.sum(0), chosen_BM.new_full((1,), len(chosen_BM))])
 
 
+def error_sums(routing: BlockRouting, errors_BM: Tensor) -> Tensor:
+    """float32 [M + 3]: sums of each block's error alone, of the chosen and of the best block's, and the number of samples."""
+    chosen, best = (errors_BM * routing.chosen_BM).sum(), errors_BM.min(dim=1).values.sum()
+    return torch.cat([errors_BM.sum(0), torch.stack([chosen, best, errors_BM.new_full((), len(errors_BM))])])
+
+
+def error_measures(sums: Tensor) -> dict[str, float]:
+    """Return the mean error of a group with its router's choices, and with others.
+
+    error         the router's choices
+    error_random  blocks chosen at random
+    error_fixed   the same block for every sample, the best one of them
+    error_best    the best block for each sample
+    """
+    *alone, chosen, best = (sums[:-1] / sums[-1]).tolist()
+    return {
+        "error": chosen,
+        "error_random": sum(alone) / len(alone),
+        "error_fixed": min(alone),
+        "error_best": best,
+    }
+
+
 def summary(sums: Mapping[str, Tensor], ffns: Mapping[str, MoEFFN]) -> RouterSummary:
-    """Compute statistics from the sums of an interval, keyed by FFN name or `block_groups.g`."""
+    """Compute statistics from the sums of an interval, keyed by FFN name, `block_groups.g` or `block_groups.g errors`."""
     statistics = RouterSummary(scalars={}, load={}, blocks=[])
     layers: dict[str, dict[str, float]] = {}
     for name, values in sums.items():
+        if name.endswith(_ERRORS):
+            group = name.removesuffix(_ERRORS)
+            statistics.scalars |= {f"{group}/{measure}": value for measure, value in error_measures(values).items()}
+            continue
         if name not in ffns:
             blocks = len(values) // 2
             fractions = (values[:blocks] / values[-1]).tolist()

@@ -19,7 +19,14 @@ from d2m_train.data.emoji import EmojiData
 from d2m_train.distillation.losses import balance_loss
 from d2m_train.flow.sampling import SampleGrid, draw_grid, new_sample_grid, noise_for, pil_image, sample
 from d2m_train.flow.velocity import evaluating
-from d2m_train.monitor.router_statistics import RouterStatistics, entropy, group_sums, layer_sums, summary
+from d2m_train.monitor.router_statistics import (
+    RouterStatistics,
+    entropy,
+    error_sums,
+    group_sums,
+    layer_sums,
+    summary,
+)
 from d2m_train.monitor.stage_log import StageLog, read_stage_log
 from d2m_train.monitor.validation import Validation
 from d2m_train.run_config import EyesSection, TimestepsSection
@@ -266,6 +273,17 @@ def test_block_choices_are_counted() -> None:
     assert found.blocks == [[0.75, 0.25]]
     assert found.scalars["block_groups.0/block_0"] == 0.75
     assert found.scalars["block_groups.0/probability_entropy"] == pytest.approx(1)
+
+
+def test_a_groups_error_is_compared_with_other_ways_to_choose() -> None:
+    chosen = torch.tensor([[True, False], [False, True], [True, False], [True, False]])
+    errors = torch.tensor([[0.5, 0.1], [0.9, 0.2], [0.3, 0.4], [0.3, 0.5]])
+    sums = error_sums(BlockRouting(chosen_BM=chosen, logits_BM=torch.zeros(4, 2), active=1), errors)
+    found = summary({"block_groups.0 errors": sums}, {}).scalars
+    assert found["block_groups.0/error"] == pytest.approx((0.5 + 0.2 + 0.3 + 0.3) / 4)
+    assert found["block_groups.0/error_random"] == pytest.approx(0.4)
+    assert found["block_groups.0/error_fixed"] == pytest.approx(0.3)
+    assert found["block_groups.0/error_best"] == pytest.approx((0.1 + 0.2 + 0.3 + 0.3) / 4)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from d2m_model.config import Selection
 from d2m_model.hosts.diffusers import FluxMoETransformer2DModel, load_transformer
+from d2m_model.hosts.diffusers.modules import GroupOutputs
 from d2m_model.mob import block_balance_loss, choice_fractions
 from tests.toys.pairs import GROUPS, Pair, inputs, save_pair, velocity
 
@@ -154,15 +155,21 @@ def gradients(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> dict[s
     for router in model.block_routers():
         assert router.routing is not None
         loss = loss + block_balance_loss(router.routing, choice_fractions(router.routing))
+        if router.compared is not None:
+            loss = loss + sum(stream.square().sum() for after in router.compared.after for stream in after)
     model.clear_routings()
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("how", ["of diffusers", "around every block"])
-def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DModel, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "compares"), [("of diffusers", False), ("of diffusers", True), ("around every block", True)]
+)
+def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DModel, how: str, compares: bool) -> None:
     asked = inputs(3)
     model.train()
+    for router in model.block_routers():
+        router.compares = compares
     expected = gradients(model, asked)
     if how == "of diffusers":
         model.enable_gradient_checkpointing()
@@ -180,6 +187,46 @@ def test_checkpointed_gradients_are_the_gradients(model: FluxMoETransformer2DMod
         assert expected[name].abs().max() > 1e-5  # type: ignore[union-attr]
     # What the backward pass ran again is not remembered.
     assert all(moe.routing is None for moe in (*model.moe_ffns().values(), *model.block_routers()))
+
+
+def compared(model: FluxMoETransformer2DModel, asked: dict[str, Any]) -> tuple[Tensor, GroupOutputs, Tensor]:
+    """Return velocity, what the first group's blocks gave alone, and the blocks that were chosen."""
+    found = velocity(model, asked)
+    router = model.block_routers()[0]
+    assert router.compared is not None
+    assert router.routing is not None
+    return found, router.compared, router.routing.chosen_BM
+
+
+def test_blocks_are_compared_on_the_groups_input_and_the_result_stays(model: FluxMoETransformer2DModel) -> None:
+    asked = inputs(3)
+    plain = velocity(model.train(), asked)
+    router, last = model.block_routers()[0], model.transformer_blocks[max(DOUBLES)]
+    router.compares = True
+    group_outputs: list[Any] = []
+    last.register_forward_hook(lambda *arguments: group_outputs.append(arguments[-1]))
+    found, outputs, chosen_BM = compared(model, asked)
+    assert torch.equal(found, plain)
+    for sample, block in enumerate(chosen_BM.int().argmax(dim=1).tolist()):
+        for stream, after in zip(outputs.after[block], group_outputs[0], strict=True):
+            assert torch.equal(stream[sample], after[sample])
+    with torch.no_grad():  # every sample chooses the other one of the two blocks
+        for weight in (router.router_x.weight, router.router_y.weight):
+            weight.neg_()
+    _, others, other_BM = compared(model, asked)
+    assert torch.equal(other_BM, ~chosen_BM)
+    for one, another in zip(outputs.after, others.after, strict=True):
+        torch.testing.assert_close(one, another)
+    assert all(not stream.requires_grad for stream in others.given)
+
+
+def test_blocks_that_were_not_chosen_learn_and_teach_nothing_to_blocks_ahead(model: FluxMoETransformer2DModel) -> None:
+    model.train().block_routers()[0].compares = True
+    _, outputs, chosen_BM = compared(model, inputs(3))
+    idle = int(chosen_BM[0].int().argmin())
+    outputs.after[idle][1][0].square().sum().backward()
+    assert model.transformer_blocks[min(DOUBLES) + idle].attn.to_q.weight.grad.abs().max() > 0
+    assert model.transformer_blocks[0].attn.to_q.weight.grad.abs().max() == 0
 
 
 def test_a_block_called_by_itself_runs(model: FluxMoETransformer2DModel) -> None:

@@ -18,6 +18,7 @@ from d2m_model.mob import (
     BlockRouting,
     SampleSubset,
     block_balance_loss,
+    block_choice_loss,
     choice_fractions,
     masked,
     mean_tokens,
@@ -338,6 +339,34 @@ def test_balance_loss_is_one_for_uniform_choices_more_for_a_favourite_and_zero_w
     assert block_balance_loss(favourite, choice_fractions(favourite)) > 3.8
     none = BlockRouting(chosen_BM=torch.zeros(4, 4).bool(), logits_BM=torch.zeros(4, 4), active=0)
     assert block_balance_loss(none, choice_fractions(none)) == 0
+
+
+def test_block_choice_is_the_cross_entropy_to_the_chances_of_the_errors() -> None:
+    router = normal(0, 3, 8).requires_grad_()
+    routing = route_blocks(normal(1, 5, 8), normal(2, 5, 8), router, router, 1, "topk")
+    errors = normal(3, 5, 3).abs()
+    loss = block_choice_loss(routing, errors)
+    p = routing.logits_BM.detach().double().softmax(dim=1)
+    q = (-errors.double() / (0.1 * errors.double().mean())).softmax(dim=1)
+    torch.testing.assert_close(loss.double(), -(q * p.log()).sum(dim=1).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(block_choice_loss(routing, 1000 * errors), loss)
+    (gradient,) = torch.autograd.grad(loss, routing.logits_BM)
+    torch.testing.assert_close(gradient.double(), (p - q) / 5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_router_that_is_sure_of_the_wrong_block_learns_the_best_one_for_each_sample() -> None:
+    """The gradient of `masked` is p (1 - p) times something: nothing at p = 1, where a collapsed router stays."""
+    vec = torch.cat([normal(0, 64, 4), torch.ones(64, 1)], dim=1)  # with a part that all samples share, as FLUX's has
+    x, errors = torch.zeros_like(vec), torch.stack([5 + vec[:, 0], 5 - vec[:, 0], torch.full((64,), 9.0)], dim=1)
+    router = torch.tensor([[0.0], [0.0], [50.0]]).repeat(1, 5).requires_grad_()
+    optimizer = torch.optim.Adam([router], lr=1.0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        block_choice_loss(route_blocks(x, vec, router, router, 1, "topk"), errors).backward()
+        optimizer.step()
+    chosen_BM = route_blocks(x, vec, router, router, 1, "topk").chosen_BM
+    right_B = chosen_BM.int().argmax(dim=1) == errors.argmin(dim=1)
+    assert right_B.float().mean() > 0.9
 
 
 # Initialisation

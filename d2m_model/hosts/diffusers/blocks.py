@@ -14,7 +14,8 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
 
-from ...mob import SampleSubset, masked, mean_tokens, scatter_rows, select_rows
+from ...mob import SampleSubset, alone, masked, mean_tokens, scatter_rows, select_rows
+from ...moe import recomputed
 from .modules import GroupMember, GroupRoutings
 
 ROUTINGS = "d2m_routings"
@@ -82,8 +83,14 @@ def _run_where_chosen(
     if not block.training:
         return _run_on_samples(member, routings, run, streams, temb=temb_BH, attention=attention)
     _route(member, routings, streams, temb_BH)
-    outputs = run(*streams, temb=temb_BH, attention=attention)
-    text, image = masked(routings.by_group[member.group], member.position, streams, outputs)
+    routing, compared = routings.by_group[member.group], routings.comparing(member, streams)
+    if compared is None:
+        outputs = run(*streams, temb=temb_BH, attention=attention)
+    else:
+        outputs = run(*alone(routing, member.position, streams, compared.given), temb=temb_BH, attention=attention)
+        if not recomputed():
+            compared.after.append(outputs)
+    text, image = masked(routing, member.position, streams, outputs)
     return text, image
 
 

@@ -62,13 +62,17 @@ class GroupRouter(nn.Module):
 
     active, selection  how many blocks run, 0 ... M, and how they are chosen; may be set between two forward passes
     routing            the last choice in training, for the losses; None in eval() and after it is set to None
+    compares           in training, every block also runs on the group's own input where it was not chosen (active = 1 only)
+    compared           then: what the last forward pass gave for it, for the losses
     """
 
     routing: BlockRouting | None
+    compared: GroupOutputs | None
 
     def __init__(self, group: BlockGroup, hidden_size: int) -> None:
         super().__init__()
         self.active, self.selection, self.routing = group.active, group.selection, None
+        self.compares, self.compared = False, None
         self.router_x = RouterLinear(hidden_size, group.blocks, bias=False)
         self.router_y = RouterLinear(hidden_size, group.blocks, bias=False)
 
@@ -78,6 +82,14 @@ class GroupRouter(nn.Module):
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None
         return routing
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class GroupOutputs:
+    """The streams (text, image) ahead of a group, without their graph, and after each of its blocks alone, with it."""
+
+    given: tuple[Tensor, ...]
+    after: list[tuple[Tensor, ...]]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -98,6 +110,7 @@ class GroupRoutings:
         self.routers = routers
         self.by_group: dict[int, BlockRouting] = {}
         self._samples: dict[int, list[SampleSubset]] = {}  # in eval()
+        self._compared: dict[int, GroupOutputs] = {}  # in train()
 
     def route(self, group: int, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
         """Choose a group's blocks, before its first block runs.
@@ -107,6 +120,16 @@ class GroupRoutings:
         """
         routing: BlockRouting = self.routers[group](x_mean_BH, vec_BH)
         return self.by_group.setdefault(group, routing)
+
+    def comparing(self, member: GroupMember, streams: tuple[Tensor, ...]) -> GroupOutputs | None:
+        """Return what the member's group has given so far, if its router compares blocks. `streams` are the member's input."""
+        router = self.routers[member.group]
+        if not (router.compares and router.training and router.active == 1):
+            return None
+        if member.group not in self._compared:
+            given = tuple(stream.detach() for stream in streams)
+            self._compared[member.group] = router.compared = GroupOutputs(given=given, after=[])
+        return self._compared[member.group]
 
     def samples(self, member: GroupMember) -> SampleSubset:
         """Return the samples that chose a block."""

@@ -284,7 +284,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
         for moe in self.moe_ffns().values():
             moe.routing = None
         for router in self.block_routers():
-            router.routing = None
+            router.routing = router.compared = None
 
     def train(self, mode: bool = True) -> FluxMoETransformer2DModel:
         """Switch between train() and eval(). eval() drops the last choices: a skipped block would keep an old one."""
