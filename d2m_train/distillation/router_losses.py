@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from d2m_model.routers.token_router import pool_of
 
 from ..data.copying import copy_to_device
 from ..run_config import RunConfig
-from .block_choice import block_errors, idle_loss
+from .block_choice import idle_loss, image_errors
 from .losses import StepLosses, balance_loss
 from .stages import StagePlan
 
@@ -73,12 +73,13 @@ class RouterTraining:
 
     def __post_init__(self) -> None:
         if self.plan.block_balance:
+            weights = self.run.losses
+            group: Any
             for number, (group, config) in enumerate(
                 zip(self.core.block_groups, self.core.flux_moe.groups, strict=True)
             ):
                 device = next(group.parameters()).device
                 if device.type != "meta":  # in blockwise mode, groups of other parts have no weights
-                    weights = self.run.losses
                     group.compares = weights.block_choice + weights.idle_blocks > 0
                     share = config.active / config.blocks
                     self.fractions[str(number)] = torch.full((config.blocks,), share, device=device)
@@ -129,17 +130,18 @@ class RouterTraining:
         """Yield (name, loss, weight) of block routers and idle blocks, each loss a mean over groups."""
         losses: dict[str, list[Tensor]] = {}
         for number in self.fractions:
-            group = self.core.block_groups[int(number)]
+            group: Any = self.core.block_groups[int(number)]
             routing, compared = group.routing, group.compared
             if isinstance(routing, BlockRouting):
                 self.chosen.setdefault(number, []).append(choice_fractions(routing))
                 balance = block_balance_loss(routing, self.fractions[number].to(device))
                 losses.setdefault("block_balance", []).append(balance)
                 if compared is not None:
-                    errors_BM = block_errors(self.core.flux_moe.groups[int(number)], compared, features)
-                    losses.setdefault("block_choice", []).append(block_choice_loss(routing, errors_BM))
-                    losses.setdefault("idle_blocks", []).append(idle_loss(routing, errors_BM))
-                    group.compared, routing.errors_BM = None, errors_BM.detach()
+                    config = self.core.flux_moe.groups[int(number)]
+                    routing.errors_BM = image_errors(config, compared, features).detach()
+                    losses.setdefault("block_choice", []).append(block_choice_loss(routing, routing.errors_BM))
+                    losses.setdefault("idle_blocks", []).append(idle_loss(config, routing, compared, features))
+                    group.compared = None
         for name, of_groups in losses.items():
             yield name, torch.stack(of_groups).mean(), getattr(self.run.losses, name)
 

@@ -66,10 +66,13 @@ def converted(inputs: Path, student: dict[str, Any]) -> Path:
     return out / "convert"
 
 
+BALANCED = ("losses.balance=1", "losses.block_balance=1")  # so that both count
+
+
 @pytest.fixture(scope="module")
 def one_process(inputs: Path) -> Path:
     """The global batch of two processes in two microbatches of one."""
-    return run(inputs, "one", "training.accumulation=2", "losses.balance=1", student={"preset": "S"})
+    return run(inputs, "one", "training.accumulation=2", *BALANCED, student={"preset": "S"})
 
 
 # Among the packages for development it is on Linux alone.
@@ -92,7 +95,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     for stage in set(STAGES) - set(stages):
         shutil.copytree(one_process / stage, inputs / name / stage)
     asked = f"stages=[{', '.join(('convert', *stages))}]"
-    two = run(inputs, name, "losses.balance=1", asked, student={"preset": "S"}, ranks=2, env=env)
+    two = run(inputs, name, *BALANCED, asked, student={"preset": "S"}, ranks=2, env=env)
     for stage in stages:
         alone, together = losses(one_process, stage), losses(two, stage)
         assert len(alone) == len(together) == STEPS

@@ -12,7 +12,7 @@ from d2m_model.blocks import BlockKind
 from d2m_model.config import BlockGroup
 from d2m_model.hosts.diffusers.modules import GroupOutputs
 from d2m_model.mob import BlockRouting
-from d2m_train.distillation.block_choice import block_errors, idle_loss
+from d2m_train.distillation.block_choice import idle_loss, image_errors
 
 
 def streams(seed: int) -> tuple[Tensor, Tensor]:
@@ -29,34 +29,38 @@ def squares(own: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], kind: Blo
     return [[float((a[b] - c[b]).square().mean()) for b in range(2)] for a, c in pairs]
 
 
-@pytest.mark.parametrize("kind", ["double", "single"])
-def test_errors_are_relative_to_those_of_no_block_and_streams_count_the_same(kind: BlockKind) -> None:
-    group = BlockGroup(kind=kind, first=1, blocks=3, active=1, selection="topk")
-    given, target = streams(0), streams(1)
-    after = [streams(seed) for seed in (2, 3, 4)]
+@pytest.fixture(params=["double", "single"])
+def group(request: pytest.FixtureRequest) -> BlockGroup:
+    return BlockGroup(kind=request.param, first=1, blocks=3, active=1, selection="topk")
+
+
+def named(group: BlockGroup, target: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     text, image = target
-    named = {"double_blocks.3.img": image, "double_blocks.3.txt": text}
-    if kind == "single":
-        named = {"single_blocks.3": torch.cat([text, image], dim=1)}
-    found = block_errors(group, GroupOutputs(given=given, after=list(after)), named)
-    nothing = [sum(feature) / 2 for feature in squares(given, target, kind)]
-    expected = [
-        [
-            sum(feature[b] / mean for feature, mean in zip(squares(own, target, kind), nothing, strict=True))
-            / len(nothing)
-            for own in after
-        ]
-        for b in range(2)
-    ]
+    if group.kind == "single":
+        return {"single_blocks.3": torch.cat([text, image], dim=1)}
+    return {"double_blocks.3.img": image, "double_blocks.3.txt": text}
+
+
+GIVEN, TARGET, AFTER = streams(0), streams(1), [streams(seed) for seed in (2, 3, 4)]
+OUTPUTS = GroupOutputs(given=GIVEN, after=list(AFTER))
+
+
+def test_blocks_are_compared_by_the_image_relative_to_no_block(group: BlockGroup) -> None:
+    found = image_errors(group, OUTPUTS, named(group, TARGET))
+    nothing = (GIVEN[1] - TARGET[1]).square().mean()
+    expected = [[float((own[1][b] - TARGET[1][b]).square().mean() / nothing) for own in AFTER] for b in range(2)]
     torch.testing.assert_close(found, torch.tensor(expected))
-    perfect = block_errors(group, GroupOutputs(given=given, after=[given, target]), named)
-    assert perfect.mean(dim=0).tolist() == pytest.approx([1, 0])
+    exact = image_errors(group, GroupOutputs(given=GIVEN, after=[GIVEN, TARGET]), named(group, TARGET))
+    assert exact.mean(dim=0).tolist() == pytest.approx([1, 0])
 
 
-def test_idle_loss_is_the_mean_error_of_the_blocks_that_were_not_chosen() -> None:
+def test_idle_loss_is_the_mean_error_of_the_blocks_that_were_not_chosen(group: BlockGroup) -> None:
     chosen = torch.tensor([[True, False, False], [False, False, True]])
-    errors = torch.tensor([[9.0, 1, 2], [3, 4, 9]], requires_grad=True)
-    loss = idle_loss(BlockRouting(chosen_BM=chosen, logits_BM=torch.zeros(2, 3), active=1), errors)
-    assert loss == 2.5
-    loss.backward()
-    assert torch.equal(errors.grad, ~chosen / 4)  # type: ignore[arg-type]
+    routing = BlockRouting(chosen_BM=chosen, logits_BM=torch.zeros(2, 3), active=1)
+    nothing = [sum(feature) / 2 for feature in squares(GIVEN, TARGET, group.kind)]
+    errors = []
+    for block, sample in ((1, 0), (2, 0), (0, 1), (1, 1)):
+        parts = zip(squares(AFTER[block], TARGET, group.kind), nothing, strict=True)
+        errors.append(sum(feature[sample] / mean for feature, mean in parts) / len(nothing))
+    found = idle_loss(group, routing, OUTPUTS, named(group, TARGET))
+    assert float(found) == pytest.approx(sum(errors) / 4, rel=1e-5)

@@ -6,6 +6,7 @@ Shapes: B batch, H hidden size, A rank of the compression, O modulation outputs,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class GroupRoutings:
 
     def comparing(self, member: GroupMember, streams: tuple[Tensor, ...]) -> GroupOutputs | None:
         """Return what the member's group has given so far, if its router compares blocks. `streams` are the member's input."""
-        router = self.routers[member.group]
+        router: Any = self.routers[member.group]
         if not (router.compares and router.training and router.active == 1):
             return None
         if member.group not in self._compared:
