@@ -87,7 +87,9 @@ def test_raw_errors_of_the_pack_are_found_in_a_log() -> None:
         raw = log(pack, "x = y[0]", "IndexError: list index out of range")
         assert raw_error_of_ours(raw) is not None
         assert raw_error_of_ours(log(pack, 'raise ValueError("x")', "ValueError: x")) is None
-        below = raw.replace("IndexError", '  File "/y/torch/nn.py", line 1, in g\n    h()\nRuntimeError')
+        below = raw.replace(
+            "IndexError", '  File "/x/ComfyUI/.venv/site-packages/torch/nn.py", line 1, in g\n    h()\nE'
+        )
         assert raw_error_of_ours(below) is not None, "a library that the pack calls"
         host = raw.replace("IndexError", '  File "/x/ComfyUI-0.30.0/comfy/sd.py", line 1, in g\n    h()\nRuntimeError')
         assert raw_error_of_ours(host) is None

@@ -15,7 +15,7 @@ from tools.host import ROOT
 _OURS = re.compile(
     rf"({re.escape(str(ROOT))}|.*/custom_nodes/[^/]+)/(d2m_model|d2m_train|nodes)/"
 )  # also as ComfyUI links it
-_HOST = re.compile(r".*/(ComfyUI|comfy)")
+_HOST = re.compile(r"(?!.*/site-packages/).*/(ComfyUI(?!-Dense2MoE)|comfy)")
 
 
 class Fault(Exception):
