@@ -14,7 +14,7 @@ from safetensors.torch import save
 from d2m_model.tensor_file import CheckpointError
 from demo.in_process import Comfy
 from tests.trust import files, subjects
-from tests.trust.limits import Hang, time_limit
+from tests.trust.limits import Fault, Hang, growth, time_limit
 from tests.trust.mutations import mutated, taken_apart
 from tests.trust.packages import judged
 from tests.trust.requests import raw_error_of_ours
@@ -94,6 +94,13 @@ def test_raw_errors_of_the_pack_are_found_in_a_log() -> None:
         host = raw.replace("IndexError", '  File "/x/ComfyUI-0.30.0/comfy/sd.py", line 1, in g\n    h()\nRuntimeError')
         assert raw_error_of_ours(host) is None
     assert raw_error_of_ours(log("/x/ComfyUI/comfy/sd.py", "x = y[0]", "IndexError: x")) is None
+
+
+def test_memory_that_grows_is_found() -> None:
+    assert growth([10, *[100, 104, 100] * 20], 0)["memory_growth"] == 0, "it may grow until it is warm"
+    with pytest.raises(Fault, match="memory grew"):
+        growth(range(100, 160), 0)
+    assert growth(range(100, 160), 40)["memory_bytes"] == 120
 
 
 def test_a_vulnerability_is_reported_and_a_package_that_was_not_audited_is_not_counted() -> None:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from types import FrameType
 
 from tools.host import ROOT
@@ -58,6 +59,19 @@ def memory(field: str, process: int | str = "self") -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert match is not None, field
     return 1024 * int(match[1])
+
+
+def growth(resident: Sequence[int], allowance: int) -> dict[str, float]:
+    """Return the mean memory in the first third of the last four fifths of a run, and its growth until the last third.
+
+    `resident` is the memory at regular moments. Raises Fault for more than 2 % and `allowance` bytes.
+    """
+    flat = resident[len(resident) // 5 :]
+    third = max(1, len(flat) // 3)
+    first, last = mean(flat[:third]), mean(flat[-third:])
+    if last - first > 0.02 * first + allowance:
+        raise Fault(f"memory grew from {first:,.0f} to {last:,.0f} bytes over the last four fifths")
+    return {"memory_bytes": round(first), "memory_growth": round(last / first - 1, 4)}
 
 
 def raised_by_us(error: BaseException) -> bool:
