@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from .blocks import FFN, Block
 from .config import FluxMoEConfig
-from .cost import DENSE, Conversion, Cost, Tokens, double_block, ffn, flux, single_block
+from .cost import DENSE, Conversion, Cost, Tokens, double_block, ffn, flux, single_block, stand_in
 from .sensitivity import Sensitivity
 
 _EDGE = 1 + 1e-6  # noise levels are rounded to float32
@@ -163,7 +163,8 @@ class _Prices:
         self._idle_block: dict[Block, float] = {}  # without experts
         for block in (block for group in config.groups for block in group.members):
             cost_of_kind = double_block if block.kind == "double" else single_block
-            self._idle_block[block] = cost_of_kind(dims, block.index, idle, tokens).flops / self._dense
+            saved = stand_in(dims.hidden_size, block, config.stand_in_rank, tokens).flops
+            self._idle_block[block] = (cost_of_kind(dims, block.index, idle, tokens).flops - saved) / self._dense
 
     def share(self, spending: Spending) -> float:
         """Return the price of all that runs."""

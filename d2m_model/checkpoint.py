@@ -25,6 +25,7 @@ from .keys import (
     strip_prefix,
 )
 from .quantised import COMPANIONS, description_of, is_companion, quantisation_problems, quantised_layers
+from .stand_ins import stand_in_shapes
 from .tensor_file import CheckpointError, Shape, TensorFile
 
 __all__ = [
@@ -151,7 +152,8 @@ def check_depths(dims: FluxDims, tensors: int) -> None:
 
 
 def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
-    """Return the tensors that a FLUX-MoE file must have besides `d2m_config`: dense FLUX's, routers, neuron orders."""
+    """Return the tensors that a FLUX-MoE file must have besides `d2m_config`: dense FLUX's, routers, neuron orders, and
+    the stand-ins of skipped blocks if the configuration has a rank of them."""
     h, rank = config.dims.hidden_size, config.adaln_rank
     shapes = dense_shapes(config.dims)
     if rank is not None:
@@ -165,6 +167,8 @@ def expected_tensors(config: FluxMoEConfig) -> dict[str, Shape]:
     for index, group in enumerate(config.groups):
         for router in ("router_x", "router_y"):
             shapes[f"block_groups.{index}.{router}.weight"] = (group.blocks, h)
+        if config.stand_in_rank is not None:
+            shapes |= stand_in_shapes(index, group, h, config.stand_in_rank)
     return shapes
 
 
@@ -251,8 +255,9 @@ def _check_tensors(
 def check_values(names: Container[str], tensor: Callable[[str], Tensor], config: FluxMoEConfig) -> None:
     """Raises CheckpointError for damaged values.
 
-    These are: a neuron_order that is not a permutation; NaN or infinity in a router (of tokens or blocks), in the experts'
-    means or in the AdaLN compression; a threshold that is not a probability; and a gate scale that is not positive.
+    These are: a neuron_order that is not a permutation; NaN or infinity in a router (of tokens or blocks), in a stand-in,
+    in the experts' means or in the AdaLN compression; a threshold that is not a probability; and a gate scale that is not
+    positive.
     `names` are the file's; those of the other weights are many bytes and are not read.
     """
 
@@ -272,9 +277,9 @@ def check_values(names: Container[str], tensor: Callable[[str], Tensor], config:
             finite(f"{ffn}.{name}")
         for problem in config.router.problems(ffn, finite):
             raise CheckpointError(problem)
-    for index in range(len(config.groups)):
-        for router in ("router_x", "router_y"):
-            finite(f"block_groups.{index}.{router}.weight")
+    for name in expected_tensors(config):
+        if name.startswith("block_groups."):
+            finite(name)
     for name in optional_tensors(config):
         if name in names:
             finite(name)

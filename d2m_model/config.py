@@ -123,6 +123,7 @@ class FluxMoEConfig:
     split_only: bool  # weights are the teacher's, permuted, and un-conversion is bit-exact
     teacher: Teacher
     router: TokenRouter = TOP_K_ROUTER
+    stand_in_rank: int | None = None  # of the blocks of groups (stand_ins.py); None: skipped blocks have none
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: tool version, importance, data, seed
     schema_version: int = SCHEMA_VERSION
 
@@ -140,6 +141,10 @@ class FluxMoEConfig:
         for kind, depth in self.dims.depths.items():  # before anything is as long as this
             expect(depth <= MAX_DEPTH, f"dims.{kind}_blocks", depth, f"{MAX_DEPTH} at most")
         expect(self.adaln_rank is None or self.adaln_rank >= 1, "adaln_rank", self.adaln_rank, "1 or more, or null")
+        rank = self.stand_in_rank
+        expect(
+            rank is None or (rank >= 1 and bool(self.groups)), "stand_in_rank", rank, "null, or with groups 1 or more"
+        )
         baked, outputs = self.provenance.get("baked", []), self.provenance.get("teacher_outputs", {})
         expect(isinstance(baked, list), "provenance.baked", baked, "a list")
         for kind, depth in self.dims.depths.items():
@@ -206,6 +211,8 @@ class FluxMoEConfig:
     def to_json(self) -> str:
         entries = dataclasses.asdict(self)
         del entries["router"]
+        if self.stand_in_rank is None:  # as in files of versions before stand-ins, which these versions still read
+            del entries["stand_in_rank"]
         return json.dumps(entries | router_to_entries(self.router), sort_keys=True)
 
     @classmethod
@@ -227,7 +234,7 @@ class FluxMoEConfig:
             )
         expect(isinstance(data, dict), "d2m_config", data, "an object")
         router = router_from_entries(data)
-        data = fields_of(cls, data, "d2m_config", without=("router",))
+        data = fields_of(cls, {"stand_in_rank": None} | data, "d2m_config", without=("router",))
         data["dims"] = FluxDims(**fields_of(FluxDims, data["dims"], "dims"))
         expect(isinstance(data["ffns"], dict), "ffns", data["ffns"], "an object")
         data["ffns"] = {

@@ -17,6 +17,7 @@ from .blocks import Block
 from .config import MLP_RATIO, BlockGroup, FFNLayout, FluxDims, FluxMoEConfig
 from .keys import HEAD, TIME_CHANNELS
 from .routers import TOP_K_ROUTER, TokenRouter
+from .stand_ins import streams_of
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -125,6 +126,7 @@ class Conversion:
     adaln_rank: int | None
     experts_per_token: float
     router: TokenRouter = TOP_K_ROUTER
+    stand_in_rank: int | None = None
     experts_by_ffn: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -146,6 +148,7 @@ class Conversion:
             adaln_rank=config.adaln_rank,
             experts_per_token=config.router.experts_per_token(value, config.fewest_experts),
             router=config.router,
+            stand_in_rank=config.stand_in_rank,
             experts_by_ffn=experts_by_ffn or {},
         )
 
@@ -193,6 +196,15 @@ def group_routers(hidden: int, group: BlockGroup) -> Cost:
     return linear(hidden, group.blocks, 1, bias=False) + linear(hidden, group.blocks, 1, bias=False)
 
 
+def stand_in(hidden: int, block: Block, rank: int | None, tokens: Tokens) -> Cost:
+    """What a block's stand-in costs where the block is skipped: W_down and W_up for each of its streams."""
+    cost = Cost()
+    for stream in streams_of(block) if rank is not None else ():
+        length = {"img": tokens.image, "txt": tokens.text, "joint": tokens.joint}[stream]
+        cost += linear(hidden, rank, length, bias=False) + linear(rank, hidden, length)
+    return cost
+
+
 # Model
 
 
@@ -217,5 +229,8 @@ def flux(dims: FluxDims, conversion: Conversion, tokens: Tokens) -> Cost:
         fractions |= dict.fromkeys(group.members, group.active / group.blocks)
     for block in dims.blocks:
         cost_of_kind = double_block if block.kind == "double" else single_block
-        cost += cost_of_kind(dims, block.index, conversion, tokens).activated(fractions.get(block, 1))
+        runs = fractions.get(block, 1)
+        cost += cost_of_kind(dims, block.index, conversion, tokens).activated(runs)
+        if block in fractions:
+            cost += stand_in(hidden, block, conversion.stand_in_rank, tokens).activated(1 - runs)
     return cost

@@ -158,6 +158,8 @@ def scatter_rows(stream_BTH: Tensor, rows_STH: Tensor, samples: SampleSubset) ->
 def masked(routing: BlockRouting, block: int, x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return x + (1 + p - sg(p)) (y - x) where the block is chosen, else x, for its inputs x and outputs y [B, T, H].
 
+    With stand-ins, x are the streams as these leave them.
+
     The value is exactly y; the gradient teaches the router: p of a chosen block grows where more of y - x would have
     helped. `block` is the position in the group. Every rank has run the block on every sample.
     """

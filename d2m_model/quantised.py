@@ -69,8 +69,8 @@ def quantisation_problems(names: Mapping[str, object], expected: Mapping[str, ob
         module, _, kind = name.rpartition(".")
         if not is_companion(name, expected):
             continue
-        if module.endswith(("router", "router_x", "router_y")) or ".capacity." in module:
-            problems.append(f"{name} says that {module} is quantised; routers must stay in a floating-point type")
+        if module.startswith("block_groups.") or module.endswith(".router") or ".capacity." in module:
+            problems.append(f"{name} says that {module} is quantised; it must stay in a floating-point type")
         elif kind == "comfy_quant" and f"{module}.weight_scale" not in names:
             problems.append(f"{module}.weight_scale is missing ({module} is quantised)")
     return problems

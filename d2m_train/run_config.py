@@ -109,6 +109,7 @@ class ConvertSection(Section):
     experts: Experts = _option("experts")
     router: RouterInit = _option("router")
     block_router: BlockRouterInit = _option("block_router")
+    stand_ins: bool = _option("stand_ins")
     mean: bool = _option("mean")
     refit: bool = _option("refit")
     batches: Count = _option("batches")

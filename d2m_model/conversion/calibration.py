@@ -11,6 +11,7 @@ Tensors of a part:
   vec [n, H]             of the part's samples, in their order; so are the following two, for blocks of groups
   mean.<block> [n, H]    mob.mean_tokens of the block's input
   change.<block> [n, 2]  mean squares of output - input, over all tokens and over the image tokens
+  before.<block>.<stream> [n, H], stream_change.<block>.<stream> [n, H]  tokens of a stream, and output - input of them
 
 Shapes: H hidden size, N neurons, n samples.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ from .block_routers import BlockChange, GroupObservations
 _KEY = "calibration"  # of the metadata that tells which calibration a part belongs to
 _FEW_SHARE = 0.2  # see VecMoments.widened
 GUIDANCE = (1.5, 5.0)  # range of guidances for a guidance-distilled teacher
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StreamChange:
+    """How a block changes some tokens of a stream: its inputs, and outputs - inputs, [n, H]; as many of each sample."""
+
+    before_nH: Tensor
+    change_nH: Tensor
 
 
 class Calibration:
@@ -72,6 +82,18 @@ class Calibration:
             x_mean_nH=torch.cat(self._parts(f"mean.{group.members[0].name}")),
             vec_nH=torch.cat(self._parts("vec")),
             change_nM=torch.stack(changes, dim=1),
+        )
+
+    @property
+    def samples(self) -> int:
+        """The number of samples, each of which was run once."""
+        return sum(len(part) for part in self._parts("vec"))
+
+    def stream_change(self, block: str, stream: str) -> StreamChange:
+        """Return how a block changes some tokens of a stream."""
+        return StreamChange(
+            before_nH=torch.cat(self._parts(f"before.{block}.{stream}")),
+            change_nH=torch.cat(self._parts(f"stream_change.{block}.{stream}")),
         )
 
     def _parts(self, name: str) -> list[Tensor]:

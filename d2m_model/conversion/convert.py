@@ -62,7 +62,7 @@ def convert_file(
     modulations: Modulations | None = None,
     router_bias: bool = False,
     expert_mean: bool = False,
-    block_routers: Mapping[str, Tensor] | None = None,
+    block_groups: Mapping[str, Tensor] | None = None,
     progress: ByteProgress = lambda done: None,
 ) -> FluxMoEConfig:
     """Write the FLUX-MoE that `config` describes. Return its configuration with the teacher's sha256.
@@ -71,7 +71,7 @@ def convert_file(
     plan                      called once for each FFN of `config.ffns`, when its weights are read
     modulations               needed if `config.adaln_rank` is set
     router_bias, expert_mean  the optional tensors that every plan has
-    block_routers             the tensors of `config.groups` by name, float32
+    block_groups              the tensors of `config.groups` by name, float32: routers and stand-ins
     progress                  gets `teacher.size` bytes in total
     Raises CheckpointError if the file cannot be written or would replace the teacher.
     """
@@ -85,7 +85,7 @@ def convert_file(
     metadata = file_metadata(config, teacher.metadata)
     hashing = PacedDigest(teacher.files) if teacher.files else TensorDigest()
     with hashing as digest, TensorWriter(target, tensors, metadata) as writer:
-        for name, tensor in (block_routers or {}).items():
+        for name, tensor in (block_groups or {}).items():
             writer.put(name, tensor.float())
         if modulations is not None:
             writer.put("adaln_in.weight", modulations.adaln_in_AH.float())

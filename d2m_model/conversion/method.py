@@ -20,6 +20,7 @@ from ..config import (
     preset_layouts,
 )
 from ..routers import KINDS, Gate, TopKRouter
+from ..stand_ins import stand_in_rank_of
 from .block_routers import BlockRouterInit
 from .ffn import Recipe
 from .groups import parse_groups, with_choice
@@ -40,6 +41,7 @@ class Method:
                   least (needs data); or a list in the form of groups.SYNTAX
     active        active blocks per group, unless `groups` gives the number
     block_router  `ridge` needs data
+    stand_ins     of the blocks of groups, where they are skipped; need data
     ffns          `moe`: those of preset L; `dense`: the teacher's, for block groups or depth pruning alone (Table 3)
     baseline      `mlp_pruning`: the shared expert is larger by top_k experts, and no routed expert runs (Table 2);
                   `depth_pruning`: only the blocks of each group that change most are kept (Table 3; needs data)
@@ -53,6 +55,7 @@ class Method:
     active: int
     selection: Selection
     block_router: BlockRouterInit
+    stand_ins: bool
     ffns: FFNKind
     baseline: Baseline
     router: str
@@ -77,6 +80,7 @@ class Method:
             "experts": recipe.experts,
             "router": recipe.router,
             "block_router": self.block_router,
+            "stand_ins": self.stand_ins,
             "mean": recipe.mean,
             "refit": recipe.refit,
         }
@@ -130,17 +134,18 @@ def new_config(method: Method, dims: FluxDims, teacher: Teacher, data: dict[str,
     `data` describes the calibration data, if any, for the file's provenance. For groups `auto` and depth pruning the
     blocks are preliminary until a calibration chooses them. Raises MethodError or ConfigError.
     """
-    recipe, rank = method.recipe, method.rank(dims)
+    recipe, rank, groups = method.recipe, method.rank(dims), groups_of(method, dims)
     return FluxMoEConfig(
         dims=dims,
         ffns=_layouts(method, dims),
-        groups=groups_of(method, dims),
+        groups=groups,
         gate=Gate(mode="sum", scale=1.0),
         top_k=0 if method.baseline == "mlp_pruning" or method.ffns == "dense" else recipe.top_k,
         adaln_rank=rank,
         split_only=rank is None and not recipe.refit and method.baseline != "depth_pruning",
         teacher=teacher,
         router=recipe.token_router,
+        stand_in_rank=stand_in_rank_of(dims.hidden_size) if method.stand_ins and groups else None,
         provenance=_provenance(method, data),
     )
 

@@ -22,12 +22,17 @@ from .ffn import FFNReport, plan_with_data, plan_without_data
 from .importance import activation_importance, weight_norm_importance
 from .interfaces import FFNPlan, FFNWeights
 from .method import Method, MethodError
+from .stand_in_fit import fit_stand_ins
 
 
-def block_routers(
-    method: Method, config: FluxMoEConfig, calibration: Calibration | None, measured: dict[str, GroupReport]
+def block_group_tensors(
+    method: Method,
+    config: FluxMoEConfig,
+    calibration: Calibration | None,
+    measured: dict[str, GroupReport],
+    stand_in_errors: dict[str, float],
 ) -> dict[str, Tensor]:
-    """Return the router tensors of all groups by their names in the file. Raises MethodError for too few samples."""
+    """Return routers and stand-ins of all groups by their names in the file. Raises MethodError for too few samples."""
     tensors: dict[str, Tensor] = {}
     for index, group in enumerate(config.groups):
         name, seed = f"block_groups.{index}", method.recipe.seed
@@ -36,6 +41,11 @@ def block_routers(
         else:
             try:
                 seen = calibration.group(group)
+                if config.stand_in_rank is not None:
+                    fitted = fit_stand_ins(name, group, calibration, config.stand_in_rank)
+                    tensors |= fitted.tensors
+                    stand_in_errors |= fitted.errors
+                    seen = replace(seen, change_nM=fitted.left_nM)
                 routers, measured[name] = plan_block_routers(name, group, seen, method.block_router, seed)
             except ValueError as error:
                 raise MethodError(f"{name}: {error}") from None

@@ -115,6 +115,12 @@ OPTIONS: dict[str, Option] = {
         help="how routers of block groups are initialised: by regression of the blocks' changes, or at random as in the "
         "paper",
     ),
+    "stand_ins": Option(
+        default=True,
+        without_data=False,
+        needs_data=(True,),
+        help="fit a low-rank linear map that stands in for each block of a group where it is skipped",
+    ),
     "mean": Option(
         default=True,
         without_data=False,
@@ -159,6 +165,7 @@ def method_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         "active",
         "selection",
         "block_router",
+        "stand_ins",
         "ffns",
         "baseline",
         "predictor_width",

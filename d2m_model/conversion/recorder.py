@@ -24,8 +24,10 @@ class Recorder:
     """
 
     def __init__(self, tokens: int, generator: torch.Generator) -> None:
-        """`tokens`: inputs kept of an FFN at each evaluation, drawn with `generator`."""
+        """`tokens`: tokens kept of an FFN's inputs and of a block's streams at each evaluation, drawn with `generator`."""
         self._tokens, self._generator = tokens, generator
+        # Apart, so that what is kept of the FFNs does not depend on which blocks are recorded.
+        self._stream_generator = torch.Generator().manual_seed(generator.initial_seed())
         self._recorded: dict[str, list[Tensor]] = {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -54,6 +56,16 @@ class Recorder:
         changes = [(new - old).float().square().mean(2) for old, new in zip(before_BTH, after_BTH, strict=True)]
         change_BT = torch.cat(changes, 1)
         self._keep(f"change.{block}", torch.stack([change_BT.mean(1), change_BT[:, image].mean(1)], 1))
+
+    def stream_change(self, block: str, stream: str, before_BTH: Tensor, after_BTH: Tensor) -> None:
+        """Keep some tokens of a block's stream, as many of each sample, and how the block changes them, in bfloat16."""
+        batch, length = before_BTH.shape[:2]
+        chosen = torch.randperm(length, generator=self._stream_generator)[: -(-self._tokens // batch)].to(
+            before_BTH.device
+        )
+        before_BnH, after_BnH = before_BTH[:, chosen], after_BTH[:, chosen]
+        self._keep(f"before.{block}.{stream}", before_BnH.flatten(0, 1).bfloat16())
+        self._keep(f"stream_change.{block}.{stream}", (after_BnH.float() - before_BnH.float()).flatten(0, 1).bfloat16())
 
     def silu_vecs(self, text_BX: Tensor, guided: bool, vec: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
         """Keep silu(vec) [n, H] of pooled texts, or their embeddings, under other timesteps and guidances.

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("importance", "experts", "router", "block_router"):
         _add_option(method, name)
+    _add_option(method, "stand_ins", action=argparse.BooleanOptionalAction)
     _add_option(method, "mean", action=argparse.BooleanOptionalAction)
     _add_option(method, "refit", action=argparse.BooleanOptionalAction)
     _add_option(method, "adaln_rank", metavar="N")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2m_model.blocks import FFN, blocks_of
+from d2m_model.blocks import BFL_BLOCKS, FFN, blocks_of
 from d2m_model.config import FluxDims
 from d2m_model.conversion.calibration import Calibration, part_metadata, write_part
 from d2m_model.conversion.importance import TaylorImportance
@@ -34,7 +34,7 @@ from ..flow.velocity import noised, velocity
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-_FORMAT = 2  # of a batch file; files of another format count as another calibration
+_FORMAT = 3  # of a batch file; files of another format count as another calibration
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -180,6 +180,11 @@ class BatchRecorder:
             streams = text, _ = inputs["encoder_hidden_states"], inputs["hidden_states"]
             recorder.block_inputs(name, streams, None if recorder.has("vec") else inputs["temb"])
             recorder.block_change(name, streams, outputs, slice(text.shape[1], None))
+            if name.startswith(BFL_BLOCKS["double"]):
+                for stream, before, after in zip(("txt", "img"), streams, outputs, strict=True):
+                    recorder.stream_change(name, stream, before, after)
+            else:
+                recorder.stream_change(name, "joint", torch.cat(streams, 1), torch.cat(outputs, 1))
 
         return block.register_forward_hook(hook, with_kwargs=True)
 

@@ -25,12 +25,14 @@ class Report:
     modulations  |compressed - dense| / |dense| of each modulation's outputs
     blocks       how every block of the teacher changes its input (Fig. 3)
     groups       how each block group's routers choose
+    stand_ins    |change - stand-in| / |change| of the streams of each block of a group
     """
 
     ffns: dict[str, FFNReport] = field(default_factory=dict)
     modulations: dict[str, float] = field(default_factory=dict)
     blocks: dict[str, BlockChange] = field(default_factory=dict)
     groups: dict[str, GroupReport] = field(default_factory=dict)
+    stand_ins: dict[str, float] = field(default_factory=dict)
 
 
 def summarise(report: Report, config: FluxMoEConfig, out: Path, say: Callable[[str], object]) -> None:
@@ -86,6 +88,12 @@ def _summarise_groups(report: Report, config: FluxMoEConfig, say: Callable[[str]
             mean(getattr(choice, figure) for choice in choices) for figure in ("skipped", "agreement")
         )
         say(f"  {way:<8}left out {skipped:.3f}, as the oracle {agreement:.1%}")
+    if report.stand_ins:
+        worst = max(report.stand_ins, key=report.stand_ins.__getitem__)
+        say(
+            f"Relative error of the stand-ins of skipped blocks, on tokens that no fit has seen: "
+            f"{mean(report.stand_ins.values()):.3f}; worst: {worst}, {report.stand_ins[worst]:.3f}"
+        )
 
 
 def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callable[[str], object]) -> None:
@@ -98,6 +106,7 @@ def write_report(report: Report, config: FluxMoEConfig, file: Path, say: Callabl
         "modulations": report.modulations,
         "blocks": {name: asdict(change) for name, change in report.blocks.items()},
         "groups": {name: group.to_dict() for name, group in report.groups.items()},
+        "stand_ins": report.stand_ins,
     }
     with atomic_file(file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")

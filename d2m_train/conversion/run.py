@@ -18,7 +18,7 @@ from d2m_model.conversion.convert import convert_file, describe_teacher, refuse_
 from d2m_model.conversion.depth_pruning import ShallowTeacher, TeacherBlocks, kept_blocks, output_blocks, teacher_name
 from d2m_model.conversion.groups import auto_groups, with_choice
 from d2m_model.conversion.method import MethodError
-from d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
+from d2m_model.conversion.new_tensors import block_group_tensors, fitted_modulations, planner
 from d2m_model.teacher import DenseTeacher, open_teacher
 from d2m_model.tensor_file import CheckpointError
 
@@ -66,7 +66,7 @@ def run_conversion(
             source = ShallowTeacher(teacher, kept)
             config = shallow(config, source.dims, kept)
         try:
-            routers = block_routers(settings, config, calibration, measured.groups)
+            groups = block_group_tensors(settings, config, calibration, measured.groups, measured.stand_ins)
         except MethodError as error:
             raise UserError(f"{error} Calibrate with more batches or larger ones.") from None
         modulations = fitted_modulations(source.tensor, config, calibration)
@@ -79,7 +79,7 @@ def run_conversion(
                 modulations=modulations,
                 router_bias=settings.recipe.router == "ridge",
                 expert_mean=settings.recipe.mean,
-                block_routers=routers,
+                block_groups=groups,
                 progress=bar.update,
             )
     if calibration is not None and settings.folder is None:
@@ -99,7 +99,7 @@ def shallow(config: FluxMoEConfig, dims: FluxDims, kept: TeacherBlocks) -> FluxM
         name: config.ffns[source] for name in all_ffn_names(dims) if (source := teacher_name(name, kept)) in config.ffns
     }
     blocks = {"teacher_blocks": kept, "teacher_outputs": output_blocks(config.groups, kept)}
-    return replace(config, dims=dims, ffns=ffns, groups=(), provenance=config.provenance | blocks)
+    return replace(config, dims=dims, ffns=ffns, groups=(), stand_in_rank=None, provenance=config.provenance | blocks)
 
 
 # What is asked of the teacher

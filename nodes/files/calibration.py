@@ -22,6 +22,7 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
+from ...d2m_model.blocks import Block
 from ...d2m_model.config import BlockGroup, FluxMoEConfig
 from ...d2m_model.conversion.block_routers import FEWEST
 from ...d2m_model.conversion.calibration import Calibration, write_part
@@ -29,6 +30,7 @@ from ...d2m_model.conversion.options import OPTIONS
 from ...d2m_model.conversion.recorder import Recorder
 from ...d2m_model.conversion.split import generator_for
 from ...d2m_model.layout import ffn_tensors
+from ...d2m_model.stand_ins import streams_of
 
 TOKENS_PER_FFN: int = OPTIONS["tokens"].default  # inputs kept of every FFN, over the whole calibration
 _PIXELS = 8  # pixels on the side of a latent
@@ -125,7 +127,7 @@ class FluxHooks:
             for group in self.config.groups:
                 handles.append(self._hook_group(group))
                 for block in group.members:
-                    handles += self._hook_block(block.name)
+                    handles += self._hook_block(block)
             if self.config.adaln_rank is not None:
                 handles.append(self.flux.vector_in.register_forward_hook(self._silu_vecs))
             yield
@@ -153,8 +155,9 @@ class FluxHooks:
 
         return block.register_forward_pre_hook(enter, with_kwargs=True)
 
-    def _hook_block(self, name: str) -> list[Any]:
+    def _hook_block(self, place: Block) -> list[Any]:
         """Record how a block changes its streams."""
+        name = place.name
         block = self.flux.get_submodule(name)
         before: list[Tensor] = []
 
@@ -168,6 +171,8 @@ class FluxHooks:
                 inputs = inputs_by_name(block, arguments, keywords)
                 image = slice(inputs["transformer_options"]["img_slice"][0], None)
             self.recorder.block_change(name, before, after, image)
+            for stream, old, new in zip(streams_of(place), before, after, strict=True):
+                self.recorder.stream_change(name, stream, old, new)
             before.clear()
 
         return [

@@ -29,7 +29,7 @@ from ...d2m_model.config import FluxMoEConfig
 from ...d2m_model.conversion.calibration import Calibration
 from ...d2m_model.conversion.convert import convert_file
 from ...d2m_model.conversion.method import Method, new_config, resolved
-from ...d2m_model.conversion.new_tensors import block_routers, fitted_modulations, planner
+from ...d2m_model.conversion.new_tensors import block_group_tensors, fitted_modulations, planner
 from ...d2m_model.conversion.options import OPTIONS, method_arguments, with_defaults
 from ...d2m_model.routers import KINDS
 from ...d2m_model.tensor_file import FLOAT8
@@ -132,7 +132,7 @@ def convert_model(
                 modulations=fitted_modulations(teacher.tensor, config, calibration),
                 router_bias=method.recipe.router == "ridge",
                 expert_mean=method.recipe.mean,
-                block_routers=block_routers(method, config, calibration, {}),
+                block_groups=block_group_tensors(method, config, calibration, {}, {}),
                 progress=lambda done: progress.converted(done / teacher.size),
             )
 

@@ -1,9 +1,9 @@
 """Block groups (Mixture of Blocks, see d2m_model/mob.py) in ComfyUI's own FLUX.
 
-A block of a group stays ComfyUI's block, at its index and with its arguments. It runs on the samples that chose it and
-returns the streams of the others unchanged. The choice is made at the group's first block, from the streams before it,
-and kept in the options of the one evaluation that it belongs to, where the group's other blocks find it (see
-settings.complete_options).
+A block of a group stays ComfyUI's block, at its index and with its arguments. It runs on the samples that chose it; the
+streams of the others it returns unchanged, or as its stand-ins leave them (d2m_model/stand_ins.py). The choice is made at
+the group's first block, from the streams before it, and kept in the options of the one evaluation that it belongs to,
+where the group's other blocks find it (see settings.complete_options).
 
 torch.compile: the host must know which samples run a block before it can leave out the others, so a graph breaks at
 every group. ComfyUI's loop over the blocks then runs uncompiled, and each block is a graph of its own.
@@ -36,6 +36,7 @@ from ...d2m_model.mob import (
     scatter_rows,
     select_rows,
 )
+from ...d2m_model.stand_ins import group_stand_ins
 from .settings import CHOSEN_KEY, CallSettings, FileSettings, active_blocks, complete_options, settings_of
 from .weights import router_linear, router_weights
 
@@ -47,12 +48,23 @@ class BlockGroupRouter(nn.Module):
     """The router of `groups[index]`: `router_x` and `router_y`, as they are named in the file."""
 
     def __init__(
-        self, groups: Sequence[BlockGroup], index: int, stored: Mapping[str, Tensor], device: torch.device | None
+        self,
+        groups: Sequence[BlockGroup],
+        index: int,
+        stored: Mapping[str, Tensor],
+        device: torch.device | None,
+        *,
+        stand_ins: bool,
     ) -> None:
         super().__init__()
         self.groups, self.index = tuple(groups), index
         self.router_x = router_linear(stored[f"block_groups.{index}.router_x.weight"], False, device)
         self.router_y = router_linear(stored[f"block_groups.{index}.router_y.weight"], False, device)
+
+        def linear(name: str, bias: bool) -> nn.Linear:
+            return router_linear(stored[f"{name}.weight"], bias, device)
+
+        self.stand_ins = group_stand_ins(groups[index], linear, index) if stand_ins else None
 
     def samples(
         self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any]
@@ -113,7 +125,7 @@ class BlockCompiledApart:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.enter(args, kwargs)
         if call.samples.count == 0:
-            streams = call.streams
+            streams = self.skipped(call)
         elif call.settings is None:
             streams = self.leave(call, super().forward(**call.arguments))  # type: ignore[misc]
         else:
@@ -145,12 +157,24 @@ class BlockCompiledApart:
         return PreparedCall(streams=streams, samples=samples, settings=settings, arguments=arguments, whole=whole)
 
     @torch.compiler.disable
+    def skipped(self, call: PreparedCall) -> tuple[Tensor, ...]:
+        """Return the streams of samples that skip the block."""
+        if self.place is None or self.place[0].stand_ins is None:
+            return call.streams
+        group, position = self.place
+        assert group.stand_ins is not None
+        stand_ins: Any = group.stand_ins[position]
+        skipped: tuple[Tensor, ...] = stand_ins.skip(call.streams, tuple(stand_ins))
+        return skipped
+
+    @torch.compiler.disable
     def leave(self, call: PreparedCall, output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the streams, with the block's output for the samples that it ran on."""
         outputs = output if isinstance(output, tuple) else (output,)
         if call.whole:
             outputs = select_rows(outputs, call.samples)
-        pairs = zip(call.streams, outputs, strict=True)
+        others = call.streams if call.samples.index_S is None else self.skipped(call)
+        pairs = zip(others, outputs, strict=True)
         return tuple(scatter_rows(stream, output, call.samples) for stream, output in pairs)
 
 

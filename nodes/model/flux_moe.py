@@ -120,7 +120,8 @@ class FluxMoEWithGroups(FluxMoE):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         stored, device, groups = kwargs["stored"], kwargs.get("device"), self.config.groups
-        routers = (BlockGroupRouter(groups, index, stored, device) for index in range(len(groups)))
+        some = self.config.stand_in_rank is not None
+        routers = (BlockGroupRouter(groups, index, stored, device, stand_ins=some) for index in range(len(groups)))
         self.block_groups = nn.ModuleList(routers)
         blocks: dict[Block, Any] = blocks_of(self)
         for index, group in enumerate(groups):

@@ -97,6 +97,26 @@ def test_block_groups_agree(host: Comfy, tmp_path: Path, options: tuple[str, ...
     assert any(0 < len(samples) < 4 for choice in watched for samples in choice)
 
 
+def test_stand_ins_of_skipped_blocks_agree(host: Comfy, tmp_path: Path, watched: list) -> None:
+    """Each sample of the batch with its own choice. With all blocks active stand-ins do nothing."""
+    dense, batch = files.dense_flux(DIMS), grouped.inputs(4)
+    tensors = files.split(dense, DIMS, groups=grouped.GROUPS, seed=grouped.SEED, stand_in_rank=8)
+    moe = files.save(tensors, tmp_path / "moe.safetensors")
+    plain = files.save(
+        files.split(dense, DIMS, groups=grouped.GROUPS, seed=grouped.SEED), tmp_path / "plain.safetensors"
+    )
+    in_comfyui, without = host.load(moe), host.load(plain)
+    in_diffusers = FluxMoETransformer2DModel.from_flux_moe(moe)
+    for active in ([1, 2], [0, 0], [3, 5]):
+        for router, count in zip(in_diffusers.block_routers(), active, strict=True):
+            router.active = count
+        found = comfyui_velocity(grouped.active(host, in_comfyui, active), batch)
+        assert distance(found, diffusers_velocity(in_diffusers, batch)) <= TIGHT
+        differs = distance(found, comfyui_velocity(grouped.active(host, without, active), batch))
+        assert differs == 0 if active == [3, 5] else differs >= 1e-2
+    assert any(0 < len(samples) < 4 for choice in watched for samples in choice)
+
+
 @pytest.mark.parametrize("gate", ["sum", "normalised"])
 def test_capacity_routers_agree(host: Comfy, tmp_path: Path, gate: Any) -> None:
     tensors = files.split(

@@ -14,6 +14,7 @@ from torch import Tensor
 from d2m_model.config import BlockGroup, FFNLayout, FluxDims, FluxMoEConfig, Gate, Teacher, all_ffn_names
 from d2m_model.layout import ffn_tensors, neuron_axis, permute_neurons
 from d2m_model.routers import TOP_K_ROUTER, CapacityRouter
+from d2m_model.stand_ins import stand_in_shapes
 
 DIMS = FluxDims(
     hidden_size=128, double_blocks=2, single_blocks=3, in_channels=64, out_channels=64,
@@ -21,7 +22,7 @@ DIMS = FluxDims(
 )  # fmt: skip
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 HEAD = 128  # FLUX's head size
-KEPT = ("router", ".capacity.", ".threshold", ".expert_mean", "adaln_in")  # parts of names of what stays in float32
+KEPT = ("router", ".stand_ins.", ".capacity.", ".threshold", ".expert_mean", "adaln_in")  # parts of names of what stays in float32
 
 
 def dense_flux(dims: FluxDims = DIMS, seed: int = 0) -> dict[str, Tensor]:
@@ -94,11 +95,12 @@ def split(
     compressed: dict[str, Tensor] | None = None,
     groups: tuple[BlockGroup, ...] = (),
     capacity: CapacityRouter | None = None,
+    stand_in_rank: int | None = None,
 ) -> dict[str, Tensor]:
     """The FLUX-MoE of `dense`: random neuron orders and random routers. The first double blocks stay dense.
 
-    `compressed`: modulations to write in place of the teacher's, see `compressible`. `groups` and `capacity` add tensors
-    and change none of the others.
+    `compressed`: modulations to write in place of the teacher's, see `compressible`. `groups`, `capacity` and
+    `stand_in_rank` add tensors and change none of the others.
     """
     generator, extra = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
     skipped = tuple(f"double_blocks.{i}." for i in range(dense_double_blocks))
@@ -121,8 +123,13 @@ def split(
         for router in ("router_x", "router_y"):
             weight = torch.randn(group.blocks, dims.hidden_size, generator=extra)
             tensors[f"block_groups.{index}.{router}.weight"] = weight
+    more = torch.Generator().manual_seed(seed + 2000)
+    for index, group in enumerate(groups if stand_in_rank is not None else ()):
+        for name, shape in stand_in_shapes(index, group, dims.hidden_size, stand_in_rank or 0).items():
+            tensors[name] = torch.randn(shape, generator=more) * 0.1
     config = FluxMoEConfig(
         dims=dims, ffns=ffns, groups=groups, gate=gate, top_k=2, router=capacity or TOP_K_ROUTER,
+        stand_in_rank=stand_in_rank,
         adaln_rank=compressed["adaln_in.weight"].shape[0] if compressed else None,
         split_only=not mean and not compressed,
         teacher=Teacher(title="tiny", sha256="0" * 64, licence="none"),

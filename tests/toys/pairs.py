@@ -36,6 +36,7 @@ def save_pair(
     capacity: CapacityRouter | None = None,
     rank: int | None = None,
     mean: bool = False,
+    stand_in_rank: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """`rank`: modulations compressed, of a teacher that loses nothing by it."""
@@ -43,7 +44,9 @@ def save_pair(
     compressed = None
     if rank is not None:
         dense, compressed = files.compressible(dense, rank, DIMS)
-    moe = files.split(dense, DIMS, groups=groups, capacity=capacity, mean=mean, compressed=compressed)
+    moe = files.split(
+        dense, DIMS, groups=groups, capacity=capacity, mean=mean, compressed=compressed, stand_in_rank=stand_in_rank
+    )
     pair = Pair(dense=folder / "dense.safetensors", moe=folder / "moe.safetensors")
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in dense.items()}, pair.dense)
     save_file({name: t.to(dtype if name in dense else t.dtype).contiguous() for name, t in moe.items()}, pair.moe)

@@ -72,7 +72,7 @@ def convert(
             modulations=Projection() if compress else None,
             router_bias=True,
             expert_mean=True,
-            block_routers=routers if groups else None,
+            block_groups=routers if groups else None,
         )
     assert check_file(target) == config
     return config

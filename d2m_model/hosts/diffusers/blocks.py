@@ -68,7 +68,8 @@ def _run_where_chosen(
     rotary: tuple[Tensor, Tensor] | None,
     joint_attention_kwargs: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (text, image), in the order of diffusers' blocks; samples that did not choose this block are unchanged."""
+    """Return (text, image), in the order of diffusers' blocks; samples that did not choose this block have its
+    stand-ins, if the file has some, and are unchanged otherwise."""
     attention = dict(joint_attention_kwargs or {})
     routings: GroupRoutings | None = attention.pop(ROUTINGS, None)
 
@@ -90,7 +91,7 @@ def _run_where_chosen(
         outputs = run(*alone(routing, member.position, streams, compared.given), temb=temb_BH, attention=attention)
         if not recomputed():
             compared.after.append(outputs)
-    text, image = masked(routing, member.position, streams, outputs)
+    text, image = masked(routing, member.position, routings.skipped(member, streams), outputs)
     return text, image
 
 
@@ -110,7 +111,11 @@ def _run_on_samples(
     member: GroupMember, routings: GroupRoutings, run: Callable[..., Streams], streams: Streams, **conditions: Any
 ) -> Streams:
     samples, selected, conditions = _enter(member, routings, streams, conditions)
-    return streams if samples.count == 0 else _leave(samples, streams, run(*selected, **conditions))
+    if samples.count == 0:
+        return _skip(member, routings, streams)
+    outputs = run(*selected, **conditions)
+    others = streams if samples.index_S is None else _skip(member, routings, streams)
+    return _leave(samples, others, outputs)
 
 
 @torch.compiler.disable
@@ -122,6 +127,11 @@ def _enter(
     if samples.count == 0:
         return samples, streams, conditions
     return samples, select_rows(streams, samples), select_rows(conditions, samples)
+
+
+@torch.compiler.disable
+def _skip(member: GroupMember, routings: GroupRoutings, streams: Streams) -> Streams:
+    return routings.skipped(member, streams)
 
 
 @torch.compiler.disable

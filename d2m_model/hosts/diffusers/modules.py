@@ -15,6 +15,7 @@ from ...adaln import compress
 from ...config import BlockGroup
 from ...mob import BlockRouting, SampleSubset, route_blocks, samples_per_block
 from ...moe import MoEFFN, RouterLinear, recomputed
+from ...stand_ins import group_stand_ins
 
 
 class SingleExpertOut(nn.Module):
@@ -63,19 +64,28 @@ class GroupRouter(nn.Module):
 
     active, selection  how many blocks run, 0 ... M, and how they are chosen; may be set between two forward passes
     routing            the last choice in training, for the losses; None in eval() and after it is set to None
-    compares           in training, every block also runs on the group's own input where it was not chosen (active = 1 only)
+    compares           in training, every block also runs on the group's own input where it was not chosen (with active = 1,
+                       and without stand-ins, which would change that input from block to block)
     compared           then: what the last forward pass gave for it, for the losses
+    stand_ins          of the group's blocks, by position; None if the file has none
     """
 
     routing: BlockRouting | None
     compared: GroupOutputs | None
 
-    def __init__(self, group: BlockGroup, hidden_size: int) -> None:
+    def __init__(self, index: int, group: BlockGroup, hidden_size: int, stand_in_rank: int | None) -> None:
         super().__init__()
         self.active, self.selection, self.routing = group.active, group.selection, None
         self.compares, self.compared = False, None
         self.router_x = RouterLinear(hidden_size, group.blocks, bias=False)
         self.router_y = RouterLinear(hidden_size, group.blocks, bias=False)
+
+        def linear(name: str, bias: bool) -> nn.Linear:
+            assert stand_in_rank is not None
+            sizes = (stand_in_rank, hidden_size) if bias else (hidden_size, stand_in_rank)
+            return StandInLinear(*sizes, bias=bias)
+
+        self.stand_ins = None if stand_in_rank is None else group_stand_ins(group, linear, index)
 
     def forward(self, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
         (router_x_MH, _), (router_y_MH, _) = self.router_x(), self.router_y()
@@ -83,6 +93,13 @@ class GroupRouter(nn.Module):
         if not (self.training and recomputed()):
             self.routing = routing if self.training else None
         return routing
+
+
+class StandInLinear(nn.Linear):
+    """A layer of a stand-in, with weights in the file's dtype, multiplied in the stream's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -125,12 +142,21 @@ class GroupRoutings:
     def comparing(self, member: GroupMember, streams: tuple[Tensor, ...]) -> GroupOutputs | None:
         """Return what the member's group has given so far, if its router compares blocks. `streams` are the member's input."""
         router: Any = self.routers[member.group]
-        if not (router.compares and router.training and router.active == 1):
+        if not (router.compares and router.training and router.active == 1 and router.stand_ins is None):
             return None
         if member.group not in self._compared:
             given = tuple(stream.detach() for stream in streams)
             self._compared[member.group] = router.compared = GroupOutputs(given=given, after=[])
         return self._compared[member.group]
+
+    def skipped(self, member: GroupMember, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (text, image) of samples that skip a block."""
+        stand_ins = self.routers[member.group].stand_ins
+        if stand_ins is None:
+            return streams
+        by_stream = stand_ins[member.position]
+        text, image = by_stream.skip(streams, ("txt", "img") if "img" in by_stream else ("joint", "joint"))
+        return text, image
 
     def samples(self, member: GroupMember) -> SampleSubset:
         """Return the samples that chose a block."""

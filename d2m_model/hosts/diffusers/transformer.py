@@ -52,7 +52,7 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
     (ranks of a sharded run must do the same work); in eval() a block runs on the samples that chose it.
     """
 
-    _keep_in_fp32_modules = ["router", "router_x", "router_y", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["router", "router_x", "router_y", "stand_ins", "expert_mean", "capacity", "adaln_in"]  # noqa: RUF012
     config_keys = ("flux_moe", "optional")  # the keys of config.json that construct a model; the others are diffusers'
 
     budget: ModelBudget | None = None  # set by set_budget
@@ -77,7 +77,9 @@ class FluxMoETransformer2DModel(FusedLoraMixin, FluxTransformer2DModel):
                 moe.to_empty(device=device)
                 moe.reset_parameters()
                 moe.get_buffer("neuron_order").copy_(torch.arange(moe.layout.neurons))
-        self.block_groups = nn.ModuleList(GroupRouter(group, hidden_size) for group in config.groups)
+        self.block_groups = nn.ModuleList(
+            GroupRouter(index, group, hidden_size, config.stand_in_rank) for index, group in enumerate(config.groups)
+        )
         if config.groups:
             self._group_blocks()
 
