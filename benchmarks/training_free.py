@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -91,6 +91,7 @@ _BLOCKS = Study(
             for variant, options in {
                 "": (),
                 ", random block routers": ("--block-router", "random"),
+                ", nothing for skipped blocks": ("--no-stand-ins",),
                 ", groups where blocks change least": ("--groups", "auto"),
                 ", depth pruning": ("--baseline", "depth_pruning"),
             }.items()
@@ -198,14 +199,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these variants alone, and print their table without writing a result"
+    )
+    parser.add_argument(
         "--rows", type=Path, help="file for an unfinished run's rows (default: benchmarks/out/RESULT.json)"
     )
     options = parser.parse_args(arguments)
     study = _STUDIES[options.study]
+    if options.only:
+        study = replace(study, variants={name: study.variants[name] for name in options.only}, unit=options.only[0])
     partial = options.rows or record.ROOT / "benchmarks" / "out" / f"{study.result}.json"
     partial.parent.mkdir(parents=True, exist_ok=True)
     rows = run(study, partial, options.every, options.seeds)
     print(markdown_table(study, rows))
+    if options.only:
+        return 0
     print(record.write_result(study.result, torch.device("cpu"), rows))
     partial.unlink()
     return 0

@@ -197,7 +197,7 @@ def group_routers(hidden: int, group: BlockGroup) -> Cost:
 
 
 def stand_in(hidden: int, block: Block, rank: int | None, tokens: Tokens) -> Cost:
-    """What a block's stand-in costs where the block is skipped: W_down and W_up for each of its streams."""
+    """The stand-in of a block that is skipped: W_down and W_up for each of its streams. Nothing without a rank."""
     cost = Cost()
     for stream in streams_of(block) if rank is not None else ():
         length = {"img": tokens.image, "txt": tokens.text, "joint": tokens.joint}[stream]

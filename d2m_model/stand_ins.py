@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from .blocks import Block, Stream
 from .config import BlockGroup
+from .tensor_file import Shape
 
 _EPSILON = 1e-6  # of FLUX's layer norms
-
-Shape = tuple[int, ...]
 
 
 def streams_of(block: Block) -> tuple[Stream, ...]:
@@ -73,13 +72,13 @@ class BlockStandIns(nn.ModuleDict):
         return tuple(self[name](stream) for name, stream in zip(names, streams, strict=True))
 
 
-def group_stand_ins(group: BlockGroup, linear: Callable[[str, bool], nn.Linear], index: int) -> nn.ModuleList:
+def group_stand_ins(index: int, group: BlockGroup, linear: Callable[[str], nn.Linear]) -> nn.ModuleList:
     """Return the stand-ins of `groups[index]`, by position. `linear` makes a layer by its name in the file."""
     stand_ins = nn.ModuleList()
     for position, block in enumerate(group.members):
         by_stream = BlockStandIns()
         for stream in streams_of(block):
             name = f"block_groups.{index}.stand_ins.{position}.{stream}"
-            by_stream[stream] = StandIn(linear(f"{name}.down", False), linear(f"{name}.up", True))
+            by_stream[stream] = StandIn(linear(f"{name}.down"), linear(f"{name}.up"))
         stand_ins.append(by_stream)
     return stand_ins

@@ -12,8 +12,9 @@ Tensors of a part:
   mean.<block> [n, H]    mob.mean_tokens of the block's input
   change.<block> [n, 2]  mean squares of output - input, over all tokens and over the image tokens
   before.<block>.<stream> [n, H], stream_change.<block>.<stream> [n, H]  tokens of a stream, and output - input of them
+  tokens.<block>.<stream> [B]  how many of these tokens are of each sample
 
-Shapes: H hidden size, N neurons, n samples.
+Shapes: B, n samples (n also tokens), H hidden size, N neurons.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ GUIDANCE = (1.5, 5.0)  # range of guidances for a guidance-distilled teacher
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StreamChange:
-    """How a block changes some tokens of a stream: its inputs, and outputs - inputs, [n, H]; as many of each sample."""
+    """How a block changes some tokens of a stream: its inputs, and outputs - inputs; sample after sample.
+
+    tokens_B  int64: how many of them are of each sample
+    """
 
     before_nH: Tensor
     change_nH: Tensor
+    tokens_B: Tensor
 
 
 class Calibration:
@@ -84,16 +89,12 @@ class Calibration:
             change_nM=torch.stack(changes, dim=1),
         )
 
-    @property
-    def samples(self) -> int:
-        """The number of samples, each of which was run once."""
-        return sum(len(part) for part in self._parts("vec"))
-
     def stream_change(self, block: str, stream: str) -> StreamChange:
         """Return how a block changes some tokens of a stream."""
         return StreamChange(
             before_nH=torch.cat(self._parts(f"before.{block}.{stream}")),
             change_nH=torch.cat(self._parts(f"stream_change.{block}.{stream}")),
+            tokens_B=torch.cat(self._parts(f"tokens.{block}.{stream}")),
         )
 
     def _parts(self, name: str) -> list[Tensor]:

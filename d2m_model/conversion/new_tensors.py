@@ -45,7 +45,7 @@ def block_group_tensors(
                     fitted = fit_stand_ins(name, group, calibration, config.stand_in_rank)
                     tensors |= fitted.tensors
                     stand_in_errors |= fitted.errors
-                    seen = replace(seen, change_nM=fitted.left_nM)
+                    seen = replace(seen, change_nM=fitted.left_BM)
                 routers, measured[name] = plan_block_routers(name, group, seen, method.block_router, seed)
             except ValueError as error:
                 raise MethodError(f"{name}: {error}") from None

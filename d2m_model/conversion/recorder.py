@@ -64,6 +64,7 @@ class Recorder:
             before_BTH.device
         )
         before_BnH, after_BnH = before_BTH[:, chosen], after_BTH[:, chosen]
+        self._keep(f"tokens.{block}.{stream}", torch.full((batch,), len(chosen)))
         self._keep(f"before.{block}.{stream}", before_BnH.flatten(0, 1).bfloat16())
         self._keep(f"stream_change.{block}.{stream}", (after_BnH.float() - before_BnH.float()).flatten(0, 1).bfloat16())
 

@@ -3,7 +3,7 @@
 Each is fitted by itself, to how the dense model's block changes its stream: reduced-rank ridge regression, with the amount
 of ridge that has the least error on tokens kept apart.
 
-Shapes: n tokens (of `left_nM`: samples), H hidden size, R rank, M blocks of a group.
+Shapes: B samples, n tokens, H hidden size, R rank, M blocks of a group.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class FittedStandIns:
 
     tensors  by their names in the file
     errors   FittedStandIn.error by block and stream
-    left_nM  of each sample: the norm of what each block's stand-in leaves of its change of the image tokens (in single
-             blocks, of all tokens)
+    left_BM  of each sample: the root mean square of what each block's stand-in leaves of its change of an image token (in
+             single blocks, of any token)
     """
 
     tensors: dict[str, Tensor]
     errors: dict[str, float]
-    left_nM: Tensor
+    left_BM: Tensor
 
 
 def fit_stand_ins(name: str, group: BlockGroup, calibration: Calibration, rank: int) -> FittedStandIns:
@@ -68,8 +68,9 @@ def fit_stand_ins(name: str, group: BlockGroup, calibration: Calibration, rank: 
             tensors |= fitted.tensors(f"{name}.stand_ins.{position}.{stream}")
             errors[f"{block.name}.{stream}"] = fitted.error
             if stream != "txt":
-                left.append(fitted.left(seen).unflatten(0, (calibration.samples, -1)).square().sum(dim=(1, 2)).sqrt())
-    return FittedStandIns(tensors=tensors, errors=errors, left_nM=torch.stack(left, dim=1))
+                squares = fitted.left(seen).square().sum(1).split(seen.tokens_B.tolist())
+                left.append(torch.stack([square_n.mean() for square_n in squares]).sqrt())
+    return FittedStandIns(tensors=tensors, errors=errors, left_BM=torch.stack(left, dim=1))
 
 
 @torch.no_grad()

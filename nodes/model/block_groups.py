@@ -61,10 +61,10 @@ class BlockGroupRouter(nn.Module):
         self.router_x = router_linear(stored[f"block_groups.{index}.router_x.weight"], False, device)
         self.router_y = router_linear(stored[f"block_groups.{index}.router_y.weight"], False, device)
 
-        def linear(name: str, bias: bool) -> nn.Linear:
-            return router_linear(stored[f"{name}.weight"], bias, device)
+        def linear(name: str) -> nn.Linear:
+            return router_linear(stored[f"{name}.weight"], f"{name}.bias" in stored, device)
 
-        self.stand_ins = group_stand_ins(groups[index], linear, index) if stand_ins else None
+        self.stand_ins = group_stand_ins(index, groups[index], linear) if stand_ins else None
 
     def samples(
         self, position: int, streams: Sequence[Tensor], vec_BH: Tensor, options: Mapping[str, Any]

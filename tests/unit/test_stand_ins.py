@@ -39,13 +39,18 @@ def model(pair: Pair) -> FluxMoETransformer2DModel:
 # The fit
 
 
+def tokens(before: torch.Tensor, change: torch.Tensor) -> StreamChange:
+    """Return tokens of one sample."""
+    return StreamChange(before_nH=before, change_nH=change, tokens_B=torch.tensor([len(before)]))
+
+
 def test_a_linear_change_of_low_rank_is_found() -> None:
     generator = torch.Generator().manual_seed(0)
     before, down, up, bias = (
         torch.randn(*shape, generator=generator) for shape in ((400, 16), (3, 16), (16, 3), (16,))
     )
     change = normed(before) @ down.T @ up.T + bias
-    fitted = fit_stand_in(StreamChange(before_nH=before, change_nH=change), rank=3)
+    fitted = fit_stand_in(tokens(before, change), rank=3)
     assert (fitted.down_RH.shape, fitted.up_HR.shape, fitted.bias_H.shape) == ((3, 16), (16, 3), (16,))
     assert fitted.error < 1e-3
     found = normed(before) @ fitted.down_RH.T @ fitted.up_HR.T + fitted.bias_H
@@ -55,7 +60,7 @@ def test_a_linear_change_of_low_rank_is_found() -> None:
 def test_a_change_that_has_nothing_to_do_with_the_stream_leaves_its_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     before, noise = torch.randn(2, 400, 16, generator=generator)
-    fitted = fit_stand_in(StreamChange(before_nH=before, change_nH=5 + noise), rank=3)
+    fitted = fit_stand_in(tokens(before, 5 + noise), rank=3)
     assert (fitted.bias_H - 5).abs().max() < 0.2
     assert fitted.error == pytest.approx(26**-0.5, rel=0.1)
 
@@ -63,7 +68,7 @@ def test_a_change_that_has_nothing_to_do_with_the_stream_leaves_its_mean() -> No
 def test_too_few_tokens_are_refused() -> None:
     few = torch.zeros(7, 16)
     with pytest.raises(ValueError, match="There are 7 tokens of the stream; expected 8 or more"):
-        fit_stand_in(StreamChange(before_nH=few, change_nH=few), rank=3)
+        fit_stand_in(tokens(few, few), rank=3)
 
 
 # The file

@@ -15,7 +15,7 @@ from ...adaln import compress
 from ...config import BlockGroup
 from ...mob import BlockRouting, SampleSubset, route_blocks, samples_per_block
 from ...moe import MoEFFN, RouterLinear, recomputed
-from ...stand_ins import group_stand_ins
+from ...stand_ins import group_stand_ins, stand_in_shapes
 
 
 class SingleExpertOut(nn.Module):
@@ -80,12 +80,15 @@ class GroupRouter(nn.Module):
         self.router_x = RouterLinear(hidden_size, group.blocks, bias=False)
         self.router_y = RouterLinear(hidden_size, group.blocks, bias=False)
 
-        def linear(name: str, bias: bool) -> nn.Linear:
-            assert stand_in_rank is not None
-            sizes = (stand_in_rank, hidden_size) if bias else (hidden_size, stand_in_rank)
-            return StandInLinear(*sizes, bias=bias)
+        self.stand_ins: nn.ModuleList | None = None
+        if stand_in_rank is not None:
+            shapes = stand_in_shapes(index, group, hidden_size, stand_in_rank)
 
-        self.stand_ins = None if stand_in_rank is None else group_stand_ins(group, linear, index)
+            def linear(name: str) -> nn.Linear:
+                outputs, inputs = shapes[f"{name}.weight"]
+                return StandInLinear(inputs, outputs, bias=f"{name}.bias" in shapes)
+
+            self.stand_ins = group_stand_ins(index, group, linear)
 
     def forward(self, x_mean_BH: Tensor, vec_BH: Tensor) -> BlockRouting:
         (router_x_MH, _), (router_y_MH, _) = self.router_x(), self.router_y()
