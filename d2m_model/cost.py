@@ -199,7 +199,9 @@ def group_routers(hidden: int, group: BlockGroup) -> Cost:
 def stand_in(hidden: int, block: Block, rank: int | None, tokens: Tokens) -> Cost:
     """The stand-in of a block that is skipped: W_down and W_up for each of its streams. Nothing without a rank."""
     cost = Cost()
-    for stream in streams_of(block) if rank is not None else ():
+    if rank is None:
+        return cost
+    for stream in streams_of(block):
         length = {"img": tokens.image, "txt": tokens.text, "joint": tokens.joint}[stream]
         cost += linear(hidden, rank, length, bias=False) + linear(rank, hidden, length)
     return cost

@@ -15,7 +15,7 @@ from ...adaln import compress
 from ...config import BlockGroup
 from ...mob import BlockRouting, SampleSubset, route_blocks, samples_per_block
 from ...moe import MoEFFN, RouterLinear, recomputed
-from ...stand_ins import group_stand_ins, stand_in_shapes
+from ...stand_ins import BlockStandIns, group_stand_ins, stand_in_shapes
 
 
 class SingleExpertOut(nn.Module):
@@ -154,10 +154,10 @@ class GroupRoutings:
 
     def skipped(self, member: GroupMember, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return (text, image) of samples that skip a block."""
-        stand_ins = self.routers[member.group].stand_ins
-        if stand_ins is None:
+        router: Any = self.routers[member.group]
+        if router.stand_ins is None:
             return streams
-        by_stream = stand_ins[member.position]
+        by_stream: BlockStandIns = router.stand_ins[member.position]
         text, image = by_stream.skip(streams, ("txt", "img") if "img" in by_stream else ("joint", "joint"))
         return text, image
 
