@@ -119,6 +119,8 @@ def _moe_lines(config: FluxMoEConfig) -> list[tuple[str, str]]:
     for group in config.groups:
         blocks = f"{group.kind} blocks {group.first} to {group.indices[-1]}"
         lines.append(("group", f"{blocks}, {group.active} active ({group.selection})"))
+    if config.stand_in_rank is not None:
+        lines.append(("stand-ins", f"for skipped blocks, of rank {config.stand_in_rank}"))
     weights = "changed: needs the pack"
     if config.split_only:
         weights = "the teacher's, reordered: opens as the teacher without the pack"

@@ -22,7 +22,14 @@ DIMS = FluxDims(
 )  # fmt: skip
 LAYOUT = FFNLayout(shared=128, experts=12, width=32)
 HEAD = 128  # FLUX's head size
-KEPT = ("router", ".stand_ins.", ".capacity.", ".threshold", ".expert_mean", "adaln_in")  # parts of names of what stays in float32
+KEPT = (
+    "router",
+    ".stand_ins.",
+    ".capacity.",
+    ".threshold",
+    ".expert_mean",
+    "adaln_in",
+)  # parts of names of what stays in float32
 
 
 def dense_flux(dims: FluxDims = DIMS, seed: int = 0) -> dict[str, Tensor]:

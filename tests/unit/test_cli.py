@@ -216,6 +216,7 @@ def test_groups_and_capacity_are_chosen_and_shown(
     text = " ".join(capsys.readouterr().out.split())
     assert "group double blocks 1 to 3, 1 active (window)" in text
     assert "group single blocks 0 to 3, 2 active (window)" in text
+    assert "stand-ins for skipped blocks, of rank 32" in text
     assert "routing by capacity, 3 experts a token on average, predictor 8 wide, gate sum" in text
     assert main(["inspect", str(moe), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -227,6 +228,7 @@ def test_groups_and_capacity_are_chosen_and_shown(
         adaln_rank=11,
         experts_per_token=3,
         router=CapacityRouter(capacity=3, width=8),
+        stand_in_rank=32,
     )
     cost = flux(config.dims, activated, Tokens(image=1, text=1))
     assert facts["activated_parameters"]["touched"] == round(cost.touched)
