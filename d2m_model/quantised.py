@@ -70,7 +70,8 @@ def quantisation_problems(names: Mapping[str, object], expected: Mapping[str, ob
         if not is_companion(name, expected):
             continue
         if module.startswith("block_groups.") or module.endswith(".router") or ".capacity." in module:
-            problems.append(f"{name} says that {module} is quantised; it must stay in a floating-point type")
+            part = "stand-ins" if ".stand_ins." in module else "routers"
+            problems.append(f"{name} says that {module} is quantised; {part} must stay in a floating-point type")
         elif kind == "comfy_quant" and f"{module}.weight_scale" not in names:
             problems.append(f"{module}.weight_scale is missing ({module} is quantised)")
     return problems
