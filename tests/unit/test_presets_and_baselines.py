@@ -16,6 +16,7 @@ from d2m_model.conversion.depth_pruning import output_blocks
 from d2m_model.conversion.options import Baseline, FFNKind
 from d2m_model.conversion.unconvert import unconvert_file, why_not_the_teacher
 from d2m_model.routers import CapacityRouter, capacity_fit
+from d2m_model.stand_ins import streams_of
 from d2m_train import UserError
 from d2m_train.conversion.run import run_conversion
 from d2m_train.conversion.settings import ConversionSettings, settings_from_run
@@ -63,6 +64,7 @@ def settings(room: Path, out: Path, **changes: object) -> ConversionSettings:
         active=1,
         selection="topk",
         block_router="ridge",
+        stand_ins=False,
         ffns="moe",
         baseline="none",
         router="top_k",
@@ -119,6 +121,16 @@ def test_a_preset_gets_block_routers_that_know_which_blocks_matter(room: Path, t
         assert group["random"]["agreement"] < 1
         assert group["oracle"]["skipped"] == group["ridge"]["skipped"] < group["random"]["skipped"]
     assert any("as the oracle" in line for line in said)
+    model = FluxMoETransformer2DModel.from_flux_moe(tmp_path / "xs.safetensors", torch.float32)
+    assert answer(model).isfinite().all()
+
+
+def test_skipped_blocks_get_stand_ins_that_are_reported(room: Path, tmp_path: Path) -> None:
+    config, report, said = made(room, tmp_path / "xs.safetensors", stand_ins=True)
+    assert config.stand_in_rank == config.dims.hidden_size // 4
+    streams = {f"{block.name}.{s}" for group in config.groups for block in group.members for s in streams_of(block)}
+    assert report["stand_ins"].keys() == streams
+    assert any("stand-ins of skipped blocks" in line for line in said)
     model = FluxMoETransformer2DModel.from_flux_moe(tmp_path / "xs.safetensors", torch.float32)
     assert answer(model).isfinite().all()
 
@@ -325,6 +337,7 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
         router="capacity",
         adaln_rank=None,
         block_router="random",
+        stand_ins=True,
         folder=tmp_path / "calibration",
         recipe=Recipe(experts="random", router="ridge", mean=True, refit=False, top_k=3, seed=3),
     )
