@@ -158,6 +158,14 @@ def test_training_masks_to_stand_ins_and_trains_them(model: FluxMoETransformer2D
     assert stand_ins.keys() <= trainable_names(model, plan_stage("blocks", model.flux_moe, StageSection()))
 
 
+def test_beside_stand_ins_blocks_are_not_compared(model: FluxMoETransformer2DModel) -> None:
+    """The stand-ins of a group change the input of its next block, which is then not the group's own."""
+    for router in model.train().block_routers():
+        router.compares = True
+    velocity(model, inputs(2))
+    assert all(router.compared is None for router in model.block_routers())
+
+
 # The cost
 
 
