@@ -91,7 +91,7 @@ _BLOCKS = Study(
             for variant, options in {
                 "": (),
                 ", random block routers": ("--block-router", "random"),
-                ", nothing for skipped blocks": ("--no-stand-ins",),
+                ", stand-ins": ("--stand-ins",),
                 ", groups where blocks change least": ("--groups", "auto"),
                 ", depth pruning": ("--baseline", "depth_pruning"),
             }.items()

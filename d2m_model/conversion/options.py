@@ -116,8 +116,7 @@ OPTIONS: dict[str, Option] = {
         "paper",
     ),
     "stand_ins": Option(
-        default=True,
-        without_data=False,
+        default=False,
         needs_data=(True,),
         help="fit a low-rank linear map that stands in for each block of a group where it is skipped",
     ),

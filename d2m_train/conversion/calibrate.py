@@ -34,7 +34,7 @@ from ..flow.velocity import noised, velocity
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
-_FORMAT = 3  # of a batch file; files of another format count as another calibration
+_FORMAT = 2  # of a batch file; files of another format count as another calibration
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,6 +43,7 @@ class CalibrationBatches:
 
     tokens  inputs kept of every FFN, over all batches
     taylor  measure Taylor importance, which takes a backward pass
+    streams keep tokens of every block's streams, which stand-ins are fitted to
     """
 
     batches: int
@@ -50,6 +51,7 @@ class CalibrationBatches:
     tokens: int
     taylor: bool
     seed: int
+    streams: bool = False
 
 
 def calibrate_on_batches(
@@ -90,15 +92,16 @@ def calibrate_on_batches(
 
 
 def _is_whole(file: Path, identity: dict[str, object]) -> bool:
-    """Return whether this batch has been recorded. Raises UserError if it belongs to another calibration."""
+    """Return whether this batch has been recorded, with streams if these are asked for. Raises UserError if it belongs to
+    another calibration."""
     if not file.exists():
         return False
     try:
         stored = part_metadata(file).get("identity")
     except CheckpointError:
         return False  # damaged: recorded again
-    if stored == identity:
-        return True
+    if isinstance(stored, dict) and stored | {"streams": identity["streams"]} == identity:
+        return not identity["streams"] or stored.get("streams", False) is True
     differs = [key for key in identity if not isinstance(stored, dict) or stored.get(key) != identity[key]]
     raise UserError(
         f"{file.parent} holds another calibration: {', '.join(differs)} differ. Give the same options to go on with it, "
@@ -180,6 +183,8 @@ class BatchRecorder:
             streams = text, _ = inputs["encoder_hidden_states"], inputs["hidden_states"]
             recorder.block_inputs(name, streams, None if recorder.has("vec") else inputs["temb"])
             recorder.block_change(name, streams, outputs, slice(text.shape[1], None))
+            if not self.settings.streams:
+                return
             if name.startswith(BFL_BLOCKS["double"]):
                 for stream, before, after in zip(("txt", "img"), streams, outputs, strict=True):
                     recorder.stream_change(name, stream, before, after)

@@ -128,6 +128,7 @@ def _calibration(
         tokens=settings.tokens,
         taylor=settings.taylor,
         seed=settings.recipe.seed,
+        streams=settings.stand_ins,
     )
     with progress_bar(total=settings.batches, desc="Calibration", unit="batch") as bar:
 

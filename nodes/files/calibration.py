@@ -171,8 +171,9 @@ class FluxHooks:
                 inputs = inputs_by_name(block, arguments, keywords)
                 image = slice(inputs["transformer_options"]["img_slice"][0], None)
             self.recorder.block_change(name, before, after, image)
-            for stream, old, new in zip(streams_of(place), before, after, strict=True):
-                self.recorder.stream_change(name, stream, old, new)
+            if self.config.stand_in_rank is not None:
+                for stream, old, new in zip(streams_of(place), before, after, strict=True):
+                    self.recorder.stream_change(name, stream, old, new)
             before.clear()
 
         return [

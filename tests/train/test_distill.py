@@ -149,7 +149,6 @@ def test_stage_blocks_leaves_isolated_blocks_bit_for_bit(finished: Path) -> None
     moved = changed(before, after)
     assert {name for name in moved if not name.startswith((*inside, "block_groups."))} == set()
     assert {"block_groups.0.router_x.weight", "block_groups.1.router_y.weight"} <= moved
-    assert [name for name in moved if ".stand_ins." in name], "those of blocks that some sample skips"
     assert [name for name in moved if name.endswith("img_attn.qkv.weight")], "what a group trains is whole blocks"
 
 

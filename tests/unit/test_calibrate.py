@@ -191,6 +191,16 @@ def test_without_taylor_nothing_is_differentiated(folder: Path) -> None:
     assert torch.equal(calibration.inputs("single_blocks.0"), run(folder.with_name("other")).inputs("single_blocks.0"))
 
 
+def test_streams_are_kept_where_they_are_asked_for_and_recorded_again_where_they_are_not_there(folder: Path) -> None:
+    """A calibration with streams serves conversions without stand-ins, too."""
+    plain, asked = run(folder), replace(SETTINGS, streams=True)
+    assert not any(name.startswith("before.") for name in load_file(plain.files[0]))
+    stream = run(folder, asked).stream_change("double_blocks.0", "img")
+    assert stream.before_nH.shape == stream.change_nH.shape == (int(stream.tokens_B.sum()), 128)
+    times = [file.stat().st_mtime_ns for file in plain.files]
+    assert [file.stat().st_mtime_ns for file in run(folder).files] == times
+
+
 # Interruption
 
 

@@ -63,7 +63,7 @@ def test_block_routers_from_calibration_stay_nearer_than_random_ones_do_on_avera
 ) -> None:
     """Preset XS: one of each three grouped double blocks and one of each five single blocks runs. A random router takes
     the same block nearly always, now and then the right one: hence three seeds."""
-    model = converted(folder, "--experts", "dealt", "--preset", "XS", "--no-stand-ins")
+    model = converted(folder, "--experts", "dealt", "--preset", "XS")
     assert isinstance(model, FluxMoETransformer2DModel)
     ridge = latent_distance(paint(model), teacher_latents)
     random = []

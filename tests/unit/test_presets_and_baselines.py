@@ -337,7 +337,6 @@ def test_a_runs_first_stage_is_the_conversion_that_its_file_says(room: Path, tmp
         router="capacity",
         adaln_rank=None,
         block_router="random",
-        stand_ins=True,
         folder=tmp_path / "calibration",
         recipe=Recipe(experts="random", router="ridge", mean=True, refit=False, top_k=3, seed=3),
     )
