@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-_RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 def seconds_side_by_side(
@@ -88,8 +88,8 @@ def commit() -> str:
 
 def write_result(name: str, device: torch.device, measurements: list[dict[str, Any]], path: Path | None = None) -> Path:
     """Write `path`, or benchmarks/results/NAME-DEVICE.json in place of the last result, which git keeps. Return the file."""
-    _RESULTS.mkdir(exist_ok=True)
-    path = path or _RESULTS / f"{name}-{device.type}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path = path or RESULTS / f"{name}-{device.type}.json"
     record = {"commit": commit(), "machine": machine(device), "measurements": measurements}
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path

@@ -47,7 +47,7 @@ def run_part(part: str, count: int, seed: int, *, write: bool) -> int:
     """Run a part. Return the exit status."""
     import torch
 
-    from benchmarks.record import _RESULTS, write_result
+    from benchmarks.record import RESULTS, write_result
     from tests.trust.limits import Fault
 
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def run_part(part: str, count: int, seed: int, *, write: bool) -> int:
     measured = {"part": part, "seed": seed, "seconds": round(time.monotonic() - start), **measured}
     print(", ".join(f"{name} {value}" for name, value in measured.items()))
     if write:
-        print(write_result("trust", torch.device("cpu"), [measured], _RESULTS / f"trust-{part}.json"))
+        print(write_result("trust", torch.device("cpu"), [measured], RESULTS / f"trust-{part}.json"))
     return 0
 
 
