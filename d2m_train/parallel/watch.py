@@ -19,6 +19,7 @@ from typing import Any
 SILENCE = "D2M_RANK_SILENCE"  # environment variable, in seconds
 _SILENCE = 45.0
 _BEATS = 15  # in that time
+_LAST_BEAT = 5.0  # seconds that `close` waits for a beat under way: the store may not answer
 _FAILED, _ENDED = "failed", "ended"  # in place of a count
 _STATUS = 1  # of a process that is ended for another's sake
 
@@ -49,7 +50,7 @@ class RankWatch:
     def close(self, *, failed: bool) -> None:
         """Stop watching. `failed`: this process ends by an error, which the others then name."""
         self._closing.set()
-        self._beating.join(self.interval)
+        self._beating.join(_LAST_BEAT)
         if not self._beating.is_alive():  # it would hold the connection while the store does not answer
             with suppress(RuntimeError):  # the store has ended with its process
                 self._store.set(self._key(self.rank), _FAILED if failed else _ENDED)

@@ -207,6 +207,7 @@ def test_groups_and_capacity_are_chosen_and_shown(
         "window",
         "--router-kind",
         "capacity",
+        "--stand-ins",
     ]
     assert main([str(argument) for argument in command]) == 0
     said = capsys.readouterr().out
