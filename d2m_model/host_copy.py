@@ -20,9 +20,8 @@ class HostCopy:
         if device.type in EVENTFUL:
             self.values = tensor.to("cpu", non_blocking=True)
             self.landed = torch.Event(device)
-            self.landed.record(
-                getattr(torch, device.type).current_stream(device)
-            )  # another device may be the current one
+            # Another device than this tensor's may be the current one.
+            self.landed.record(getattr(torch, device.type).current_stream(device))
         else:
             self.values = tensor.cpu()
 
